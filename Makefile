@@ -1,0 +1,66 @@
+# make serve      start the service (PRECISION=fp32 or fp16, HOST, PORT)
+# make test       install, check and run every test
+# make check      lint, format and types only
+# make format     rewrite the files as the linter wants them
+# make model      download Stable Diffusion v1.4 (PRECISION=fp32 or fp16)
+# make demo       train the demo model again, from nothing
+# make lock       resolve the pinned dependencies again
+
+PRECISION ?= fp32
+HOST ?= 127.0.0.1
+PORT ?= 3000
+PYTHON ?= python3
+
+UV_VERSION := 0.13.9
+BIN := $(CURDIR)/.venv/bin
+INSTALLED := .venv/installed
+WEIGHTS := $(if $(filter fp16,$(PRECISION)),fp16/models/v1_4_fp16,fp32/models/v1_4)
+CODE := stable_diffusion fp32/service.py fp16/service.py tests
+
+# BentoML reports usage to its makers unless told not to.
+export BENTOML_DO_NOT_TRACK := True
+# PyFilesystem, of which BentoML is made, says so at every start.
+export PYTHONWARNINGS := ignore:pkg_resources is deprecated:UserWarning
+
+.PHONY: serve test check format model demo lock precision
+
+$(INSTALLED): requirements.txt requirements-runtime.txt requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check --quiet --requirement requirements.txt --constraint requirements.lock
+	@touch $@
+
+precision:
+	@case "$(PRECISION)" in fp32|fp16) ;; *) echo "PRECISION is fp32 or fp16, not $(PRECISION)" >&2; exit 2;; esac
+
+serve: precision $(INSTALLED)
+	@echo "When the server is ready, try:"
+	@echo "  curl -X POST http://$(HOST):$(PORT)/txt2img -H 'Content-Type: application/json' \\"
+	@echo "       -d '{\"prompt\":\"a small red circle on a blue background\"}' --output output.jpg"
+	@echo "or open http://$(HOST):$(PORT)/ in a browser. Ctrl+C stops it."
+	@cd $(PRECISION) && BENTOML_CONFIG=configuration.yaml exec $(BIN)/bentoml serve service:svc --production --host $(HOST) --port $(PORT)
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy $(CODE)
+	$(BIN)/pip check
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+model: precision $(INSTALLED)
+	$(BIN)/python -m stable_diffusion.download $(PRECISION) $(WEIGHTS)
+
+demo: $(INSTALLED)
+	$(BIN)/python -m stable_diffusion.demo.train
+
+lock: $(INSTALLED)
+	$(BIN)/pip install --quiet uv==$(UV_VERSION)
+	for name in requirements-runtime requirements; do \
+	  $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --no-annotate --custom-compile-command "make lock" $$name.txt --output-file $$name.lock; \
+	done

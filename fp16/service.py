@@ -1,0 +1,50 @@
+"""Stable Diffusion in half precision as a BentoML service. What is the same in both precisions is in `stable_diffusion/`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import bentoml
+
+from stable_diffusion.api import create_service
+from stable_diffusion.runnable import draw, start_engine
+from stable_diffusion.weights import ModelFolder, choose_model
+
+HERE = Path(__file__).parent
+WEIGHTS = HERE / "models" / "v1_4_fp16"
+MAX_BATCH_SIZE = 10
+
+
+def model() -> ModelFolder:
+    # A built bento keeps this folder as src/, beside its own description.
+    return choose_model(WEIGHTS, os.environ, in_bento=(HERE.parent / "bento.yaml").is_file())
+
+
+class StableDiffusionRunnable(bentoml.Runnable):
+    SUPPORTED_RESOURCES = ("nvidia.com/gpu", "cpu")
+    SUPPORTS_CPU_MULTI_THREADING = True
+
+    def __init__(self, max_batch_size: int) -> None:
+        self._engine = start_engine(model(), precision="fp16", max_batch_size=max_batch_size)
+
+    # An async generator is the one kind of method that BentoML calls again while it is still running,
+    # so that a request can join the others at their next step.
+    @bentoml.Runnable.method(batchable=False)
+    async def draw(self, task: dict[str, Any]) -> AsyncIterator[str]:
+        async with aclosing(draw(self._engine, task)) as outcome:
+            async for line in outcome:
+                yield line
+
+
+stable_diffusion_runner = bentoml.Runner(
+    StableDiffusionRunnable,
+    name="stable_diffusion_runner",
+    runnable_init_params={"max_batch_size": MAX_BATCH_SIZE},
+    max_batch_size=MAX_BATCH_SIZE,
+)
+
+svc = create_service("stable_diffusion_fp16", stable_diffusion_runner, model)

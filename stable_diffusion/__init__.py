@@ -1,0 +1,1 @@
+"""Stable Diffusion as a service. Importing this package loads neither torch nor diffusers."""

@@ -1,0 +1,388 @@
+"""The HTTP side: endpoints, headers, errors. `create_service` makes the BentoML service of both precisions.
+
+The only file that knows of requests and responses. Runs in API workers, which load no torch: what is computed
+crosses to the runner as `runnable.py` packs it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import warnings
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import aiohttp
+import bentoml
+from bentoml._internal.utils import BentoMLDeprecationWarning
+from bentoml.exceptions import BentoMLException
+from bentoml.legacy import Service
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stable_diffusion import images, openapi
+from stable_diffusion.engine.job import Kind, Picture, Task
+from stable_diffusion.errors import (
+    ClientGone,
+    FieldError,
+    ImageTooLarge,
+    InternalError,
+    InvalidRequest,
+    ModelFolderError,
+    ModelUnavailable,
+    NotAcceptable,
+    ServiceError,
+    UnsupportedMediaType,
+)
+from stable_diffusion.images import MEDIA_TYPES, ImageFormat
+from stable_diffusion.requests import (
+    GenerationRequest,
+    ImageToImageRequest,
+    parse_image_to_image,
+    parse_json,
+    parse_text_to_image,
+    random_seed,
+)
+from stable_diffusion.runnable import pack_task, unpack_outcome
+from stable_diffusion.weights import ModelFolder
+
+logger = logging.getLogger("stable_diffusion")
+
+# Services with runners are "legacy" to BentoML 1.4 and on purpose here: docs/architecture.md says why.
+warnings.filterwarnings("ignore", category=BentoMLDeprecationWarning)
+
+API_VERSION = "1.0.0"
+_MAX_JSON_BYTES = 2**20
+_MAX_FORM_BYTES = 2 * images.MAX_UPLOAD_BYTES + 2 * _MAX_JSON_BYTES
+_MAX_HEADER_CHARACTERS = 4096
+# What may stand in a header as it is; everything else, and "%" itself, is percent-encoded.
+_PLAIN_IN_HEADERS = " !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"
+
+T = TypeVar("T")
+
+
+def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[], ModelFolder]) -> Service:
+    """The BentoML service `name`: `runner` draws, `choose_model` says which model it has loaded (or raises ModelFolderError)."""
+    choose_model = functools.lru_cache(maxsize=1)(choose_model)
+    service = Service(name, runners=[runner])
+
+    def refuse_wrong_weights() -> None:
+        """Runs once, before any process is started: one clear line instead of workers that die one after the other."""
+        try:
+            choose_model()
+        except ModelFolderError as error:
+            raise SystemExit(f"Not started: {error}") from None
+
+    service.on_deployment(refuse_wrong_weights)
+    service.mount_asgi_app(_application(runner, choose_model), path="/")
+    service.add_asgi_middleware(_OwnFrontPage, document=openapi.document(name, API_VERSION))
+    return service
+
+
+class _OwnFrontPage:
+    """Answers `/` and `/docs.json` in place of BentoML's routes, which come before those of a mounted application."""
+
+    def __init__(self, app: ASGIApp, document: dict[str, Any]) -> None:
+        self._app = app
+        self._responses: dict[str, Response] = {"/": HTMLResponse(openapi.PAGE), "/docs.json": JSONResponse(document)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_read = scope["type"] == "http" and scope["method"] in ("GET", "HEAD")
+        response = self._responses.get(scope["path"]) if is_read else None
+        await (response or self._app)(scope, receive, send)
+
+
+def _application(runner: bentoml.Runner, choose_model: Callable[[], ModelFolder]) -> Starlette:
+    async def txt2img(request: Request) -> Response:
+        parameters = parse_text_to_image(await _read_json_body(request))
+        model = choose_model()
+        if model.only_inpaints:
+            raise InvalidRequest(f"the model {model.name} only inpaints, use /inpaint")
+        size = parameters.width or model.native_width, parameters.height or model.native_height
+        return await _answer(request, runner, model, _task("txt2img", parameters, size, model), parameters)
+
+    async def img2img(request: Request) -> Response:
+        parameters, pictures = await _read_form(request, "img")
+        model = choose_model()
+        if model.only_inpaints:
+            raise InvalidRequest(f"the model {model.name} only inpaints, use /inpaint")
+        picture = await run_in_threadpool(images.read_picture, pictures["img"], "img")
+        size = _size_for(picture, parameters, model)
+        task = _task("img2img", parameters, size, model, image=images.fit(picture, *size))
+        return await _answer(request, runner, model, task, parameters)
+
+    async def inpaint(request: Request) -> Response:
+        parameters, pictures = await _read_form(request, "img", "mask")
+        model = choose_model()
+        picture = await run_in_threadpool(images.read_picture, pictures["img"], "img")
+        mask = await run_in_threadpool(images.read_mask, pictures["mask"], "mask")
+        size = _size_for(picture, parameters, model)
+        mask = mask.resize(picture.size, Image.Resampling.BILINEAR)
+        task = _task("inpaint", parameters, size, model, image=images.fit(picture, *size), mask=images.fit(mask, *size))
+        return await _answer(request, runner, model, task, parameters)
+
+    endpoints = {"/txt2img": txt2img, "/img2img": img2img, "/inpaint": inpaint}
+    return Starlette(
+        routes=[Route(path, _answering_errors(endpoint), methods=["POST"]) for path, endpoint in endpoints.items()],
+        exception_handlers={HTTPException: _refused_by_routing},
+    )
+
+
+# --- errors ----------------------------------------------------------------------------------------
+
+
+def _answering_errors(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    """The one place where errors become answers."""
+
+    @functools.wraps(endpoint)
+    async def answer(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except ServiceError as error:
+            known = error
+        except Exception:
+            logger.exception("%s failed.", request.url.path)
+            known = InternalError("an internal error, the server's log has the details")
+        return _error_response(known.status, known.type, known.message, known.problems)
+
+    return answer
+
+
+async def _refused_by_routing(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 404:
+        message = f"no such path: {request.url.path[:200]}"
+    elif error.status_code == 405:
+        message = f"{request.method} is not allowed here, use POST"
+    else:
+        message = error.detail
+    kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    return _error_response(error.status_code, kind, message, [FieldError(None, message)], dict(error.headers or {}))
+
+
+def _error_response(status: int, kind: str, message: str, problems: list[FieldError], headers: dict[str, str] | None = None) -> Response:
+    listed = [{"field": problem.field, "message": problem.message} for problem in problems]
+    return JSONResponse({"error": {"type": kind, "message": message, "problems": listed}}, status, headers)
+
+
+# --- reading a request -----------------------------------------------------------------------------
+
+
+async def _read_json_body(request: Request) -> dict[str, Any]:
+    _require_content_type(request, "application/json")
+    return parse_json(await _limited(request, _MAX_JSON_BYTES).body(), "body")
+
+
+async def _read_form(request: Request, *files: str) -> tuple[ImageToImageRequest, dict[str, bytes]]:
+    """The `data` part, validated, and the bytes of the named file parts."""
+    _require_content_type(request, "multipart/form-data")
+    try:
+        async with _limited(request, _MAX_FORM_BYTES).form(max_files=8, max_fields=8, max_part_size=_MAX_JSON_BYTES) as form:
+            _refuse_unknown_parts(form, (*files, "data"))
+            contents = {name: await _file_part(form, name) for name in files}
+            parameters = parse_image_to_image(parse_json(await _data_part(form), "data"))
+    except (MultiPartException, HTTPException) as error:
+        reason = error.message if isinstance(error, MultiPartException) else error.detail
+        raise InvalidRequest(f"body: not a readable multipart form: {reason}", field="body") from None
+    return parameters, contents
+
+
+def _require_content_type(request: Request, expected: str) -> None:
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != expected:
+        given = f"not {content_type[:60]}" if content_type else "it is missing"
+        raise UnsupportedMediaType(f"Content-Type must be {expected}, {given}", field="Content-Type")
+
+
+def _limited(request: Request, max_bytes: int) -> Request:
+    """The same request, whose body may have at most `max_bytes`, whether it says how long it is or not."""
+    received = 0
+
+    async def receive() -> Message:
+        nonlocal received
+        message = await request.receive()
+        received += len(message.get("body", b""))
+        if received > max_bytes:
+            raise ImageTooLarge(f"the body has more than {max_bytes} bytes", field="body")
+        return message
+
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise ImageTooLarge(f"the body has {int(declared)} bytes, at most {max_bytes} are allowed", field="body")
+    return Request(request.scope, receive)
+
+
+def _refuse_unknown_parts(form: FormData, known: tuple[str, ...]) -> None:
+    for name in form:
+        if name not in known:
+            raise InvalidRequest(f"{name[:60]}: not a known part, allowed are {', '.join(known)}", field=name[:60])
+        if len(form.getlist(name)) > 1:
+            raise InvalidRequest(f"{name}: the part is given more than once", field=name)
+
+
+async def _file_part(form: FormData, name: str) -> bytes:
+    part = form.get(name)
+    if part is None:
+        raise InvalidRequest(f"{name}: the part is missing, send an image file (curl: -F {name}=@input.jpg)", field=name)
+    if not isinstance(part, UploadFile):
+        raise InvalidRequest(f"{name}: must be a file, not text (curl: -F {name}=@input.jpg)", field=name)
+    return await part.read()
+
+
+async def _data_part(form: FormData) -> bytes | str:
+    part = form.get("data")
+    if part is None:
+        raise InvalidRequest('data: the part is missing, send JSON (curl: -F data=\'{"prompt":"a red circle"}\')', field="data")
+    if isinstance(part, UploadFile):
+        if part.size is not None and part.size > _MAX_JSON_BYTES:
+            raise ImageTooLarge(f"data: at most {_MAX_JSON_BYTES} bytes are allowed", field="data")
+        return await part.read()
+    return part
+
+
+def _size_for(picture: Image.Image, parameters: GenerationRequest, model: ModelFolder) -> tuple[int, int]:
+    native = model.native_width, model.native_height
+    return images.output_size(picture.size, native, parameters.width, parameters.height)
+
+
+def _task(
+    kind: Kind,
+    parameters: GenerationRequest,
+    size: tuple[int, int],
+    model: ModelFolder,
+    image: Image.Image | None = None,
+    mask: Image.Image | None = None,
+) -> Task:
+    """The request with everything resolved that was left open."""
+    return Task(
+        kind=kind,
+        prompt=parameters.prompt,
+        negative_prompt=parameters.negative_prompt,
+        width=size[0],
+        height=size[1],
+        num_inference_steps=parameters.num_inference_steps,
+        guidance_scale=parameters.guidance_scale,
+        seed=random_seed() if parameters.seed is None else parameters.seed,
+        scheduler=parameters.scheduler or model.scheduler,
+        safety_check=parameters.safety_check,
+        strength=parameters.strength if isinstance(parameters, ImageToImageRequest) else 1.0,
+        image=image,
+        mask=mask,
+    )
+
+
+# --- answering -------------------------------------------------------------------------------------
+
+
+async def _answer(request: Request, runner: bentoml.Runner, model: ModelFolder, task: Task, parameters: GenerationRequest) -> Response:
+    image_format = parameters.output_format or _accepted_format(request.headers.get("accept", "*/*"))
+    picture = await _while_connected(request, _draw(runner, task))
+    image = picture.image
+    if task.kind == "inpaint" and not picture.flagged:
+        assert task.image is not None
+        assert task.mask is not None
+        image = images.keep_outside_mask(image, task.image, task.mask)
+    content = await run_in_threadpool(images.encode, image, image_format)
+    headers = _parameter_headers(task, picture, model)
+    headers["content-disposition"] = f'inline; filename="{task.kind}-{task.seed}.{image_format}"'
+    return Response(content, media_type=MEDIA_TYPES[image_format], headers=headers)
+
+
+def _accepted_format(accept: str) -> ImageFormat:
+    """The image type that the client likes best (RFC 9110, 12.5.1); jpeg if it does not mind."""
+    liked: list[tuple[float, ImageFormat]] = []
+    for entry in accept.split(","):
+        media_type, *options = (part.strip().lower() for part in entry.split(";"))
+        quality = next((option[2:] for option in options if option.startswith("q=")), "1")
+        try:
+            weight = float(quality)
+        except ValueError:
+            weight = 0.0
+        formats: dict[str, ImageFormat] = {name: image_format for image_format, name in MEDIA_TYPES.items()}
+        formats |= {"*/*": "jpeg", "image/*": "jpeg", "": "jpeg"}
+        if media_type in formats and weight > 0:
+            liked.append((weight, formats[media_type]))
+    if not liked:
+        raise NotAcceptable(f"Accept allows none of {', '.join(MEDIA_TYPES.values())}", field="Accept")
+    return max(liked, key=lambda entry: entry[0])[1]  # the first one among equals
+
+
+async def _draw(runner: bentoml.Runner, task: Task) -> Picture:
+    """Have the runner draw; closing its stream (by cancelling this) cancels the job there."""
+    stream = runner.draw.async_stream(pack_task(task))
+    try:
+        answer = "".join([part async for part in stream])
+    except (BentoMLException, aiohttp.ClientError, TimeoutError) as error:
+        logger.error("The runner did not answer: %s", error)
+        raise ModelUnavailable("the model process cannot be reached, try again in a minute") from None
+    finally:
+        await stream.aclose()
+    if not answer.endswith("\n"):
+        raise ModelUnavailable("the model process stopped before the picture was finished, try again in a minute")
+    return await run_in_threadpool(unpack_outcome, answer)
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` until it is done or the client has gone: then cancel it and raise ClientGone."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone("the client closed the connection")
+        return working.result()
+    finally:
+        leaving.cancel()
+        working.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    try:
+        while (await request.receive())["type"] != "http.disconnect":
+            continue
+    except ClientDisconnect:
+        return
+
+
+def _parameter_headers(task: Task, picture: Picture, model: ModelFolder) -> dict[str, str]:
+    """Every resolved parameter under its own name, as in the reference."""
+    flagged = "unchecked" if picture.flagged is None else str(picture.flagged).lower()
+    headers = {
+        "prompt": _header_text(task.prompt),
+        "negative_prompt": _header_text(task.negative_prompt),
+        "prompt_dropped": _header_text(picture.dropped_prompt),
+        "negative_prompt_dropped": _header_text(picture.dropped_negative_prompt),
+        "height": str(task.height),
+        "width": str(task.width),
+        "num_inference_steps": str(task.num_inference_steps),
+        "guidance_scale": str(task.guidance_scale),
+        "seed": str(task.seed),
+        "scheduler": task.scheduler,
+        "strength": "" if task.kind == "txt2img" else str(task.strength),
+        "safety_check": str(task.safety_check).lower(),
+        "safety_flagged": flagged,
+        "model": _header_text(model.name),
+    }
+    return {name: value for name, value in headers.items() if value or name == "negative_prompt"}
+
+
+def _header_text(text: str) -> str:
+    """Percent-encoded UTF-8, cut at a whole character so that no client's header limit is met."""
+    encoded = ""
+    for character in text:
+        piece = quote(character, safe=_PLAIN_IN_HEADERS)
+        if len(encoded) + len(piece) > _MAX_HEADER_CHARACTERS:
+            break
+        encoded += piece
+    return encoded

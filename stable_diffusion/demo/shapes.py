@@ -1,0 +1,190 @@
+"""The captioned pictures that the demo model is trained on, and the pixel rule that judges what it draws.
+
+A scene is plain data; `draw` renders it, `caption` names it, `judge` reads a picture back without any model.
+Knows nothing of torch, of the network or of how it is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLOURS: dict[str, tuple[int, int, int]] = {
+    "red": (220, 35, 40),
+    "orange": (250, 140, 20),
+    "yellow": (250, 230, 45),
+    "green": (40, 160, 70),
+    "blue": (40, 80, 220),
+    "purple": (145, 50, 185),
+    "white": (245, 245, 245),
+    "black": (18, 18, 18),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+# Radius of the shape as a share of the picture's shorter side; no size word means the middle one.
+SIZES = {"small": 0.19, "": 0.29, "large": 0.39}
+
+_SUPERSAMPLING = 4
+_HELD_OUT_SHARE = 10  # one combination of words in ten is never seen in training
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture: a shape of one colour on a background of another. Centre and radius are shares of the shorter side."""
+
+    size: str
+    colour: str
+    shape: str
+    background: str
+    offset_x: float = 0.0
+    offset_y: float = 0.0
+    radius: float = 0.29
+    angle_degrees: float = 0.0
+
+
+def all_scenes() -> list[Scene]:
+    """Every combination of words, each centred and upright."""
+    return [
+        Scene(size, colour, shape, background, radius=SIZES[size])
+        for size, colour, shape, background in product(SIZES, COLOURS, SHAPES, COLOURS)
+        if colour != background
+    ]
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether this combination of words is kept from training, decided by a hash so that it never changes."""
+    words = f"{scene.size} {scene.colour} {scene.shape} {scene.background}"
+    return hashlib.sha256(words.encode()).digest()[0] % _HELD_OUT_SHARE == 0
+
+
+def caption(scene: Scene) -> str:
+    """The scene in the words that the model is trained to understand."""
+    size = f"{scene.size} " if scene.size else ""
+    return f"a {size}{scene.colour} {scene.shape} on a {scene.background} background"
+
+
+def vary(scene: Scene, rng: random.Random) -> Scene:
+    """The same words, drawn a little elsewhere, a little larger or smaller and a little turned."""
+    return replace(
+        scene,
+        offset_x=rng.uniform(-0.08, 0.08),
+        offset_y=rng.uniform(-0.08, 0.08),
+        radius=SIZES[scene.size] * rng.uniform(0.95, 1.05),
+        angle_degrees=rng.uniform(-8, 8),
+    )
+
+
+def outline(shape: str, centre_x: float, centre_y: float, radius: float, angle_degrees: float) -> list[tuple[float, float]]:
+    """The corners of `shape` in pixels; a circle is a polygon of 48 corners."""
+    if shape == "circle":
+        corners = [(math.sin(2 * math.pi * i / 48), -math.cos(2 * math.pi * i / 48)) for i in range(48)]
+    elif shape == "square":
+        corners = [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]
+    elif shape == "triangle":
+        corners = [(0.0, -1.0), (1.0, 0.75), (-1.0, 0.75)]
+    elif shape == "star":
+        spokes = [(1.1 if i % 2 == 0 else 0.44, math.pi * i / 5) for i in range(10)]
+        corners = [(length * math.sin(turn), -length * math.cos(turn)) for length, turn in spokes]
+    elif shape == "cross":
+        a, b = 0.34, 1.0
+        corners = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+    else:
+        raise ValueError(f"unknown shape {shape!r}, expected one of {', '.join(SHAPES)}")
+    turn = math.radians(angle_degrees)
+    cosine, sine = math.cos(turn), math.sin(turn)
+    return [(centre_x + radius * (x * cosine - y * sine), centre_y + radius * (x * sine + y * cosine)) for x, y in corners]
+
+
+def _paint(canvas: ImageDraw.ImageDraw, scene: Scene, width: int, height: int, fill: int | tuple[int, ...]) -> None:
+    side = min(width, height)
+    centre_x, centre_y = width / 2 + scene.offset_x * side, height / 2 + scene.offset_y * side
+    canvas.polygon(outline(scene.shape, centre_x, centre_y, scene.radius * side, scene.angle_degrees), fill=fill)
+
+
+def draw(scene: Scene, width: int, height: int, rng: random.Random) -> Image.Image:
+    """Render `scene` as an RGB picture of `width` x `height` pixels; `rng` shifts the two colours a little."""
+
+    def tint(colour: str) -> tuple[int, ...]:
+        return tuple(max(0, min(255, channel + rng.randint(-8, 8))) for channel in COLOURS[colour])
+
+    large = width * _SUPERSAMPLING, height * _SUPERSAMPLING
+    picture = Image.new("RGB", large, tint(scene.background))
+    _paint(ImageDraw.Draw(picture), scene, *large, tint(scene.colour))
+    return picture.resize((width, height), Image.Resampling.BOX)
+
+
+def clutter(width: int, height: int, rng: random.Random) -> Image.Image:
+    """A picture with no caption: up to four shapes of any colour anywhere, so that the autoencoder sees more than captions."""
+
+    def colour() -> tuple[int, int, int]:
+        return rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255)
+
+    large = width * _SUPERSAMPLING, height * _SUPERSAMPLING
+    ramp = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize(large)
+    picture = Image.composite(Image.new("RGB", large, colour()), Image.new("RGB", large, colour()), ramp)
+    canvas = ImageDraw.Draw(picture)
+    for _ in range(rng.randint(0, 4)):
+        scene = Scene("", "red", rng.choice(SHAPES), "blue", rng.uniform(-0.5, 0.5), rng.uniform(-0.5, 0.5), rng.uniform(0.08, 0.45))
+        _paint(canvas, replace(scene, angle_degrees=rng.uniform(0, 360)), *large, colour())
+    return picture.resize((width, height), Image.Resampling.BOX)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the pixel rule saw."""
+
+    colour: str
+    background: str
+    shape: str
+
+
+def nearest_colour(pixels: np.ndarray) -> str:
+    """The named colour nearest to the median of `pixels` (any shape, last axis RGB, 0 to 255)."""
+    median = np.median(pixels.reshape(-1, 3).astype(float), axis=0)
+    return min(COLOURS, key=lambda name: float(np.sum((median - np.array(COLOURS[name])) ** 2)))
+
+
+def judge(picture: Image.Image) -> Verdict:
+    """Read a picture of one shape back: the border is the background, what differs from it is the shape.
+
+    The shape is the one whose outline, tried at several sizes and turns around the centre of what was
+    found, overlaps it best (intersection over union).
+    """
+    pixels = np.asarray(picture.convert("RGB")).astype(float)
+    height, width, _ = pixels.shape
+    edges = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
+    border = np.concatenate([edge.reshape(-1, 3) for edge in edges])
+    distance = np.sqrt(((pixels - np.median(border, axis=0)) ** 2).sum(axis=2))
+    # Half way between the background and the colour that differs most from it (robust to single pixels).
+    found = distance > np.percentile(distance, 98) / 2
+    if not found.any():
+        return Verdict(nearest_colour(border), nearest_colour(border), "nothing")
+    core = distance >= np.percentile(distance[found], 40)
+    return Verdict(nearest_colour(pixels[core]), nearest_colour(border), _best_shape(found, width, height))
+
+
+def _best_shape(found: np.ndarray, width: int, height: int) -> str:
+    rows, columns = np.nonzero(found)
+    centre_x, centre_y = columns.mean() + 0.5, rows.mean() + 0.5
+    best, best_overlap = "nothing", 0.0
+    for shape, angle in product(SHAPES, (-8, -4, 0, 4, 8)):
+        unit = Image.new("L", (200, 200))
+        ImageDraw.Draw(unit).polygon(outline(shape, 100, 100, 80, angle), fill=1)
+        unit_rows, unit_columns = np.nonzero(np.asarray(unit))
+        # Same area and same centre of mass as what was found; then a little larger and smaller.
+        fitted = math.sqrt(found.sum() / (len(unit_rows) / 80**2))
+        for radius in (0.92 * fitted, fitted, 1.08 * fitted):
+            shift_x = (unit_columns.mean() + 0.5 - 100) * radius / 80
+            shift_y = (unit_rows.mean() + 0.5 - 100) * radius / 80
+            template = Image.new("L", (width, height))
+            ImageDraw.Draw(template).polygon(outline(shape, centre_x - shift_x, centre_y - shift_y, radius, angle), fill=1)
+            mask = np.asarray(template) > 0
+            overlap = float((mask & found).sum() / (mask | found).sum())
+            if overlap > best_overlap:
+                best, best_overlap = shape, overlap
+    return best

@@ -1,0 +1,235 @@
+"""Tensors only: a task to latents, one UNet call for many jobs, latents to a picture.
+
+Each operation and each draw of a random number stands in the order of diffusers' own pipelines, so that a
+job alone gives their pictures bit for bit. Knows nothing of queues, threads or who asked.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import retrieve_latents
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from stable_diffusion.engine.job import Job, Latents, Picture, Task
+from stable_diffusion.errors import GenerationFailed
+from stable_diffusion.pipelines import Parts
+
+_KARRAS = " Karras"
+
+
+class Denoiser:
+    """The model's arithmetic. All calls come from one thread; a job's tensors are changed by `prepare` and `advance` only."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        pixels_per_latent = 2 ** (len(parts.vae.config.block_out_channels) - 1)
+        self._images = VaeImageProcessor(vae_scale_factor=pixels_per_latent)
+        self._masks = VaeImageProcessor(vae_scale_factor=pixels_per_latent, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
+        self._pixels_per_latent = pixels_per_latent
+
+    def warm_up(self, width: int, height: int) -> None:
+        """Draw a picture in two steps: kernels are chosen and memory is taken now, and a model that cannot draw fails at start."""
+        blank = Image.new("RGB", (width, height))
+        # Inpainting is the one kind that every model can do.
+        task = Task("inpaint", "", "", width, height, 2, 7.5, 0, "DDIMScheduler", True, 1.0, blank, blank.convert("L"))
+        job = Job(task, on_end=lambda outcome: None)
+        job.tensors = self.prepare(task)
+        while not job.is_denoised:
+            self.advance(job, self.predict([job])[0])
+        self.decode(job)
+
+    # --- before the first step -------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def prepare(self, task: Task) -> Latents:
+        """Encode the prompt and the image, draw the initial noise, set up the job's own noise scheduler."""
+        embeddings, dropped_prompt, dropped_negative_prompt = self._encode_prompts(task)
+        scheduler = self._new_scheduler(task.scheduler)
+        scheduler.set_timesteps(task.num_inference_steps, device=self._parts.device)
+        # On the CPU whatever the device, so that a seed means the same picture everywhere.
+        generator = torch.Generator("cpu").manual_seed(task.seed)
+        latents = Latents(
+            latents=torch.empty(0),
+            embeddings=embeddings,
+            scheduler=scheduler,
+            timesteps=scheduler.timesteps,
+            generator=generator,
+            step_arguments=_step_arguments(scheduler, generator),
+            dropped_prompt=dropped_prompt,
+            dropped_negative_prompt=dropped_negative_prompt,
+        )
+        if task.kind == "txt2img":
+            latents.latents = self._draw_noise(task, generator) * scheduler.init_noise_sigma
+        elif task.kind == "img2img":
+            self._start_from_image(task, latents)
+        else:
+            self._start_under_mask(task, latents)
+        return latents
+
+    def _encode_prompts(self, task: Task) -> tuple[torch.Tensor, str, str]:
+        prompt, dropped_prompt = self._encode_text(task.prompt)
+        if task.guidance_scale <= 1:
+            return prompt, dropped_prompt, ""
+        negative, dropped_negative_prompt = self._encode_text(task.negative_prompt)
+        return torch.cat([negative, prompt]), dropped_prompt, dropped_negative_prompt
+
+    def _encode_text(self, text: str) -> tuple[torch.Tensor, str]:
+        """One text as embeddings (1, tokens, width), and the part of it that did not fit."""
+        tokenizer, encoder = self._parts.tokenizer, self._parts.text_encoder
+        length = tokenizer.model_max_length
+        tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        all_tokens = tokenizer(text, truncation=False, verbose=False).input_ids
+        dropped = tokenizer.decode(all_tokens[length - 1 : -1]).strip() if len(all_tokens) > length else ""
+        uses_mask = getattr(encoder.config, "use_attention_mask", False)
+        attention_mask = tokens.attention_mask.to(self._parts.device) if uses_mask else None
+        embeddings = encoder(tokens.input_ids.to(self._parts.device), attention_mask=attention_mask)[0]
+        return embeddings.to(dtype=self._parts.dtype), dropped
+
+    def _new_scheduler(self, name: str) -> Any:
+        """A fresh noise scheduler with the model's own noise schedule; the shared one is never changed."""
+        options = {"use_karras_sigmas": True} if name.endswith(_KARRAS) else {}
+        scheduler_class = getattr(diffusers, name.removesuffix(_KARRAS))
+        return scheduler_class.from_config(self._parts.scheduler.config, **options)
+
+    def _draw_noise(self, task: Task, generator: torch.Generator) -> torch.Tensor:
+        shape = (
+            1,
+            self._parts.vae.config.latent_channels,
+            task.height // self._pixels_per_latent,
+            task.width // self._pixels_per_latent,
+        )
+        noise: torch.Tensor = randn_tensor(shape, generator=generator, device=self._parts.device, dtype=self._parts.dtype)
+        return noise
+
+    def _encode_image(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        pixels = pixels.to(device=self._parts.device, dtype=self._parts.dtype)
+        encoded: torch.Tensor = retrieve_latents(self._parts.vae.encode(pixels), generator=generator)
+        scaling_factor: float = self._parts.vae.config.scaling_factor
+        return scaling_factor * encoded
+
+    def _skip_to_strength(self, task: Task, latents: Latents) -> None:
+        """Leave out the first steps, so that `strength` of them remain (Meng et al. 2021, SDEdit)."""
+        skipped = task.num_inference_steps - min(int(task.num_inference_steps * task.strength), task.num_inference_steps)
+        skipped *= latents.scheduler.order
+        latents.timesteps = latents.scheduler.timesteps[skipped:]
+        if hasattr(latents.scheduler, "set_begin_index"):
+            latents.scheduler.set_begin_index(skipped)
+
+    def _start_from_image(self, task: Task, latents: Latents) -> None:
+        self._skip_to_strength(task, latents)
+        image_latents = self._encode_image(self._images.preprocess(task.image), latents.generator)
+        noise = self._draw_noise(task, latents.generator)
+        latents.latents = latents.scheduler.add_noise(image_latents, noise, latents.timesteps[:1])
+
+    def _start_under_mask(self, task: Task, latents: Latents) -> None:
+        self._skip_to_strength(task, latents)
+        has_mask_channels = self._parts.unet.config.in_channels != self._parts.vae.config.latent_channels
+        pixels = self._images.preprocess(task.image, height=task.height, width=task.width).to(torch.float32)
+        mask_pixels = self._masks.preprocess(task.mask, height=task.height, width=task.width)
+        image_latents = None
+        if not has_mask_channels or task.strength < 1:
+            # Contiguous as in diffusers' inpaint pipeline (not in its img2img pipeline): the last bit depends on the memory format.
+            image_latents = self._encode_image(pixels, latents.generator).contiguous()
+        noise = self._draw_noise(task, latents.generator)
+        if task.strength == 1:
+            latents.latents = noise * latents.scheduler.init_noise_sigma
+        else:
+            latents.latents = latents.scheduler.add_noise(image_latents, noise, latents.timesteps[:1])
+        mask = torch.nn.functional.interpolate(mask_pixels, size=noise.shape[-2:])
+        mask = mask.to(device=self._parts.device, dtype=self._parts.dtype)
+        if has_mask_channels:
+            masked_latents = self._encode_image(pixels * (mask_pixels < 0.5), latents.generator)
+            latents.extra_channels = torch.cat([mask, masked_latents], dim=1)
+        else:
+            # diffusers encodes the masked image here too and does not use it; its random numbers are drawn all the same.
+            self._draw_noise(task, latents.generator)
+            latents.mask, latents.image_latents, latents.noise = mask, image_latents, noise
+
+    # --- the steps -------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def predict(self, jobs: Sequence[Job]) -> list[torch.Tensor]:
+        """One UNet call for the next step of all `jobs`, which share a batch key. Returns each job's rows and changes no job."""
+        inputs, timesteps, embeddings = [], [], []
+        for job in jobs:
+            state = _tensors_of(job)
+            timestep = state.timesteps[state.step_index]
+            scaled = state.scheduler.scale_model_input(state.latents, timestep)
+            if state.extra_channels is not None:
+                scaled = torch.cat([scaled, state.extra_channels], dim=1)
+            # Repeated by the concatenation below, as diffusers does: it keeps the memory format, on which the last bit depends.
+            inputs.extend([scaled] * job.rows)
+            timesteps.append(timestep.to(torch.float32).expand(job.rows))
+            embeddings.append(state.embeddings)
+        predicted = self._parts.unet(
+            torch.cat(inputs), torch.cat(timesteps), encoder_hidden_states=torch.cat(embeddings), return_dict=False
+        )[0]
+        return list(predicted.split([job.rows for job in jobs]))
+
+    @torch.inference_mode()
+    def advance(self, job: Job, predicted: torch.Tensor) -> None:
+        """Apply guidance and the noise scheduler to one job's rows. Raises GenerationFailed when the latents are no numbers any more."""
+        state = _tensors_of(job)
+        timestep = state.timesteps[state.step_index]
+        if job.rows == 2:
+            unconditional, conditional = predicted.chunk(2)
+            predicted = unconditional + job.task.guidance_scale * (conditional - unconditional)
+        latents = state.scheduler.step(predicted, timestep, state.latents, **state.step_arguments, return_dict=False)[0]
+        if state.mask is not None:
+            kept = state.image_latents
+            assert kept is not None
+            if state.step_index < len(state.timesteps) - 1:
+                following = state.timesteps[state.step_index + 1]
+                kept = state.scheduler.add_noise(kept, state.noise, torch.tensor([following]))
+            latents = (1 - state.mask) * kept + state.mask * latents
+        if not torch.isfinite(latents).all():
+            raise GenerationFailed(f"the picture turned into values that are no numbers at step {state.step_index + 1}; try another seed")
+        state.latents = latents
+        state.step_index += 1
+
+    # --- after the last step ---------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def decode(self, job: Job) -> Picture:
+        """Latents to RGB, looked at by the safety checker where there is one and the task does not forbid it."""
+        state = _tensors_of(job)
+        vae = self._parts.vae
+        pixels = vae.decode(state.latents / vae.config.scaling_factor, return_dict=False, generator=state.generator)[0]
+        flagged = None
+        if job.task.safety_check and self._parts.safety_checker is not None:
+            pixels, flagged = self._check_safety(pixels)
+        (image,) = self._images.postprocess(pixels, output_type="pil", do_denormalize=[not flagged])
+        return Picture(image, flagged, state.dropped_prompt, state.dropped_negative_prompt)
+
+    def _check_safety(self, pixels: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """What is flagged comes back blank from the checker itself."""
+        assert self._parts.safety_checker is not None
+        assert self._parts.feature_extractor is not None
+        looked_at = self._parts.feature_extractor(self._images.postprocess(pixels, output_type="pil"), return_tensors="pt")
+        clip_input = looked_at.pixel_values.to(device=self._parts.device, dtype=self._parts.dtype)
+        # The checker writes into the images that it is given, and inference tensors allow that only to a copy.
+        pixels, (flagged,) = self._parts.safety_checker(images=pixels.clone(), clip_input=clip_input)
+        return pixels, bool(flagged)
+
+
+def _tensors_of(job: Job) -> Latents:
+    assert job.tensors is not None, "the job has not been prepared"
+    return job.tensors
+
+
+def _step_arguments(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
+    """Schedulers that draw noise in a step take the job's generator, the others do not know the argument."""
+    parameters = inspect.signature(scheduler.step).parameters
+    arguments: dict[str, Any] = {}
+    if "eta" in parameters:
+        arguments["eta"] = 0.0
+    if "generator" in parameters:
+        arguments["generator"] = generator
+    return arguments

@@ -1,0 +1,238 @@
+"""The loop: admit, step, finish, fail, cancel. All torch work of the process happens on its one thread.
+
+Knows nothing of BentoML or HTTP; what a step computes is `denoiser.py`'s business, who shares it `batching.py`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from stable_diffusion.engine.batching import Batching
+from stable_diffusion.engine.job import Job, Latents, Picture, Stage, Task
+from stable_diffusion.errors import GenerationFailed, ServiceError
+
+logger = logging.getLogger("stable_diffusion")
+
+
+class Steps(Protocol):
+    """What the engine needs of a denoiser."""
+
+    def prepare(self, task: Task) -> Latents: ...
+    def predict(self, jobs: Sequence[Job]) -> list[torch.Tensor]: ...
+    def advance(self, job: Job, predicted: torch.Tensor) -> None: ...
+    def decode(self, job: Job) -> Picture: ...
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One UNet call: the numbers of the jobs that shared it, and how many rows it had."""
+
+    job_numbers: tuple[int, ...]
+    rows: int
+
+
+@dataclass(frozen=True)
+class _Submit:
+    job: Job
+
+
+@dataclass(frozen=True)
+class _Cancel:
+    job: Job
+
+
+class _Stop:
+    pass
+
+
+class Engine:
+    """Runs many jobs at once. `submit` and `cancel` may be called from any thread and return at once."""
+
+    def __init__(
+        self,
+        load: Callable[[], Steps],
+        max_batch_size: int,
+        on_step: Callable[[StepRecord], None] | None = None,
+    ) -> None:
+        """Start the thread and load the model on it. Returns when it is loaded; raises what loading raised.
+
+        `max_batch_size`: how many jobs may share a UNet call. `on_step` is called on the engine's thread.
+        """
+        self._load = load
+        self._batching: Batching[Job] = Batching(max_batch_size)
+        self._to_decode: deque[Job] = deque()
+        self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
+        self._on_step = on_step
+        self._loaded = threading.Event()
+        self._load_error: BaseException | None = None
+        self._stopping = False
+        # A second thread that used OpenMP would make every step twice as slow on a CPU, hence loading on this one too.
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+        self._loaded.wait()
+        if self._load_error is not None:
+            raise self._load_error
+
+    def submit(self, task: Task, on_end: Callable[[Picture | ServiceError], None]) -> Job:
+        """Queue a task. `on_end` is called once with the picture or the error, on the engine's thread, unless it is cancelled."""
+        if not self._thread.is_alive():
+            raise GenerationFailed("the engine has been stopped")
+        job = Job(task, on_end)
+        self._inbox.put(_Submit(job))
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """Drop a job before its next step; nothing happens if it has ended. `on_end` is not called any more."""
+        self._inbox.put(_Cancel(job))
+
+    def close(self) -> None:
+        """Stop the thread after the step in hand. Jobs that have not ended fail."""
+        self._inbox.put(_Stop())
+        self._thread.join()
+
+    # --- everything below runs on the engine's thread ------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._denoiser = self._load()
+        except BaseException as error:
+            self._load_error = error
+            return
+        finally:
+            self._loaded.set()
+        while not self._stopping:
+            try:
+                self._turn()
+            except Exception:
+                # A defect in the loop itself. Whoever waits gets an answer, and the next job a working engine.
+                logger.exception("The engine failed outside of any job; all jobs in it are given up.")
+                self._fail_all()
+        self._fail_all()
+
+    def _turn(self) -> None:
+        """Take what has come in, decode at most one picture, take one step."""
+        self._read_inbox()
+        if self._to_decode:
+            self._decode(self._to_decode.popleft())
+        batch = self._prepared(self._batching.next_batch())
+        if batch:
+            self._step(batch)
+
+    def _read_inbox(self) -> None:
+        """Wait for something only when there is nothing else to do."""
+        is_idle = not self._to_decode and not len(self._batching)
+        while True:
+            try:
+                message = self._inbox.get(block=is_idle)
+            except queue.Empty:
+                return
+            is_idle = False
+            match message:
+                case _Submit(job):
+                    self._batching.add(job)
+                case _Cancel(job):
+                    self._drop(job)
+                case _Stop():
+                    self._stopping = True
+
+    def _prepared(self, batch: list[Job]) -> list[Job]:
+        """Prepare the newcomers of a batch, at most one of them with an image, so that the others do not wait for long."""
+        ready: list[Job] = []
+        encoded_image = False
+        for job in batch:
+            if job.tensors is None:
+                if job.task.image is not None:
+                    if encoded_image:
+                        continue
+                    encoded_image = True
+                try:
+                    job.tensors = self._denoiser.prepare(job.task)
+                    job.stage = Stage.DENOISING
+                except Exception as error:
+                    self._fail(job, error)
+                    continue
+            ready.append(job)
+        return ready
+
+    def _step(self, batch: list[Job]) -> None:
+        for job, predicted in self._predict(batch):
+            try:
+                self._denoiser.advance(job, predicted)
+            except Exception as error:
+                self._fail(job, error)
+                continue
+            if job.is_denoised:
+                self._batching.remove(job)
+                job.stage = Stage.DECODING
+                self._to_decode.append(job)
+
+    def _predict(self, batch: list[Job]) -> list[tuple[Job, torch.Tensor]]:
+        """One UNet call, or, where it fails, one for each half: a job that cannot be computed in the end fails alone."""
+        try:
+            predicted = self._denoiser.predict(batch)
+        except Exception as error:
+            if len(batch) == 1:
+                self._fail(batch[0], error)
+                return []
+            half = len(batch) // 2
+            if isinstance(error, torch.OutOfMemoryError):
+                self._batching.max_batch_size = half
+                logger.warning("Out of memory with %d jobs in a step: from now on at most %d.", len(batch), half)
+        else:
+            if self._on_step is not None:
+                self._on_step(StepRecord(tuple(job.number for job in batch), sum(job.rows for job in batch)))
+            return list(zip(batch, predicted, strict=True))
+        # Outside of the except clause: the failed call's tensors are held by its traceback until here.
+        return self._predict(batch[:half]) + self._predict(batch[half:])
+
+    def _decode(self, job: Job) -> None:
+        try:
+            picture = self._denoiser.decode(job)
+        except Exception as error:
+            self._fail(job, error)
+        else:
+            self._end(job, picture)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        self._batching.remove(job)
+        if not isinstance(error, ServiceError):
+            logger.error("Job %d failed.", job.number, exc_info=error)
+            if isinstance(error, torch.OutOfMemoryError):
+                error = GenerationFailed("the device is out of memory, even for this picture alone; ask for a smaller one")
+            else:
+                error = GenerationFailed("the picture could not be computed")
+        self._end(job, error)
+
+    def _drop(self, job: Job) -> None:
+        """A cancelled job leaves wherever it stands; one that has ended is not there any more."""
+        if job.stage is Stage.ENDED:
+            return
+        self._batching.remove(job)
+        if job in self._to_decode:
+            self._to_decode.remove(job)
+        job.stage = Stage.ENDED
+        job.tensors = None
+        logger.info("Job %d was cancelled.", job.number)
+
+    def _end(self, job: Job, outcome: Picture | ServiceError) -> None:
+        job.stage = Stage.ENDED
+        job.tensors = None
+        try:
+            job.on_end(outcome)
+        except Exception:
+            # Whoever asked is gone (an event loop that was closed, say). That is no reason to stop drawing for the others.
+            logger.exception("The outcome of job %d could not be delivered.", job.number)
+
+    def _fail_all(self) -> None:
+        for job in [*self._to_decode, *self._batching]:
+            self._batching.remove(job)
+            self._end(job, GenerationFailed("the engine was stopped before this picture was finished"))
+        self._to_decode.clear()

@@ -1,0 +1,105 @@
+"""What one request asks of the engine, and its state while it is being denoised.
+
+Plain data: the tensors in it are made and read by `denoiser.py` only.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from stable_diffusion.errors import ServiceError
+
+Kind = Literal["txt2img", "img2img", "inpaint"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to draw; every value is resolved and within its limits. Sizes in pixels, the image and mask already of that size."""
+
+    kind: Kind
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    scheduler: str
+    safety_check: bool
+    strength: float = 1.0  # img2img and inpaint
+    image: Image.Image | None = None  # RGB; img2img and inpaint
+    mask: Image.Image | None = None  # L, white is repainted; inpaint
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished job. `flagged` is None where no safety checker looked at the picture."""
+
+    image: Image.Image
+    flagged: bool | None
+    dropped_prompt: str  # what did not fit into the text encoder's tokens, "" if nothing
+    dropped_negative_prompt: str
+
+
+class Stage(Enum):
+    WAITING = "waiting"
+    DENOISING = "denoising"
+    DECODING = "decoding"
+    ENDED = "ended"
+
+
+@dataclass
+class Latents:
+    """The tensors of one job. Shapes: latents and noise (1, 4, height/8, width/8), embeddings (rows, tokens, width)."""
+
+    latents: torch.Tensor
+    embeddings: torch.Tensor
+    scheduler: Any
+    timesteps: torch.Tensor
+    generator: torch.Generator
+    step_arguments: dict[str, Any]
+    dropped_prompt: str
+    dropped_negative_prompt: str
+    step_index: int = 0
+    # Inpainting on a 4-channel UNet: after each step, what is outside the mask is put back.
+    mask: torch.Tensor | None = None
+    image_latents: torch.Tensor | None = None
+    noise: torch.Tensor | None = None
+    # Inpainting on a 9-channel UNet: mask and masked image, appended to the latents of every step.
+    extra_channels: torch.Tensor | None = None
+
+
+_numbers = itertools.count(1)
+
+
+@dataclass(eq=False)
+class Job:
+    """One task on its way through the engine. `on_end` is called once, on the engine's thread."""
+
+    task: Task
+    on_end: Callable[[Picture | ServiceError], None]
+    number: int = field(default_factory=lambda: next(_numbers))
+    stage: Stage = Stage.WAITING
+    tensors: Latents | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of a UNet call: a guided job has one without and one with the prompt (Ho and Salimans 2022)."""
+        return 2 if self.task.guidance_scale > 1 else 1
+
+    @property
+    def batch_key(self) -> Hashable:
+        """Jobs of one key can share a UNet call: channels, dtype and embedding length are those of the one loaded model."""
+        return self.task.height, self.task.width
+
+    @property
+    def is_denoised(self) -> bool:
+        return self.tensors is not None and self.tensors.step_index >= len(self.tensors.timesteps)

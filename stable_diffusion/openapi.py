@@ -1,0 +1,181 @@
+"""The OpenAPI 3.1 document, made of the request models, and the page that shows it. Knows nothing of how requests are answered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stable_diffusion.images import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MEDIA_TYPES
+from stable_diffusion.requests import GenerationRequest, ImageToImageRequest, TextToImageRequest
+
+_ANSWER_HEADERS = {
+    "prompt": "The prompt as it was used. Text in headers is percent-encoded UTF-8, cut after 4096 characters.",
+    "negative_prompt": "The negative prompt as it was used.",
+    "prompt_dropped": "Only there if the prompt was too long: the end of it that was not used.",
+    "negative_prompt_dropped": "Only there if the negative prompt was too long: the end of it that was not used.",
+    "height": "Height in pixels.",
+    "width": "Width in pixels.",
+    "num_inference_steps": "Denoising steps.",
+    "guidance_scale": "Guidance scale.",
+    "seed": "The seed: send it again to get the same picture.",
+    "scheduler": "Noise scheduler.",
+    "strength": "Strength (img2img and inpaint only).",
+    "safety_check": "Whether a safety check was asked for.",
+    "safety_flagged": "true: the picture was flagged and is blank. false: it was not. unchecked: nobody looked.",
+    "model": "The model; `demo` is the embedded demo model.",
+}
+_ERRORS = {
+    "400": "A field or a part is missing, malformed or out of range.",
+    "406": "The Accept header allows none of the image types.",
+    "413": "The body or an image is too large.",
+    "415": "The body is not of the type that the endpoint takes.",
+    "500": "The picture could not be computed.",
+    "503": "The model process cannot be reached.",
+}
+_EXAMPLE = {"prompt": "a small red circle on a blue background", "num_inference_steps": 50, "guidance_scale": 7.5, "seed": 1}
+_PICTURE = f"PNG, JPEG or WebP of at most {MAX_UPLOAD_BYTES // 2**20} MiB and {MAX_UPLOAD_PIXELS // 10**6} million pixels."
+
+
+def document(title: str, version: str) -> dict[str, Any]:
+    """The whole API as a JSON-serialisable OpenAPI 3.1 document."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": title,
+            "version": version,
+            "description": "Stable Diffusion: text to image, image to image and inpainting. The answer is the image itself.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [{"url": "/"}],
+        "tags": [{"name": "images", "description": "Draw"}, {"name": "operation", "description": "Run"}],
+        "paths": {
+            "/txt2img": _draws(
+                "txt2img",
+                "Draw a picture from text",
+                {"application/json": {"schema": _reference(TextToImageRequest), "example": _EXAMPLE}},
+            ),
+            "/img2img": _draws("img2img", "Redraw a picture as a text says", _multipart({"img": f"The picture to start from: {_PICTURE}"})),
+            "/inpaint": _draws(
+                "inpaint",
+                "Repaint a part of a picture",
+                _multipart(
+                    {
+                        "img": f"The picture to repaint: {_PICTURE}",
+                        "mask": f"White is repainted, black is kept, grey blends. Scaled to the picture's size. {_PICTURE}",
+                    }
+                ),
+            ),
+            "/livez": _probe("livez", "Is the server process alive?"),
+            "/readyz": _probe("readyz", "Is the model loaded?"),
+            "/metrics": _probe("metrics", "Prometheus metrics"),
+        },
+        "components": {
+            "schemas": {model.__name__: _schema(model) for model in (TextToImageRequest, ImageToImageRequest)} | {"Error": _ERROR_SCHEMA}
+        },
+    }
+
+
+def _reference(model: type[GenerationRequest]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+def _schema(model: type[GenerationRequest]) -> dict[str, Any]:
+    schema = model.model_json_schema()
+    schema["description"] = schema["description"].splitlines()[0]
+    return schema
+
+
+_ERROR_SCHEMA = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["type", "message", "problems"],
+            "properties": {
+                "type": {"type": "string", "examples": ["invalid_request"]},
+                "message": {"type": "string", "examples": ["height: must be a multiple of 8, 100 is not"]},
+                "problems": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "required": ["field", "message"],
+                        "properties": {"field": {"type": ["string", "null"]}, "message": {"type": "string"}},
+                    },
+                },
+            },
+        }
+    },
+}
+
+
+def _multipart(parts: dict[str, str]) -> dict[str, Any]:
+    files = {name: {"type": "string", "format": "binary", "description": text} for name, text in parts.items()}
+    return {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": [*parts, "data"],
+                "properties": {**files, "data": {**_reference(ImageToImageRequest), "example": {**_EXAMPLE, "strength": 0.8}}},
+            },
+            "encoding": {"data": {"contentType": "application/json"}},
+        }
+    }
+
+
+def _draws(name: str, summary: str, content: dict[str, Any]) -> dict[str, Any]:
+    headers = {
+        header: {"description": text, "schema": {"type": "string"}}
+        for header, text in _ANSWER_HEADERS.items()
+        if header != "strength" or name != "txt2img"
+    }
+    answers: dict[str, Any] = {
+        "200": {"description": "The picture.", "headers": headers, "content": {media_type: {} for media_type in MEDIA_TYPES.values()}}
+    }
+    for status, text in _ERRORS.items():
+        answers[status] = {"description": text, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+    return {
+        "post": {
+            "operationId": name,
+            "summary": summary,
+            "tags": ["images"],
+            "requestBody": {"required": True, "content": content},
+            "responses": answers,
+        }
+    }
+
+
+def _probe(name: str, summary: str) -> dict[str, Any]:
+    answers: dict[str, Any] = {"200": {"description": "Yes.", "content": {"text/plain": {"schema": {"type": "string"}}}}}
+    if name == "readyz":
+        answers["503"] = {"description": "Not yet."}
+    return {"get": {"operationId": name, "summary": summary, "tags": ["operation"], "responses": answers}}
+
+
+# BentoML's own page loads Google Tag Manager in the visitor's browser; this one loads only the assets that BentoML ships.
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+  <head>
+    <meta charset="utf-8">
+    <meta name="viewport" content="width=device-width, initial-scale=1">
+    <title>Stable Diffusion</title>
+    <link rel="icon" href="data:,">
+    <link rel="stylesheet" href="./static_content/swagger-ui.css">
+  </head>
+  <body>
+    <div id="swagger-ui"></div>
+    <script src="./static_content/swagger-ui-bundle.js"></script>
+    <script>
+      window.ui = SwaggerUIBundle({
+        url: "./docs.json",
+        dom_id: "#swagger-ui",
+        deepLinking: true,
+        tryItOutEnabled: true,
+        validatorUrl: null,
+        docExpansion: "list",
+        defaultModelsExpandDepth: 0,
+        presets: [SwaggerUIBundle.presets.apis]
+      });
+    </script>
+  </body>
+</html>
+"""

@@ -1,0 +1,211 @@
+"""The request models: names, defaults and limits. Every API reads these, and the OpenAPI document is made of them.
+
+Knows nothing of HTTP, of images or of the model that is loaded: what depends on the model (its native size,
+its own noise scheduler) stays None here and is resolved where the model is known.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from typing import Annotated, Any, Literal, TypeVar
+
+import ftfy
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stable_diffusion.errors import FieldError, InvalidRequest
+
+MIN_SIDE = 64
+MAX_SIDE = 1024
+SIDE_MULTIPLE = 8
+MAX_STEPS = 150
+MAX_GUIDANCE_SCALE = 30.0
+MAX_PROMPT_CHARACTERS = 2000
+SEED_LIMIT = 2**32  # the largest integer range that every JSON reader keeps exactly, JavaScript's included
+
+# diffusers' class name -> the usual short names. "Karras" is DPM++ 2M with other noise levels, not a class of its own.
+SCHEDULERS: dict[str, tuple[str, ...]] = {
+    "PNDMScheduler": ("PNDM", "PLMS"),
+    "DDIMScheduler": ("DDIM",),
+    "EulerDiscreteScheduler": ("Euler",),
+    "EulerAncestralDiscreteScheduler": ("Euler a", "Euler ancestral"),
+    "DPMSolverMultistepScheduler": ("DPM++ 2M",),
+    "DPMSolverMultistepScheduler Karras": ("DPM++ 2M Karras",),
+    "UniPCMultistepScheduler": ("UniPC",),
+    "LMSDiscreteScheduler": ("LMS",),
+    "HeunDiscreteScheduler": ("Heun",),
+}
+
+
+def _spelling(name: str) -> str:
+    """Case, spaces, hyphens and underscores do not tell schedulers apart."""
+    return "".join(character for character in name.lower() if character.isalnum() or character == "+")
+
+
+_SCHEDULER_BY_SPELLING = {_spelling(name): scheduler for scheduler, short_names in SCHEDULERS.items() for name in (scheduler, *short_names)}
+
+
+def _known_scheduler(name: str) -> str:
+    try:
+        return _SCHEDULER_BY_SPELLING[_spelling(name)]
+    except KeyError:
+        allowed = ", ".join(short_names[0] for short_names in SCHEDULERS.values())
+        raise ValueError(f"unknown scheduler {name[:60]!r}, allowed are {allowed} or diffusers' class names") from None
+
+
+def _clean_text(text: str) -> str:
+    """Repair broken Unicode and unescape entities as CLIP's original tokenizer did; drop white space around it."""
+    cleaned: str = ftfy.fix_text(text)
+    return cleaned.strip()
+
+
+def _not_blank(text: str) -> str:
+    if not text:
+        raise ValueError("must not be empty")
+    return text
+
+
+def _whole_blocks(side: int | None) -> int | None:
+    if side is not None and side % SIDE_MULTIPLE:
+        raise ValueError(f"must be a multiple of {SIDE_MULTIPLE}, {side} is not")
+    return side
+
+
+Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(_clean_text)]
+Side = Annotated[
+    int | None,
+    Field(ge=MIN_SIDE, le=MAX_SIDE, json_schema_extra={"multipleOf": SIDE_MULTIPLE}),
+    AfterValidator(_whole_blocks),
+]
+
+
+class GenerationRequest(BaseModel):
+    """What all three kinds of request have in common."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    prompt: Annotated[Prompt, AfterValidator(_not_blank)] = Field(
+        description="What to draw. Whatever does not fit into the model's 77 tokens is reported in the header `prompt_dropped`.",
+        examples=["a small red circle on a blue background"],
+    )
+    negative_prompt: Prompt = Field("", description="What to keep away from. Used when guidance_scale is above 1.")
+    height: Side = Field(None, description="Height in pixels. By default the model's native height, or as the input image asks for.")
+    width: Side = Field(None, description="Width in pixels. By default the model's native width, or as the input image asks for.")
+    num_inference_steps: int = Field(50, ge=1, le=MAX_STEPS, description="Denoising steps.")
+    guidance_scale: float = Field(
+        7.5, ge=0, le=MAX_GUIDANCE_SCALE, description="How closely to follow the prompt. Up to 1: no guidance, half the work."
+    )
+    seed: int | None = Field(
+        None,
+        ge=0,
+        lt=SEED_LIMIT,
+        description="The same seed draws the same picture. By default random; the header `seed` says which.",
+    )
+    scheduler: Annotated[str, AfterValidator(_known_scheduler)] | None = Field(
+        None,
+        description="Noise scheduler: "
+        + ", ".join(short_names[0] for short_names in SCHEDULERS.values())
+        + ", or diffusers' class name. By default the model's own.",
+        examples=["PNDM"],
+    )
+    safety_check: bool = Field(True, description="Run the safety checker on this picture, where the model has one.")
+    output_format: Literal["jpeg", "png", "webp"] | None = Field(
+        None, description="Image format of the answer. By default what the Accept header prefers, else jpeg."
+    )
+
+
+class TextToImageRequest(GenerationRequest):
+    """The body of POST /txt2img."""
+
+
+class ImageToImageRequest(GenerationRequest):
+    """The `data` part of POST /img2img and POST /inpaint."""
+
+    strength: float = Field(
+        0.8, gt=0, le=1, description="How far to leave the input image: num_inference_steps * strength steps are run, one at least."
+    )
+
+    @model_validator(mode="after")
+    def _some_step_is_left(self) -> ImageToImageRequest:
+        if int(self.num_inference_steps * self.strength) < 1:
+            raise ValueError(
+                f"strength {self.strength} leaves no step to run out of {self.num_inference_steps}, "
+                f"it must be at least {1 / self.num_inference_steps:.3g}"
+            )
+        return self
+
+
+Model = TypeVar("Model", bound=GenerationRequest)
+
+
+def random_seed() -> int:
+    return secrets.randbelow(SEED_LIMIT)
+
+
+def parse_json(body: bytes | str, where: str) -> dict[str, Any]:
+    """Read a JSON object strictly: no NaN, no Infinity, no duplicate names. `where` names the body or part in errors."""
+
+    def no_constant(name: str) -> Any:
+        raise InvalidRequest(f"{where}: {name} is not a number in JSON", field=where)
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                raise InvalidRequest(f"{name[:60]} is given more than once", field=name[:60])
+        return dict(pairs)
+
+    try:
+        document = json.loads(body, parse_constant=no_constant, object_pairs_hook=no_duplicates)
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"{where}: not UTF-8", field=where) from None
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(
+            f"{where}: not valid JSON, {error.msg.lower()} at line {error.lineno} column {error.colno}", field=where
+        ) from None
+    except (RecursionError, ValueError):  # nested too deeply, or an integer of more digits than Python reads
+        raise InvalidRequest(f"{where}: JSON is nested too deeply or has a number that is too long", field=where) from None
+    if not isinstance(document, dict):
+        raise InvalidRequest(f'{where}: must be a JSON object, such as {{"prompt": "a red circle"}}', field=where)
+    return document
+
+
+def parse_text_to_image(document: dict[str, Any]) -> TextToImageRequest:
+    return _validated(TextToImageRequest, document)
+
+
+def parse_image_to_image(document: dict[str, Any]) -> ImageToImageRequest:
+    return _validated(ImageToImageRequest, document)
+
+
+def _validated(model: type[Model], document: dict[str, Any]) -> Model:
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        problems = [_problem(detail, model) for detail in error.errors(include_url=False, include_context=True)]
+        message = "; ".join(problem.message for problem in problems[:5])
+        raise InvalidRequest(message, problems=problems) from None
+
+
+def _problem(detail: Any, model: type[GenerationRequest]) -> FieldError:
+    """A pydantic error in words that name the field and the limit."""
+    field = str(detail["loc"][0])[:60] if detail["loc"] else "strength"  # the one check over two fields is about strength
+    context = detail.get("ctx", {})
+    match detail["type"]:
+        case "missing":
+            reason = "is required"
+        case "extra_forbidden":
+            reason = f"is not a known field, allowed are {', '.join(model.model_fields)}"
+        case "value_error":
+            reason = str(context["error"])
+        case "literal_error":
+            reason = f"must be one of {context['expected']}"
+        case "string_too_long":
+            reason = f"must have at most {context['max_length']} characters"
+        case _:
+            reason = detail["msg"][:1].lower() + detail["msg"][1:]
+            reason = reason.removeprefix("input ").removeprefix("should").strip()
+            reason = f"must {reason}" if not reason.startswith("must") else reason
+    if field == "strength" and not detail["loc"]:
+        return FieldError(field, reason)
+    return FieldError(field, f"{field}: {reason}")

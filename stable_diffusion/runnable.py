@@ -1,0 +1,100 @@
+"""How a task crosses the process hop and how its outcome comes back: the only place that knows both sides' form.
+
+A BentoML runner takes any picklable argument but streams text only, so a task travels as plain values and an
+outcome as one JSON line with the pixels in base64. Knows nothing of HTTP; loads no torch by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncGenerator
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from stable_diffusion.engine.job import Picture, Task
+from stable_diffusion.errors import GenerationFailed, ServiceError
+
+if TYPE_CHECKING:
+    from stable_diffusion.engine.engine import Engine
+    from stable_diffusion.pipelines import Precision
+    from stable_diffusion.weights import ModelFolder
+
+
+def start_engine(model: ModelFolder, precision: Precision, max_batch_size: int) -> Engine:
+    """Load the model and start its engine; returns when it can draw."""
+    # Imported here because API workers import this module too and must stay without torch.
+    from stable_diffusion.engine.denoiser import Denoiser
+    from stable_diffusion.engine.engine import Engine
+    from stable_diffusion.pipelines import load
+
+    def load_and_warm_up() -> Denoiser:
+        denoiser = Denoiser(load(model, precision))
+        denoiser.warm_up(model.native_width, model.native_height)
+        return denoiser
+
+    return Engine(load_and_warm_up, max_batch_size)
+
+
+def pack_task(task: Task) -> dict[str, Any]:
+    """A task as plain values: pictures become (mode, size, bytes)."""
+    return {field.name: _pack_image(getattr(task, field.name)) for field in fields(task)}
+
+
+def unpack_task(packed: dict[str, Any]) -> Task:
+    images = {name: Image.frombytes(*packed[name]) for name in ("image", "mask") if packed[name] is not None}
+    return Task(**{**packed, **images})
+
+
+def _pack_image(value: Any) -> Any:
+    return (value.mode, value.size, value.tobytes()) if isinstance(value, Image.Image) else value
+
+
+def pack_outcome(outcome: Picture | ServiceError) -> str:
+    """One line of ASCII, so that it does not matter where a transport cuts it."""
+    if isinstance(outcome, ServiceError):
+        content: dict[str, Any] = {"error": outcome.message}
+    else:
+        content = {
+            "size": outcome.image.size,
+            "pixels": base64.b64encode(outcome.image.tobytes()).decode("ascii"),
+            "flagged": outcome.flagged,
+            "dropped_prompt": outcome.dropped_prompt,
+            "dropped_negative_prompt": outcome.dropped_negative_prompt,
+        }
+    return json.dumps(content) + "\n"
+
+
+def unpack_outcome(line: str) -> Picture:
+    """The picture that a runner has sent. Raises GenerationFailed if it sent an error instead."""
+    content = json.loads(line)
+    if "error" in content:
+        raise GenerationFailed(content["error"])
+    return Picture(
+        image=Image.frombytes("RGB", tuple(content["size"]), base64.b64decode(content["pixels"])),
+        flagged=content["flagged"],
+        dropped_prompt=content["dropped_prompt"],
+        dropped_negative_prompt=content["dropped_negative_prompt"],
+    )
+
+
+async def draw(engine: Engine, packed: dict[str, Any]) -> AsyncGenerator[str, None]:
+    """Run one task and yield its outcome. Closing this generator early cancels the job."""
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[Picture | ServiceError] = loop.create_future()
+
+    def resolve(outcome: Picture | ServiceError) -> None:
+        if not ended.done():
+            ended.set_result(outcome)
+
+    def on_end(outcome: Picture | ServiceError) -> None:
+        loop.call_soon_threadsafe(resolve, outcome)
+
+    job = engine.submit(unpack_task(packed), on_end)
+    try:
+        yield pack_outcome(await ended)
+    finally:
+        engine.cancel(job)

@@ -1,0 +1,171 @@
+"""Which model folder is served, and whether it is whole: reads names, JSON and file headers, never a tensor.
+
+Loads neither torch nor diffusers, because API workers ask it too. What the tensors mean is `pipelines.py`'s business.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stable_diffusion.errors import ModelFolderError
+
+logger = logging.getLogger("stable_diffusion")
+
+DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
+DEMO_NAME = "demo"
+MODEL_VARIABLE = "SD_MODEL"
+
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+_COMPONENTS_WITH_WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "safety_checker": "model",
+}
+_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+_HALF_PRECISION = ".fp16"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A checked diffusers folder of a Stable Diffusion 1.x or 2.x model, and what its JSON files say of it."""
+
+    path: Path
+    name: str
+    is_demo: bool
+    native_width: int  # pixels
+    native_height: int  # pixels
+    scheduler: str  # diffusers' class name
+    only_inpaints: bool  # a UNet with 9 input channels, which needs a mask
+    variant: str | None  # "fp16" where only half-precision files are there under the hub's names
+
+
+def choose_model(weights: Path, environment: Mapping[str, str], *, in_bento: bool) -> ModelFolder:
+    """The model to serve: what SD_MODEL asks for ("demo" or a folder), else `weights`, else the demo model.
+
+    A built bento never falls back to the demo model by itself. Raises ModelFolderError.
+    """
+    asked_for = environment.get(MODEL_VARIABLE, "").strip()
+    if asked_for == DEMO_NAME:
+        return _demo()
+    if asked_for:
+        return check_model(Path(asked_for).expanduser())
+    if _has_weights(weights):
+        return check_model(weights)
+    if in_bento:
+        raise ModelFolderError(
+            f"this bento holds no weights in models/{weights.name}: run 'make model' before 'bentoml build', set {MODEL_VARIABLE} "
+            f"to a model folder, or set {MODEL_VARIABLE}={DEMO_NAME} to serve the demo model, which draws coloured shapes only"
+        )
+    logger.warning(
+        "No weights in models/%s: serving the demo model, which draws coloured shapes only. 'make model' downloads Stable Diffusion v1.4.",
+        weights.name,
+    )
+    return _demo()
+
+
+def _demo() -> ModelFolder:
+    return check_model(DEMO_FOLDER, name=DEMO_NAME, is_demo=True)
+
+
+def _has_weights(folder: Path) -> bool:
+    # Whatever lies there, a download that was broken off included, must not be passed over in silence.
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False) -> ModelFolder:
+    """Check that `folder` is a whole SD 1.x or 2.x model in safetensors. Raises ModelFolderError that names the wrong file."""
+    if not folder.is_dir():
+        raise ModelFolderError(f"{folder}: no such folder")
+    index = _read_json(folder / "model_index.json", "not a diffusers model folder")
+    pipeline = index.get("_class_name")
+    if pipeline not in _PIPELINES:
+        raise ModelFolderError(
+            f"{folder / 'model_index.json'}: a {pipeline} is no Stable Diffusion 1.x or 2.x model, expected {' or '.join(_PIPELINES)}"
+        )
+    variants = {
+        _check_weights(folder / component, stem)
+        for component, stem in _COMPONENTS_WITH_WEIGHTS.items()
+        if component != "safety_checker" or index.get(component, [None])[0] is not None
+    }
+    if len(variants) > 1:
+        raise ModelFolderError(f"{folder}: some components have only half-precision files, others only full-precision ones")
+    tokenizer = folder / "tokenizer"
+    if not any(all((tokenizer / name).is_file() for name in names) for names in _TOKENIZER_FILES):
+        raise ModelFolderError(f"{tokenizer}: tokenizer.json, or vocab.json and merges.txt, are missing")
+    unet = _read_json(folder / "unet" / "config.json", "the UNet's configuration")
+    vae = _read_json(folder / "vae" / "config.json", "the autoencoder's configuration")
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", "the noise scheduler's configuration")
+    channels = unet.get("in_channels")
+    if channels not in (4, 9):
+        raise ModelFolderError(f"{folder / 'unet' / 'config.json'}: in_channels is {channels}, expected 4, or 9 for inpainting")
+    pixels_per_latent = 2 ** (len(vae.get("block_out_channels", ())) - 1)
+    native = unet.get("sample_size", 64)
+    latent_height, latent_width = native if isinstance(native, list) else (native, native)
+    return ModelFolder(
+        path=folder,
+        name=name or folder.name,
+        is_demo=is_demo,
+        native_width=latent_width * pixels_per_latent,
+        native_height=latent_height * pixels_per_latent,
+        scheduler=str(scheduler.get("_class_name", "PNDMScheduler")),
+        only_inpaints=channels == 9,
+        variant=variants.pop(),
+    )
+
+
+def _read_json(file: Path, meaning: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise ModelFolderError(f"{file}: missing ({meaning})")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelFolderError(f"{file}: not valid JSON ({error}), perhaps half downloaded") from None
+    if not isinstance(content, dict):
+        raise ModelFolderError(f"{file}: not a JSON object ({meaning})")
+    return content
+
+
+def _check_weights(component: Path, stem: str) -> str | None:
+    """Check one component's weights. Returns the variant ("fp16" or None) that has to be asked of diffusers."""
+    _read_json(component / "config.json", "a component's configuration")
+    for suffix in ("", _HALF_PRECISION):
+        single = component / f"{stem}{suffix}.safetensors"
+        index = component / f"{stem}.safetensors.index{suffix}.json"
+        if index.is_file():
+            shards = sorted(set(_read_json(index, "the list of weight files").get("weight_map", {}).values()))
+        elif single.is_file():
+            shards = [single.name]
+        else:
+            continue
+        for shard in shards:
+            _check_safetensors(component / shard)
+        return suffix.removeprefix(".") or None
+    pickles = [file.name for pattern in ("*.bin", "*.ckpt", "*.pt", "*.pth") for file in sorted(component.glob(pattern))]
+    if pickles:
+        raise ModelFolderError(f"{component / pickles[0]}: a pickle can run code when it is loaded, only safetensors are served")
+    raise ModelFolderError(f"{component / (stem + '.safetensors')}: missing")
+
+
+def _check_safetensors(file: Path) -> None:
+    """A safetensors file says in its header how long it has to be (https://github.com/huggingface/safetensors, Format)."""
+    if not file.is_file():
+        raise ModelFolderError(f"{file}: missing")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        header_bytes = stream.read(header_size) if 0 < header_size <= min(size, 100_000_000) else b""
+    try:
+        header = json.loads(header_bytes)
+        data_size = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ModelFolderError(f"{file}: not a safetensors file, perhaps half downloaded or a Git LFS pointer") from None
+    if size != 8 + header_size + data_size:
+        raise ModelFolderError(f"{file}: has {size} bytes, {8 + header_size + data_size} are expected, perhaps half downloaded")
