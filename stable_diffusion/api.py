@@ -73,17 +73,20 @@ T = TypeVar("T")
 
 def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[], ModelFolder]) -> Service:
     """The BentoML service `name`: `runner` draws, `choose_model` says which model it has loaded (or raises ModelFolderError)."""
+    logger.setLevel(logging.INFO)
     choose_model = functools.lru_cache(maxsize=1)(choose_model)
     service = Service(name, runners=[runner])
 
-    def refuse_wrong_weights() -> None:
+    def check_weights() -> None:
         """Runs once, before any process is started: one clear line instead of workers that die one after the other."""
         try:
-            choose_model()
+            model = choose_model()
         except ModelFolderError as error:
             raise SystemExit(f"Not started: {error}") from None
+        if model.is_demo:
+            logger.warning("Serving the demo model, which draws coloured shapes only. 'make model' downloads Stable Diffusion v1.4.")
 
-    service.on_deployment(refuse_wrong_weights)
+    service.on_deployment(check_weights)
     service.mount_asgi_app(_application(runner, choose_model), path="/")
     service.add_asgi_middleware(_OwnFrontPage, document=openapi.document(name, API_VERSION))
     return service

@@ -156,7 +156,8 @@ def parse_json(body: bytes | str, where: str) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        document = json.loads(body, parse_constant=no_constant, object_pairs_hook=no_duplicates)
+        text = body.decode("utf-8") if isinstance(body, bytes) else body
+        document = json.loads(text, parse_constant=no_constant, object_pairs_hook=no_duplicates)
     except UnicodeDecodeError:
         raise InvalidRequest(f"{where}: not UTF-8", field=where) from None
     except json.JSONDecodeError as error:

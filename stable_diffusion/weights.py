@@ -6,7 +6,6 @@ Loads neither torch nor diffusers, because API workers ask it too. What the tens
 from __future__ import annotations
 
 import json
-import logging
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from stable_diffusion.errors import ModelFolderError
-
-logger = logging.getLogger("stable_diffusion")
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "model"
 DEMO_NAME = "demo"
@@ -63,10 +60,6 @@ def choose_model(weights: Path, environment: Mapping[str, str], *, in_bento: boo
             f"this bento holds no weights in models/{weights.name}: run 'make model' before 'bentoml build', set {MODEL_VARIABLE} "
             f"to a model folder, or set {MODEL_VARIABLE}={DEMO_NAME} to serve the demo model, which draws coloured shapes only"
         )
-    logger.warning(
-        "No weights in models/%s: serving the demo model, which draws coloured shapes only. 'make model' downloads Stable Diffusion v1.4.",
-        weights.name,
-    )
     return _demo()
 
 

@@ -206,13 +206,15 @@ def cache_latents(vae: AutoencoderKL, width: int, height: int, count: int, devic
     return torch.cat(latents), chosen
 
 
-def train_denoiser(vae: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int, device: str) -> None:
+def train_denoiser(vae: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int, device: str, folder: Path) -> None:
     torch.manual_seed(SEED)
     rng = random.Random(SEED)
     text_encoder, unet = (model.to(device) for model in new_denoiser(tokenizer))
     scheduler = DDPMScheduler(**NOISE_SCHEDULE)
     snr = (scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)).to(device)
-    cached = {size: cache_latents(vae, *size, count=18432 if size == (SIDE, SIDE) else 3072, device=device) for size in SIZE_SHARES}
+    # No more pictures than are looked at.
+    pictures = {size: min(18432 if size == (SIDE, SIDE) else 3072, 64 * steps) for size in SIZE_SHARES}
+    cached = {size: cache_latents(vae, *size, count, device) for size, count in pictures.items()}
     trained = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
     averaged = copy.deepcopy(trained).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=8e-4, betas=(0.9, 0.99), weight_decay=1e-3)
@@ -246,10 +248,10 @@ def train_denoiser(vae: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int, dev
         smooth_loss += 0.02 * (loss.item() - smooth_loss)
         progress.set_postfix(loss=f"{smooth_loss:.4f}", refresh=False)
         if (step + 1) % 500 == 0 or step + 1 == steps:
-            save(vae, tokenizer, averaged["text_encoder"], averaged["unet"])
+            save(folder, vae, tokenizer, averaged["text_encoder"], averaged["unet"])
 
 
-def save(vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
+def save(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
     """Write the diffusers folder, weights in half precision; nothing that is being trained is touched."""
     pipeline = StableDiffusionPipeline(
         vae=copy.deepcopy(vae).half(),
@@ -261,22 +263,24 @@ def save(vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encoder: CLIPTextMod
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(MODEL_DIR)
+    pipeline.save_pretrained(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--autoencoder-steps", type=int, default=4000)
-    parser.add_argument("--denoiser-steps", type=int, default=5000)
+    parser.add_argument("--autoencoder-steps", type=int, default=3600)
+    parser.add_argument("--denoiser-steps", type=int, default=3800)
+    parser.add_argument("--output", type=Path, default=MODEL_DIR, help="the diffusers folder to write")
     parser.add_argument("--keep-autoencoder", action="store_true", help="train only the text encoder and the UNet")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     if arguments.keep_autoencoder:
-        vae = AutoencoderKL.from_pretrained(MODEL_DIR / "vae", dtype=torch.float32).to(arguments.device).eval()
+        vae = AutoencoderKL.from_pretrained(arguments.output / "vae", dtype=torch.float32).to(arguments.device).eval()
     else:
         vae = train_autoencoder(arguments.autoencoder_steps, arguments.device)
-        vae.save_pretrained(MODEL_DIR / "vae")
-    train_denoiser(vae, train_tokenizer(MODEL_DIR / "tokenizer"), arguments.denoiser_steps, arguments.device)
+        vae.save_pretrained(arguments.output / "vae")
+    tokenizer = train_tokenizer(arguments.output / "tokenizer")
+    train_denoiser(vae, tokenizer, arguments.denoiser_steps, arguments.device, arguments.output)
 
 
 if __name__ == "__main__":

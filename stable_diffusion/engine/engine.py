@@ -218,9 +218,10 @@ class Engine:
         self._batching.remove(job)
         if job in self._to_decode:
             self._to_decode.remove(job)
+        steps = job.tensors.step_index if job.tensors is not None else 0
+        logger.info("Job %d was cancelled after %d of %d steps.", job.number, steps, job.task.num_inference_steps)
         job.stage = Stage.ENDED
         job.tensors = None
-        logger.info("Job %d was cancelled.", job.number)
 
     def _end(self, job: Job, outcome: Picture | ServiceError) -> None:
         job.stage = Stage.ENDED

@@ -1,0 +1,68 @@
+"""Who shares the next step: `stable_diffusion/engine/batching.py`, without any tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from stable_diffusion.engine.batching import Batching
+
+
+@dataclass(frozen=True)
+class Numbered:
+    number: int
+    batch_key: str = "512x512"
+
+
+def test_jobs_of_one_key_share_a_step_up_to_the_cap_oldest_first() -> None:
+    batching: Batching[Numbered] = Batching(3)
+    for number in range(5):
+        batching.add(Numbered(number))
+    assert [job.number for job in batching.next_batch()] == [0, 1, 2]
+
+
+def test_a_job_that_leaves_makes_room_for_the_next_one() -> None:
+    batching: Batching[Numbered] = Batching(2)
+    jobs = [Numbered(number) for number in range(3)]
+    for job in jobs:
+        batching.add(job)
+    batching.remove(jobs[0])
+    assert batching.next_batch() == [jobs[1], jobs[2]]
+    assert len(batching) == 2
+
+
+def test_keys_take_turns_so_that_none_starves() -> None:
+    batching: Batching[Numbered] = Batching(10)
+    for number in range(8):
+        batching.add(Numbered(number, "512x512"))
+    batching.add(Numbered(8, "768x768"))
+    batching.add(Numbered(9, "64x64"))
+    turns = [batching.next_batch()[0].batch_key for _ in range(6)]
+    assert turns == ["512x512", "768x768", "64x64"] * 2
+
+
+def test_newcomers_of_a_busy_key_do_not_keep_another_key_from_its_turn() -> None:
+    batching: Batching[Numbered] = Batching(2)
+    batching.add(Numbered(0, "a"))
+    batching.add(Numbered(1, "b"))
+    turns = []
+    for number in range(2, 10):
+        batching.add(Numbered(number, "a"))
+        turns.append(batching.next_batch()[0].batch_key)
+    assert turns == ["a", "b"] * 4
+
+
+def test_nothing_to_do_gives_an_empty_batch() -> None:
+    batching: Batching[Numbered] = Batching(2)
+    job = Numbered(0)
+    batching.add(job)
+    batching.remove(job)
+    batching.remove(job)
+    assert batching.next_batch() == []
+    assert len(batching) == 0
+
+
+def test_a_cap_below_one_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        Batching(0)

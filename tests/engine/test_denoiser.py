@@ -1,0 +1,146 @@
+"""The engine with one job against diffusers' own pipelines: the same seed gives the same picture, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+from stable_diffusion.engine.denoiser import Denoiser
+from stable_diffusion.engine.engine import Engine
+from stable_diffusion.engine.job import Task
+from stable_diffusion.pipelines import Parts, load
+from stable_diffusion.requests import SCHEDULERS
+from stable_diffusion.weights import DEMO_FOLDER, check_model
+from tests.conftest import RecordingEngine, make_task
+
+PIPELINES = {
+    "txt2img": StableDiffusionPipeline,
+    "img2img": StableDiffusionImg2ImgPipeline,
+    "inpaint": StableDiffusionInpaintPipeline,
+}
+
+
+def draw_with_diffusers(folder: Path, task: Task) -> Image.Image:
+    """The task as a user of diffusers would draw it, with a pipeline loaded for it alone."""
+    pipeline = PIPELINES[task.kind].from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    name, _, karras = task.scheduler.partition(" ")
+    options = {"use_karras_sigmas": True} if karras else {}
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **options)
+    arguments: dict[str, Any] = {}
+    if task.kind in ("txt2img", "inpaint"):
+        arguments |= {"width": task.width, "height": task.height}
+    if task.kind in ("img2img", "inpaint"):
+        arguments |= {"image": task.image, "strength": task.strength}
+    if task.kind == "inpaint":
+        arguments |= {"mask_image": task.mask}
+    images: list[Image.Image] = pipeline(
+        prompt=task.prompt,
+        negative_prompt=task.negative_prompt,
+        num_inference_steps=task.num_inference_steps,
+        guidance_scale=task.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(task.seed),
+        **arguments,
+    ).images
+    return images[0]
+
+
+def assert_same_picture(ours: Image.Image, theirs: Image.Image) -> None:
+    assert ours.size == theirs.size
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs)), f"up to {np.ptp(np.asarray(ours).astype(int) - np.asarray(theirs))} levels"
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_one_job_gives_the_picture_of_diffusers(
+    recording_engine: RecordingEngine, input_picture: Image.Image, right_half_mask: Image.Image, scheduler: str, kind: str
+) -> None:
+    changes: dict[str, object] = {"kind": kind, "scheduler": scheduler, "negative_prompt": "green", "seed": 11}
+    if kind != "txt2img":
+        changes |= {"image": input_picture, "strength": 0.7}
+    if kind == "inpaint":
+        changes |= {"mask": right_half_mask}
+    task = make_task(**changes)
+    (picture,) = recording_engine.draw([task])
+    assert_same_picture(picture.image, draw_with_diffusers(DEMO_FOLDER, task))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 0.0, "scheduler": "EulerDiscreteScheduler"},
+        {"width": 96, "height": 72},
+        {"num_inference_steps": 50},
+        {"prompt": "red circle " * 60},
+        {"kind": "img2img", "strength": 1.0},
+        {"kind": "img2img", "strength": 0.7, "guidance_scale": 1.0},
+        {"kind": "inpaint", "strength": 1.0},
+        {"kind": "inpaint", "strength": 0.7, "guidance_scale": 1.0, "scheduler": "EulerAncestralDiscreteScheduler"},
+    ],
+    ids=str,
+)
+def test_other_settings_give_the_picture_of_diffusers_too(
+    recording_engine: RecordingEngine, input_picture: Image.Image, right_half_mask: Image.Image, changes: dict[str, object]
+) -> None:
+    kind = changes.get("kind", "txt2img")
+    inputs: dict[str, object] = {"image": input_picture} if kind != "txt2img" else {}
+    if kind == "inpaint":
+        inputs["mask"] = right_half_mask
+    task = make_task(**(changes | inputs))
+    (picture,) = recording_engine.draw([task])
+    assert_same_picture(picture.image, draw_with_diffusers(DEMO_FOLDER, task))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_can_take_very_few_steps(recording_engine: RecordingEngine, scheduler: str, steps: int) -> None:
+    (picture,) = recording_engine.draw([make_task(scheduler=scheduler, num_inference_steps=steps)])
+    assert picture.image.size == (64, 64)
+
+
+def test_the_shared_scheduler_is_never_changed(recording_engine: RecordingEngine, demo_parts: Parts) -> None:
+    before = dict(demo_parts.scheduler.config), demo_parts.scheduler.num_inference_steps
+    recording_engine.draw([make_task(scheduler="DPMSolverMultistepScheduler Karras"), make_task()])
+    assert (dict(demo_parts.scheduler.config), demo_parts.scheduler.num_inference_steps) == before
+
+
+def test_what_does_not_fit_into_77_tokens_is_reported(recording_engine: RecordingEngine) -> None:
+    words = "a red circle on a blue background"
+    long_prompt = words + ", very nice" * 40
+    picture, other = recording_engine.draw([make_task(prompt=long_prompt), make_task(prompt=words, negative_prompt=long_prompt)])
+    assert picture.dropped_prompt.endswith("very nice")
+    assert picture.dropped_negative_prompt == ""
+    assert other.dropped_prompt == ""
+    assert other.dropped_negative_prompt == picture.dropped_prompt
+
+
+@pytest.fixture(scope="module")
+def inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with a UNet of 9 input channels and random weights, as models made for inpainting have."""
+    folder = tmp_path_factory.mktemp("inpainting")
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO_FOLDER, dtype=torch.float32)
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(pipeline.unet.config, in_channels=9)
+    StableDiffusionInpaintPipeline(**(pipeline.components | {"unet": unet}), requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_a_model_made_for_inpainting_gives_the_picture_of_diffusers(
+    inpainting_folder: Path, input_picture: Image.Image, right_half_mask: Image.Image, strength: float
+) -> None:
+    model = check_model(inpainting_folder)
+    assert model.only_inpaints
+    engine = RecordingEngine(Engine(lambda: Denoiser(load(model, "fp32")), max_batch_size=2), [])
+    task = make_task(kind="inpaint", image=input_picture, mask=right_half_mask, strength=strength)
+    (picture,) = engine.draw([task])
+    engine.engine.close()
+    assert_same_picture(picture.image, draw_with_diffusers(inpainting_folder, task))

@@ -1,0 +1,61 @@
+"""The safety checker looks at each picture by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stable_diffusion.engine.denoiser import Denoiser
+from stable_diffusion.engine.engine import Engine
+from stable_diffusion.pipelines import load
+from stable_diffusion.weights import check_model
+from tests.conftest import RecordingEngine, make_task
+from tests.engine.test_denoiser import assert_same_picture, draw_with_diffusers
+from tests.safety_checkers import make_checked_model
+
+
+@pytest.fixture(scope="module")
+def strict_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checked_model(tmp_path_factory.mktemp("strict") / "model", flags_everything=True)
+
+
+@pytest.fixture(scope="module")
+def strict_engine(strict_folder: Path) -> Iterator[RecordingEngine]:
+    engine = Engine(lambda: Denoiser(load(check_model(strict_folder), "fp32")), max_batch_size=4)
+    yield RecordingEngine(engine, [])
+    engine.close()
+
+
+def test_a_flagged_picture_is_blank_as_in_diffusers(strict_engine: RecordingEngine, strict_folder: Path) -> None:
+    task = make_task()
+    (picture,) = strict_engine.draw([task])
+    assert picture.flagged is True
+    assert not np.asarray(picture.image).any()
+    assert_same_picture(picture.image, draw_with_diffusers(strict_folder, task))
+
+
+def test_unchecked_request_leaves_the_checker_on_for_the_next_one(strict_engine: RecordingEngine) -> None:
+    checked = [True, False, True, False]
+    pictures = strict_engine.draw([make_task(safety_check=check) for check in checked])
+    assert [picture.flagged for picture in pictures] == [True, None, True, None]
+    assert [bool(np.asarray(picture.image).any()) for picture in pictures] == [False, True, False, True]
+    (following,) = strict_engine.draw([make_task()])
+    assert following.flagged is True
+
+
+def test_a_picture_that_is_not_flagged_is_not_changed(strict_engine: RecordingEngine, tmp_path: Path) -> None:
+    folder = make_checked_model(tmp_path / "model", flags_everything=False)
+    engine = RecordingEngine(Engine(lambda: Denoiser(load(check_model(folder), "fp32")), max_batch_size=2), [])
+    (checked,) = engine.draw([make_task()])
+    (unchecked,) = engine.draw([make_task(safety_check=False)])
+    engine.engine.close()
+    assert checked.flagged is False
+    assert_same_picture(checked.image, unchecked.image)
+
+
+def test_a_model_without_a_checker_says_that_nobody_looked(recording_engine: RecordingEngine) -> None:
+    (picture,) = recording_engine.draw([make_task()])
+    assert picture.flagged is None

@@ -1,0 +1,96 @@
+"""Starts the service as a user does, in processes of its own, and ends it by its own process id."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+BENTOML = Path(sys.executable).with_name("bentoml")
+READY_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 30
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    log_file: Path
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=120, trust_env=False)
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text(encoding="utf-8", errors="replace")
+
+
+def environment(home: Path, changes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """A plain environment with a BentoML home of its own and nothing phoning home."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("BENTOML_", "SD_", "PYTEST_"))}
+    bin_folder = str(Path(sys.executable).parent)
+    return kept | {
+        "PATH": f"{bin_folder}{os.pathsep}{kept['PATH']}",
+        "BENTOML_HOME": str(home),
+        "BENTOML_DO_NOT_TRACK": "True",
+        **(changes or {}),
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@contextmanager
+def serve(folder: Path, target: str, home: Path, changes: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """`bentoml serve TARGET --production` in `folder` until the block ends."""
+    port = free_port()
+    server = Server(f"http://127.0.0.1:{port}", home / f"serve-{port}.log")
+    home.mkdir(parents=True, exist_ok=True)
+    command = [str(BENTOML), "serve", target, "--production", "--host", "127.0.0.1", "--port", str(port)]
+    with server.log_file.open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment(home, changes), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        _wait_until_ready(server, process)
+        yield server
+    finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the server; SIGKILL to what it started if that was not enough."""
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # start_new_session made its process id the id of its group
+        process.wait()
+
+
+def _wait_until_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    with server.client() as client:
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise RuntimeError(f"the server ended with {process.returncode}:\n{server.log}")
+            try:
+                if client.get("/readyz").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass  # not listening yet
+            time.sleep(0.2)
+    raise RuntimeError(f"not ready after {READY_TIMEOUT_S} s:\n{server.log}")

@@ -1,0 +1,88 @@
+"""The README's commands are the ones that work, and its tables say what the code says."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from stable_diffusion.requests import SCHEDULERS, ImageToImageRequest
+from tests.service.servers import ROOT, Server
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CURL_COMMANDS = [
+    line for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line.startswith("curl ")
+]
+
+
+def test_there_is_a_curl_line_for_each_endpoint() -> None:
+    assert [re.search(r":3000(/\w+)", command)[1] for command in CURL_COMMANDS] == ["/txt2img", "/img2img", "/inpaint"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("command", CURL_COMMANDS, ids=["txt2img", "img2img", "inpaint"])
+def test_the_curl_lines_make_a_picture(
+    server: Server, tmp_path: Path, input_picture: Image.Image, right_half_mask: Image.Image, command: str
+) -> None:
+    input_picture.save(tmp_path / "input.jpg")
+    right_half_mask.save(tmp_path / "mask.png")
+    here = command.replace("http://127.0.0.1:3000", server.url)
+    assert here != command
+    subprocess.run(["bash", "-c", f"{here} --silent --fail"], cwd=tmp_path, check=True, timeout=120)
+    with Image.open(tmp_path / "output.jpg") as picture:
+        assert picture.format == "JPEG"
+        assert picture.size == (64, 64)
+
+
+def test_the_make_targets_that_the_readme_names_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"`?make (\w+)", README))
+    assert {"serve", "test", "model"} <= named <= targets
+
+
+def test_ci_runs_the_readmes_test_command_and_nothing_else() -> None:
+    lines = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith(("#", "set ", "cd "))]
+    assert lines == ["make test"]
+
+
+def test_make_refuses_a_precision_that_does_not_exist() -> None:
+    finished = subprocess.run(["make", "serve", "PRECISION=fp8"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert finished.returncode == 2
+    assert "PRECISION is fp32 or fp16, not fp8" in finished.stderr
+
+
+def test_every_field_and_scheduler_is_in_the_readme() -> None:
+    for field in ImageToImageRequest.model_fields:
+        assert f"`{field}`" in README
+    for short_names in SCHEDULERS.values():
+        assert f"`{short_names[0]}`" in README
+
+
+def test_every_module_is_in_the_architecture_page() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    modules = [file.relative_to(ROOT).as_posix() for file in (ROOT / "stable_diffusion").rglob("*.py") if file.name != "__init__.py"]
+    assert [module for module in modules if f"`{module}`" not in page] == []
+
+
+def test_every_direct_dependency_is_pinned_exactly_and_locked() -> None:
+    for name in ("requirements-runtime", "requirements"):
+        direct = [line.strip() for line in (ROOT / f"{name}.txt").read_text().splitlines() if line.strip() and line[0] not in "#-"]
+        locked = (ROOT / f"{name}.lock").read_text().lower()
+        for requirement in direct:
+            pinned = requirement.partition(";")[0].strip()
+            assert re.fullmatch(r"[\w.-]+==[\w.]+", pinned), requirement
+            assert pinned.lower() in locked, requirement
+
+
+def test_the_shared_package_is_linked_into_both_services() -> None:
+    for precision in ("fp32", "fp16"):
+        link = ROOT / precision / "stable_diffusion"
+        assert link.is_symlink()
+        assert link.readlink() == Path("../stable_diffusion")
+
+
+def test_curl_is_installed() -> None:
+    assert shutil.which("curl"), "the README's commands need curl"

@@ -1,0 +1,171 @@
+"""Uploads to safe pictures, pictures to files."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stable_diffusion import images
+from stable_diffusion.errors import ImageTooLarge, InvalidRequest, ServiceError
+
+RED, GREEN, BLUE = (220, 35, 40), (40, 160, 70), (40, 80, 220)
+
+
+def as_file(picture: Image.Image, image_format: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def halves(left: object, right: object, mode: str = "RGB") -> Image.Image:
+    picture = Image.new(mode, (20, 10), left)  # type: ignore[arg-type]
+    picture.paste(right, (10, 0, 20, 10))  # type: ignore[arg-type]
+    return picture
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
+def test_the_three_formats_are_read(image_format: str) -> None:
+    picture = images.read_picture(as_file(Image.new("RGB", (9, 7), RED), image_format), "img")
+    assert (picture.mode, picture.size) == ("RGB", (9, 7))
+    assert np.abs(np.asarray(picture).astype(int) - RED).max() < 12
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "BMP", "TIFF", "PPM", "ICO"])
+def test_no_other_decoder_can_be_reached(image_format: str) -> None:
+    with pytest.raises(InvalidRequest, match="img: not a PNG, JPEG or WebP image"):
+        images.read_picture(as_file(Image.new("RGB", (16, 16), RED), image_format), "img")
+
+
+def test_a_rotated_photograph_is_set_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: to be shown turned clockwise by 90 degrees
+    upright = images.read_picture(as_file(halves(RED, BLUE), "JPEG", exif=exif, quality=100), "img")
+    assert upright.size == (10, 20)
+    assert np.abs(np.asarray(upright)[2, 5].astype(int) - RED).max() < 12
+    assert np.abs(np.asarray(upright)[17, 5].astype(int) - BLUE).max() < 12
+
+
+def test_what_is_transparent_becomes_white_in_a_picture_and_black_in_a_mask() -> None:
+    layer = halves((220, 35, 40, 255), (0, 0, 255, 0), "RGBA")
+    picture = np.asarray(images.read_picture(as_file(layer), "img"))
+    assert tuple(picture[5, 2]) == RED
+    assert tuple(picture[5, 15]) == (255, 255, 255)
+    mask = np.asarray(images.read_mask(as_file(halves((255, 255, 255, 255), (255, 255, 255, 0), "RGBA")), "mask"))
+    assert (mask[5, 2], mask[5, 15]) == (255, 0)
+
+
+def test_palettes_with_transparency_are_composited_too() -> None:
+    picture = Image.new("P", (8, 8), 1)
+    picture.putpalette([0, 0, 0, 220, 35, 40])
+    picture.putpixel((0, 0), 0)
+    pixels = np.asarray(images.read_picture(as_file(picture, transparency=0), "img"))
+    assert tuple(pixels[0, 0]) == (255, 255, 255)
+    assert tuple(pixels[4, 4]) == RED
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"), [("L", 128, 128), ("1", 1, 255), ("I;16", 128 * 257, 128), ("LA", (128, 255), 128)]
+)
+def test_grey_pictures_of_any_depth_keep_their_brightness(mode: str, colour: object, expected: int) -> None:
+    pixels = np.asarray(images.read_picture(as_file(Image.new(mode, (8, 8), colour)), "img"))  # type: ignore[arg-type]
+    assert abs(int(pixels[4, 4, 0]) - expected) <= 1
+    mask = np.asarray(images.read_mask(as_file(Image.new(mode, (8, 8), colour)), "mask"))  # type: ignore[arg-type]
+    assert abs(int(mask[4, 4]) - expected) <= 1
+
+
+def test_cmyk_photographs_are_read() -> None:
+    picture = images.read_picture(as_file(Image.new("RGB", (8, 8), GREEN).convert("CMYK"), "JPEG"), "img")
+    assert np.abs(np.asarray(picture)[4, 4].astype(int) - GREEN).max() < 12
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
+def test_a_file_that_is_cut_short_is_refused_by_name(image_format: str) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    content = as_file(noise, image_format)
+    with pytest.raises(InvalidRequest, match=r"^img: "):
+        images.read_picture(content[: len(content) // 2], "img")
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"GIF89a"])
+def test_what_is_no_image_is_refused_by_name(content: bytes) -> None:
+    with pytest.raises(InvalidRequest, match=r"^mask: "):
+        images.read_mask(content, "mask")
+
+
+def test_flipped_bytes_never_raise_anything_but_a_service_error() -> None:
+    random = np.random.default_rng(1)
+    for image_format in ("PNG", "JPEG", "WEBP"):
+        content = np.frombuffer(as_file(halves(RED, BLUE), image_format), np.uint8)
+        for _ in range(60):
+            damaged = content.copy()
+            damaged[random.integers(0, len(damaged), 4)] = random.integers(0, 256, 4)
+            with suppress(ServiceError):
+                images.read_picture(damaged.tobytes(), "img")
+
+
+def test_a_bomb_is_refused_from_its_header() -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 8000, 8000, 8, 2, 0, 0, 0)
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    with pytest.raises(ImageTooLarge, match="img: the image has 8000 x 8000 pixels, at most 16777216 in all are allowed"):
+        images.read_picture(bomb, "img")
+
+
+def test_a_file_of_too_many_bytes_is_refused_unread() -> None:
+    with pytest.raises(ImageTooLarge, match="img: the file has 20971521 bytes, at most 20971520 are allowed"):
+        images.read_picture(b"\x89PNG" + b"\0" * (20 * 2**20 - 3), "img")
+
+
+@pytest.mark.parametrize(
+    ("picture", "width", "height", "expected"),
+    [
+        ((512, 512), None, None, (512, 512)),
+        ((4000, 3000), None, None, (592, 440)),
+        ((100, 100), None, None, (512, 512)),
+        ((300, 1200), None, None, (256, 1024)),
+        ((5000, 10), None, None, (1024, 64)),
+        ((800, 600), 400, None, (400, 304)),
+        ((800, 600), None, 240, (320, 240)),
+        ((800, 600), 512, 512, (512, 512)),
+    ],
+)
+def test_an_input_picture_keeps_its_proportions_at_the_native_area(
+    picture: tuple[int, int], width: int | None, height: int | None, expected: tuple[int, int]
+) -> None:
+    size = images.output_size(picture, (512, 512), width, height)
+    assert size == expected
+    assert all(side % 8 == 0 for side in size)
+
+
+def test_fitting_cuts_but_never_squashes() -> None:
+    picture = Image.new("RGB", (200, 100), GREEN)
+    picture.paste(RED, (80, 30, 120, 70))  # a square in the middle
+    pixels = np.asarray(images.fit(picture, 64, 64)).astype(int)
+    red = np.abs(pixels - RED).max(axis=2) < 40
+    rows, columns = np.nonzero(red)
+    assert abs(int(np.ptp(rows)) - int(np.ptp(columns))) <= 1
+
+
+def test_outside_the_mask_the_original_stays_to_the_last_bit() -> None:
+    original = Image.fromarray(np.random.default_rng(2).integers(0, 255, (8, 8, 3), dtype=np.uint8))
+    mask = Image.new("L", (8, 8), 0)
+    mask.paste(255, (4, 0, 8, 8))
+    kept = np.asarray(images.keep_outside_mask(Image.new("RGB", (8, 8), RED), original, mask))
+    assert np.array_equal(kept[:, :4], np.asarray(original)[:, :4])
+    assert (kept[:, 4:] == RED).all()
+
+
+@pytest.mark.parametrize(("image_format", "signature"), [("jpeg", b"\xff\xd8\xff"), ("png", b"\x89PNG"), ("webp", b"RIFF")])
+def test_pictures_are_written_in_the_format_asked_for(image_format: images.ImageFormat, signature: bytes) -> None:
+    content = images.encode(halves(RED, BLUE), image_format)
+    assert content.startswith(signature)
+    again = Image.open(io.BytesIO(content)).convert("RGB")
+    assert np.abs(np.asarray(again).astype(int) - np.asarray(halves(RED, BLUE))).max() <= (0 if image_format == "png" else 60)

@@ -1,0 +1,73 @@
+"""A task and its outcome cross the process hop unchanged; a consumer that leaves cancels its job."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stable_diffusion.engine.denoiser import Denoiser
+from stable_diffusion.engine.engine import Engine, StepRecord
+from stable_diffusion.engine.job import Picture
+from stable_diffusion.errors import GenerationFailed
+from stable_diffusion.pipelines import Parts
+from stable_diffusion.runnable import draw, pack_outcome, pack_task, unpack_outcome, unpack_task
+from tests.conftest import RecordingEngine, make_task
+
+
+def test_a_task_with_pictures_arrives_as_it_was_sent(input_picture: Image.Image, right_half_mask: Image.Image) -> None:
+    task = make_task(kind="inpaint", image=input_picture, mask=right_half_mask, prompt="\u732b \U0001f600")
+    arrived = unpack_task(pickle.loads(pickle.dumps(pack_task(task))))
+    assert arrived.image == input_picture
+    assert arrived.mask == right_half_mask
+    assert pack_task(arrived) == pack_task(task)
+
+
+def test_a_picture_arrives_bit_for_bit_in_one_ascii_line() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 16, 3), dtype=np.uint8))
+    line = pack_outcome(Picture(image, True, "\u732b", ""))
+    assert line.isascii()
+    assert line.count("\n") == 1
+    arrived = unpack_outcome(line)
+    assert arrived == Picture(image, True, "\u732b", "")
+
+
+def test_an_error_arrives_as_an_error() -> None:
+    with pytest.raises(GenerationFailed, match="out of luck"):
+        unpack_outcome(pack_outcome(GenerationFailed("out of luck")))
+
+
+def test_drawing_yields_one_line(recording_engine: RecordingEngine) -> None:
+    async def lines() -> list[str]:
+        return [line async for line in draw(recording_engine.engine, pack_task(make_task(num_inference_steps=2)))]
+
+    (line,) = asyncio.run(lines())
+    assert json.loads(line)["size"] == [64, 64]
+
+
+def test_a_consumer_that_leaves_stops_its_job_within_two_steps(demo_parts: Parts) -> None:
+    steps: list[StepRecord] = []
+    left_at: list[int] = []
+    engine = Engine(lambda: Denoiser(demo_parts), 4, steps.append)
+
+    async def leave_early() -> None:
+        stream = draw(engine, pack_task(make_task(num_inference_steps=150)))
+        waiting = asyncio.ensure_future(anext(stream))
+        while len(steps) < 3:
+            await asyncio.sleep(0.005)
+        waiting.cancel()
+        left_at.append(len(steps))
+        await asyncio.gather(waiting, return_exceptions=True)
+        await stream.aclose()
+        # Another job in the same engine: when it is done, the abandoned one had every chance to take steps.
+        async for _ in draw(engine, pack_task(make_task(num_inference_steps=10))):
+            pass
+
+    asyncio.run(leave_early())
+    engine.close()
+    abandoned = steps[0].job_numbers[0]
+    assert sum(abandoned in record.job_numbers for record in steps) <= left_at[0] + 2

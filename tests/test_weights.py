@@ -1,0 +1,124 @@
+"""Which model folder is served, and what is wrong with one that is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stable_diffusion.errors import ModelFolderError
+from stable_diffusion.weights import DEMO_FOLDER, check_model, choose_model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the demo model, to be broken."""
+    return Path(shutil.copytree(DEMO_FOLDER, tmp_path / "v1_4"))
+
+
+def test_a_whole_folder_is_described_by_its_json_files(folder: Path) -> None:
+    model = check_model(folder)
+    assert (model.name, model.native_width, model.native_height, model.scheduler) == ("v1_4", 64, 64, "PNDMScheduler")
+    assert not model.is_demo
+    assert not model.only_inpaints
+    assert model.variant is None
+
+
+def test_half_precision_files_under_the_hubs_names_are_found(folder: Path) -> None:
+    for file in folder.glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    assert check_model(folder).variant == "fp16"
+
+
+def test_components_of_two_variants_are_refused(folder: Path) -> None:
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    file.rename(file.with_suffix(".fp16.safetensors"))
+    with pytest.raises(ModelFolderError, match="only half-precision files"):
+        check_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("model_index.json", None, "missing"),
+        ("model_index.json", b'{"_class_name": "Stable', "not valid JSON"),
+        ("model_index.json", b'{"_class_name": "StableDiffusionXLPipeline"}', "is no Stable Diffusion 1.x or 2.x model"),
+        ("unet/config.json", None, "missing"),
+        ("unet/config.json", b'{"in_channels": 5, "sample_size": 8}', "in_channels is 5"),
+        ("unet/diffusion_pytorch_model.safetensors", None, "missing"),
+        ("unet/diffusion_pytorch_model.safetensors", b"version https://git-lfs.github.com/spec/v1\n", "not a safetensors file"),
+        ("vae/diffusion_pytorch_model.safetensors", b"", "not a safetensors file"),
+        ("text_encoder/model.safetensors", b"\x10\0\0\0\0\0\0\0{}", "not a safetensors file"),
+        ("scheduler/scheduler_config.json", None, "missing"),
+    ],
+)
+def test_the_message_names_the_file_that_is_wrong(folder: Path, file: str, content: bytes | None, told: str) -> None:
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+    with pytest.raises(ModelFolderError, match=told) as caught:
+        check_model(folder)
+    assert file in str(caught.value)
+
+
+def test_a_half_downloaded_weight_file_is_refused_by_its_length(folder: Path) -> None:
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1000])
+    with pytest.raises(ModelFolderError, match=f"{file}: has {len(content) - 1000} bytes, {len(content)} are expected"):
+        check_model(folder)
+
+
+def test_a_pickle_is_refused(folder: Path) -> None:
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "diffusion_pytorch_model.bin")
+    with pytest.raises(ModelFolderError, match=r"diffusion_pytorch_model.bin: a pickle can run code"):
+        check_model(folder)
+
+
+def test_a_safety_checker_that_the_index_names_must_be_there(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelFolderError, match="safety_checker"):
+        check_model(folder)
+
+
+def test_missing_tokenizer_files_are_named(folder: Path) -> None:
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+    with pytest.raises(ModelFolderError, match=r"tokenizer: tokenizer.json, or vocab.json and merges.txt, are missing"):
+        check_model(folder)
+
+
+def test_a_checkout_without_weights_serves_the_demo_model(tmp_path: Path) -> None:
+    assert choose_model(tmp_path / "v1_4", {}, in_bento=False).is_demo
+
+
+def test_a_bento_without_weights_refuses_unless_the_demo_is_asked_for_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ModelFolderError, match="this bento holds no weights in models/v1_4.*SD_MODEL=demo"):
+        choose_model(tmp_path / "v1_4", {}, in_bento=True)
+    assert choose_model(tmp_path / "v1_4", {"SD_MODEL": "demo"}, in_bento=True).is_demo
+
+
+@pytest.mark.parametrize("in_bento", [False, True])
+def test_a_broken_download_is_never_passed_over_for_the_demo_model(tmp_path: Path, in_bento: bool) -> None:
+    (tmp_path / "v1_4" / ".cache").mkdir(parents=True)
+    with pytest.raises(ModelFolderError, match=r"model_index.json: missing"):
+        choose_model(tmp_path / "v1_4", {}, in_bento=in_bento)
+
+
+def test_sd_model_names_another_folder(folder: Path, tmp_path: Path) -> None:
+    assert choose_model(tmp_path / "nowhere", {"SD_MODEL": str(folder)}, in_bento=True).path == folder
+    with pytest.raises(ModelFolderError, match="no such folder"):
+        choose_model(folder, {"SD_MODEL": str(tmp_path / "nowhere")}, in_bento=False)
+
+
+def test_what_api_workers_import_loads_no_torch() -> None:
+    program = "import sys, stable_diffusion.api; sys.exit(', '.join({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
+    finished = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
