@@ -17,8 +17,9 @@ INSTALLED := .venv/installed
 WEIGHTS := $(if $(filter fp16,$(PRECISION)),fp16/models/v1_4_fp16,fp32/models/v1_4)
 CODE := stable_diffusion fp32/service.py fp16/service.py tests
 
-# BentoML reports usage to its makers unless told not to.
+# BentoML and the hub's client report usage to their makers unless told not to.
 export BENTOML_DO_NOT_TRACK := True
+export HF_HUB_DISABLE_TELEMETRY := 1
 # PyFilesystem, of which BentoML is made, says so at every start.
 export PYTHONWARNINGS := ignore:pkg_resources is deprecated:UserWarning
 

@@ -18,6 +18,9 @@ HERE = Path(__file__).parent
 WEIGHTS = HERE / "models" / "v1_4_fp16"
 MAX_BATCH_SIZE = 10
 
+# Served from the store, where nobody names the file, the workers would give up after BentoML's 60 seconds.
+os.environ.setdefault("BENTOML_CONFIG", str(HERE / "configuration.yaml"))
+
 
 def model() -> ModelFolder:
     # A built bento keeps this folder as src/, beside its own description.

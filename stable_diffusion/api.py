@@ -64,7 +64,8 @@ warnings.filterwarnings("ignore", category=BentoMLDeprecationWarning)
 API_VERSION = "1.0.0"
 _MAX_JSON_BYTES = 2**20
 _MAX_FORM_BYTES = 2 * images.MAX_UPLOAD_BYTES + 2 * _MAX_JSON_BYTES
-_MAX_HEADER_CHARACTERS = 4096
+_MAX_DECODES = 2  # at once in a worker
+_MAX_HEADER_CHARACTERS = 1024  # of a text in a header; proxies allow 4 KB for all of them together
 # What may stand in a header as it is; everything else, and "%" itself, is percent-encoded.
 _PLAIN_IN_HEADERS = " !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"
 
@@ -88,57 +89,75 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
 
     service.on_deployment(check_weights)
     service.mount_asgi_app(_application(runner, choose_model), path="/")
-    service.add_asgi_middleware(_OwnFrontPage, document=openapi.document(name, API_VERSION))
+    service.add_asgi_middleware(_FrontDoor, document=openapi.document(name, API_VERSION))
     return service
 
 
-class _OwnFrontPage:
-    """Answers `/` and `/docs.json` in place of BentoML's routes, which come before those of a mounted application."""
+class _FrontDoor:
+    """Answers `/` and `/docs.json` in place of BentoML's routes, which come before those of a mounted application.
+
+    Refuses what is no path of ours before BentoML's metrics see it: they keep a series for every path that is tried.
+    """
 
     def __init__(self, app: ASGIApp, document: dict[str, Any]) -> None:
         self._app = app
-        self._responses: dict[str, Response] = {"/": HTMLResponse(openapi.PAGE), "/docs.json": JSONResponse(document)}
+        self._pages: dict[str, Response] = {"/": HTMLResponse(openapi.PAGE), "/docs.json": JSONResponse(document)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_read = scope["type"] == "http" and scope["method"] in ("GET", "HEAD")
-        response = self._responses.get(scope["path"]) if is_read else None
-        await (response or self._app)(scope, receive, send)
+        answer: ASGIApp = self._app
+        if scope["type"] == "http":
+            path, method = scope["path"], scope["method"]
+            if path not in self._pages and path not in _METHODS:
+                answer = _refusal(404, "not_found", f"no such path: {path[:200]}")
+            elif method not in (allowed := _METHODS.get(path, _READ)):
+                answer = _refusal(
+                    405, "method_not_allowed", f"{method} is not allowed here, use {allowed[0]}", {"Allow": ", ".join(allowed)}
+                )
+            elif path in self._pages:
+                answer = self._pages[path]
+        await answer(scope, receive, send)
+
+
+_READ = ("GET", "HEAD")
+_METHODS = {
+    **dict.fromkeys(("/livez", "/readyz", "/healthz", "/metrics"), _READ),
+    **{f"/static_content/{name}": _READ for name in openapi.PAGE_ASSETS},
+    **dict.fromkeys(("/txt2img", "/img2img", "/inpaint"), ("POST",)),
+}
 
 
 def _application(runner: bentoml.Runner, choose_model: Callable[[], ModelFolder]) -> Starlette:
+    # A picture of the largest size takes some 300 MB while it is decoded.
+    decoding = asyncio.Semaphore(_MAX_DECODES)
+
     async def txt2img(request: Request) -> Response:
         parameters = parse_text_to_image(await _read_json_body(request))
-        model = choose_model()
-        if model.only_inpaints:
-            raise InvalidRequest(f"the model {model.name} only inpaints, use /inpaint")
+        model = _model_for_whole_pictures(choose_model())
         size = parameters.width or model.native_width, parameters.height or model.native_height
         return await _answer(request, runner, model, _task("txt2img", parameters, size, model), parameters)
 
     async def img2img(request: Request) -> Response:
-        parameters, pictures = await _read_form(request, "img")
-        model = choose_model()
-        if model.only_inpaints:
-            raise InvalidRequest(f"the model {model.name} only inpaints, use /inpaint")
-        picture = await run_in_threadpool(images.read_picture, pictures["img"], "img")
-        size = _size_for(picture, parameters, model)
-        task = _task("img2img", parameters, size, model, image=images.fit(picture, *size))
-        return await _answer(request, runner, model, task, parameters)
+        parameters, files = await _read_form(request, "img")
+        model = _model_for_whole_pictures(choose_model())
+        async with decoding:
+            image, _ = await run_in_threadpool(_fitted_inputs, files, parameters, model)
+        return await _answer(request, runner, model, _task("img2img", parameters, image.size, model, image), parameters)
 
     async def inpaint(request: Request) -> Response:
-        parameters, pictures = await _read_form(request, "img", "mask")
+        parameters, files = await _read_form(request, "img", "mask")
         model = choose_model()
-        picture = await run_in_threadpool(images.read_picture, pictures["img"], "img")
-        mask = await run_in_threadpool(images.read_mask, pictures["mask"], "mask")
-        size = _size_for(picture, parameters, model)
-        mask = mask.resize(picture.size, Image.Resampling.BILINEAR)
-        task = _task("inpaint", parameters, size, model, image=images.fit(picture, *size), mask=images.fit(mask, *size))
-        return await _answer(request, runner, model, task, parameters)
+        async with decoding:
+            image, mask = await run_in_threadpool(_fitted_inputs, files, parameters, model)
+        return await _answer(request, runner, model, _task("inpaint", parameters, image.size, model, image, mask), parameters)
 
     endpoints = {"/txt2img": txt2img, "/img2img": img2img, "/inpaint": inpaint}
-    return Starlette(
-        routes=[Route(path, _answering_errors(endpoint), methods=["POST"]) for path, endpoint in endpoints.items()],
-        exception_handlers={HTTPException: _refused_by_routing},
-    )
+    return Starlette(routes=[Route(path, _answering_errors(endpoint), methods=["POST"]) for path, endpoint in endpoints.items()])
+
+
+def _model_for_whole_pictures(model: ModelFolder) -> ModelFolder:
+    if model.only_inpaints:
+        raise InvalidRequest(f"the model {model.name} only inpaints, use /inpaint")
+    return model
 
 
 # --- errors ----------------------------------------------------------------------------------------
@@ -153,6 +172,8 @@ def _answering_errors(endpoint: Callable[[Request], Awaitable[Response]]) -> Cal
             return await endpoint(request)
         except ServiceError as error:
             known = error
+        except ClientDisconnect:
+            known = ClientGone("the client closed the connection")
         except Exception:
             logger.exception("%s failed.", request.url.path)
             known = InternalError("an internal error, the server's log has the details")
@@ -161,21 +182,18 @@ def _answering_errors(endpoint: Callable[[Request], Awaitable[Response]]) -> Cal
     return answer
 
 
-async def _refused_by_routing(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    if error.status_code == 404:
-        message = f"no such path: {request.url.path[:200]}"
-    elif error.status_code == 405:
-        message = f"{request.method} is not allowed here, use POST"
-    else:
-        message = error.detail
-    kind = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    return _error_response(error.status_code, kind, message, [FieldError(None, message)], dict(error.headers or {}))
+def _refusal(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
+    return _error_response(status, kind, message, [FieldError(None, message)], headers)
 
 
 def _error_response(status: int, kind: str, message: str, problems: list[FieldError], headers: dict[str, str] | None = None) -> Response:
-    listed = [{"field": problem.field, "message": problem.message} for problem in problems]
-    return JSONResponse({"error": {"type": kind, "message": message, "problems": listed}}, status, headers)
+    listed = [{"field": problem.field and _sendable(problem.field), "message": _sendable(problem.message)} for problem in problems]
+    return JSONResponse({"error": {"type": kind, "message": _sendable(message), "problems": listed}}, status, headers)
+
+
+def _sendable(text: str) -> str:
+    """A name that a client sent may hold half of a surrogate pair, which UTF-8 cannot say."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 # --- reading a request -----------------------------------------------------------------------------
@@ -253,9 +271,15 @@ async def _data_part(form: FormData) -> bytes | str:
     return part
 
 
-def _size_for(picture: Image.Image, parameters: GenerationRequest, model: ModelFolder) -> tuple[int, int]:
+def _fitted_inputs(files: dict[str, bytes], parameters: GenerationRequest, model: ModelFolder) -> tuple[Image.Image, Image.Image | None]:
+    """The picture, and the mask if there is one, decoded and at the size that will be drawn. Takes up to a second."""
+    picture = images.read_picture(files["img"], "img")
     native = model.native_width, model.native_height
-    return images.output_size(picture.size, native, parameters.width, parameters.height)
+    size = images.output_size(picture.size, native, parameters.width, parameters.height)
+    mask = None
+    if "mask" in files:
+        mask = images.fit(images.scale_mask(images.read_mask(files["mask"], "mask"), picture.size, "mask"), *size)
+    return images.fit(picture, *size), mask
 
 
 def _task(
@@ -325,7 +349,7 @@ async def _draw(runner: bentoml.Runner, task: Task) -> Picture:
     stream = runner.draw.async_stream(pack_task(task))
     try:
         answer = "".join([part async for part in stream])
-    except (BentoMLException, aiohttp.ClientError, TimeoutError) as error:
+    except (BentoMLException, aiohttp.ClientError, asyncio.TimeoutError) as error:
         logger.error("The runner did not answer: %s", error)
         raise ModelUnavailable("the model process cannot be reached, try again in a minute") from None
     finally:
@@ -351,11 +375,8 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 
 async def _disconnected(request: Request) -> None:
-    try:
-        while (await request.receive())["type"] != "http.disconnect":
-            continue
-    except ClientDisconnect:
-        return
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
 
 
 def _parameter_headers(task: Task, picture: Picture, model: ModelFolder) -> dict[str, str]:
@@ -381,7 +402,7 @@ def _parameter_headers(task: Task, picture: Picture, model: ModelFolder) -> dict
 
 
 def _header_text(text: str) -> str:
-    """Percent-encoded UTF-8, cut at a whole character so that no client's header limit is met."""
+    """Percent-encoded UTF-8, cut at a whole character."""
     encoded = ""
     for character in text:
         piece = quote(character, safe=_PLAIN_IN_HEADERS)

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import sys
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.file_download import http_get
+from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.utils import build_hf_headers, filter_repo_objects
 from tqdm import tqdm
 
 from stable_diffusion.errors import ModelFolderError
@@ -34,30 +38,45 @@ def patterns(precision: str) -> list[str]:
 
 
 def download(precision: str, folder: Path) -> None:
-    """Fetch what is missing in `folder`, then check every file's size and, where the hub states it, its SHA-256."""
-    snapshot_download(REPOSITORY, revision=REVISION, allow_patterns=patterns(precision), local_dir=folder)
-    verify(folder)
+    """Fetch into `folder` what is missing there, compare every file with what the hub says of it, and check the whole."""
+    siblings = HfApi().model_info(REPOSITORY, revision=REVISION, files_metadata=True).siblings or []
+    wanted = list(filter_repo_objects(siblings, allow_patterns=patterns(precision), key=lambda sibling: sibling.rfilename))
+    for sibling in tqdm(wanted, desc="Files", unit="file"):
+        file = folder / sibling.rfilename
+        if not (file.is_file() and _is_the_hubs(file, sibling)):
+            _fetch(sibling, file)
     check_model(folder)
 
 
-def verify(folder: Path) -> None:
-    """Compare the files in `folder` with what the hub says of them. Raises ModelFolderError; a wrong file is removed."""
-    siblings = HfApi().model_info(REPOSITORY, revision=REVISION, files_metadata=True).siblings or []
-    here = [(folder / sibling.rfilename, sibling) for sibling in siblings if (folder / sibling.rfilename).is_file()]
-    for file, sibling in tqdm(here, desc="Checking", unit="file"):
-        is_whole = sibling.size is None or file.stat().st_size == sibling.size
-        is_same = sibling.lfs is None or _sha256(file) == sibling.lfs.sha256
-        if not (is_whole and is_same):
-            file.unlink()
-            raise ModelFolderError(f"{file}: not what the hub has, removed; run the command again")
+def _fetch(sibling: RepoSibling, file: Path) -> None:
+    """Fetch one file by way of FILE.part, which an interrupted run leaves to the next one.
+
+    snapshot_download would be less code, but since huggingface_hub 2 it throws away what an ended process has fetched.
+    """
+    part = file.with_name(f"{file.name}.part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()
+    with part.open("r+b") as stream:
+        fetched = stream.seek(0, io.SEEK_END)
+        url = hf_hub_url(REPOSITORY, sibling.rfilename, revision=REVISION)
+        http_get(url, stream, resume_size=fetched, expected_size=sibling.size, headers=build_hf_headers())
+    if not _is_the_hubs(part, sibling):
+        part.unlink()
+        raise ModelFolderError(f"{file}: what came is not what the hub has; run the command again")
+    part.replace(file)
 
 
-def _sha256(file: Path) -> str:
+def _is_the_hubs(file: Path, sibling: RepoSibling) -> bool:
+    """Whether size and, for the weights, SHA-256 are those that the hub states."""
+    if sibling.size is not None and file.stat().st_size != sibling.size:
+        return False
+    if sibling.lfs is None:
+        return True
     with file.open("rb") as stream:
         digest = hashlib.sha256()
         while block := stream.read(2**20):
             digest.update(block)
-    return digest.hexdigest()
+    return digest.hexdigest() == str(sibling.lfs.sha256)
 
 
 def main() -> None:
@@ -70,10 +89,10 @@ def main() -> None:
         download(arguments.precision, arguments.folder)
     except GatedRepoError:
         sys.exit(f"The hub asks for an account: accept the license at https://huggingface.co/{REPOSITORY} and set HF_TOKEN.")
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        sys.exit(f"The download stopped: {error}\nRun the command again, it goes on where it stopped.")
     except ModelFolderError as error:
         sys.exit(f"The download is not usable: {error}")
+    except Exception as error:  # also those of the hub client's HTTP library, which is another one from version to version
+        sys.exit(f"The download stopped: {type(error).__name__}: {error}\nRun the command again, it goes on where it stopped.")
     print(f"Ready: {arguments.folder}")
 
 

@@ -1,4 +1,4 @@
-"""Bytes to a safe PIL image, and a PIL image to PNG, JPEG or WebP. Only these three decoders can be reached.
+"""Bytes to a safe PIL image, and a PIL image to PNG, JPEG or WebP. No other decoder can be reached by an upload.
 
 Knows nothing of HTTP, of the model or of torch.
 """
@@ -22,6 +22,7 @@ MEDIA_TYPES: dict[ImageFormat, str] = {"jpeg": "image/jpeg", "png": "image/png",
 MAX_UPLOAD_BYTES = 20 * 2**20
 MAX_UPLOAD_PIXELS = 4096 * 4096
 _QUALITY = 95
+_SAME_PROPORTIONS = 0.02  # a mask drawn on a scaled down picture is off by a pixel
 
 
 def read_picture(content: bytes, field: str) -> Image.Image:
@@ -29,29 +30,21 @@ def read_picture(content: bytes, field: str) -> Image.Image:
 
     Raises InvalidRequest or ImageTooLarge, naming `field`.
     """
-    picture = _decode(content, field)
-    if _is_transparent(picture):
-        layer = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return _to_8_bit(picture).convert("RGB")
+    return _decode(content, field, "RGB", "white")
 
 
 def read_mask(content: bytes, field: str) -> Image.Image:
     """Decode a mask to upright greyscale: white is repainted, black is kept. What is transparent counts as black."""
-    mask = _decode(content, field)
-    if _is_transparent(mask):
-        layer = mask.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer).convert("L")
-    return _to_8_bit(mask).convert("L")
+    return _decode(content, field, "L", "black")
 
 
-def _decode(content: bytes, field: str) -> Image.Image:
+def _decode(content: bytes, field: str, mode: str, backdrop: str) -> Image.Image:
     if not content:
         raise InvalidRequest(f"{field}: the file is empty, send a PNG, JPEG or WebP image", field=field)
     if len(content) > MAX_UPLOAD_BYTES:
         raise ImageTooLarge(f"{field}: the file has {len(content)} bytes, at most {MAX_UPLOAD_BYTES} are allowed", field=field)
     try:
-        picture = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP"))
+        picture: Image.Image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP"))
         # Only the header has been read so far: refuse a bomb before anything is decoded.
         if picture.width * picture.height > MAX_UPLOAD_PIXELS:
             raise ImageTooLarge(
@@ -59,18 +52,53 @@ def _decode(content: bytes, field: str) -> Image.Image:
                 field=field,
             )
         picture.load()
-        return ImageOps.exif_transpose(picture)
+        turn = _turn(picture)
+        flat = _flatten(_to_8_bit(picture), backdrop).convert(mode)
+        return flat if turn is None else flat.transpose(turn)
     except UnidentifiedImageError:
         raise InvalidRequest(f"{field}: not a PNG, JPEG or WebP image", field=field) from None
     except Image.DecompressionBombError:
         raise ImageTooLarge(f"{field}: the image has more than {MAX_UPLOAD_PIXELS} pixels", field=field) from None
-    except (OSError, ValueError, SyntaxError, struct.error, zlib.error, EOFError, OverflowError):
-        # Pillow's decoders raise any of these on broken data.
+    except _BROKEN_DATA:
         raise InvalidRequest(f"{field}: the image is damaged or cut short", field=field) from None
 
 
-def _is_transparent(picture: Image.Image) -> bool:
-    return picture.has_transparency_data
+# What Pillow's decoders raise on broken data.
+_BROKEN_DATA = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    struct.error,
+    zlib.error,
+)
+
+_ORIENTATION = 0x0112
+# EXIF 2.32, 4.6.4: how a picture is stored, and what sets it upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _turn(picture: Image.Image) -> Image.Transpose | None:
+    """What sets the picture upright. Many cameras write EXIF that is not quite right; then the picture is taken as it is.
+
+    ImageOps.exif_transpose would write the whole EXIF block again, and fail on what it cannot write.
+    """
+    try:
+        return _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
+    except _BROKEN_DATA:
+        return None
 
 
 def _to_8_bit(picture: Image.Image) -> Image.Image:
@@ -78,6 +106,13 @@ def _to_8_bit(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):
         return picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
     return picture
+
+
+def _flatten(picture: Image.Image, backdrop: str) -> Image.Image:
+    if not picture.has_transparency_data:
+        return picture
+    layer = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, backdrop), layer)
 
 
 def output_size(picture_size: tuple[int, int], native_size: tuple[int, int], width: int | None, height: int | None) -> tuple[int, int]:
@@ -104,6 +139,15 @@ def _allowed_side(side: float) -> int:
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
     """Scale to cover `width` x `height` and cut what sticks out: proportions are kept, nothing is squashed."""
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+
+
+def scale_mask(mask: Image.Image, size: tuple[int, int], field: str) -> Image.Image:
+    """Scale a mask to its picture's size. Raises InvalidRequest if their proportions differ: it would cover something else."""
+    if abs(mask.width * size[1] - mask.height * size[0]) > _SAME_PROPORTIONS * mask.width * size[1]:
+        raise InvalidRequest(
+            f"{field}: {mask.width} x {mask.height} has other proportions than the picture, {size[0]} x {size[1]}", field=field
+        )
+    return mask.resize(size, Image.Resampling.BILINEAR)
 
 
 def keep_outside_mask(repainted: Image.Image, original: Image.Image, mask: Image.Image) -> Image.Image:

@@ -8,7 +8,7 @@ from stable_diffusion.images import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MEDIA_T
 from stable_diffusion.requests import GenerationRequest, ImageToImageRequest, TextToImageRequest
 
 _ANSWER_HEADERS = {
-    "prompt": "The prompt as it was used. Text in headers is percent-encoded UTF-8, cut after 4096 characters.",
+    "prompt": "The prompt as it was used. Text in headers is percent-encoded UTF-8, cut after 1024 characters.",
     "negative_prompt": "The negative prompt as it was used.",
     "prompt_dropped": "Only there if the prompt was too long: the end of it that was not used.",
     "negative_prompt_dropped": "Only there if the negative prompt was too long: the end of it that was not used.",
@@ -45,7 +45,6 @@ def document(title: str, version: str) -> dict[str, Any]:
             "description": "Stable Diffusion: text to image, image to image and inpainting. The answer is the image itself.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
-        "servers": [{"url": "/"}],
         "tags": [{"name": "images", "description": "Draw"}, {"name": "operation", "description": "Run"}],
         "paths": {
             "/txt2img": _draws(
@@ -60,7 +59,7 @@ def document(title: str, version: str) -> dict[str, Any]:
                 _multipart(
                     {
                         "img": f"The picture to repaint: {_PICTURE}",
-                        "mask": f"White is repainted, black is kept, grey blends. Scaled to the picture's size. {_PICTURE}",
+                        "mask": f"White is repainted, black is kept, grey blends. Of the picture's proportions. {_PICTURE}",
                     }
                 ),
             ),
@@ -151,6 +150,7 @@ def _probe(name: str, summary: str) -> dict[str, Any]:
     return {"get": {"operationId": name, "summary": summary, "tags": ["operation"], "responses": answers}}
 
 
+PAGE_ASSETS = ("swagger-ui.css", "swagger-ui-bundle.js")
 # BentoML's own page loads Google Tag Manager in the visitor's browser; this one loads only the assets that BentoML ships.
 PAGE = """<!DOCTYPE html>
 <html lang="en">

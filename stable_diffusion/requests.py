@@ -21,7 +21,8 @@ SIDE_MULTIPLE = 8
 MAX_STEPS = 150
 MAX_GUIDANCE_SCALE = 30.0
 MAX_PROMPT_CHARACTERS = 2000
-SEED_LIMIT = 2**32  # the largest integer range that every JSON reader keeps exactly, JavaScript's included
+SEED_LIMIT = 2**32  # every client's language keeps such a number exactly
+_MAX_NAMES = 64  # of a JSON object; a request has about a dozen
 
 # diffusers' class name -> the usual short names. "Karras" is DPM++ 2M with other noise levels, not a class of its own.
 SCHEDULERS: dict[str, tuple[str, ...]] = {
@@ -122,15 +123,14 @@ class ImageToImageRequest(GenerationRequest):
     """The `data` part of POST /img2img and POST /inpaint."""
 
     strength: float = Field(
-        0.8, gt=0, le=1, description="How far to leave the input image: num_inference_steps * strength steps are run, one at least."
+        0.8, gt=0, le=1, description="How far to leave the input image: num_inference_steps * strength steps are run; there must be one."
     )
 
     @model_validator(mode="after")
     def _some_step_is_left(self) -> ImageToImageRequest:
         if int(self.num_inference_steps * self.strength) < 1:
             raise ValueError(
-                f"strength {self.strength} leaves no step to run out of {self.num_inference_steps}, "
-                f"it must be at least {1 / self.num_inference_steps:.3g}"
+                f"strength {self.strength} leaves no step to run out of {self.num_inference_steps}: raise strength or num_inference_steps"
             )
         return self
 
@@ -149,11 +149,14 @@ def parse_json(body: bytes | str, where: str) -> dict[str, Any]:
         raise InvalidRequest(f"{where}: {name} is not a number in JSON", field=where)
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        for name in names:
-            if names.count(name) > 1:
+        if len(pairs) > _MAX_NAMES:
+            raise InvalidRequest(f"{where}: {len(pairs)} names, at most {_MAX_NAMES} are allowed", field=where)
+        document: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in document:
                 raise InvalidRequest(f"{name[:60]} is given more than once", field=name[:60])
-        return dict(pairs)
+            document[name] = value
+        return document
 
     try:
         text = body.decode("utf-8") if isinstance(body, bytes) else body
@@ -190,7 +193,9 @@ def _validated(model: type[Model], document: dict[str, Any]) -> Model:
 
 def _problem(detail: Any, model: type[GenerationRequest]) -> FieldError:
     """A pydantic error in words that name the field and the limit."""
-    field = str(detail["loc"][0])[:60] if detail["loc"] else "strength"  # the one check over two fields is about strength
+    # A check over the whole model has no place in it; the one that there is is about strength.
+    is_about_strength = detail["type"] == "value_error" and not detail["loc"]
+    field = "strength" if is_about_strength else str(next(iter(detail["loc"]), "body"))[:60]
     context = detail.get("ctx", {})
     match detail["type"]:
         case "missing":
@@ -207,6 +212,4 @@ def _problem(detail: Any, model: type[GenerationRequest]) -> FieldError:
             reason = detail["msg"][:1].lower() + detail["msg"][1:]
             reason = reason.removeprefix("input ").removeprefix("should").strip()
             reason = f"must {reason}" if not reason.startswith("must") else reason
-    if field == "strength" and not detail["loc"]:
-        return FieldError(field, reason)
-    return FieldError(field, f"{field}: {reason}")
+    return FieldError(field, reason if is_about_strength else f"{field}: {reason}")

@@ -82,25 +82,30 @@ def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False)
         raise ModelFolderError(
             f"{folder / 'model_index.json'}: a {pipeline} is no Stable Diffusion 1.x or 2.x model, expected {' or '.join(_PIPELINES)}"
         )
+    has_checker = (index.get("safety_checker") or [None])[0] is not None
     variants = {
         _check_weights(folder / component, stem)
         for component, stem in _COMPONENTS_WITH_WEIGHTS.items()
-        if component != "safety_checker" or index.get(component, [None])[0] is not None
+        if component != "safety_checker" or has_checker
     }
     if len(variants) > 1:
         raise ModelFolderError(f"{folder}: some components have only half-precision files, others only full-precision ones")
-    tokenizer = folder / "tokenizer"
-    if not any(all((tokenizer / name).is_file() for name in names) for names in _TOKENIZER_FILES):
-        raise ModelFolderError(f"{tokenizer}: tokenizer.json, or vocab.json and merges.txt, are missing")
+    if has_checker:
+        _read_json(folder / "feature_extractor" / "preprocessor_config.json", "what the safety checker looks at")
+    _check_tokenizer(folder / "tokenizer")
     unet = _read_json(folder / "unet" / "config.json", "the UNet's configuration")
     vae = _read_json(folder / "vae" / "config.json", "the autoencoder's configuration")
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", "the noise scheduler's configuration")
     channels = unet.get("in_channels")
     if channels not in (4, 9):
         raise ModelFolderError(f"{folder / 'unet' / 'config.json'}: in_channels is {channels}, expected 4, or 9 for inpainting")
-    pixels_per_latent = 2 ** (len(vae.get("block_out_channels", ())) - 1)
-    native = unet.get("sample_size", 64)
-    latent_height, latent_width = native if isinstance(native, list) else (native, native)
+    native = unet.get("sample_size")
+    latent_height, latent_width = native if isinstance(native, list) and len(native) == 2 else (native, native)
+    if not (isinstance(latent_height, int) and isinstance(latent_width, int)):
+        raise ModelFolderError(f"{folder / 'unet' / 'config.json'}: sample_size is {native}, expected a number of latent pixels")
+    if not isinstance(vae.get("block_out_channels"), list):
+        raise ModelFolderError(f"{folder / 'vae' / 'config.json'}: block_out_channels is missing")
+    pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
     return ModelFolder(
         path=folder,
         name=name or folder.name,
@@ -111,6 +116,15 @@ def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False)
         only_inpaints=channels == 9,
         variant=variants.pop(),
     )
+
+
+def _check_tokenizer(folder: Path) -> None:
+    _read_json(folder / "tokenizer_config.json", "how many tokens the text encoder takes")
+    for names in _TOKENIZER_FILES:
+        if all((folder / name).is_file() for name in names):
+            _read_json(folder / names[0], "the tokenizer's vocabulary")
+            return
+    raise ModelFolderError(f"{folder}: tokenizer.json, or vocab.json and merges.txt, are missing")
 
 
 def _read_json(file: Path, meaning: str) -> dict[str, Any]:
@@ -158,7 +172,7 @@ def _check_safetensors(file: Path) -> None:
     try:
         header = json.loads(header_bytes)
         data_size = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, LookupError, AttributeError):
         raise ModelFolderError(f"{file}: not a safetensors file, perhaps half downloaded or a Git LFS pointer") from None
     if size != 8 + header_size + data_size:
         raise ModelFolderError(f"{file}: has {size} bytes, {8 + header_size + data_size} are expected, perhaps half downloaded")

@@ -109,6 +109,28 @@ def test_flipped_bytes_never_raise_anything_but_a_service_error() -> None:
                 images.read_picture(damaged.tobytes(), "img")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")  # Pillow says so; the picture is what counts
+def test_damaged_exif_is_ignored_and_never_raises() -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F], exif[0x8769] = 6, "camera", {0x9286: b"comment"}
+    content = np.frombuffer(as_file(halves(RED, BLUE), "JPEG", exif=exif), np.uint8)
+    start = content.tobytes().index(b"Exif")
+    length = int.from_bytes(content[start - 2 : start].tobytes(), "big") - 8  # of the block behind its name
+    random = np.random.default_rng(2)
+    for _ in range(400):
+        damaged = content.copy()
+        damaged[start + 6 + random.integers(0, length, 3)] = random.integers(0, 256, 3)
+        assert images.read_picture(damaged.tobytes(), "img").size in ((20, 10), (10, 20))
+
+
+def test_a_mask_is_scaled_to_its_picture_but_must_have_its_proportions() -> None:
+    mask = Image.new("L", (20, 10), 0)
+    assert images.scale_mask(mask, (400, 200), "mask").size == (400, 200)
+    assert images.scale_mask(mask, (401, 200), "mask").size == (401, 200)
+    with pytest.raises(InvalidRequest, match="mask: 20 x 10 has other proportions than the picture, 10 x 20"):
+        images.scale_mask(mask, (10, 20), "mask")
+
+
 def test_a_bomb_is_refused_from_its_header() -> None:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -60,8 +60,8 @@ def test_a_consumer_that_leaves_stops_its_job_within_two_steps(demo_parts: Parts
         while len(steps) < 3:
             await asyncio.sleep(0.005)
         waiting.cancel()
-        left_at.append(len(steps))
         await asyncio.gather(waiting, return_exceptions=True)
+        left_at.append(len(steps))
         await stream.aclose()
         # Another job in the same engine: when it is done, the abandoned one had every chance to take steps.
         async for _ in draw(engine, pack_task(make_task(num_inference_steps=10))):

@@ -25,7 +25,8 @@ class Batching(Generic[JobT]):
         """`max_batch_size`: how many jobs may share a step, at least 1."""
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, not {max_batch_size}")
-        self.max_batch_size = max_batch_size
+        self._max_batch_size = max_batch_size
+        self._lowered_caps: dict[Hashable, int] = {}
         # The order of the dictionary is the order of the keys' turns.
         self._queues: dict[Hashable, list[JobT]] = {}
 
@@ -54,4 +55,12 @@ class Batching(Generic[JobT]):
         key = next(iter(self._queues))
         queue = self._queues.pop(key)
         self._queues[key] = queue
-        return queue[: self.max_batch_size]
+        return queue[: self.cap(key)]
+
+    def cap(self, key: Hashable) -> int:
+        """How many jobs of `key` may share a step."""
+        return self._lowered_caps.get(key, self._max_batch_size)
+
+    def lower_cap(self, key: Hashable, cap: int) -> None:
+        """From now on at most `cap` jobs of `key` share a step. Never raises a cap."""
+        self._lowered_caps[key] = max(1, min(cap, self.cap(key)))

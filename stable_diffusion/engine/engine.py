@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from stable_diffusion.engine.batching import Batching
-from stable_diffusion.engine.job import Job, Latents, Picture, Stage, Task
+from stable_diffusion.engine.job import Job, Latents, Picture, Task
 from stable_diffusion.errors import GenerationFailed, ServiceError
 
 logger = logging.getLogger("stable_diffusion")
@@ -115,6 +115,9 @@ class Engine:
                 # A defect in the loop itself. Whoever waits gets an answer, and the next job a working engine.
                 logger.exception("The engine failed outside of any job; all jobs in it are given up.")
                 self._fail_all()
+        # What was submitted during the last turn has not been read yet.
+        while not self._inbox.empty():
+            self._receive(self._inbox.get())
         self._fail_all()
 
     def _turn(self) -> None:
@@ -135,13 +138,16 @@ class Engine:
             except queue.Empty:
                 return
             is_idle = False
-            match message:
-                case _Submit(job):
-                    self._batching.add(job)
-                case _Cancel(job):
-                    self._drop(job)
-                case _Stop():
-                    self._stopping = True
+            self._receive(message)
+
+    def _receive(self, message: _Submit | _Cancel | _Stop) -> None:
+        match message:
+            case _Submit(job):
+                self._batching.add(job)
+            case _Cancel(job):
+                self._drop(job)
+            case _Stop():
+                self._stopping = True
 
     def _prepared(self, batch: list[Job]) -> list[Job]:
         """Prepare the newcomers of a batch, at most one of them with an image, so that the others do not wait for long."""
@@ -155,7 +161,6 @@ class Engine:
                     encoded_image = True
                 try:
                     job.tensors = self._denoiser.prepare(job.task)
-                    job.stage = Stage.DENOISING
                 except Exception as error:
                     self._fail(job, error)
                     continue
@@ -171,27 +176,36 @@ class Engine:
                 continue
             if job.is_denoised:
                 self._batching.remove(job)
-                job.stage = Stage.DECODING
                 self._to_decode.append(job)
 
     def _predict(self, batch: list[Job]) -> list[tuple[Job, torch.Tensor]]:
         """One UNet call, or, where it fails, one for each half: a job that cannot be computed in the end fails alone."""
-        try:
-            predicted = self._denoiser.predict(batch)
-        except Exception as error:
-            if len(batch) == 1:
-                self._fail(batch[0], error)
-                return []
-            half = len(batch) // 2
-            if isinstance(error, torch.OutOfMemoryError):
-                self._batching.max_batch_size = half
-                logger.warning("Out of memory with %d jobs in a step: from now on at most %d.", len(batch), half)
-        else:
-            if self._on_step is not None:
-                self._on_step(StepRecord(tuple(job.number for job in batch), sum(job.rows for job in batch)))
-            return list(zip(batch, predicted, strict=True))
-        # Outside of the except clause: the failed call's tensors are held by its traceback until here.
-        return self._predict(batch[:half]) + self._predict(batch[half:])
+        predictions: list[tuple[Job, torch.Tensor]] = []
+        calls = deque([batch])
+        ran_out_of_memory = False
+        largest_call = 1
+        while calls:
+            jobs = calls.popleft()
+            failure: Exception | None = None
+            try:
+                predicted = self._denoiser.predict(jobs)
+            except Exception as error:
+                failure = error
+            if failure is None:
+                largest_call = max(largest_call, len(jobs))
+                predictions += zip(jobs, predicted, strict=True)
+                if self._on_step is not None:
+                    self._on_step(StepRecord(tuple(job.number for job in jobs), sum(job.rows for job in jobs)))
+            elif len(jobs) == 1:
+                self._fail(jobs[0], failure)
+            else:
+                ran_out_of_memory |= isinstance(failure, torch.OutOfMemoryError)
+                half = len(jobs) // 2
+                calls.extendleft((jobs[half:], jobs[:half]))
+        if ran_out_of_memory:
+            self._batching.lower_cap(batch[0].batch_key, largest_call)
+            logger.warning("Out of memory with %d jobs in a step: at most %d of this size from now on.", len(batch), largest_call)
+        return predictions
 
     def _decode(self, job: Job) -> None:
         try:
@@ -206,25 +220,25 @@ class Engine:
         if not isinstance(error, ServiceError):
             logger.error("Job %d failed.", job.number, exc_info=error)
             if isinstance(error, torch.OutOfMemoryError):
-                error = GenerationFailed("the device is out of memory, even for this picture alone; ask for a smaller one")
+                error = GenerationFailed("the device is out of memory for this picture; ask for a smaller one")
             else:
                 error = GenerationFailed("the picture could not be computed")
         self._end(job, error)
 
     def _drop(self, job: Job) -> None:
         """A cancelled job leaves wherever it stands; one that has ended is not there any more."""
-        if job.stage is Stage.ENDED:
+        if job.is_ended:
             return
         self._batching.remove(job)
         if job in self._to_decode:
             self._to_decode.remove(job)
-        steps = job.tensors.step_index if job.tensors is not None else 0
-        logger.info("Job %d was cancelled after %d of %d steps.", job.number, steps, job.task.num_inference_steps)
-        job.stage = Stage.ENDED
+        done, wanted = (job.tensors.step_index, len(job.tensors.timesteps)) if job.tensors is not None else (0, 0)
+        logger.info("Job %d was cancelled after %d of %d steps.", job.number, done, wanted)
+        job.is_ended = True
         job.tensors = None
 
     def _end(self, job: Job, outcome: Picture | ServiceError) -> None:
-        job.stage = Stage.ENDED
+        job.is_ended = True
         job.tensors = None
         try:
             job.on_end(outcome)

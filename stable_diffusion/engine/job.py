@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -49,13 +48,6 @@ class Picture:
     dropped_negative_prompt: str
 
 
-class Stage(Enum):
-    WAITING = "waiting"
-    DENOISING = "denoising"
-    DECODING = "decoding"
-    ENDED = "ended"
-
-
 @dataclass
 class Latents:
     """The tensors of one job. Shapes: latents and noise (1, 4, height/8, width/8), embeddings (rows, tokens, width)."""
@@ -87,7 +79,7 @@ class Job:
     task: Task
     on_end: Callable[[Picture | ServiceError], None]
     number: int = field(default_factory=lambda: next(_numbers))
-    stage: Stage = Stage.WAITING
+    is_ended: bool = False
     tensors: Latents | None = None
 
     @property

@@ -63,6 +63,18 @@ def test_nothing_to_do_gives_an_empty_batch() -> None:
     assert len(batching) == 0
 
 
+def test_a_lowered_cap_holds_for_its_key_only_and_is_never_raised() -> None:
+    batching: Batching[Numbered] = Batching(4)
+    for number in range(4):
+        batching.add(Numbered(number, "large"))
+        batching.add(Numbered(number, "small"))
+    batching.lower_cap("large", 2)
+    batching.lower_cap("large", 3)
+    assert [len(batching.next_batch()) for _ in range(4)] == [2, 4, 2, 4]
+    batching.lower_cap("large", 0)
+    assert batching.cap("large") == 1
+
+
 def test_a_cap_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1, not 0"):
         Batching(0)

@@ -164,8 +164,8 @@ def test_out_of_memory_splits_the_batch_and_lowers_the_cap(demo_parts: Parts) ->
         outcomes = made.wait(5)
     assert all(isinstance(outcome, Picture) for outcome in outcomes.values())
     assert max(record.rows for record in made.steps) <= 4
-    failed_calls = [call for call in made.denoiser.calls if call.startswith("step") and int(call.split()[1]) > 2]
-    assert len(failed_calls) <= 3, "the cap was not lowered: the engine keeps running out of memory"
+    sizes = [int(call.split()[1]) for call in made.denoiser.calls if call.startswith("step")]
+    assert max(sizes[sizes.index(5) + 5 :]) == 2, "the cap is neither the largest that fits nor kept"
 
 
 def test_one_picture_that_does_not_fit_at_all_is_refused_by_name(demo_parts: Parts) -> None:
@@ -180,10 +180,12 @@ def test_one_picture_that_does_not_fit_at_all_is_refused_by_name(demo_parts: Par
 
 def test_a_cancelled_job_takes_no_further_step(demo_parts: Parts) -> None:
     with bench(demo_parts) as made:
-        unwanted = made.submit("unwanted", num_inference_steps=50)
-        made.submit("wanted", num_inference_steps=20)
-        made.at_step[5] = lambda: made.engine.cancel(unwanted)
+        jobs: list[Job] = []
+        made.at_step[5] = lambda: made.engine.cancel(jobs[0])
+        made.at_step[6] = lambda: made.submit("wanted", num_inference_steps=20)
+        jobs.append(made.submit("unwanted", num_inference_steps=50))
         outcomes = made.wait(1)
+        unwanted = jobs[0]
     assert list(outcomes) == ["wanted"]
     assert sum(unwanted.number in record.job_numbers for record in made.steps) <= 5
     assert made.outcomes.empty()
@@ -224,13 +226,11 @@ def test_mixed_company_changes_no_picture(
     }
     alone = {name: recording_engine.draw([make_task(**changes)])[0].image for name, changes in tasks.items()}
     with bench(demo_parts) as made:
-        cancelled = made.submit("cancelled", num_inference_steps=40, seed=8)
-        made.at_step[10] = lambda: made.engine.cancel(cancelled)
-        for number, (name, changes) in enumerate(tasks.items()):
-            if number < 2:
-                made.submit(name, **changes)
-            else:
-                made.at_step[number] = partial(made.submit, name, **changes)
+        jobs: list[Job] = []
+        made.at_step[12] = lambda: made.engine.cancel(jobs[0])
+        for number, (name, changes) in enumerate(tasks.items(), start=1):
+            made.at_step[number] = partial(made.submit, name, **changes)
+        jobs.append(made.submit("cancelled", num_inference_steps=40, seed=8))
         outcomes = made.wait(len(tasks))
     assert max(len(record.job_numbers) for record in made.steps) >= 5
     for name, picture in alone.items():
@@ -300,10 +300,20 @@ def test_all_torch_work_happens_on_one_thread(demo_parts: Parts) -> None:
 
 def test_jobs_in_an_engine_that_is_closed_fail_and_no_new_ones_are_taken(demo_parts: Parts) -> None:
     made = Bench(demo_parts)
-    made.at_step[1] = lambda: made.submit("unfinished too", num_inference_steps=50)
+    closing = threading.Event()
+
+    def submit_in_the_last_turn() -> None:
+        closing.wait(30)
+        made.submit("unfinished too", num_inference_steps=50)
+
+    made.at_step[1] = submit_in_the_last_turn
     made.submit("unfinished", num_inference_steps=50)
-    made.engine.close()
-    assert all(isinstance(outcome, GenerationFailed) for outcome in made.wait(1).values())
+    closer = threading.Thread(target=made.engine.close)
+    closer.start()
+    closing.set()
+    closer.join()
+    outcomes = made.wait(2)
+    assert all(isinstance(outcome, GenerationFailed) for outcome in outcomes.values()), outcomes
     with pytest.raises(GenerationFailed, match="stopped"):
         made.submit("too late")
 

@@ -65,7 +65,7 @@ def serve(folder: Path, target: str, home: Path, changes: Mapping[str, str] | No
             command, cwd=folder, env=environment(home, changes), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        _wait_until_ready(server, process)
+        wait_until_ready(server, process)
         yield server
     finally:
         stop(process)
@@ -81,7 +81,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _wait_until_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
+def wait_until_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     with server.client() as client:
         while time.monotonic() < deadline:

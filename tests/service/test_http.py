@@ -320,7 +320,29 @@ def test_data_may_be_a_file_part_as_well(server: Server, input_picture: Image.Im
     assert picture_of(response).size == (64, 64)
 
 
+def test_names_that_utf_8_cannot_say_are_refused_in_the_same_form(server: Server) -> None:
+    with server.client() as client:
+        headers = {"Content-Type": "application/json"}
+        assert "not a known field" in refused(client.post("/txt2img", content=b'{"prompt": "x", "\\ud800": 1}', headers=headers), 400)
+        twice = client.post("/txt2img", content=b'{"prompt": "x", "\\ud800": 1, "\\ud800": 2}', headers=headers)
+        assert "given more than once" in refused(twice, 400)
+
+
+def test_a_client_that_leaves_during_its_upload_is_no_error_of_ours(server: Server) -> None:
+    address = urlsplit(server.url)
+    with socket.create_connection((str(address.hostname), int(address.port or 0))) as connection:
+        connection.sendall(b"POST /txt2img HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
+    draw(server, num_inference_steps=1)
+    assert "Traceback" not in server.log
+
+
+def test_a_mask_of_other_proportions_is_refused(server: Server, input_picture: Image.Image) -> None:
+    files = {"img": as_file(input_picture), "mask": as_file(Image.new("L", (64, 32)))}
+    assert "mask: 64 x 32 has other proportions than the picture, 64 x 64" in refused(redraw(server, "/inpaint", files), 400, "mask")
+
+
 def test_a_client_that_leaves_stops_its_job(server: Server) -> None:
+    """Its steps are counted in the engine's tests (`tests/test_runnable.py`); here the cancellation crosses HTTP and the process hop."""
     body = json.dumps({"prompt": PROMPT, "num_inference_steps": 150, "width": 256, "height": 256}).encode()
     address = urlsplit(server.url)
     cancelled_before = server.log.count("was cancelled after")
@@ -330,16 +352,16 @@ def test_a_client_that_leaves_stops_its_job(server: Server) -> None:
             + f"Content-Length: {len(body)}\r\n\r\n".encode()
             + body
         )
-        time.sleep(2)
+        time.sleep(3)
     left = time.monotonic()
     while server.log.count("was cancelled after") == cancelled_before:
         assert time.monotonic() - left < 10, "the job was not cancelled"
         time.sleep(0.02)
     seconds_to_cancel = time.monotonic() - left
-    done = int(re.findall(r"was cancelled after (\d+) of 150 steps", server.log)[-1])
-    assert 0 < done < 150
-    seconds_per_step = 2 / done
-    assert seconds_to_cancel < 2 * seconds_per_step + 0.5
+    done, wanted = (int(number) for number in re.findall(r"was cancelled after (\d+) of (\d+) steps", server.log)[-1])
+    assert 0 < done < wanted
+    # Two of its steps, and what noticing a closed connection takes on a busy machine.
+    assert seconds_to_cancel < 2 * 3 / done + 1
     # The server draws on for others.
     picture_of(draw(server, num_inference_steps=2))
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from stable_diffusion.demo.shapes import judge
 from stable_diffusion.requests import SCHEDULERS, ImageToImageRequest
-from tests.service.servers import ROOT, Server
+from tests.service.servers import ROOT, Server, environment, free_port, wait_until_ready
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CURL_COMMANDS = [
@@ -35,6 +38,32 @@ def test_the_curl_lines_make_a_picture(
     with Image.open(tmp_path / "output.jpg") as picture:
         assert picture.format == "JPEG"
         assert picture.size == (64, 64)
+
+
+def test_make_serve_starts_a_server_whose_printed_curl_line_makes_a_picture(tmp_path: Path) -> None:
+    port = free_port()
+    log = tmp_path / "serve.log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            ["make", "serve", f"PORT={port}"], cwd=ROOT, env=environment(tmp_path), stdout=stream, stderr=stream, start_new_session=True
+        )
+    try:
+        wait_until_ready(Server(f"http://127.0.0.1:{port}", log), process)
+        printed = log.read_text().replace("\\\n", " ")
+        (command,) = re.findall(r"^\s*(curl .*)$", printed, re.MULTILINE)
+        subprocess.run(["bash", "-c", f"{command} --silent --fail"], cwd=tmp_path, check=True, timeout=60)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+    with Image.open(tmp_path / "output.jpg") as picture:
+        verdict = judge(picture.convert("RGB"))
+    assert (verdict.colour, verdict.background) == ("red", "blue")
+
+
+def test_relative_links_lead_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_the_make_targets_that_the_readme_names_exist() -> None:
