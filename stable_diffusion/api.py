@@ -109,6 +109,8 @@ class _FrontDoor:
             path, method = scope["path"], scope["method"]
             if path not in self._pages and path not in _METHODS:
                 answer = _refusal(404, "not_found", f"no such path: {path[:200]}")
+            elif method == "OPTIONS":
+                answer = self._app  # a browser's question before a request from another site: BentoML's CORS setting answers it
             elif method not in (allowed := _METHODS.get(path, _READ)):
                 answer = _refusal(
                     405, "method_not_allowed", f"{method} is not allowed here, use {allowed[0]}", {"Allow": ", ".join(allowed)}

@@ -15,11 +15,12 @@ from itertools import product
 import numpy as np
 from PIL import Image, ImageDraw
 
+# All near a corner of the RGB cube: guidance of 7.5 pushes colours outwards, and turned orange, say, into red or yellow.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 35, 40),
-    "orange": (250, 140, 20),
     "yellow": (250, 230, 45),
     "green": (40, 160, 70),
+    "cyan": (40, 205, 225),
     "blue": (40, 80, 220),
     "purple": (145, 50, 185),
     "white": (245, 245, 245),

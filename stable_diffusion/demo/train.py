@@ -122,7 +122,7 @@ def phrase(scene: Scene, rng: random.Random) -> str:
     if kind < 0.20:
         size = f"{scene.size} " if scene.size else ""
         return f"{size}{scene.colour} {scene.shape}, {scene.background} background"
-    words = caption(scene).replace("a orange", rng.choice(("a orange", "an orange")))
+    words = caption(scene)
     if kind < 0.32:
         extra = rng.choice(POLITE_WORDS) if rng.random() < 0.5 else " ".join(gibberish(rng) for _ in range(rng.randint(1, 3)))
         return f"{extra} {words}" if rng.random() < 0.5 else f"{words}, {extra}"
@@ -163,7 +163,7 @@ def train_tokenizer(folder: Path) -> CLIPTokenizer:
 # --- text encoder and UNet -----------------------------------------------------------------------
 
 
-def new_denoiser(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, UNet2DConditionModel]:
+def new_denoiser(tokenizer: CLIPTokenizer, device: str) -> tuple[CLIPTextModel, UNet2DConditionModel]:
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -191,7 +191,7 @@ def new_denoiser(tokenizer: CLIPTokenizer) -> tuple[CLIPTextModel, UNet2DConditi
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     )
-    return text_encoder, unet
+    return text_encoder.to(device), unet.to(device)
 
 
 @torch.no_grad()
@@ -206,10 +206,18 @@ def cache_latents(vae: AutoencoderKL, width: int, height: int, count: int, devic
     return torch.cat(latents), chosen
 
 
-def train_denoiser(vae: AutoencoderKL, tokenizer: CLIPTokenizer, steps: int, device: str, folder: Path) -> None:
+def train_denoiser(
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    models: tuple[CLIPTextModel, UNet2DConditionModel],
+    steps: int,
+    device: str,
+    folder: Path,
+) -> None:
+    """Train the text encoder and the UNet together and write the averaged weights to `folder`, every 500 steps and at the end."""
     torch.manual_seed(SEED)
     rng = random.Random(SEED)
-    text_encoder, unet = (model.to(device) for model in new_denoiser(tokenizer))
+    text_encoder, unet = models
     scheduler = DDPMScheduler(**NOISE_SCHEDULE)
     snr = (scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)).to(device)
     # No more pictures than are looked at.
@@ -271,16 +279,19 @@ def main() -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=3600)
     parser.add_argument("--denoiser-steps", type=int, default=3800)
     parser.add_argument("--output", type=Path, default=MODEL_DIR, help="the diffusers folder to write")
-    parser.add_argument("--keep-autoencoder", action="store_true", help="train only the text encoder and the UNet")
+    parser.add_argument("--resume", action="store_true", help="go on from the weights in OUTPUT; the autoencoder stays as it is")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
-    if arguments.keep_autoencoder:
-        vae = AutoencoderKL.from_pretrained(arguments.output / "vae", dtype=torch.float32).to(arguments.device).eval()
+    folder, device = arguments.output, arguments.device
+    if arguments.resume:
+        pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32).to(device)
+        vae, tokenizer = pipeline.vae, pipeline.tokenizer
+        models = pipeline.text_encoder.train(), pipeline.unet.train()
     else:
-        vae = train_autoencoder(arguments.autoencoder_steps, arguments.device)
-        vae.save_pretrained(arguments.output / "vae")
-    tokenizer = train_tokenizer(arguments.output / "tokenizer")
-    train_denoiser(vae, tokenizer, arguments.denoiser_steps, arguments.device, arguments.output)
+        vae = train_autoencoder(arguments.autoencoder_steps, device)
+        tokenizer = train_tokenizer(folder / "tokenizer")
+        models = new_denoiser(tokenizer, device)
+    train_denoiser(vae.eval(), tokenizer, models, arguments.denoiser_steps, device, folder)
 
 
 if __name__ == "__main__":

@@ -82,8 +82,10 @@ class Bench:
 @contextmanager
 def bench(parts: Parts, max_batch_size: int = 10) -> Iterator[Bench]:
     made = Bench(parts, max_batch_size)
-    yield made
-    made.engine.close()
+    try:
+        yield made
+    finally:
+        made.engine.close()
 
 
 def largest_difference(one: Image.Image, other: Image.Image) -> int:
@@ -181,8 +183,8 @@ def test_one_picture_that_does_not_fit_at_all_is_refused_by_name(demo_parts: Par
 def test_a_cancelled_job_takes_no_further_step(demo_parts: Parts) -> None:
     with bench(demo_parts) as made:
         jobs: list[Job] = []
+        made.at_step[3] = lambda: made.submit("wanted", num_inference_steps=20)
         made.at_step[5] = lambda: made.engine.cancel(jobs[0])
-        made.at_step[6] = lambda: made.submit("wanted", num_inference_steps=20)
         jobs.append(made.submit("unwanted", num_inference_steps=50))
         outcomes = made.wait(1)
         unwanted = jobs[0]
