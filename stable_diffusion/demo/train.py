@@ -272,6 +272,9 @@ def save(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encode
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
+    # transformers would load the half-precision weights as they are, diffusers loads its own in float32: let both do the same.
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def main() -> None:
