@@ -61,14 +61,14 @@ def test_make_serve_starts_a_server_whose_printed_curl_line_makes_a_picture(tmp_
 
 
 def test_relative_links_lead_somewhere() -> None:
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    links = [link or source for link, source in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", README) if not link.startswith("http")]
     assert links
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 def test_the_make_targets_that_the_readme_names_exist() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    named = set(re.findall(r"`?make (\w+)", README))
+    named = set(re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE))
     assert {"serve", "test", "model"} <= named <= targets
 
 
