@@ -143,7 +143,7 @@ def test_a_prompt_that_is_too_long_for_the_model_is_drawn_and_the_rest_reported(
 @pytest.mark.parametrize("scheduler", [short_names[0] for short_names in SCHEDULERS.values()])
 def test_every_scheduler_draws_the_colours_that_were_asked_for(server: Server, scheduler: str) -> None:
     fields = {"prompt": "a large white circle on a black background", "num_inference_steps": 25, "guidance_scale": 4, "seed": 3}
-    verdict = judge(picture_of(draw(server, scheduler=scheduler, **fields)))
+    verdict = judge(picture_of(draw(server, "image/png", scheduler=scheduler, **fields)))
     assert (verdict.colour, verdict.background) == ("white", "black")
 
 
