@@ -266,7 +266,10 @@ def save(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encode
         text_encoder=copy.deepcopy(text_encoder).half(),
         tokenizer=tokenizer,
         unet=copy.deepcopy(unet).half(),
-        scheduler=PNDMScheduler(**NOISE_SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1),
+        scheduler=PNDMScheduler.from_config(
+            # clip_sample is for DDIM, which would clip latents as if they were pixels; Stable Diffusion's configuration says so too.
+            {**NOISE_SCHEDULE, "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
