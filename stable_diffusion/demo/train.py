@@ -275,9 +275,13 @@ def save(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encode
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
-    # transformers would load the half-precision weights as they are, diffusers loads its own in float32: let both do the same.
-    config = folder / "text_encoder" / "config.json"
-    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    for file in folder.glob("*/config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)  # where --resume has read it
+        if "dtype" in config:
+            # transformers would load the half-precision weights as they are, diffusers loads its own in float32: let both do the same.
+            config["dtype"] = "float32"
+        file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:
