@@ -35,13 +35,13 @@ from stable_diffusion.engine.job import Kind, Picture, Task
 from stable_diffusion.errors import (
     ClientGone,
     FieldError,
-    ImageTooLarge,
     InternalError,
     InvalidRequest,
     ModelFolderError,
     ModelUnavailable,
     NotAcceptable,
     ServiceError,
+    TooLarge,
     UnsupportedMediaType,
 )
 from stable_diffusion.images import MEDIA_TYPES, ImageFormat
@@ -236,12 +236,12 @@ def _limited(request: Request, max_bytes: int) -> Request:
         message = await request.receive()
         received += len(message.get("body", b""))
         if received > max_bytes:
-            raise ImageTooLarge(f"the body has more than {max_bytes} bytes", field="body")
+            raise TooLarge(f"the body has more than {max_bytes} bytes", field="body")
         return message
 
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_bytes:
-        raise ImageTooLarge(f"the body has {int(declared)} bytes, at most {max_bytes} are allowed", field="body")
+        raise TooLarge(f"the body has {int(declared)} bytes, at most {max_bytes} are allowed", field="body")
     return Request(request.scope, receive)
 
 
@@ -268,7 +268,7 @@ async def _data_part(form: FormData) -> bytes | str:
         raise InvalidRequest('data: the part is missing, send JSON (curl: -F data=\'{"prompt":"a red circle"}\')', field="data")
     if isinstance(part, UploadFile):
         if part.size is not None and part.size > _MAX_JSON_BYTES:
-            raise ImageTooLarge(f"data: at most {_MAX_JSON_BYTES} bytes are allowed", field="data")
+            raise TooLarge(f"data: at most {_MAX_JSON_BYTES} bytes are allowed", field="data")
         return await part.read()
     return part
 

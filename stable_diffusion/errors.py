@@ -2,7 +2,7 @@
 
 ServiceError
 ├── InvalidRequest            400  a field or a part is missing, malformed or out of range
-├── ImageTooLarge             413  an upload has too many bytes or pixels
+├── TooLarge                  413  a body or an image has too many bytes or pixels
 ├── UnsupportedMediaType      415  the body is not of the type that the endpoint takes
 ├── NotAcceptable             406  the Accept header allows no image type that we can send
 ├── ClientGone                499  the client closed the connection; nobody reads the answer
@@ -42,7 +42,7 @@ class InvalidRequest(ServiceError):
     type = "invalid_request"
 
 
-class ImageTooLarge(ServiceError):
+class TooLarge(ServiceError):
     status = 413
     type = "too_large"
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from stable_diffusion.errors import ImageTooLarge, InvalidRequest
+from stable_diffusion.errors import InvalidRequest, TooLarge
 from stable_diffusion.requests import MAX_SIDE, MIN_SIDE, SIDE_MULTIPLE
 
 ImageFormat = Literal["jpeg", "png", "webp"]
@@ -28,7 +28,7 @@ _SAME_PROPORTIONS = 0.02  # a mask drawn on a scaled down picture is off by a pi
 def read_picture(content: bytes, field: str) -> Image.Image:
     """Decode an upload to upright RGB; what is transparent becomes white.
 
-    Raises InvalidRequest or ImageTooLarge, naming `field`.
+    Raises InvalidRequest or TooLarge, naming `field`.
     """
     return _decode(content, field, "RGB", "white")
 
@@ -42,12 +42,12 @@ def _decode(content: bytes, field: str, mode: str, backdrop: str) -> Image.Image
     if not content:
         raise InvalidRequest(f"{field}: the file is empty, send a PNG, JPEG or WebP image", field=field)
     if len(content) > MAX_UPLOAD_BYTES:
-        raise ImageTooLarge(f"{field}: the file has {len(content)} bytes, at most {MAX_UPLOAD_BYTES} are allowed", field=field)
+        raise TooLarge(f"{field}: the file has {len(content)} bytes, at most {MAX_UPLOAD_BYTES} are allowed", field=field)
     try:
         picture: Image.Image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP"))
         # Only the header has been read so far: refuse a bomb before anything is decoded.
         if picture.width * picture.height > MAX_UPLOAD_PIXELS:
-            raise ImageTooLarge(
+            raise TooLarge(
                 f"{field}: the image has {picture.width} x {picture.height} pixels, at most {MAX_UPLOAD_PIXELS} in all are allowed",
                 field=field,
             )
@@ -58,7 +58,7 @@ def _decode(content: bytes, field: str, mode: str, backdrop: str) -> Image.Image
     except UnidentifiedImageError:
         raise InvalidRequest(f"{field}: not a PNG, JPEG or WebP image", field=field) from None
     except Image.DecompressionBombError:
-        raise ImageTooLarge(f"{field}: the image has more than {MAX_UPLOAD_PIXELS} pixels", field=field) from None
+        raise TooLarge(f"{field}: the image has more than {MAX_UPLOAD_PIXELS} pixels", field=field) from None
     except _BROKEN_DATA:
         raise InvalidRequest(f"{field}: the image is damaged or cut short", field=field) from None
 
