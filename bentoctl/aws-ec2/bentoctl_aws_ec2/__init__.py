@@ -1,0 +1,50 @@
+"""The operator: the four functions that bentoctl 0.4.0 calls by name, with its parameters.
+
+They raise click.ClickException where something is wrong: bentoctl shows its own exceptions with exit status 0.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from bentoctl.utils.terraform import is_terraform_applied
+
+from bentoctl_aws_ec2 import registry
+from bentoctl_aws_ec2.generate import built_image, refuse_other_deployment, write_templates, write_values
+from bentoctl_aws_ec2.specification import terraform_variables
+
+
+def generate(name: str, spec: Mapping[str, Any], template_type: str, destination_dir: str, values_only: bool = True) -> list[str]:
+    """Writes the Terraform files and bentoctl.tfvars, or only that; returns the paths written or found up to date."""
+    destination = Path(destination_dir)
+    refuse_other_deployment(destination, name)
+    image_tag = spec.get("image_tag") or built_image(destination)
+    values = terraform_variables(name, {**spec, "image_tag": image_tag})
+    templates = [] if values_only else write_templates(destination)
+    return [str(file) for file in [*templates, write_values(destination, values)]]
+
+
+def create_deployable(bento_path: str, destination_dir: str, bento_metadata: Mapping[str, Any], overwrite_deployable: bool) -> str:
+    """Copies the bento to where it outlives this call: bentoctl deletes `bento_path` before it builds. Returns the build context."""
+    deployable = Path(destination_dir) / "bento"
+    shutil.copytree(bento_path, deployable, dirs_exist_ok=True)
+    return str(deployable)
+
+
+def create_repository(repository_name: str, operator_spec: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Checks the configuration once more, then makes the repository; returns its URL, and user and password for `docker push`."""
+    terraform_variables(repository_name, {**operator_spec, "image_tag": None})
+    return registry.create_repository(repository_name, operator_spec["region"])
+
+
+def delete_repository(repository_name: str, operator_spec: Mapping[str, Any]) -> None:
+    """Deletes the images, but not under a deployment that is still there: bentoctl calls this after a refused or failed destroy too."""
+    if is_terraform_applied():
+        raise click.ClickException(
+            f"the deployment is still there, so its image repository {repository_name} was kept; run bentoctl destroy again"
+        )
+    registry.delete_repository(repository_name, operator_spec["region"])

@@ -1,0 +1,114 @@
+"""The deployment's repository in Amazon ECR: made when missing, its login for `docker push`, deleted with its images.
+
+Turns what AWS answers into one sentence that says what to do.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import boto3
+import click
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    ConnectTimeoutError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
+
+KEPT_IMAGES = 5
+REFUSED = {"AccessDeniedException", "AccessDenied", "UnauthorizedOperation"}
+UNKNOWN_CREDENTIALS = {
+    "UnrecognizedClientException",
+    "InvalidClientTokenId",
+    "InvalidSignatureException",
+    "ExpiredTokenException",
+    "ExpiredToken",
+}
+
+
+class Repository(NamedTuple):
+    """What `docker push` needs, in bentoctl's order."""
+
+    url: str
+    username: str
+    password: str
+
+
+def create_repository(name: str, region: str) -> Repository:
+    with clear_errors(region):
+        client = boto3.client("ecr", region_name=region)
+        url = _find_or_create(client, name)
+        authorization = client.get_authorization_token()["authorizationData"][0]
+    username, _, password = base64.b64decode(authorization["authorizationToken"]).decode().partition(":")
+    return Repository(url, username, password)
+
+
+def delete_repository(name: str, region: str) -> None:
+    """Deletes the repository with all its images; there being none is fine."""
+    with clear_errors(region):
+        client = boto3.client("ecr", region_name=region)
+        try:
+            client.delete_repository(repositoryName=name, force=True)
+        except client.exceptions.RepositoryNotFoundException:
+            click.echo(f"There was no repository {name} in {region}.")
+
+
+def _find_or_create(client: Any, name: str) -> str:
+    try:
+        return str(client.describe_repositories(repositoryNames=[name])["repositories"][0]["repositoryUri"])
+    except client.exceptions.RepositoryNotFoundException:
+        created = client.create_repository(repositoryName=name, imageScanningConfiguration={"scanOnPush": True})
+    client.put_lifecycle_policy(repositoryName=name, lifecyclePolicyText=json.dumps(lifecycle_policy()))
+    return str(created["repository"]["repositoryUri"])
+
+
+def lifecycle_policy() -> dict[str, Any]:
+    """Some images to roll back to, and no more: each costs about a dollar a month."""
+    return {
+        "rules": [
+            {
+                "rulePriority": 1,
+                "description": f"keep the last {KEPT_IMAGES} images",
+                "selection": {"tagStatus": "any", "countType": "imageCountMoreThan", "countNumber": KEPT_IMAGES},
+                "action": {"type": "expire"},
+            }
+        ]
+    }
+
+
+@contextmanager
+def clear_errors(region: str) -> Iterator[None]:
+    try:
+        yield
+    except (NoCredentialsError, PartialCredentialsError) as reason:
+        raise click.ClickException(
+            "no AWS credentials: run `aws configure`, or set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from reason
+    except ProfileNotFound as reason:
+        raise click.ClickException(f"{reason}; AWS_PROFILE names it, `aws configure list-profiles` lists what there is") from reason
+    except (EndpointConnectionError, ConnectTimeoutError) as reason:
+        raise click.ClickException(
+            f"AWS does not answer for region {region}: check spec.region, the network, and that your account has the region enabled"
+        ) from reason
+    except ClientError as reason:
+        raise click.ClickException(_explain(reason, region)) from reason
+    except BotoCoreError as reason:
+        raise click.ClickException(f"AWS could not be asked in {region}: {reason}") from reason
+
+
+def _explain(answer: ClientError, region: str) -> str:
+    code = answer.response["Error"]["Code"]
+    message = answer.response["Error"].get("Message", "")
+    if code in UNKNOWN_CREDENTIALS:
+        return f"AWS does not accept your credentials in {region} ({code}): check them with `aws sts get-caller-identity`"
+    if code in REFUSED:
+        return f"your AWS user may not do {answer.operation_name} in {region}: {message}"
+    return f"AWS refused {answer.operation_name} in {region} ({code}): {message}"

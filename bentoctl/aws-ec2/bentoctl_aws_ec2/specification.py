@@ -1,0 +1,118 @@
+"""A deployment's name and its `spec`, checked as a whole and turned into the values of the Terraform variables.
+
+What one field allows by itself is in fields.py. Knows nothing of files, Docker or AWS's answers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+from bentoctl_aws_ec2.fields import GPU_FAMILIES, instance_family
+
+# It names the repository, the load balancer (at most 32 characters) and, with the region, the IAM role.
+DEPLOYMENT_NAME = re.compile(r"[a-z](?:[a-z0-9]|-(?=[a-z0-9])){1,31}")
+IMAGE_TAG = re.compile(
+    r"(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(?:\.cn)?/(?P<repository>[a-z0-9-]+):(?P<version>[\w][\w.-]{0,127})"
+)
+
+
+def terraform_variables(deployment_name: str, spec: Mapping[str, Any]) -> dict[str, object]:
+    """The value of every variable of variables.tf. `spec` has passed the schema of operator_config.py.
+
+    Raises click.ClickException, which names every field that is wrong and what is allowed.
+    """
+    problems = check_name(deployment_name) + check_combinations(spec)
+    image_tag = spec.get("image_tag") or ""
+    if image_tag:
+        problems += check_image_tag(image_tag, deployment_name, spec["region"])
+    if problems:
+        raise click.ClickException("nothing was generated:\n" + "\n".join(f"  - {problem}" for problem in problems))
+    return {
+        "deployment_name": deployment_name,
+        "region": spec["region"],
+        "image_tag": image_tag,
+        "instance_type": spec["instance_type"],
+        "enable_gpus": uses_gpus(spec),
+        "ami_id": spec.get("ami_id"),
+        "disk_size_gb": spec["disk_size_gb"],
+        "spot": spec["spot"],
+        "idle_stop_minutes": spec["idle_stop_minutes"],
+        "instances": instances(spec),
+        "certificate_arn": spec.get("certificate_arn"),
+        "allowed_cidrs": spec["allowed_cidrs"],
+        "subnet_ids": spec["subnet_ids"],
+        "api_key_arn": spec.get("api_key_arn"),
+        "environment_variables": environment_variables(spec),
+    }
+
+
+def uses_gpus(spec: Mapping[str, Any]) -> bool:
+    asked = spec.get("enable_gpus")
+    return has_gpus(spec["instance_type"]) if asked is None else bool(asked)
+
+
+def has_gpus(instance_type: str) -> bool:
+    return instance_family(instance_type) in GPU_FAMILIES
+
+
+def instances(spec: Mapping[str, Any]) -> dict[str, int] | None:
+    """How many machines stand behind a load balancer; None: one machine and none in front of it."""
+    asked = spec.get("instances") or {}
+    return {"min": asked["min"], "max": asked["max"]} if asked.get("min") is not None else None
+
+
+def environment_variables(spec: Mapping[str, Any]) -> dict[str, str]:
+    """bentoctl hands over its own `env` inside `spec`; both forms mean the same."""
+    listed = {variable["name"]: variable["value"] for variable in spec["environment_variables"]}
+    return listed | dict(spec.get("env") or {})
+
+
+def check_name(deployment_name: str) -> list[str]:
+    if DEPLOYMENT_NAME.fullmatch(deployment_name):
+        return []
+    return [
+        f"name: {deployment_name!r} must be 2 to 32 lower-case letters, digits and single hyphens, starting with a letter and not "
+        "ending with a hyphen"
+    ]
+
+
+def check_combinations(spec: Mapping[str, Any]) -> list[str]:
+    problems = []
+    if spec.get("enable_gpus") and not has_gpus(spec["instance_type"]):
+        problems.append(
+            f"spec.enable_gpus: {spec['instance_type']} has no NVIDIA GPU; set enable_gpus to false, or instance_type to one of the "
+            f"families {', '.join(GPU_FAMILIES)}"
+        )
+    grouped = instances(spec) is not None
+    if spec.get("certificate_arn") and not grouped:
+        problems.append("spec.certificate_arn: the load balancer holds it, so it needs instances (min 1 and max 1 for one machine)")
+    if spec["idle_stop_minutes"] and grouped:
+        problems.append("spec.idle_stop_minutes: is for one machine; the number of instances follows the load by itself")
+    if spec["idle_stop_minutes"] and spec["spot"]:
+        problems.append("spec.idle_stop_minutes: cannot be combined with spot, whose machines AWS starts and stops itself")
+    if len(spec["subnet_ids"]) == 1 and grouped:
+        problems.append("spec.subnet_ids: a load balancer needs subnets in at least two availability zones, one is given")
+    twice = set(spec.get("env") or {}) & {variable["name"] for variable in spec["environment_variables"]}
+    problems += [f"spec.environment_variables: {name} is also in env; give it once" for name in sorted(twice)]
+    multiline = [name for name, value in (spec.get("env") or {}).items() if "\n" in value or "\r" in value]
+    problems += [f"env: the value of {name} must be a single line" for name in multiline]
+    return problems
+
+
+def check_image_tag(image_tag: str, deployment_name: str, region: str) -> list[str]:
+    match = IMAGE_TAG.fullmatch(image_tag)
+    if match is None:
+        return [
+            f"image_tag: {image_tag!r} is not an image in Amazon ECR: ACCOUNT.dkr.ecr.REGION.amazonaws.com/NAME:VERSION, without a port "
+            "and with a single name after the slash"
+        ]
+    problems = []
+    if match["region"] != region:
+        problems.append(f"image_tag: the image is in {match['region']} and spec.region is {region}; build again to push it there")
+    if match["repository"] != deployment_name:
+        problems.append(f"image_tag: the repository is {match['repository']} and the deployment is {deployment_name}; build again")
+    return problems

@@ -1,0 +1,177 @@
+#!/usr/bin/env bash
+# What the units of the picture server do on the machine: prepare, run, wait, stop, report, watch.
+# Its settings are in /etc/stable-diffusion/settings. What it says goes to the journal and to CloudWatch, stream INSTANCE/boot,
+# where `bentoctl apply` reads it: a line that begins with READY or FAILED decides.
+set -euo pipefail
+
+FOLDER=${STABLE_DIFFUSION_FOLDER:-/etc/stable-diffusion}
+RUN=${STABLE_DIFFUSION_RUN:-/run/stable-diffusion}
+CLOUD_INIT=${STABLE_DIFFUSION_CLOUD_INIT:-/var/lib/cloud/data}
+CONTAINER=stable-diffusion
+# The registry's password is kept in memory only.
+export DOCKER_CONFIG=$RUN/docker
+
+# shellcheck source=/dev/null
+source "$FOLDER/settings"
+: "${REGION:?}" "${IMAGE:?}" "${LOG_GROUP:?}" "${PORT:?}" "${ENABLE_GPUS:?}" "${MINIMUM_DRIVER_MAJOR:?}" "${STOP_TIMEOUT_S:?}"
+: "${API_KEY_ARN?}" "${IDLE_STOP_MINUTES:?}" "${AUTO_SCALING_GROUP?}" "${METRIC_NAMESPACE:?}" "${METRIC_NAME:?}"
+export AWS_REGION=$REGION AWS_DEFAULT_REGION=$REGION AWS_RETRY_MODE=standard AWS_MAX_ATTEMPTS=3
+INSTANCE=$(<"$CLOUD_INIT/instance-id")
+
+say() {
+  local message
+  message=$(printf '%s' "$*" | tr '\n\t\r' '   ')
+  echo "$message"
+  message=${message//\\/\\\\}
+  message=${message//\"/\\\"}
+  aws logs create-log-stream --log-group-name "$LOG_GROUP" --log-stream-name "$INSTANCE/boot" >/dev/null 2>&1 || true # there already
+  aws logs put-log-events --log-group-name "$LOG_GROUP" --log-stream-name "$INSTANCE/boot" \
+    --log-events "[{\"timestamp\": $(date +%s%3N), \"message\": \"$message\"}]" >/dev/null ||
+    echo "(CloudWatch did not take that line)"
+}
+
+fail() {
+  say "FAILED: $*"
+  # `report` need not say it again.
+  touch "$RUN/reported"
+  exit 1
+}
+
+# retry TIMES COMMAND...: with 5, 10, 20, ... seconds between the tries.
+retry() {
+  local times=$1 try pause=${RETRY_PAUSE_S:-5}
+  shift
+  for ((try = 1; try <= times; try++)); do
+    "$@" && return
+    if ((try < times)); then
+      echo "try $try of $times failed: $*"
+      sleep "$pause"
+      pause=$((pause * 2))
+    fi
+  done
+  return 1
+}
+
+prepare() {
+  mkdir -p "$DOCKER_CONFIG"
+  rm -f "$RUN/reported"
+  say "starting on $INSTANCE: $IMAGE"
+  if [[ $ENABLE_GPUS == true ]]; then check_driver; fi
+  docker rm --force "$CONTAINER" >/dev/null 2>&1 || true # there is none after a clean stop
+  if ! docker image inspect "$IMAGE" >/dev/null 2>&1; then pull; fi
+  if [[ $ENABLE_GPUS == true ]]; then check_runtime; fi
+  fetch_api_key
+}
+
+check_driver() {
+  local found driver
+  found=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>&1) ||
+    fail "no NVIDIA GPU, or no driver for it: nvidia-smi says: ${found:-nothing}. The instance type needs an NVIDIA GPU and the AMI its driver"
+  driver=$(head -n 1 <<<"$found" | sed 's/.*, *//')
+  if ((${driver%%.*} < MINIMUM_DRIVER_MAJOR)); then
+    fail "the AMI's NVIDIA driver is $driver and torch's CUDA needs $MINIMUM_DRIVER_MAJOR or newer: use a newer ami_id, or none"
+  fi
+  say "GPU: $(paste -sd ';' <<<"$found")"
+}
+
+log_in() {
+  aws ecr get-login-password | docker login --username AWS --password-stdin "${IMAGE%%/*}" >/dev/null
+}
+
+pull() {
+  local began=$SECONDS
+  say "pulling the image; that takes minutes"
+  retry 5 log_in || fail "no login to ${IMAGE%%/*}: check that spec.region is the image's region, and the machine's way to the internet"
+  retry 5 docker pull --quiet "$IMAGE" || fail "the image $IMAGE could not be pulled: is it in the repository, and is the disk large enough? $(df -h / | tail -n 1)"
+  say "pulled in $((SECONDS - began)) s"
+}
+
+check_runtime() {
+  local answer
+  answer=$(docker run --rm --gpus all --network none --entrypoint nvidia-smi "$IMAGE" -L 2>&1) ||
+    fail "the container sees no GPU (NVIDIA container toolkit): $(tail -n 3 <<<"$answer")"
+}
+
+fetch_api_key() {
+  local key=""
+  case $API_KEY_ARN in
+    "") ;;
+    *:secretsmanager:*) key=$(retry 3 aws secretsmanager get-secret-value --secret-id "$API_KEY_ARN" --query SecretString --output text) ||
+      fail "the API key could not be read from $API_KEY_ARN" ;;
+    *) key=$(retry 3 aws ssm get-parameter --with-decryption --name "$API_KEY_ARN" --query Parameter.Value --output text) ||
+      fail "the API key could not be read from $API_KEY_ARN" ;;
+  esac
+  if [[ -n $API_KEY_ARN && -z $key ]]; then fail "the API key at $API_KEY_ARN is empty"; fi
+  if [[ $key == *$'\n'* ]]; then fail "the API key at $API_KEY_ARN has more than one line; separate several keys with commas"; fi
+  (umask 077 && { [[ -z $key ]] || echo "SD_API_KEYS=$key"; } >"$RUN/secrets")
+}
+
+run() {
+  local gpus=()
+  if [[ $ENABLE_GPUS == true ]]; then gpus=(--gpus all); fi
+  exec docker run --name "$CONTAINER" "${gpus[@]}" \
+    --publish "$PORT:3000" \
+    --env-file "$FOLDER/environment" --env-file "$RUN/secrets" \
+    --cap-drop ALL --security-opt no-new-privileges --pids-limit 4096 \
+    --stop-timeout "$STOP_TIMEOUT_S" \
+    --log-driver awslogs --log-opt "awslogs-region=$REGION" --log-opt "awslogs-group=$LOG_GROUP" \
+    --log-opt "awslogs-stream=$INSTANCE/container" --log-opt mode=non-blocking --log-opt max-buffer-size=4m \
+    "$IMAGE"
+}
+
+# systemd ends this when the container ends or TimeoutStartSec is over; `report` then says what happened.
+wait_until_ready() {
+  local began=$SECONDS
+  until curl --silent --fail --max-time 5 "http://127.0.0.1:$PORT/readyz" >/dev/null; do sleep "${POLL_S:-2}"; done
+  say "READY after $((SECONDS - began)) s"
+}
+
+stop() {
+  docker stop --time "$STOP_TIMEOUT_S" "$CONTAINER" >/dev/null
+}
+
+# systemd sets SERVICE_RESULT: success, exit-code, timeout, signal, ...
+report() {
+  if [[ ${SERVICE_RESULT:-success} != success && ! -e $RUN/reported ]]; then
+    say "FAILED: the picture server ended (${SERVICE_RESULT}, ${EXIT_STATUS:-no status}); its last lines: $(docker logs --tail 5 "$CONTAINER" 2>&1 | tail -c 1500)"
+  fi
+}
+
+# metric NAME: the sum over all labels of a metric of the runner, as a whole number.
+metric() {
+  awk -v name="$1" 'index($0, name "{") == 1 { sum += $NF } END { printf "%d\n", sum }' <<<"$metrics"
+}
+
+watch() {
+  local metrics in_progress
+  if ! metrics=$(curl --silent --fail --max-time 10 "http://127.0.0.1:$PORT/metrics"); then return; fi # loading, or down
+  in_progress=$(metric bentoml_runner_request_in_progress)
+  if [[ -n $AUTO_SCALING_GROUP ]]; then
+    aws cloudwatch put-metric-data --namespace "$METRIC_NAMESPACE" --metric-name "$METRIC_NAME" --unit Count \
+      --dimensions "AutoScalingGroupName=$AUTO_SCALING_GROUP" --value "$in_progress"
+  fi
+  if ((IDLE_STOP_MINUTES > 0)); then stop_when_idle "$in_progress"; fi
+}
+
+# stop_when_idle IN_PROGRESS: remembers how many requests there had been and when that number last changed.
+stop_when_idle() {
+  local total now seen since
+  total=$(metric bentoml_runner_request_total)
+  now=$(date +%s)
+  read -r seen since 2>/dev/null <"$RUN/last_request" || { seen=none since=$now; }
+  if [[ $1 != 0 || $seen != "$total" ]]; then
+    echo "$total $now" >"$RUN/last_request"
+  elif ((now - since >= IDLE_STOP_MINUTES * 60)); then
+    say "stopping: no request for $IDLE_STOP_MINUTES minutes; start it again with the command that \`terraform output start_command\` prints"
+    systemctl poweroff
+  fi
+}
+
+case ${1:-} in
+  prepare | run | stop | report | watch) "$1" ;;
+  wait) wait_until_ready ;;
+  *)
+    echo "usage: $0 prepare | run | wait | stop | report | watch" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,66 @@
+locals {
+  address = local.single ? aws_eip.machine[0].public_ip : aws_lb.balancer[0].dns_name
+  url     = "${local.scheme}://${local.address}"
+}
+
+output "region" {
+  description = "Where the deployment is."
+  value       = var.region
+}
+
+output "endpoint" {
+  description = "Address of the server. With a certificate, point a DNS name that it covers at this address and use that name."
+  value       = local.url
+}
+
+output "swagger" {
+  description = "Page to try every endpoint in a browser."
+  value       = "${local.url}/"
+}
+
+output "curl" {
+  description = "A first picture."
+  value       = "curl -X POST ${local.url}/txt2img -H 'Content-Type: application/json' -d '{\"prompt\":\"View of a cyberpunk city\"}' --output output.jpg"
+}
+
+output "log_group" {
+  description = "CloudWatch log group: a stream INSTANCE/boot and a stream INSTANCE/container for each machine."
+  value       = local.log_group
+}
+
+output "logs_command" {
+  description = "Follows the logs of all machines."
+  value       = "aws logs tail ${local.log_group} --follow --region ${var.region}"
+}
+
+output "session_command" {
+  description = "A shell on the machine, through SSM; with many machines, lists them first."
+  value = local.single ? "aws ssm start-session --region ${var.region} --target ${aws_instance.machine[0].id}" : join("", [
+    "aws autoscaling describe-auto-scaling-instances --region ${var.region} --query ",
+    "\"AutoScalingInstances[?AutoScalingGroupName=='${var.deployment_name}'].InstanceId\" --output text",
+    " # then: aws ssm start-session --region ${var.region} --target INSTANCE",
+  ])
+}
+
+output "tunnel_command" {
+  description = "The server of the machine on port 3000 of this computer, through SSM, for when allowed_cidrs is empty; null with many machines."
+  value = local.single ? join(" ", [
+    "aws ssm start-session --region ${var.region} --target ${aws_instance.machine[0].id}",
+    "--document-name AWS-StartPortForwardingSession --parameters portNumber=${local.port},localPortNumber=3000",
+  ]) : null
+}
+
+output "start_command" {
+  description = "Starts the machine again after it was stopped; the address stays. Null with many machines."
+  value       = local.single ? "aws ec2 start-instances --region ${var.region} --instance-ids ${aws_instance.machine[0].id}" : null
+}
+
+output "stop_command" {
+  description = "Stops the machine, which then costs only its disk and its address. Null with many machines."
+  value       = local.single ? "aws ec2 stop-instances --region ${var.region} --instance-ids ${aws_instance.machine[0].id}" : null
+}
+
+output "ami" {
+  description = "The machine image in use."
+  value       = "${data.aws_ami.machine.id} (${data.aws_ami.machine.name})"
+}

@@ -1,0 +1,21 @@
+terraform {
+  required_version = ">= 1.9" # validations that look at several variables
+
+  required_providers {
+    aws = {
+      source  = "hashicorp/aws"
+      version = "~> 6.25"
+    }
+  }
+}
+
+provider "aws" {
+  region = var.region
+
+  default_tags {
+    tags = {
+      Deployment = var.deployment_name
+      ManagedBy  = "bentoctl"
+    }
+  }
+}

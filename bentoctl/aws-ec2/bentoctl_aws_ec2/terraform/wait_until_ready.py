@@ -1,0 +1,174 @@
+"""Ends `terraform apply` when the new machines make pictures, or with the reason why they do not.
+
+Follows what the machines say of their start in CloudWatch (stream INSTANCE/boot), so it works whoever may reach them.
+For a group it also asks the load balancer and the Auto Scaling group. Knows nothing of how the machines are made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+try:
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+except ImportError:
+    sys.exit("wait_until_ready.py needs boto3: run terraform, or bentoctl, in the activated .venv of the project")
+
+POLL_S = 5.0
+CONTAINER_LINES = 10
+HOPELESS = ("VcpuLimitExceeded", "MaxSpotInstanceCountExceeded", "UnauthorizedOperation", "InvalidAMIID")
+REFRESH_GOES_ON = {"Pending", "InProgress", "Baking", "RollbackInProgress", "Cancelling"}
+
+
+class NotReady(Exception):
+    """Why the machines will not be ready; shown to the person who runs apply."""
+
+
+@dataclass
+class Machine:
+    """What one machine has said so far."""
+
+    instance_id: str
+    next_token: str | None = None
+    last_state: str = ""
+    last_state_ms: int = 0
+    last_words: str = ""
+
+
+@dataclass
+class Watcher:
+    logs: Any
+    log_group: str
+    began_ms: int
+    machines: dict[str, Machine] = field(default_factory=dict)
+
+    def follow(self, instance_id: str) -> Machine:
+        """Prints what a machine has said since the last call. Raises NotReady if it failed since this program began."""
+        machine = self.machines.setdefault(instance_id, Machine(instance_id))
+        for event in self._new_events(machine):
+            words = event["message"]
+            print(f"{instance_id}: {words}", flush=True)
+            machine.last_words = words
+            if words.startswith(("READY", "FAILED")):
+                machine.last_state, machine.last_state_ms = words.partition(" ")[0].rstrip(":"), event["timestamp"]
+        # An older failure has been told by an earlier apply, and the machine has tried again since.
+        if machine.last_state == "FAILED" and machine.last_state_ms >= self.began_ms:
+            raise NotReady(f"{instance_id}: {machine.last_words}\n{self.container_lines(instance_id)}")
+        return machine
+
+    def container_lines(self, instance_id: str) -> str:
+        try:
+            events = self.logs.get_log_events(
+                logGroupName=self.log_group, logStreamName=f"{instance_id}/container", limit=CONTAINER_LINES, startFromHead=False
+            )["events"]
+        except self.logs.exceptions.ResourceNotFoundException:
+            return "The container has not been started."
+        return "\n".join(["Last lines of the container:", *(f"  {event['message'].rstrip()}" for event in events)])
+
+    def _new_events(self, machine: Machine) -> list[dict[str, Any]]:
+        page: dict[str, Any] = {"logGroupName": self.log_group, "logStreamName": f"{machine.instance_id}/boot", "startFromHead": True}
+        if machine.next_token:
+            page["nextToken"] = machine.next_token
+        try:
+            answer = self.logs.get_log_events(**page)
+        except self.logs.exceptions.ResourceNotFoundException:
+            return []  # it has not said anything yet
+        machine.next_token = answer["nextForwardToken"]
+        return list(answer["events"])
+
+
+def one_machine_is_ready(watcher: Watcher, ec2: Any, instance_id: str) -> bool:
+    machine = watcher.follow(instance_id)
+    if machine.last_state == "READY":
+        return True
+    instance = ec2.describe_instances(InstanceIds=[instance_id])["Reservations"][0]["Instances"][0]
+    if instance["State"]["Name"] not in ("pending", "running"):
+        reason = instance.get("StateReason", {}).get("Message", "AWS gives no reason")
+        raise NotReady(f"{instance_id} is {instance['State']['Name']}: {reason}")
+    return False
+
+
+def group_is_ready(watcher: Watcher, autoscaling: Any, balancer: Any, group: str, target_group: str, machines: int) -> bool:
+    """True when no replacement is going on and at least `machines` answer the load balancer's health check."""
+    _refuse_hopeless_launches(watcher, autoscaling, group)
+    members = autoscaling.describe_auto_scaling_groups(AutoScalingGroupNames=[group])["AutoScalingGroups"][0]["Instances"]
+    for member in members:
+        watcher.follow(member["InstanceId"])
+    refreshes = autoscaling.describe_instance_refreshes(AutoScalingGroupName=group, MaxRecords=1)["InstanceRefreshes"]
+    if refreshes and refreshes[0]["StartTime"].timestamp() * 1000 >= watcher.began_ms - 300_000:
+        refresh = refreshes[0]
+        if refresh["Status"] in REFRESH_GOES_ON:
+            return False
+        if refresh["Status"] != "Successful":
+            reason = refresh.get("StatusReason", "AWS gives no reason")
+            raise NotReady(f"the replacement of the machines ended as {refresh['Status']}: {reason}")
+    health = balancer.describe_target_health(TargetGroupArn=target_group)["TargetHealthDescriptions"]
+    healthy = [target for target in health if target["TargetHealth"]["State"] == "healthy"]
+    return len(healthy) >= machines
+
+
+def _refuse_hopeless_launches(watcher: Watcher, autoscaling: Any, group: str) -> None:
+    """A launch that failed for want of capacity is tried again by AWS, one that the account does not allow never succeeds."""
+    for activity in autoscaling.describe_scaling_activities(AutoScalingGroupName=group, MaxRecords=10)["Activities"]:
+        message = activity.get("StatusMessage", "")
+        recent = activity["StartTime"].timestamp() * 1000 >= watcher.began_ms - 60_000
+        if recent and activity["StatusCode"] == "Failed" and any(code in message for code in HOPELESS):
+            raise NotReady(f"a machine could not be started: {message}")
+
+
+def wait(arguments: argparse.Namespace) -> None:
+    session = boto3.Session(region_name=arguments.region)
+    watcher = Watcher(session.client("logs"), arguments.log_group, round(time.time() * 1000))
+    ec2, autoscaling, balancer = session.client("ec2"), session.client("autoscaling"), session.client("elbv2")
+    began = time.monotonic()
+    print("waiting until the server answers /readyz; its machine downloads the image first, which takes minutes", flush=True)
+    while time.monotonic() - began < arguments.timeout_s:
+        if arguments.instance:
+            ready = one_machine_is_ready(watcher, ec2, arguments.instance)
+        else:
+            group = arguments.auto_scaling_group
+            ready = group_is_ready(watcher, autoscaling, balancer, group, arguments.target_group, arguments.machines)
+        if ready:
+            print(f"ready after {time.monotonic() - began:.0f} s", flush=True)
+            return
+        time.sleep(POLL_S)
+    raise NotReady(timed_out(watcher, arguments))
+
+
+def timed_out(watcher: Watcher, arguments: argparse.Namespace) -> str:
+    said = [f"  {machine.instance_id}: {machine.last_words or 'nothing'}" for machine in watcher.machines.values()]
+    hint = (
+        "A machine that says nothing does not reach CloudWatch: its subnet needs a way to the internet. "
+        "What it printed while booting: "
+        f"aws ec2 get-console-output --latest --region {arguments.region} --instance-id INSTANCE --output text"
+    )
+    return "\n".join([f"not ready after {arguments.timeout_s:.0f} s. Last words:", *(said or ["  (there is no machine)"]), hint])
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--region", required=True)
+    parser.add_argument("--log-group", required=True)
+    parser.add_argument("--timeout-s", type=float, required=True)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--instance")
+    which.add_argument("--auto-scaling-group")
+    parser.add_argument("--target-group")
+    parser.add_argument("--machines", type=int, default=1)
+    return parser.parse_args()
+
+
+def fail(reason: object) -> NoReturn:
+    print(f"\nThe server is not ready: {reason}", file=sys.stderr)
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        wait(parse_arguments())
+    except (NotReady, BotoCoreError, ClientError) as reason:
+        fail(reason)
