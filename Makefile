@@ -14,8 +14,11 @@ PYTHON ?= python3
 UV_VERSION := 0.13.9
 BIN := $(CURDIR)/.venv/bin
 INSTALLED := .venv/installed
+TOOLS_INSTALLED := .venv/tools/installed
+# The schema of the AWS provider that bentoctl/aws-ec2 is written for (6.25), as text: tests hold our Terraform against it.
+AWS_PROVIDER_SCHEMA := cdktf-cdktf-provider-aws==21.22.1
 WEIGHTS := $(if $(filter fp16,$(PRECISION)),fp16/models/v1_4_fp16,fp32/models/v1_4)
-CODE := stable_diffusion fp32/service.py fp16/service.py tests
+CODE := stable_diffusion fp32/service.py fp16/service.py tests bentoctl/aws-ec2
 
 # BentoML and the hub's client report usage to their makers unless told not to.
 export BENTOML_DO_NOT_TRACK := True
@@ -25,10 +28,16 @@ export PYTHONWARNINGS := ignore:pkg_resources is deprecated:UserWarning
 
 .PHONY: serve test check format model demo lock precision
 
-$(INSTALLED): requirements.txt requirements-runtime.txt requirements.lock
+$(INSTALLED): requirements.txt requirements-runtime.txt requirements.lock bentoctl/aws-ec2/requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check --quiet --requirement requirements.txt --constraint requirements.lock
+	@touch $@
+
+$(TOOLS_INSTALLED): requirements-tools.txt requirements-tools.lock $(INSTALLED)
+	$(PYTHON) -m venv .venv/tools
+	.venv/tools/bin/pip install --disable-pip-version-check --quiet --requirement requirements-tools.txt --constraint requirements-tools.lock
+	$(BIN)/pip download --disable-pip-version-check --quiet --no-deps --dest .venv/aws-provider-schema $(AWS_PROVIDER_SCHEMA)
 	@touch $@
 
 precision:
@@ -41,7 +50,7 @@ serve: precision $(INSTALLED)
 	@echo "or open http://$(HOST):$(PORT)/ in a browser. Ctrl+C stops it."
 	@cd $(PRECISION) && BENTOML_CONFIG=configuration.yaml exec $(BIN)/bentoml serve service:svc --production --host $(HOST) --port $(PORT)
 
-test: check
+test: check $(TOOLS_INSTALLED)
 	$(BIN)/python -m pytest
 
 check: $(INSTALLED)
@@ -62,6 +71,6 @@ demo: $(INSTALLED)
 
 lock: $(INSTALLED)
 	$(BIN)/pip install --quiet uv==$(UV_VERSION)
-	for name in requirements-runtime requirements; do \
+	for name in requirements-runtime requirements requirements-tools; do \
 	  $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 --no-annotate --custom-compile-command "make lock" $$name.txt --output-file $$name.lock; \
 	done

@@ -1,4 +1,5 @@
 """Checks and conversions of single fields of `spec`, in the form that Cerberus calls them: `check(field, value, error)`.
+Cerberus asks for None too where a field may be empty.
 
 Knows what AWS allows (regions and instance types as botocore lists them, without asking AWS); knows nothing of
 Terraform, nor of one field's meaning for another.
@@ -81,8 +82,8 @@ def check_instance_type(field: str, value: str, error: Report) -> None:
         error(field, f"{value!r}: the family {family!r} has the sizes {', '.join(sizes)}")
 
 
-def check_ami_id(field: str, value: str, error: Report) -> None:
-    if not AMI_ID.fullmatch(value):
+def check_ami_id(field: str, value: str | None, error: Report) -> None:
+    if value is not None and not AMI_ID.fullmatch(value):
         error(field, f"{value!r} is not an AMI id: ami- and 8 or 17 hexadecimal digits, like ami-0123456789abcdef0")
 
 
@@ -101,13 +102,13 @@ def check_cidr(field: str, value: str, error: Report) -> None:
         error(field, f"{value!r} is not a CIDR block like 203.0.113.0/24: {reason}")
 
 
-def check_api_key_arn(field: str, value: str, error: Report) -> None:
-    if not API_KEY_ARN.fullmatch(value):
+def check_api_key_arn(field: str, value: str | None, error: Report) -> None:
+    if value is not None and not API_KEY_ARN.fullmatch(value):
         error(field, f"{value!r} is neither the ARN of a Secrets Manager secret nor that of an SSM parameter")
 
 
-def check_certificate_arn(field: str, value: str, error: Report) -> None:
-    if not CERTIFICATE_ARN.fullmatch(value):
+def check_certificate_arn(field: str, value: str | None, error: Report) -> None:
+    if value is not None and not CERTIFICATE_ARN.fullmatch(value):
         error(field, f"{value!r} is not the ARN of an ACM certificate")
 
 
@@ -121,7 +122,9 @@ def check_environment_value(field: str, value: str, error: Report) -> None:
         error(field, "must be a single line")
 
 
-def check_instances(field: str, value: Mapping[str, Any], error: Report) -> None:
+def check_instances(field: str, value: Mapping[str, Any] | None, error: Report) -> None:
+    if value is None:
+        return
     fewest, most = value.get("min"), value.get("max")
     if (fewest is None) != (most is None):
         error(field, "needs both min and max")

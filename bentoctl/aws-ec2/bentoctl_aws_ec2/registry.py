@@ -44,7 +44,7 @@ class Repository(NamedTuple):
 
 def create_repository(name: str, region: str) -> Repository:
     with clear_errors(region):
-        client = boto3.client("ecr", region_name=region)
+        client = boto3.Session(region_name=region).client("ecr")
         url = _find_or_create(client, name)
         authorization = client.get_authorization_token()["authorizationData"][0]
     username, _, password = base64.b64decode(authorization["authorizationToken"]).decode().partition(":")
@@ -54,7 +54,7 @@ def create_repository(name: str, region: str) -> Repository:
 def delete_repository(name: str, region: str) -> None:
     """Deletes the repository with all its images; there being none is fine."""
     with clear_errors(region):
-        client = boto3.client("ecr", region_name=region)
+        client = boto3.Session(region_name=region).client("ecr")
         try:
             client.delete_repository(repositoryName=name, force=True)
         except client.exceptions.RepositoryNotFoundException:

@@ -21,7 +21,7 @@ locals {
 
   # What torch 2.13's CUDA 13 needs. An AMI from before that driver came out cannot have it.
   minimum_driver_major = 580
-  oldest_ami_date      = "2025-08-01"
+  oldest_ami_date      = "2025-08-01T00:00:00Z"
 
   metric_namespace = "StableDiffusion"
   metric_name      = "RequestsInProgress"

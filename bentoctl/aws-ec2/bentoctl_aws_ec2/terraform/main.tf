@@ -29,7 +29,7 @@ data "aws_ami" "machine" {
       error_message = "The AMI ${self.id} (${self.name}) is for ${self.architecture}; the image is built for x86_64."
     }
     postcondition {
-      condition     = !var.enable_gpus || substr(self.creation_date, 0, 10) >= local.oldest_ami_date
+      condition     = !var.enable_gpus || timecmp(self.creation_date, local.oldest_ami_date) >= 0
       error_message = "The AMI ${self.id} (${self.name}) was made on ${substr(self.creation_date, 0, 10)}; torch's CUDA 13 needs NVIDIA driver ${local.minimum_driver_major}, which came out later. Use a newer ami_id, or none."
     }
     postcondition {
@@ -140,7 +140,7 @@ data "aws_iam_policy_document" "assume" {
 }
 
 data "aws_iam_policy_document" "machine" {
-  # checkov:skip=CKV_AWS_356:GetAuthorizationToken and PutMetricData know no resources; a condition holds the latter to one namespace.
+  # GetAuthorizationToken and PutMetricData know no resources; a condition holds the latter to one namespace.
   statement {
     sid       = "LogInToRegistry"
     actions   = ["ecr:GetAuthorizationToken"]
@@ -221,7 +221,6 @@ resource "aws_iam_instance_profile" "machine" {
 ################################################################################
 
 resource "aws_security_group" "machine" {
-  # checkov:skip=CKV2_AWS_5:The launch template attaches it.
   name_prefix = "${var.deployment_name}-machine-"
   description = "Machines of ${var.deployment_name}"
   vpc_id      = local.vpc_id
@@ -263,6 +262,7 @@ resource "aws_vpc_security_group_ingress_rule" "machine_ipv6" {
 }
 
 resource "aws_vpc_security_group_ingress_rule" "machine_from_balancer" {
+  # checkov:skip=CKV_AWS_260:It admits the load balancer's security group, no addresses.
   count = local.single ? 0 : 1
 
   security_group_id            = aws_security_group.machine.id
@@ -274,7 +274,6 @@ resource "aws_vpc_security_group_ingress_rule" "machine_from_balancer" {
 }
 
 resource "aws_security_group" "balancer" {
-  # checkov:skip=CKV2_AWS_5:The load balancer, which counts 0 or 1, attaches it.
   count = local.single ? 0 : 1
 
   name_prefix = "${var.deployment_name}-balancer-"
@@ -419,10 +418,6 @@ resource "aws_launch_template" "machine" {
 ################################################################################
 
 resource "aws_instance" "machine" {
-  # checkov:skip=CKV_AWS_8:The launch template encrypts the disk.
-  # checkov:skip=CKV_AWS_79:The launch template asks for IMDSv2.
-  # checkov:skip=CKV_AWS_126:Detailed monitoring costs 2 dollars a month and nothing here reads it.
-  # checkov:skip=CKV_AWS_135:The launch template sets it.
   # checkov:skip=CKV2_AWS_41:The launch template gives the role.
   count = local.single ? 1 : 0
 
@@ -448,7 +443,6 @@ resource "aws_instance" "machine" {
 }
 
 resource "aws_eip" "machine" {
-  # checkov:skip=CKV2_AWS_19:The association is a resource of its own, so that it moves when the new machine is ready.
   count  = local.single ? 1 : 0
   domain = "vpc"
 }
@@ -517,7 +511,6 @@ resource "aws_lb_target_group" "machine" {
 }
 
 resource "aws_lb_listener" "http" {
-  # checkov:skip=CKV_AWS_2:Only where no certificate was given.
   # checkov:skip=CKV_AWS_103:The HTTPS listener sets the policy.
   count = !local.single && var.certificate_arn == null ? 1 : 0
 

@@ -1,22 +1,21 @@
 #!/usr/bin/env bash
 # What the units of the picture server do on the machine: prepare, run, wait, stop, report, watch.
-# Its settings are in /etc/stable-diffusion/settings. What it says goes to the journal and to CloudWatch, stream INSTANCE/boot,
+# Its settings are in /etc/stable-diffusion. What it says goes to the journal and to CloudWatch, stream INSTANCE/boot,
 # where `bentoctl apply` reads it: a line that begins with READY or FAILED decides.
 set -euo pipefail
 
-FOLDER=${STABLE_DIFFUSION_FOLDER:-/etc/stable-diffusion}
-RUN=${STABLE_DIFFUSION_RUN:-/run/stable-diffusion}
-CLOUD_INIT=${STABLE_DIFFUSION_CLOUD_INIT:-/var/lib/cloud/data}
 CONTAINER=stable-diffusion
+# systemd sets these two: ConfigurationDirectory=, RuntimeDirectory=.
+: "${CONFIGURATION_DIRECTORY:?}" "${RUNTIME_DIRECTORY:?}"
 # The registry's password is kept in memory only.
-export DOCKER_CONFIG=$RUN/docker
+export DOCKER_CONFIG=$RUNTIME_DIRECTORY/docker
 
 # shellcheck source=/dev/null
-source "$FOLDER/settings"
+source "$CONFIGURATION_DIRECTORY/settings"
 : "${REGION:?}" "${IMAGE:?}" "${LOG_GROUP:?}" "${PORT:?}" "${ENABLE_GPUS:?}" "${MINIMUM_DRIVER_MAJOR:?}" "${STOP_TIMEOUT_S:?}"
 : "${API_KEY_ARN?}" "${IDLE_STOP_MINUTES:?}" "${AUTO_SCALING_GROUP?}" "${METRIC_NAMESPACE:?}" "${METRIC_NAME:?}"
 export AWS_REGION=$REGION AWS_DEFAULT_REGION=$REGION AWS_RETRY_MODE=standard AWS_MAX_ATTEMPTS=3
-INSTANCE=$(<"$CLOUD_INIT/instance-id")
+INSTANCE=$(cloud-init query instance_id)
 
 say() {
   local message
@@ -33,13 +32,13 @@ say() {
 fail() {
   say "FAILED: $*"
   # `report` need not say it again.
-  touch "$RUN/reported"
+  touch "$RUNTIME_DIRECTORY/reported"
   exit 1
 }
 
 # retry TIMES COMMAND...: with 5, 10, 20, ... seconds between the tries.
 retry() {
-  local times=$1 try pause=${RETRY_PAUSE_S:-5}
+  local times=$1 try pause=5
   shift
   for ((try = 1; try <= times; try++)); do
     "$@" && return
@@ -54,7 +53,7 @@ retry() {
 
 prepare() {
   mkdir -p "$DOCKER_CONFIG"
-  rm -f "$RUN/reported"
+  rm -f "$RUNTIME_DIRECTORY/reported"
   say "starting on $INSTANCE: $IMAGE"
   if [[ $ENABLE_GPUS == true ]]; then check_driver; fi
   docker rm --force "$CONTAINER" >/dev/null 2>&1 || true # there is none after a clean stop
@@ -103,7 +102,7 @@ fetch_api_key() {
   esac
   if [[ -n $API_KEY_ARN && -z $key ]]; then fail "the API key at $API_KEY_ARN is empty"; fi
   if [[ $key == *$'\n'* ]]; then fail "the API key at $API_KEY_ARN has more than one line; separate several keys with commas"; fi
-  (umask 077 && { [[ -z $key ]] || echo "SD_API_KEYS=$key"; } >"$RUN/secrets")
+  (umask 077 && { [[ -z $key ]] || echo "SD_API_KEYS=$key"; } >"$RUNTIME_DIRECTORY/secrets")
 }
 
 run() {
@@ -111,7 +110,7 @@ run() {
   if [[ $ENABLE_GPUS == true ]]; then gpus=(--gpus all); fi
   exec docker run --name "$CONTAINER" "${gpus[@]}" \
     --publish "$PORT:3000" \
-    --env-file "$FOLDER/environment" --env-file "$RUN/secrets" \
+    --env-file "$CONFIGURATION_DIRECTORY/environment" --env-file "$RUNTIME_DIRECTORY/secrets" \
     --cap-drop ALL --security-opt no-new-privileges --pids-limit 4096 \
     --stop-timeout "$STOP_TIMEOUT_S" \
     --log-driver awslogs --log-opt "awslogs-region=$REGION" --log-opt "awslogs-group=$LOG_GROUP" \
@@ -122,7 +121,7 @@ run() {
 # systemd ends this when the container ends or TimeoutStartSec is over; `report` then says what happened.
 wait_until_ready() {
   local began=$SECONDS
-  until curl --silent --fail --max-time 5 "http://127.0.0.1:$PORT/readyz" >/dev/null; do sleep "${POLL_S:-2}"; done
+  until curl --silent --fail --max-time 5 "http://127.0.0.1:$PORT/readyz" >/dev/null; do sleep 2; done
   say "READY after $((SECONDS - began)) s"
 }
 
@@ -132,7 +131,7 @@ stop() {
 
 # systemd sets SERVICE_RESULT: success, exit-code, timeout, signal, ...
 report() {
-  if [[ ${SERVICE_RESULT:-success} != success && ! -e $RUN/reported ]]; then
+  if [[ ${SERVICE_RESULT:-success} != success && ! -e $RUNTIME_DIRECTORY/reported ]]; then
     say "FAILED: the picture server ended (${SERVICE_RESULT}, ${EXIT_STATUS:-no status}); its last lines: $(docker logs --tail 5 "$CONTAINER" 2>&1 | tail -c 1500)"
   fi
 }
@@ -158,9 +157,9 @@ stop_when_idle() {
   local total now seen since
   total=$(metric bentoml_runner_request_total)
   now=$(date +%s)
-  read -r seen since 2>/dev/null <"$RUN/last_request" || { seen=none since=$now; }
+  read -r seen since 2>/dev/null <"$RUNTIME_DIRECTORY/last_request" || { seen=none since=$now; }
   if [[ $1 != 0 || $seen != "$total" ]]; then
-    echo "$total $now" >"$RUN/last_request"
+    echo "$total $now" >"$RUNTIME_DIRECTORY/last_request"
   elif ((now - since >= IDLE_STOP_MINUTES * 60)); then
     say "stopping: no request for $IDLE_STOP_MINUTES minutes; start it again with the command that \`terraform output start_command\` prints"
     systemctl poweroff

@@ -1,0 +1,314 @@
+# What Terraform would make for one machine. Every provider is mocked: nothing is asked of AWS.
+
+mock_provider "aws" {
+  mock_data "aws_caller_identity" {
+    defaults = { account_id = "123456789012" }
+  }
+  mock_data "aws_partition" {
+    defaults = { partition = "aws" }
+  }
+  mock_data "aws_ecr_image" {
+    defaults = { image_digest = "sha256:0123" }
+  }
+  mock_data "aws_ssm_parameter" {
+    defaults = { value = "ami-0fedcba9876543210" }
+  }
+  mock_data "aws_ami" {
+    defaults = {
+      id                    = "ami-0fedcba9876543210"
+      name                  = "Deep Learning Base OSS Nvidia Driver GPU AMI (Ubuntu 24.04) 20261006"
+      architecture          = "x86_64"
+      creation_date         = "2026-10-06T12:00:00.000Z"
+      root_device_name      = "/dev/sda1"
+      block_device_mappings = [{ device_name = "/dev/sda1", ebs = { volume_size = "75" }, no_device = "", virtual_name = "" }]
+    }
+  }
+  mock_data "aws_ec2_instance_type" {
+    defaults = {
+      supported_architectures = ["x86_64"]
+      gpus                    = [{ manufacturer = "NVIDIA", name = "T4", count = 1, memory_size = 16384 }]
+    }
+  }
+  mock_data "aws_ec2_instance_type_offerings" {
+    defaults = { locations = ["us-west-1a", "us-west-1c"] }
+  }
+  mock_data "aws_vpc" {
+    defaults = { id = "vpc-01234567" }
+  }
+  mock_data "aws_subnets" {
+    defaults = { ids = ["subnet-0000000b", "subnet-0000000a"] }
+  }
+  mock_data "aws_subnet" {
+    defaults = { vpc_id = "vpc-01234567" }
+  }
+  mock_data "aws_iam_policy_document" {
+    defaults = { json = "{}" }
+  }
+  mock_resource "aws_launch_template" {
+    defaults = { id = "lt-01234567", latest_version = 7 }
+  }
+  mock_resource "aws_eip" {
+    defaults = { public_ip = "198.51.100.7", allocation_id = "eipalloc-01234567" }
+  }
+  mock_resource "aws_lb" {
+    defaults = { dns_name = "balancer.example", arn = "arn:aws:elasticloadbalancing:us-west-1:123456789012:loadbalancer/app/sd/0123" }
+  }
+  mock_resource "aws_lb_target_group" {
+    defaults = { arn = "arn:aws:elasticloadbalancing:us-west-1:123456789012:targetgroup/sd/0123" }
+  }
+  mock_resource "aws_cloudwatch_log_group" {
+    defaults = { arn = "arn:aws:logs:us-west-1:123456789012:log-group:/bentoctl/stable-diffusion" }
+  }
+}
+
+variables {
+  deployment_name       = "stable-diffusion"
+  region                = "us-west-1"
+  image_tag             = "123456789012.dkr.ecr.us-west-1.amazonaws.com/stable-diffusion:abc"
+  instance_type         = "g4dn.xlarge"
+  enable_gpus           = true
+  ami_id                = null
+  disk_size_gb          = 120
+  spot                  = false
+  idle_stop_minutes     = 0
+  instances             = null
+  certificate_arn       = null
+  allowed_cidrs         = ["203.0.113.7/32", "2001:db8::/32"]
+  subnet_ids            = []
+  api_key_arn           = null
+  environment_variables = {}
+}
+
+run "one_machine_with_a_fixed_address" {
+  command = plan
+
+  assert {
+    condition     = length(aws_instance.machine) == 1 && length(aws_eip.machine) == 1 && length(aws_eip_association.machine) == 1
+    error_message = "One machine, one address."
+  }
+  assert {
+    condition     = length(aws_lb.balancer) == 0 && length(aws_autoscaling_group.machine) == 0 && length(aws_security_group.balancer) == 0
+    error_message = "No load balancer is paid for."
+  }
+  assert {
+    condition     = aws_instance.machine[0].subnet_id == "subnet-0000000a"
+    error_message = "The same subnet at every plan, whatever order AWS lists them in."
+  }
+  assert {
+    condition     = aws_launch_template.machine.metadata_options[0].http_tokens == "required" && aws_launch_template.machine.metadata_options[0].http_put_response_hop_limit == 1
+    error_message = "IMDSv2 only, and not from inside the container."
+  }
+  assert {
+    condition     = aws_launch_template.machine.block_device_mappings[0].ebs[0].encrypted == "true" && aws_launch_template.machine.block_device_mappings[0].ebs[0].volume_type == "gp3" && aws_launch_template.machine.block_device_mappings[0].ebs[0].volume_size == 120 && aws_launch_template.machine.block_device_mappings[0].device_name == "/dev/sda1"
+    error_message = "An encrypted gp3 root disk of the size asked for."
+  }
+  assert {
+    condition     = aws_launch_template.machine.image_id == "ami-0fedcba9876543210"
+    error_message = "The AMI that SSM names."
+  }
+  assert {
+    condition     = keys(aws_vpc_security_group_ingress_rule.machine_ipv4) == ["203.0.113.7/32"] && keys(aws_vpc_security_group_ingress_rule.machine_ipv6) == ["2001:db8::/32"]
+    error_message = "Exactly the allowed blocks."
+  }
+  assert {
+    condition     = aws_vpc_security_group_egress_rule.machine_https.from_port == 443 && aws_vpc_security_group_egress_rule.machine_https.to_port == 443
+    error_message = "The machine speaks HTTPS outwards and nothing else."
+  }
+  assert {
+    condition     = length(aws_launch_template.machine.instance_market_options) == 0
+    error_message = "On demand unless asked."
+  }
+  assert {
+    condition     = length(setsubtract([for statement in data.aws_iam_policy_document.machine.statement : statement.sid], ["LogInToRegistry", "PullImage", "WriteLogs"])) == 0
+    error_message = "The role may pull, log and nothing else (SSM is attached)."
+  }
+  assert {
+    condition     = one([for statement in data.aws_iam_policy_document.machine.statement : statement.resources if statement.sid == "PullImage"]) == toset(["arn:aws:ecr:us-west-1:123456789012:repository/stable-diffusion"])
+    error_message = "It may pull from this one repository."
+  }
+}
+
+run "the_outputs_lead_to_the_machine" {
+  assert {
+    condition     = output.endpoint == "http://198.51.100.7" && output.swagger == "http://198.51.100.7/"
+    error_message = "The fixed address."
+  }
+  assert {
+    condition     = strcontains(output.curl, "curl -X POST http://198.51.100.7/txt2img -H 'Content-Type: application/json'")
+    error_message = "A curl line to copy."
+  }
+  assert {
+    condition     = strcontains(output.session_command, "aws ssm start-session --region us-west-1 --target ") && strcontains(output.tunnel_command, "portNumber=80,localPortNumber=3000")
+    error_message = "A shell and a tunnel through SSM."
+  }
+  assert {
+    condition     = output.log_group == "/bentoctl/stable-diffusion"
+    error_message = "The log group."
+  }
+  assert {
+    condition     = strcontains(output.start_command, "start-instances") && strcontains(output.stop_command, "stop-instances")
+    error_message = "How to stop and start it."
+  }
+}
+
+run "a_pinned_ami_is_not_looked_up" {
+  command = plan
+
+  variables {
+    ami_id = "ami-0123456789abcdef0"
+  }
+
+  assert {
+    condition     = length(data.aws_ssm_parameter.deep_learning_ami) == 0 && one(data.aws_ami.machine.filter).values == toset(["ami-0123456789abcdef0"])
+    error_message = "ami_id takes the place of the lookup."
+  }
+}
+
+run "own_subnets_need_no_default_vpc" {
+  command = plan
+
+  variables {
+    subnet_ids = ["subnet-01234567"]
+  }
+
+  assert {
+    condition     = length(data.aws_vpc.default) == 0 && aws_instance.machine[0].subnet_id == "subnet-01234567"
+    error_message = "The subnet that was given."
+  }
+}
+
+run "a_spot_machine_comes_back_by_itself" {
+  command = plan
+
+  variables {
+    spot = true
+  }
+
+  assert {
+    condition     = aws_launch_template.machine.instance_market_options[0].market_type == "spot" && aws_launch_template.machine.instance_market_options[0].spot_options[0].spot_instance_type == "persistent" && aws_launch_template.machine.instance_market_options[0].spot_options[0].instance_interruption_behavior == "stop"
+    error_message = "Stopped when AWS takes it, started when there is room again."
+  }
+}
+
+run "the_machine_may_read_its_api_key_and_no_other" {
+  command = plan
+
+  variables {
+    api_key_arn = "arn:aws:secretsmanager:us-west-1:123456789012:secret:key-AbCdEf"
+  }
+
+  assert {
+    condition     = one([for statement in data.aws_iam_policy_document.machine.statement : statement if statement.sid == "ReadApiKey"]).resources == toset(["arn:aws:secretsmanager:us-west-1:123456789012:secret:key-AbCdEf"])
+    error_message = "This one secret."
+  }
+}
+
+run "an_ssm_parameter_serves_as_well" {
+  command = plan
+
+  variables {
+    api_key_arn = "arn:aws:ssm:us-west-1:123456789012:parameter/key"
+  }
+
+  assert {
+    condition     = one([for statement in data.aws_iam_policy_document.machine.statement : statement if statement.sid == "ReadApiKey"]).actions == toset(["ssm:GetParameter"])
+    error_message = "This one parameter."
+  }
+}
+
+run "an_ami_from_before_the_driver_is_refused" {
+  command = plan
+
+  override_data {
+    target = data.aws_ami.machine
+    values = { id = "ami-0a85a3a3fb34b3c7f", name = "Deep Learning AMI GPU PyTorch 1.12.0 (Ubuntu 20.04) 20220913", architecture = "x86_64", creation_date = "2022-09-13T10:00:00.000Z", root_device_name = "/dev/sda1", block_device_mappings = [] }
+  }
+
+  expect_failures = [data.aws_ami.machine]
+}
+
+run "an_ami_for_arm_is_refused" {
+  command = plan
+
+  override_data {
+    target = data.aws_ami.machine
+    values = { id = "ami-0a85a3a3fb34b3c7f", name = "arm", architecture = "arm64", creation_date = "2026-09-13T10:00:00.000Z", root_device_name = "/dev/sda1", block_device_mappings = [] }
+  }
+
+  expect_failures = [data.aws_ami.machine]
+}
+
+run "a_disk_smaller_than_the_ami_is_refused" {
+  command = plan
+
+  override_data {
+    target = data.aws_ami.machine
+    values = { id = "ami-0a85a3a3fb34b3c7f", name = "large", architecture = "x86_64", creation_date = "2026-09-13T10:00:00.000Z", root_device_name = "/dev/sda1", block_device_mappings = [{ device_name = "/dev/sda1", ebs = { volume_size = "200" }, no_device = "", virtual_name = "" }] }
+  }
+
+  expect_failures = [data.aws_ami.machine]
+}
+
+run "a_type_without_a_gpu_is_refused_where_gpus_are_asked_for" {
+  command = plan
+
+  override_data {
+    target = data.aws_ec2_instance_type.machine
+    values = { supported_architectures = ["x86_64"], gpus = [] }
+  }
+
+  expect_failures = [data.aws_ec2_instance_type.machine]
+}
+
+run "a_type_that_the_region_does_not_have_is_refused" {
+  command = plan
+
+  override_data {
+    target = data.aws_ec2_instance_type_offerings.zones
+    values = { locations = [] }
+  }
+
+  expect_failures = [data.aws_ec2_instance_type_offerings.zones]
+}
+
+run "values_that_no_operator_wrote_are_refused_too" {
+  command = plan
+
+  variables {
+    deployment_name       = "Stable Diffusion"
+    image_tag             = "localhost:5000/stable-diffusion:1"
+    ami_id                = "ami-1"
+    disk_size_gb          = 8
+    idle_stop_minutes     = 5
+    certificate_arn       = "arn:aws:iam::123456789012:server-certificate/x"
+    allowed_cidrs         = ["everybody"]
+    subnet_ids            = ["vpc-1"]
+    api_key_arn           = "secret"
+    environment_variables = { "A B" = "1" }
+  }
+
+  expect_failures = [
+    var.deployment_name, var.image_tag, var.ami_id, var.disk_size_gb, var.idle_stop_minutes,
+    var.certificate_arn, var.allowed_cidrs, var.subnet_ids, var.api_key_arn, var.environment_variables,
+  ]
+}
+
+run "fewest_above_most_is_refused_too" {
+  command = plan
+
+  variables {
+    instances = { min = 3, max = 1 }
+  }
+
+  expect_failures = [var.instances]
+}
+
+run "an_apply_before_the_first_build_says_what_to_do" {
+  command = plan
+
+  variables {
+    image_tag = ""
+  }
+
+  expect_failures = [var.image_tag]
+}

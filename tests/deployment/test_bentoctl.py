@@ -1,0 +1,324 @@
+"""The commands of the README as a person types them: operator install, init, generate, build, destroy.
+
+AWS is moto's server. Docker is a stand-in here: a `docker` that writes down how it was called, and its daemon's API with
+the three calls that bentoctl makes. `make image-test` builds with the real one.
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import boto3
+import pytest
+
+from tests.deployment.commands import OPERATOR, bentoctl, calls, path_with, stand_in
+from tests.deployment.conftest import StandInAws
+from tests.service.servers import BENTOML, ROOT, environment
+
+CONFIGURATION = ROOT / "bentoctl" / "deployment_config.yaml"
+REPOSITORY = "stable-diffusion-bentoml"
+TERRAFORM = shutil.which("terraform")
+# Writes what it was given to build into a file, since the folder is gone afterwards.
+DOCKER = r"""
+case "$1 $2" in
+  "version --format") echo '"28.0.0"' ;;
+  "buildx --help") echo "--builder string" ;;
+  "buildx version") echo "github.com/docker/buildx v0.13.1 abc" ;;
+  "buildx build")
+    cd "${@: -1}" && find env/docker/Dockerfile src/service.py src/stable_diffusion/api.py >"$(dirname "$0")/context" ;;
+esac
+"""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A person's folder with the operator installed."""
+
+    folder: Path
+    home: Path
+
+    def bentoctl(
+        self, *arguments: str, changes: dict[str, str] | None = None, typed: str | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        return bentoctl(self.home, self.folder, *arguments, changes=changes, typed=typed)
+
+    @property
+    def values(self) -> str:
+        return (self.folder / "bentoctl.tfvars").read_text()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with the operator installed and the fp32 bento built."""
+    home = tmp_path_factory.mktemp("home")
+    installed = bentoctl(home, ROOT / "bentoctl", "operator", "install", "./aws-ec2")
+    assert (installed.returncode, installed.stdout.strip()) == (0, "Installed aws-ec2!"), installed.stderr
+    built = subprocess.run(
+        [str(BENTOML), "build"], cwd=ROOT / "fp32", env=environment(home), capture_output=True, text=True, timeout=180, check=False
+    )
+    assert built.returncode == 0, built.stderr
+    return home
+
+
+@pytest.fixture
+def workplace(home: Path, tmp_path: Path) -> Workplace:
+    folder = tmp_path / "deployment"
+    folder.mkdir()
+    shutil.copy(CONFIGURATION, folder)
+    return Workplace(folder, home)
+
+
+def test_the_operator_is_the_folder_of_this_repository(home: Path) -> None:
+    listed = json.loads((home / "operators" / "operator_list.json").read_text())
+    assert listed["aws-ec2"]["path"] == str(OPERATOR)
+
+
+def test_generate_writes_the_terraform_files_and_the_values(workplace: Workplace) -> None:
+    generated = workplace.bentoctl("generate", "-f", "deployment_config.yaml")
+    assert generated.returncode == 0, generated.stderr
+    for name in ("versions.tf", "variables.tf", "main.tf", "outputs.tf", "boot/machine.sh", "wait_until_ready.py", "bentoctl.tfvars"):
+        assert (workplace.folder / name).is_file()
+        assert name in generated.stdout
+    assert 'instance_type         = "g4dn.xlarge"\n' in workplace.values
+
+
+def test_a_second_generate_says_what_it_did_about_main_tf(workplace: Workplace) -> None:
+    workplace.bentoctl("generate")
+    configuration = workplace.folder / "deployment_config.yaml"
+    configuration.write_text(configuration.read_text().replace("g4dn.xlarge", "g5.xlarge"))
+    again = workplace.bentoctl("generate")
+    assert again.returncode == 0
+    assert "main.tf and the files beside it are there already and up to date: only bentoctl.tfvars is written." in again.stdout
+    assert '"g5.xlarge"' in workplace.values
+
+
+def test_a_changed_main_tf_is_left_alone_and_both_ways_on_are_named(workplace: Workplace) -> None:
+    workplace.bentoctl("generate")
+    main = workplace.folder / "main.tf"
+    main.write_text(main.read_text() + "\n# mine\n")
+    values = workplace.values
+    refused = workplace.bentoctl("generate")
+    assert refused.returncode == 1
+    assert "main.tf: there already" in refused.stderr
+    assert "bentoctl generate --values-only" in refused.stderr
+    assert "rm main.tf" in refused.stderr
+    assert main.read_text().endswith("# mine\n")
+    assert workplace.values == values
+    assert workplace.bentoctl("generate", "--values-only").returncode == 0
+    main.unlink()
+    assert workplace.bentoctl("generate").returncode == 0
+    assert "# mine" not in main.read_text()
+
+
+def test_a_second_deployment_does_not_take_over_the_folder_of_the_first(workplace: Workplace) -> None:
+    workplace.bentoctl("generate")
+    refused = workplace.bentoctl("generate", "-f", str(ROOT / "bentoctl" / "deployment_config_tokyo.yaml"))
+    assert refused.returncode == 1
+    assert "this folder holds the deployment stable-diffusion-bentoml" in refused.stderr
+    assert 'deployment_name       = "stable-diffusion-bentoml"' in workplace.values
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("instance_type: g4dn.xlarge", "instance_type: g4d.xlarge", "no instance family"),
+        ("allowed_cidrs: []", "allowed_cidrs: [1.2.3.4]", "1.2.3.4/32"),
+        ("instance_type: g4dn.xlarge", "instance_type: c7i.large", "spec.enable_gpus: c7i.large has no NVIDIA GPU"),
+        ("name: stable-diffusion-bentoml", "name: sd/bentoml", "name: 'sd/bentoml' must be"),
+    ],
+)
+def test_a_bad_configuration_is_refused_before_anything_is_written(workplace: Workplace, old: str, new: str, words: str) -> None:
+    configuration = workplace.folder / "deployment_config.yaml"
+    configuration.write_text(configuration.read_text().replace(old, new))
+    refused = workplace.bentoctl("generate")
+    assert words in re.sub(r"\s+", " ", refused.stdout + refused.stderr)
+    assert "Traceback" not in refused.stderr
+    assert [file.name for file in workplace.folder.iterdir()] == ["deployment_config.yaml"]
+
+
+def test_init_asks_and_the_answers_make_a_deployment(workplace: Workplace) -> None:
+    (workplace.folder / "deployment_config.yaml").unlink()
+    answers = {
+        "name": "my-pictures",
+        "region": "ap-northeast-1",
+        "instance_type, wrong at first": "g4dn.huge\n",
+        "enable_gpus": "",
+        "ami_id": "",
+        "disk_size_gb": "150",
+        "allowed_cidrs": "y\n203.0.113.7/32\nn",
+        "environment_variables": "n",
+        "api_key_arn": "",
+        "instances.min": "",
+        "instances.max": "",
+        "certificate_arn": "",
+        "spot": "no",
+        "idle_stop_minutes": "30",
+        "subnet_ids": "n",
+        "env": "n",
+        "file name": "",
+    }
+    finished = workplace.bentoctl("init", typed="\n".join(answers.values()) + "\n")
+    assert finished.returncode == 0, finished.stderr
+    assert "Help: AWS region to deploy to." in finished.stdout
+    assert "the family 'g4dn' has the sizes" in finished.stdout
+    for line in (
+        'deployment_name       = "my-pictures"',
+        'region                = "ap-northeast-1"',
+        'instance_type         = "g4dn.xlarge"',
+        "enable_gpus           = true",
+        "disk_size_gb          = 150",
+        'allowed_cidrs         = ["203.0.113.7/32"]',
+        "idle_stop_minutes     = 30",
+        "instances             = null",
+    ):
+        assert line in workplace.values
+
+
+@dataclass
+class DockerDaemon:
+    """The three calls of Docker's HTTP API that bentoctl makes, and what it was asked."""
+
+    url: str = ""
+    asked: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def docker_daemon() -> Iterator[DockerDaemon]:
+    daemon = DockerDaemon()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer({"ApiVersion": "1.41", "Id": "sha256:0123", "RepoTags": []})
+
+        def do_POST(self) -> None:
+            daemon.asked.append(self.path)
+            self._answer({"status": "Pushed"}, status=201 if "/tag?" in self.path else 200)
+
+        def _answer(self, body: dict[str, object], status: int = 200) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(body).encode() + b"\n")
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Quiet."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    daemon.url = f"tcp://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield daemon
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def docker(tmp_path: Path) -> Path:
+    stand_in(tmp_path / "docker-bin", "docker", DOCKER)
+    return tmp_path / "docker-bin"
+
+
+def with_docker(docker: Path, **more: str) -> dict[str, str]:
+    return {"PATH": path_with([BENTOML.parent, docker]), **more}
+
+
+def test_a_dry_run_builds_the_whole_bento_from_a_folder_that_is_still_there(workplace: Workplace, docker: Path) -> None:
+    built = workplace.bentoctl("build", "-b", "stable_diffusion_fp32:latest", "--dry-run", changes=with_docker(docker))
+    assert built.returncode == 0, built.stderr
+    assert "Created docker image: aws-ec2-stable_diffusion_fp32:" in built.stdout
+    [call] = [call for call in calls(docker) if call.startswith("docker buildx build")]
+    assert "--platform linux/amd64" in call
+    assert (docker / "context").read_text().splitlines() == [
+        "env/docker/Dockerfile",
+        "src/service.py",
+        "src/stable_diffusion/api.py",
+    ]
+
+
+def test_build_pushes_to_a_new_repository_and_puts_the_image_into_the_values(
+    workplace: Workplace, docker: Path, docker_daemon: DockerDaemon, aws: StandInAws
+) -> None:
+    changes = with_docker(docker, DOCKER_HOST=docker_daemon.url, **aws.variables)
+    workplace.bentoctl("generate")
+    built = workplace.bentoctl("build", "-b", "stable_diffusion_fp32:latest", changes=changes)
+    assert built.returncode == 0, built.stderr
+    assert f"Created the repository {REPOSITORY}" in built.stdout
+    [repository] = boto3.Session(region_name="us-west-1").client("ecr").describe_repositories()["repositories"]
+    image_tag = re.search(r'^image_tag +=  *"(.*)"$', workplace.values, re.MULTILINE)
+    assert image_tag is not None
+    assert image_tag[1].startswith(f"{repository['repositoryUri']}:")
+    pushed = [path for path in docker_daemon.asked if "/push" in path]
+    assert len(pushed) == 1
+    assert repository["repositoryUri"] in pushed[0]
+
+    # The image outlives a later generate.
+    assert workplace.bentoctl("generate").returncode == 0
+    assert image_tag[0] in workplace.values
+
+
+def test_build_without_credentials_says_so_in_a_sentence(workplace: Workplace, docker: Path, docker_daemon: DockerDaemon) -> None:
+    nobody = {"AWS_CONFIG_FILE": "/nonexistent", "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent", "AWS_EC2_METADATA_DISABLED": "true"}
+    refused = workplace.bentoctl(
+        "build", "-b", "stable_diffusion_fp32:latest", changes=with_docker(docker, DOCKER_HOST=docker_daemon.url, **nobody)
+    )
+    assert refused.returncode == 1
+    assert refused.stderr.strip().endswith(
+        "Error: no AWS credentials: run `aws configure`, or set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ('[[ "$1 $2" != "buildx version" ]]', "docker has no buildx plugin"),
+        (
+            '[[ $1 != version ]] || { echo "Cannot connect to the Docker daemon" >&2; exit 1; }',
+            "the Docker daemon does not answer: Cannot connect to the Docker daemon",
+        ),
+    ],
+)
+def test_build_without_docker_says_what_is_missing(workplace: Workplace, docker: Path, script: str, words: str) -> None:
+    stand_in(docker, "docker", script)
+    refused = workplace.bentoctl("build", "-b", "stable_diffusion_fp32:latest", "--dry-run", changes=with_docker(docker))
+    assert refused.returncode == 1
+    assert f"Error: {words}" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.skipif(TERRAFORM is None, reason="terraform is not on PATH; bentoctl destroy calls it")
+def test_destroy_deletes_the_repository_when_nothing_is_deployed(workplace: Workplace, aws: StandInAws) -> None:
+    client = boto3.Session(region_name="us-west-1").client("ecr")
+    client.create_repository(repositoryName=REPOSITORY)
+    destroyed = workplace.bentoctl("destroy", changes=aws.variables)
+    assert destroyed.returncode == 0, destroyed.stderr
+    assert f"Deleted the repository {REPOSITORY}" in destroyed.stdout
+    assert client.describe_repositories()["repositories"] == []
+
+
+@pytest.mark.skipif(TERRAFORM is None, reason="terraform is not on PATH; bentoctl destroy calls it")
+def test_a_destroy_that_nobody_confirms_keeps_the_images_of_the_running_machine(workplace: Workplace, aws: StandInAws) -> None:
+    assert TERRAFORM is not None
+    client = boto3.Session(region_name="us-west-1").client("ecr")
+    client.create_repository(repositoryName=REPOSITORY)
+    # A deployment that needs no provider: Terraform keeps its output in the state, as with the real one.
+    (workplace.folder / "main.tf").write_text('resource "terraform_data" "machine" {}\noutput "region" {\n  value = "us-west-1"\n}\n')
+    (workplace.folder / "bentoctl.tfvars").write_text("")
+    (workplace.folder / ".terraform").mkdir()  # init makes it where there is a provider
+    subprocess.run([TERRAFORM, "apply", "-auto-approve"], cwd=workplace.folder, capture_output=True, check=True, timeout=60)
+    kept = workplace.bentoctl("destroy", changes=aws.variables)
+    assert kept.returncode == 1
+    assert f"the deployment is still there, so its image repository {REPOSITORY} was kept" in kept.stderr
+    assert len(client.describe_repositories()["repositories"]) == 1
+
+    gone = workplace.bentoctl("destroy", "--auto-approve", changes=aws.variables)
+    assert gone.returncode == 0, gone.stderr
+    assert client.describe_repositories()["repositories"] == []

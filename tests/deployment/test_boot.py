@@ -1,0 +1,335 @@
+"""machine.sh, run for real with bash: first boot, reboot, and everything that can be missing.
+
+`aws`, `docker`, `nvidia-smi`, `cloud-init`, `systemctl` and `sleep` are stand-ins that write down how they were called;
+curl is the real one and speaks to a server of the test's.
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+import re
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.deployment.commands import TEMPLATES, TOOLS, calls, path_with, stand_in
+from tests.service.servers import environment, free_port
+
+SCRIPT = TEMPLATES / "boot" / "machine.sh"
+IMAGE = "123456789012.dkr.ecr.us-west-1.amazonaws.com/stable-diffusion@sha256:0123"
+SETTINGS = {
+    "REGION": "us-west-1",
+    "IMAGE": IMAGE,
+    "PORT": "80",
+    "ENABLE_GPUS": "true",
+    "MINIMUM_DRIVER_MAJOR": "580",
+    "STOP_TIMEOUT_S": "3600",
+    "LOG_GROUP": "/bentoctl/stable-diffusion",
+    "API_KEY_ARN": "",
+    "IDLE_STOP_MINUTES": "0",
+    "AUTO_SCALING_GROUP": "",
+    "METRIC_NAMESPACE": "StableDiffusion",
+    "METRIC_NAME": "RequestsInProgress",
+}
+# The image is not there until it has been pulled; what is pulled stays.
+DOCKER = r"""
+folder=$(dirname "$0")
+case "$1 $2" in
+  "image inspect") [[ -e $folder/pulled ]] ;;
+  "login --username") cat >/dev/null ;;
+  "pull --quiet") touch "$folder/pulled" ;;
+  "logs --tail") echo "Not started: this bento holds no weights" ;;
+esac
+"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine's folders and programs."""
+
+    root: Path
+
+    @property
+    def programs(self) -> Path:
+        return self.root / "bin"
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run"
+
+    def configure(self, **changes: str) -> None:
+        settings = SETTINGS | changes
+        (self.root / "etc" / "settings").write_text("".join(f"{name}='{value}'\n" for name, value in settings.items()))
+
+    def do(self, what: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        folders = {"CONFIGURATION_DIRECTORY": str(self.root / "etc"), "RUNTIME_DIRECTORY": str(self.run)}
+        return subprocess.run(
+            ["bash", str(SCRIPT), what],
+            env=environment(self.root, {**folders, **variables, "PATH": path_with([self.programs])}),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    @property
+    def said(self) -> list[str]:
+        """What reached CloudWatch; every line must be the JSON that the AWS CLI takes."""
+        sent = [call.partition("--log-events ")[2] for call in calls(self.programs) if call.startswith("aws logs put-log-events")]
+        return [json.loads(events)[0]["message"] for events in sent]
+
+    def called(self, beginning: str) -> list[str]:
+        return [call for call in calls(self.programs) if call.startswith(beginning)]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    machine = Machine(tmp_path)
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc" / "environment").write_text("SD_MODEL=demo\n")
+    machine.run.mkdir()
+    machine.configure()
+    stand_in(machine.programs, "aws", '[[ $1 == ecr ]] && echo "password-of-the-registry"; true')
+    stand_in(machine.programs, "docker", DOCKER)
+    stand_in(machine.programs, "nvidia-smi", 'echo "Tesla T4, 595.91.07"')
+    stand_in(machine.programs, "cloud-init", 'echo "i-0123456789abcdef0"')
+    stand_in(machine.programs, "systemctl", "")
+    stand_in(machine.programs, "sleep", "")
+    return machine
+
+
+@contextmanager
+def answering(pages: dict[str, str]) -> Iterator[str]:
+    """A server on loopback with these pages; gives its port."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = pages.get(self.path)
+            self.send_response(200 if body is not None else 503)
+            self.end_headers()
+            self.wfile.write((body or "").encode())
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Quiet."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield str(server.server_address[1])
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_shellcheck_finds_nothing() -> None:
+    finished = subprocess.run([str(TOOLS / "shellcheck"), str(SCRIPT)], capture_output=True, text=True, check=False)
+    assert finished.stdout + finished.stderr == ""
+
+
+def test_first_boot_checks_the_gpu_logs_in_pulls_and_starts_the_container(machine: Machine) -> None:
+    prepared = machine.do("prepare")
+    assert prepared.returncode == 0, prepared.stderr
+    assert machine.called("docker login") == ["docker login --username AWS --password-stdin 123456789012.dkr.ecr.us-west-1.amazonaws.com"]
+    assert machine.called("docker pull") == [f"docker pull --quiet {IMAGE}"]
+    assert machine.called("docker run") == [f"docker run --rm --gpus all --network none --entrypoint nvidia-smi {IMAGE} -L"]
+    assert [line.partition(" ")[0] for line in machine.said] == ["starting", "GPU:", "pulling", "pulled"]
+    assert "password-of-the-registry" not in "\n".join(calls(machine.programs)) + prepared.stdout
+    assert (machine.run / "secrets").read_text() == ""
+
+    assert machine.do("run").returncode == 0
+    started = machine.called("docker run --name")[0]
+    for part in ("--gpus all", "--publish 80:3000", "--cap-drop ALL", "no-new-privileges", "--stop-timeout 3600"):
+        assert part in started
+    assert "--log-driver awslogs" in started
+    assert "awslogs-stream=i-0123456789abcdef0/container" in started
+    assert f"--env-file {machine.root / 'etc'}/environment --env-file {machine.run}/secrets" in started
+    assert started.endswith(IMAGE)
+
+
+def test_reboot_starts_the_image_that_is_there_without_asking_the_registry(machine: Machine) -> None:
+    machine.do("prepare")
+    (machine.programs / "calls.log").unlink()
+    assert machine.do("prepare").returncode == 0
+    assert machine.called("docker rm --force stable-diffusion") != []
+    assert machine.called("docker pull") + machine.called("docker login") + machine.called("aws ecr") == []
+
+
+def test_a_pull_that_fails_at_first_is_tried_again_with_growing_pauses(machine: Machine) -> None:
+    failing = DOCKER.replace(
+        'touch "$folder/pulled"', 'echo >>"$folder/tries"; (($(wc -l <"$folder/tries") > 3)) && touch "$folder/pulled"'
+    )
+    stand_in(machine.programs, "docker", failing)
+    assert machine.do("prepare").returncode == 0
+    assert len(machine.called("docker pull")) == 4
+    assert machine.called("sleep") == ["sleep 5", "sleep 10", "sleep 20"]
+
+
+def test_a_pull_that_keeps_failing_says_what_to_look_at(machine: Machine) -> None:
+    stand_in(machine.programs, "docker", DOCKER.replace('touch "$folder/pulled"', "false"))
+    assert machine.do("prepare").returncode == 1
+    assert len(machine.called("docker pull")) == 5
+    assert machine.said[-1].startswith(f"FAILED: the image {IMAGE} could not be pulled: is it in the repository")
+
+
+def test_no_login_points_at_the_region(machine: Machine) -> None:
+    stand_in(machine.programs, "aws", "[[ $1 != ecr ]]")
+    assert machine.do("prepare").returncode == 1
+    assert "FAILED: no login to 123456789012.dkr.ecr.us-west-1.amazonaws.com: check that spec.region" in machine.said[-1]
+
+
+def test_a_missing_gpu_is_named_with_the_words_of_nvidia_smi(machine: Machine) -> None:
+    stand_in(machine.programs, "nvidia-smi", 'echo "No devices were found"; exit 6')
+    assert machine.do("prepare").returncode == 1
+    assert machine.said[-1].startswith("FAILED: no NVIDIA GPU, or no driver for it: nvidia-smi says: No devices were found.")
+    assert machine.called("docker pull") == []
+
+
+def test_a_driver_that_is_too_old_for_torch_is_named(machine: Machine) -> None:
+    stand_in(machine.programs, "nvidia-smi", 'echo "Tesla T4, 515.65.01"')
+    assert machine.do("prepare").returncode == 1
+    assert "driver is 515.65.01 and torch's CUDA needs 580 or newer" in machine.said[-1]
+
+
+def test_a_container_that_sees_no_gpu_is_named(machine: Machine) -> None:
+    broken = 'if [[ $1 == run ]]; then echo "could not select device driver with capabilities: [[gpu]]"; exit 125; fi\n' + DOCKER
+    stand_in(machine.programs, "docker", broken)
+    assert machine.do("prepare").returncode == 1
+    assert "FAILED: the container sees no GPU (NVIDIA container toolkit): could not select device driver" in machine.said[-1]
+
+
+def test_without_gpus_nothing_asks_for_one(machine: Machine) -> None:
+    machine.configure(ENABLE_GPUS="false")
+    stand_in(machine.programs, "nvidia-smi", "exit 127")
+    assert machine.do("prepare").returncode == 0
+    assert machine.do("run").returncode == 0
+    assert "--gpus" not in "\n".join(calls(machine.programs))
+    assert machine.called("nvidia-smi") == []
+
+
+@pytest.mark.parametrize(
+    ("arn", "call"),
+    [
+        ("arn:aws:secretsmanager:us-west-1:123456789012:secret:key-AbCdEf", "aws secretsmanager get-secret-value --secret-id"),
+        ("arn:aws:ssm:us-west-1:123456789012:parameter/key", "aws ssm get-parameter --with-decryption --name"),
+    ],
+)
+def test_the_api_key_reaches_the_container_through_a_private_file_only(machine: Machine, arn: str, call: str) -> None:
+    machine.configure(API_KEY_ARN=arn)
+    stand_in(machine.programs, "aws", 'case $1 in secretsmanager | ssm) echo "the-key" ;; esac')
+    prepared = machine.do("prepare")
+    assert prepared.returncode == 0, prepared.stderr
+    secrets = machine.run / "secrets"
+    assert secrets.read_text() == "SD_API_KEYS=the-key\n"
+    assert secrets.stat().st_mode & 0o077 == 0
+    assert machine.called(call)[0].startswith(f"{call} {arn}")
+    assert "the-key" not in "\n".join(calls(machine.programs)) + prepared.stdout + prepared.stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [("exit 254", "could not be read"), ('echo ""', "is empty"), (r'printf "one\ntwo\n"', "has more than one line")],
+)
+def test_an_api_key_that_is_not_there_stops_the_start_rather_than_opening_the_door(machine: Machine, answer: str, words: str) -> None:
+    machine.configure(API_KEY_ARN="arn:aws:secretsmanager:us-west-1:123456789012:secret:key-AbCdEf")
+    stand_in(machine.programs, "aws", f"case $1 in secretsmanager) {answer} ;; esac")
+    assert machine.do("prepare").returncode == 1
+    assert "FAILED: the API key" in machine.said[-1]
+    assert words in machine.said[-1]
+
+
+def test_ready_is_said_once_the_server_answers(machine: Machine) -> None:
+    with answering({"/readyz": ""}) as port:
+        machine.configure(PORT=port)
+        assert machine.do("wait").returncode == 0
+    assert re.fullmatch(r"READY after \d+ s", machine.said[-1])
+
+
+def test_a_server_that_ends_is_reported_with_its_last_lines(machine: Machine) -> None:
+    assert machine.do("report", SERVICE_RESULT="exit-code", EXIT_STATUS="1").returncode == 0
+    [told] = machine.said
+    assert told.startswith("FAILED: the picture server ended (exit-code, 1); its last lines: Not started: this bento holds no weights")
+
+
+def test_a_clean_stop_and_a_failure_that_was_told_are_not_reported_again(machine: Machine) -> None:
+    machine.do("report", SERVICE_RESULT="success", EXIT_STATUS="0")
+    stand_in(machine.programs, "nvidia-smi", "exit 1")
+    machine.do("prepare")
+    machine.do("report", SERVICE_RESULT="exit-code", EXIT_STATUS="1")
+    assert len([line for line in machine.said if line.startswith("FAILED")]) == 1
+
+
+def test_what_is_said_survives_quotes_backslashes_and_line_breaks(machine: Machine) -> None:
+    stand_in(machine.programs, "nvidia-smi", r"""printf 'a "quoted" \\ path\nand a line'; exit 1""")
+    machine.do("prepare")
+    assert 'a "quoted" \\ path and a line' in machine.said[-1]
+
+
+def test_a_cloudwatch_that_does_not_answer_does_not_stop_the_start(machine: Machine) -> None:
+    stand_in(machine.programs, "aws", '[[ $1 == ecr ]] && echo "password"')
+    prepared = machine.do("prepare")
+    assert prepared.returncode == 0
+    assert "(CloudWatch did not take that line)" in prepared.stdout
+
+
+def test_stop_gives_the_container_as_long_as_its_longest_request(machine: Machine) -> None:
+    machine.do("stop")
+    assert machine.called("docker stop") == ["docker stop --time 3600 stable-diffusion"]
+
+
+def metrics(in_progress: int, total: int) -> str:
+    """As the service prints them, with a second line that must not be counted."""
+    return (
+        f'bentoml_runner_request_in_progress{{endpoint="/draw",runner_name="stable_diffusion_runner"}} {in_progress}.0\n'
+        f'bentoml_api_server_request_in_progress{{endpoint="/metrics"}} 1.0\n'
+        f'bentoml_runner_request_total{{endpoint="/draw",http_response_code="200"}} {total}.0\n'
+        f'bentoml_runner_request_total{{endpoint="/draw",http_response_code="500"}} 1.0\n'
+    )
+
+
+def test_a_machine_of_a_group_reports_its_requests_in_progress(machine: Machine) -> None:
+    with answering({"/metrics": metrics(3, 10)}) as port:
+        machine.configure(PORT=port, AUTO_SCALING_GROUP="stable-diffusion")
+        assert machine.do("watch").returncode == 0
+    [call] = machine.called("aws cloudwatch put-metric-data")
+    assert "--dimensions AutoScalingGroupName=stable-diffusion --value 3" in call
+    assert "--namespace StableDiffusion --metric-name RequestsInProgress" in call
+
+
+def test_a_server_that_is_loading_reports_nothing(machine: Machine) -> None:
+    machine.configure(PORT=str(free_port()), AUTO_SCALING_GROUP="stable-diffusion", IDLE_STOP_MINUTES="15")
+    assert machine.do("watch").returncode == 0
+    assert machine.called("aws cloudwatch") + machine.called("systemctl") == []
+
+
+def test_an_idle_machine_stops_itself_and_a_busy_one_does_not(machine: Machine) -> None:
+    clock = machine.root / "now"
+    stand_in(machine.programs, "date", f'[[ $1 == +%s ]] && cat "{clock}" || echo 1000')
+
+    def watch_at(minute: int, in_progress: int, total: int) -> None:
+        clock.write_text(str(minute * 60))
+        with answering({"/metrics": metrics(in_progress, total)}) as port:
+            machine.configure(PORT=port, IDLE_STOP_MINUTES="15")
+            assert machine.do("watch").returncode == 0
+
+    watch_at(0, 0, 7)
+    watch_at(14, 0, 8)  # a request came in between
+    watch_at(28, 1, 8)  # one is being drawn
+    watch_at(42, 0, 8)
+    assert machine.called("systemctl") == []
+    watch_at(43, 0, 8)
+    assert machine.called("systemctl") == ["systemctl poweroff"]
+    assert machine.said[-1].startswith("stopping: no request for 15 minutes")
+
+
+def test_an_unknown_word_is_answered_with_what_is_known(machine: Machine) -> None:
+    finished = machine.do("dance")
+    assert finished.returncode == 2
+    assert "prepare | run | wait | stop | report | watch" in finished.stderr

@@ -1,0 +1,206 @@
+"""deployment_config.yaml through the operator's schema and checks: what is refused, by which name, and what becomes of the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cerberus
+import click
+import pytest
+import yaml
+
+from tests.service.servers import ROOT
+
+IMAGE = "123456789012.dkr.ecr.us-west-1.amazonaws.com/stable-diffusion:abc123"
+REFERENCE = {  # the reference's own configuration, word for word
+    "region": "us-west-1",
+    "instance_type": "g4dn.xlarge",
+    "ami_id": "ami-0a85a3a3fb34b3c7f",
+    "enable_gpus": True,
+}
+
+
+def check(spec: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """As bentoctl checks a spec: the normalised spec or None, and the errors by field."""
+    import operator_config
+
+    validator = cerberus.Validator()
+    return validator.validated(spec, schema=without_help(operator_config.OPERATOR_SCHEMA)), validator.errors
+
+
+def without_help(rules: Any) -> Any:
+    """bentoctl takes its own help texts out before Cerberus sees the schema."""
+    if not isinstance(rules, dict):
+        return rules
+    return {name: without_help(rule) for name, rule in rules.items() if name != "help_message"}
+
+
+def variables(spec: dict[str, Any], name: str = "stable-diffusion", **more: Any) -> dict[str, Any]:
+    from bentoctl_aws_ec2.specification import terraform_variables
+
+    checked, errors = check({"region": "us-west-1", **spec})
+    assert checked is not None, errors
+    return terraform_variables(name, {**checked, **more})
+
+
+def refusal(spec: dict[str, Any], name: str = "stable-diffusion", **more: Any) -> str:
+    with pytest.raises(click.ClickException) as refused:
+        variables(spec, name, **more)
+    return refused.value.message
+
+
+def test_the_references_configuration_is_valid() -> None:
+    values = variables(REFERENCE)
+    assert values["ami_id"] == "ami-0a85a3a3fb34b3c7f"
+    assert values["enable_gpus"] is True
+    assert values["allowed_cidrs"] == []
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "bentoctl").glob("deployment_config*.yaml")), ids=lambda file: file.stem)
+def test_every_configuration_that_the_repository_brings_is_valid(file: Any) -> None:
+    configuration = yaml.safe_load(file.read_text())
+    values = variables(configuration["spec"], configuration["name"])
+    assert values["region"] == configuration["spec"]["region"]
+
+
+def test_the_explained_configuration_mentions_every_field() -> None:
+    import operator_config
+
+    text = (ROOT / "bentoctl" / "deployment_config.yaml").read_text()
+    missing = [field for field in operator_config.OPERATOR_SCHEMA if f"\n  {field}:" not in text and f"\n  # {field}:" not in text]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("region", "us-wst-1", "did you mean us-west-1"),
+        ("region", "", "is not an AWS region"),
+        ("instance_type", "g4d.xlarge", "no instance family 'g4d'; did you mean g4dn"),
+        ("instance_type", "g4dn.xlarg", "has the sizes 12xlarge, 16xlarge, 2xlarge, 4xlarge, 8xlarge, metal, xlarge"),
+        ("instance_type", "p3.2xlarge", "V100 GPUs are too old"),
+        ("instance_type", "g5g.xlarge", "ARM processor"),
+        ("instance_type", "g4ad.xlarge", "made by AMD"),
+        ("instance_type", 4, "string"),
+        ("enable_gpus", "maybe", "must be yes or no, not 'maybe'"),
+        ("ami_id", "ami-123", "is not an AMI id"),
+        ("disk_size_gb", 8, "min value is 100"),
+        ("disk_size_gb", "big", "must be a whole number, not 'big'"),
+        ("disk_size_gb", True, "must be a whole number, not True"),
+        ("api_key_arn", "my-secret", "neither the ARN"),
+        ("certificate_arn", "arn:aws:iam::123456789012:server-certificate/x", "not the ARN of an ACM certificate"),
+        ("idle_stop_minutes", 5, "must be 0 (never) or 15 to 10080"),
+        ("instances", {"min": 3, "max": 1}, "min 3 is more than max 1"),
+        ("instances", {"min": 1}, "needs both min and max"),
+        ("instances", {"min": 0, "max": 1}, "min value is 1"),
+        ("instances", {"min": 1, "max": 2, "desired": 1}, "unknown field"),
+        ("allowed_cidrs", ["203.0.113.7"], "write one address as 203.0.113.7/32"),
+        ("allowed_cidrs", ["10.0.0.1/8"], "has host bits set"),
+        ("allowed_cidrs", ["300.1.1.1/32"], "is not a CIDR block"),
+        ("allowed_cidrs", "0.0.0.0/0", "must be of list type"),
+        ("subnet_ids", ["vpc-0123456789abcdef0"], "is not a subnet id"),
+        ("environment_variables", [{"name": "A B", "value": "x"}], "is not a name for an environment variable"),
+        ("environment_variables", [{"name": "A", "value": "x\ny"}], "must be a single line"),
+        ("environment_variables", [{"name": "A"}], "required field"),
+        ("instance_typ", "g4dn.xlarge", "unknown field"),
+    ],
+)
+def test_a_bad_value_is_refused_by_the_name_of_its_field(field: str, value: object, words: str) -> None:
+    checked, errors = check({"region": "us-west-1", field: value})
+    assert checked is None
+    assert list(errors) == [field]
+    assert words in str(errors[field]).replace('\\"', '"')
+
+
+def test_answers_typed_at_init_mean_the_same_as_yaml() -> None:
+    assert variables({"enable_gpus": "no", "disk_size_gb": "200", "instances": {"min": "1", "max": "2"}}) == variables(
+        {"enable_gpus": False, "disk_size_gb": 200, "instances": {"min": 1, "max": 2}}
+    )
+
+
+def test_a_field_left_empty_in_yaml_is_a_field_left_out() -> None:
+    empty = dict.fromkeys(["ami_id", "api_key_arn", "certificate_arn", "instances", "enable_gpus"])
+    assert variables(empty) == variables({})
+
+
+def test_an_instance_type_with_gpus_gets_them_without_being_told() -> None:
+    assert variables({"instance_type": "g5.xlarge"})["enable_gpus"] is True
+    assert variables({"instance_type": "c7i.2xlarge"})["enable_gpus"] is False
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"instance_type": "c7i.large", "enable_gpus": True}, "spec.enable_gpus: c7i.large has no NVIDIA GPU"),
+        (
+            {"certificate_arn": "arn:aws:acm:us-west-1:123456789012:certificate/0123-abcd"},
+            "spec.certificate_arn: the load balancer holds it, so it needs instances",
+        ),
+        ({"idle_stop_minutes": 30, "instances": {"min": 1, "max": 1}}, "spec.idle_stop_minutes: is for one machine"),
+        ({"idle_stop_minutes": 30, "spot": True}, "spec.idle_stop_minutes: cannot be combined with spot"),
+        (
+            {"subnet_ids": ["subnet-01234567"], "instances": {"min": 1, "max": 1}},
+            "spec.subnet_ids: a load balancer needs subnets in at least",
+        ),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused(spec: dict[str, Any], words: str) -> None:
+    assert words in refusal(spec)
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    message = refusal({"idle_stop_minutes": 30, "spot": True, "instance_type": "c7i.large", "enable_gpus": True}, "Stable_Diffusion")
+    assert [line.split(":")[0] for line in message.splitlines()[1:]] == ["  - name", "  - spec.enable_gpus", "  - spec.idle_stop_minutes"]
+
+
+@pytest.mark.parametrize("name", ["Stable-Diffusion", "sd/fp32", "sd_fp32", "-sd", "sd-", "s", "1sd", "sd--fp32", "s" * 33, "a:b"])
+def test_a_name_that_aws_would_refuse_somewhere_is_refused_here(name: str) -> None:
+    assert f"name: {name!r} must be" in refusal({}, name)
+
+
+@pytest.mark.parametrize("name", ["sd", "stable-diffusion-bentoml-tokyo", "s" * 32, "sd-2"])
+def test_a_good_name_is_taken(name: str) -> None:
+    assert variables({}, name)["deployment_name"] == name
+
+
+@pytest.mark.parametrize(
+    ("image_tag", "words"),
+    [
+        ("localhost:5000/stable-diffusion:1", "without a port"),
+        ("123456789012.dkr.ecr.us-west-1.amazonaws.com:443/stable-diffusion:1", "without a port"),
+        ("123456789012.dkr.ecr.us-west-1.amazonaws.com/team/stable-diffusion:1", "a single name after the slash"),
+        ("stable-diffusion:1", "is not an image in Amazon ECR"),
+        ("123456789012.dkr.ecr.us-east-1.amazonaws.com/stable-diffusion:1", "the image is in us-east-1 and spec.region is us-west-1"),
+        ("123456789012.dkr.ecr.us-west-1.amazonaws.com/other:1", "the repository is other and the deployment is stable-diffusion"),
+    ],
+)
+def test_an_image_from_elsewhere_is_refused_by_name(image_tag: str, words: str) -> None:
+    message = refusal({}, image_tag=image_tag)
+    assert "image_tag: " in message
+    assert words in message
+
+
+def test_the_image_of_the_deployments_own_repository_is_taken() -> None:
+    assert variables({}, image_tag=IMAGE)["image_tag"] == IMAGE
+
+
+def test_both_ways_to_give_environment_variables_reach_the_container() -> None:
+    spec = {"environment_variables": [{"name": "SD_MODEL", "value": "demo"}]}
+    assert variables(spec, env={"OTHER": "1"})["environment_variables"] == {"SD_MODEL": "demo", "OTHER": "1"}
+    assert "SD_MODEL is also in env" in refusal(spec, env={"SD_MODEL": "x"})
+    assert "the value of OTHER must be a single line" in refusal(spec, env={"OTHER": "x\ny"})
+
+
+def test_every_question_of_init_is_explained() -> None:
+    import operator_config
+
+    def questions(rules: dict[str, Any]) -> list[dict[str, Any]]:
+        inner = rules.get("schema", {})
+        if rules["type"] == "list":
+            return questions(inner)
+        return [question for rule in inner.values() for question in questions(rule)] if rules["type"] == "dict" else [rules]
+
+    schema: dict[str, Any] = dict(operator_config.OPERATOR_SCHEMA)
+    asked = [question for rules in schema.values() for question in questions(rules)]
+    assert len(asked) == len(schema) + 2  # environment_variables and instances ask twice
+    assert all(len(question["help_message"]) > 20 for question in asked)

@@ -1,0 +1,235 @@
+"""What ends `terraform apply`: the program as Terraform starts it, against moto's logs and machines.
+
+moto knows no instance refreshes, so for a group botocore's stubber answers; it holds every answer against AWS's own description of it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import boto3
+import pytest
+from botocore.stub import Stubber
+
+from tests.deployment.commands import TEMPLATES
+from tests.deployment.conftest import StandInAws
+from tests.service.servers import environment
+
+SCRIPT = TEMPLATES / "wait_until_ready.py"
+LOG_GROUP = "/bentoctl/stable-diffusion"
+REGION = "us-west-1"
+NOW = datetime.now(timezone.utc)
+
+
+class Logs:
+    """Writes into the log group as the machine does."""
+
+    def __init__(self) -> None:
+        self.client = boto3.Session(region_name=REGION).client("logs")
+        self.client.create_log_group(logGroupName=LOG_GROUP)
+
+    def say(self, instance: str, words: str, stream: str = "boot", age_s: float = 0) -> None:
+        name = f"{instance}/{stream}"
+        if not self.client.describe_log_streams(logGroupName=LOG_GROUP, logStreamNamePrefix=name)["logStreams"]:
+            self.client.create_log_stream(logGroupName=LOG_GROUP, logStreamName=name)
+        event = {"timestamp": round((time.time() - age_s) * 1000), "message": words}
+        self.client.put_log_events(logGroupName=LOG_GROUP, logStreamName=name, logEvents=[event])
+
+
+@pytest.fixture
+def logs(aws: StandInAws) -> Logs:
+    return Logs()
+
+
+@pytest.fixture
+def instance(aws: StandInAws) -> str:
+    client = boto3.Session(region_name=REGION).client("ec2")
+    image = client.describe_images(Owners=["amazon"])["Images"][0]["ImageId"]
+    started = client.run_instances(ImageId=image, MinCount=1, MaxCount=1, InstanceType="g4dn.xlarge")
+    return str(started["Instances"][0]["InstanceId"])
+
+
+def start(folder: Path, aws: StandInAws, instance: str, timeout_s: float = 60) -> subprocess.Popen[str]:
+    arguments = ["--region", REGION, "--log-group", LOG_GROUP, "--timeout-s", str(timeout_s), "--instance", instance]
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), *arguments],
+        env=environment(folder, aws.variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_it_tells_what_the_machine_says_and_ends_when_it_is_ready(aws: StandInAws, logs: Logs, instance: str, tmp_path: Path) -> None:
+    logs.say(instance, "GPU: Tesla T4, 595.91.07")
+    process = start(tmp_path, aws, instance)
+    time.sleep(2)
+    logs.say(instance, "READY after 61 s")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert [line.partition(": ")[2] for line in out.splitlines()[1:3]] == ["GPU: Tesla T4, 595.91.07", "READY after 61 s"]
+    assert out.splitlines()[-1].startswith("ready after ")
+
+
+def test_it_fails_with_the_reason_and_the_containers_last_lines(aws: StandInAws, logs: Logs, instance: str, tmp_path: Path) -> None:
+    logs.say(instance, "Not started: this bento holds no weights", stream="container")
+    process = start(tmp_path, aws, instance)
+    time.sleep(2)
+    logs.say(instance, "FAILED: the picture server ended (exit-code, 1)")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"The server is not ready: {instance}: FAILED: the picture server ended (exit-code, 1)" in err
+    assert "Last lines of the container:\n  Not started: this bento holds no weights" in err
+    assert "Traceback" not in err
+
+
+def test_a_failure_from_before_does_not_end_a_second_apply(aws: StandInAws, logs: Logs, instance: str, tmp_path: Path) -> None:
+    logs.say(instance, "FAILED: no login", age_s=600)
+    process = start(tmp_path, aws, instance)
+    time.sleep(2)
+    assert process.poll() is None
+    logs.say(instance, "READY after 5 s")
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+def test_a_machine_that_says_nothing_is_given_up_with_a_hint(aws: StandInAws, logs: Logs, instance: str, tmp_path: Path) -> None:
+    out, err = start(tmp_path, aws, instance, timeout_s=1).communicate(timeout=60)
+    assert f"not ready after 1 s. Last words:\n  {instance}: nothing" in err
+    assert "needs a way to the internet" in err
+    assert f"get-console-output --latest --region {REGION}" in err
+
+
+def test_a_machine_that_aws_has_ended_is_told_at_once(aws: StandInAws, logs: Logs, instance: str, tmp_path: Path) -> None:
+    boto3.Session(region_name=REGION).client("ec2").terminate_instances(InstanceIds=[instance])
+    out, err = start(tmp_path, aws, instance).communicate(timeout=60)
+    assert f"The server is not ready: {instance} is terminated: " in err
+
+
+def test_what_aws_does_not_know_is_told_without_a_traceback(aws: StandInAws, tmp_path: Path) -> None:
+    process = start(tmp_path, aws, "i-0000000000000000f")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "i-0000000000000000f" in err
+    assert "Traceback" not in err
+
+
+# A group of machines.
+
+
+@pytest.fixture
+def program() -> ModuleType:
+    description = importlib.util.spec_from_file_location("wait_until_ready", SCRIPT)
+    assert description is not None
+    assert description.loader is not None
+    module = importlib.util.module_from_spec(description)
+    sys.modules["wait_until_ready"] = module
+    description.loader.exec_module(module)
+    return module
+
+
+Ready = Callable[..., bool]
+
+
+@pytest.fixture
+def group_is_ready(program: ModuleType, logs: Logs) -> Ready:
+    """`group_is_ready` of the program with these answers of AWS's."""
+
+    def ask(
+        members: list[str],
+        states: list[str],
+        refresh: dict[str, Any] | None = None,
+        activity: dict[str, Any] | None = None,
+        machines: int = 1,
+    ) -> bool:
+        session = boto3.Session(region_name=REGION)
+        autoscaling, balancer = session.client("autoscaling"), session.client("elbv2")
+        watcher = program.Watcher(logs.client, LOG_GROUP, round(NOW.timestamp() * 1000))
+        with Stubber(autoscaling) as first, Stubber(balancer) as second:
+            first.add_response("describe_scaling_activities", {"Activities": [activity] if activity else []})
+            first.add_response("describe_auto_scaling_groups", {"AutoScalingGroups": [scaling_group(members)]})
+            first.add_response("describe_instance_refreshes", {"InstanceRefreshes": [refresh] if refresh else []})
+            descriptions = [{"TargetHealth": {"State": state}} for state in states]
+            second.add_response("describe_target_health", {"TargetHealthDescriptions": descriptions})
+            return bool(program.group_is_ready(watcher, autoscaling, balancer, "stable-diffusion", "arn:aws:target-group", machines))
+
+    return ask
+
+
+def scaling_group(members: list[str]) -> dict[str, Any]:
+    instances = [
+        {"InstanceId": member, "AvailabilityZone": "us-west-1a", "LifecycleState": "InService", "HealthStatus": "Healthy"}
+        | {"ProtectedFromScaleIn": False}
+        for member in members
+    ]
+    return {
+        "AutoScalingGroupName": "stable-diffusion",
+        "MinSize": 1,
+        "MaxSize": 2,
+        "DesiredCapacity": 1,
+        "DefaultCooldown": 300,
+        "AvailabilityZones": ["us-west-1a"],
+        "HealthCheckType": "ELB",
+        "CreatedTime": NOW,
+        "Instances": instances,
+    }
+
+
+def scaling_activity(message: str) -> dict[str, Any]:
+    return {
+        "ActivityId": "1",
+        "AutoScalingGroupName": "stable-diffusion",
+        "Cause": "a change of capacity",
+        "StartTime": NOW,
+        "StatusCode": "Failed",
+        "StatusMessage": message,
+    }
+
+
+def test_a_group_is_ready_when_enough_machines_answer_the_health_check(group_is_ready: Ready) -> None:
+    assert group_is_ready(["i-1"], ["initial"]) is False
+    assert group_is_ready(["i-1"], ["healthy"]) is True
+    assert group_is_ready(["i-1", "i-2"], ["healthy", "unhealthy"], machines=2) is False
+    assert group_is_ready(["i-1", "i-2"], ["healthy", "healthy"], machines=2) is True
+
+
+def test_a_group_is_not_ready_while_machines_are_being_replaced(group_is_ready: Ready) -> None:
+    assert group_is_ready(["i-1"], ["healthy"], refresh={"Status": "InProgress", "StartTime": NOW}) is False
+    assert group_is_ready(["i-1"], ["healthy"], refresh={"Status": "Successful", "StartTime": NOW}) is True
+
+
+def test_an_old_replacement_does_not_matter(group_is_ready: Ready) -> None:
+    long_ago = {"Status": "Failed", "StartTime": NOW - timedelta(days=1)}
+    assert group_is_ready(["i-1"], ["healthy"], refresh=long_ago) is True
+
+
+def test_a_replacement_that_was_rolled_back_fails_the_apply(group_is_ready: Ready, program: ModuleType) -> None:
+    refresh = {"Status": "RollbackSuccessful", "StartTime": NOW, "StatusReason": "1 instance failed its health check"}
+    with pytest.raises(program.NotReady, match="ended as RollbackSuccessful: 1 instance failed its health check"):
+        group_is_ready(["i-1"], ["healthy"], refresh=refresh)
+
+
+def test_a_machine_of_the_group_that_fails_fails_the_apply_with_its_words(group_is_ready: Ready, program: ModuleType, logs: Logs) -> None:
+    logs.say("i-2", "FAILED: no NVIDIA GPU", age_s=-1)
+    with pytest.raises(program.NotReady, match="i-2: FAILED: no NVIDIA GPU"):
+        group_is_ready(["i-1", "i-2"], ["healthy", "initial"])
+
+
+def test_a_launch_that_the_account_does_not_allow_fails_the_apply(group_is_ready: Ready, program: ModuleType) -> None:
+    message = (
+        "You have requested more vCPU capacity than your current vCPU limit of 0 allows. Launching EC2 instance failed. VcpuLimitExceeded"
+    )
+    with pytest.raises(program.NotReady, match="vCPU limit of 0"):
+        group_is_ready([], [], activity=scaling_activity(message))
+
+
+def test_a_launch_that_found_no_capacity_is_left_to_aws(group_is_ready: Ready) -> None:
+    assert group_is_ready([], [], activity=scaling_activity("InsufficientInstanceCapacity: try another zone")) is False
