@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 
 ROOT = Path(__file__).parents[2]
 BENTOML = Path(sys.executable).with_name("bentoml")
@@ -25,6 +25,7 @@ STOP_TIMEOUT_S = 30
 class Server:
     url: str
     log_file: Path
+    process: subprocess.Popen[bytes]
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=120, trust_env=False)
@@ -54,16 +55,17 @@ def free_port() -> int:
 
 
 @contextmanager
-def serve(folder: Path, target: str, home: Path, changes: Mapping[str, str] | None = None) -> Iterator[Server]:
+def serve(folder: Path, target: str, home: Path, changes: Mapping[str, str] | None = None, port: int | None = None) -> Iterator[Server]:
     """`bentoml serve TARGET --production` in `folder` until the block ends."""
-    port = free_port()
-    server = Server(f"http://127.0.0.1:{port}", home / f"serve-{port}.log")
+    port = port or free_port()
     home.mkdir(parents=True, exist_ok=True)
+    log_file = home / f"serve-{port}.log"
     command = [str(BENTOML), "serve", target, "--production", "--host", "127.0.0.1", "--port", str(port)]
-    with server.log_file.open("w") as log:
+    with log_file.open("w") as log:
         process = subprocess.Popen(
             command, cwd=folder, env=environment(home, changes), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
+    server = Server(f"http://127.0.0.1:{port}", log_file, process)
     try:
         wait_until_ready(server, process)
         yield server
@@ -72,13 +74,21 @@ def serve(folder: Path, target: str, home: Path, changes: Mapping[str, str] | No
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the server; SIGKILL to what it started if that was not enough."""
+    """SIGTERM to the server; SIGKILL to it and all that it started if that was not enough."""
     process.terminate()
     try:
         process.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # start_new_session made its process id the id of its group
-        process.wait()
+        kill(process)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to a server and all that it started, as when its machine goes. The workers have sessions of their own and would live on."""
+    if process.poll() is None:
+        family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+        for member in family:
+            member.kill()
+    process.wait()
 
 
 def wait_until_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
