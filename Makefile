@@ -1,5 +1,6 @@
 # make serve      start the service (PRECISION=fp32 or fp16, HOST, PORT)
 # make test       install, check and run every test
+# make image-test build both Docker images and run them (needs Docker; half an hour at first)
 # make check      lint, format and types only
 # make format     rewrite the files as the linter wants them
 # make model      download Stable Diffusion v1.4 (PRECISION=fp32 or fp16)
@@ -26,7 +27,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # PyFilesystem, of which BentoML is made, says so at every start.
 export PYTHONWARNINGS := ignore:pkg_resources is deprecated:UserWarning
 
-.PHONY: serve test check format model demo lock precision
+.PHONY: serve test image-test check format model demo lock precision
 
 $(INSTALLED): requirements.txt requirements-runtime.txt requirements.lock bentoctl/aws-ec2/requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
@@ -52,6 +53,9 @@ serve: precision $(INSTALLED)
 
 test: check $(TOOLS_INSTALLED)
 	$(BIN)/python -m pytest
+
+image-test: $(INSTALLED)
+	$(BIN)/python -m pytest -m image tests/image
 
 check: $(INSTALLED)
 	$(BIN)/ruff check $(CODE)

@@ -31,6 +31,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_diffusion import images, openapi
+from stable_diffusion.draining import Draining
 from stable_diffusion.engine.job import Kind, Picture, Task
 from stable_diffusion.errors import (
     ClientGone,
@@ -89,6 +90,8 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
 
     service.on_deployment(check_weights)
     service.mount_asgi_app(_application(runner, choose_model), path="/")
+    stopping = _refusal(503, "shutting_down", "the server is shutting down, try again in a minute", {"Connection": "close"})
+    service.add_asgi_middleware(Draining, refusal=stopping)
     service.add_asgi_middleware(_FrontDoor, document=openapi.document(name, API_VERSION))
     return service
 

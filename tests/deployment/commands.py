@@ -17,7 +17,12 @@ BENTOCTL = Path(sys.executable).with_name("bentoctl")
 
 
 def bentoctl(
-    home: Path, folder: Path, *arguments: str, changes: Mapping[str, str] | None = None, typed: str | None = None
+    home: Path,
+    folder: Path,
+    *arguments: str,
+    changes: Mapping[str, str] | None = None,
+    typed: str | None = None,
+    timeout_s: float = 180,
 ) -> subprocess.CompletedProcess[str]:
     """`bentoctl ARGUMENTS` in `folder`, with `home` as BENTOCTL_HOME and BENTOML_HOME."""
     home.mkdir(exist_ok=True)
@@ -29,7 +34,7 @@ def bentoctl(
         input=typed or "",
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=timeout_s,
         check=False,
     )
 

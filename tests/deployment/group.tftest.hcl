@@ -11,7 +11,7 @@ mock_provider "aws" {
     defaults = { image_digest = "sha256:0123" }
   }
   mock_data "aws_ssm_parameter" {
-    defaults = { value = "ami-0fedcba9876543210" }
+    defaults = { insecure_value = "ami-0fedcba9876543210" }
   }
   mock_data "aws_ami" {
     defaults = {
@@ -89,6 +89,10 @@ run "many_machines_behind_a_load_balancer" {
   assert {
     condition     = aws_autoscaling_group.machine[0].min_size == 1 && aws_autoscaling_group.machine[0].max_size == 3 && aws_autoscaling_group.machine[0].health_check_type == "ELB"
     error_message = "As many as asked for, judged by the load balancer."
+  }
+  assert {
+    condition     = one(aws_autoscaling_group.machine[0].initial_lifecycle_hook).default_result == "ABANDON" && aws_launch_template.machine.network_interfaces[0].subnet_id == null
+    error_message = "A machine joins when it is ready, in a subnet of the group's choice."
   }
   assert {
     condition     = aws_lb_target_group.machine[0].load_balancing_algorithm_type == "least_outstanding_requests" && aws_lb_target_group.machine[0].health_check[0].path == "/readyz"

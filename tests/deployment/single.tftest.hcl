@@ -11,7 +11,7 @@ mock_provider "aws" {
     defaults = { image_digest = "sha256:0123" }
   }
   mock_data "aws_ssm_parameter" {
-    defaults = { value = "ami-0fedcba9876543210" }
+    defaults = { insecure_value = "ami-0fedcba9876543210" }
   }
   mock_data "aws_ami" {
     defaults = {
@@ -91,7 +91,7 @@ run "one_machine_with_a_fixed_address" {
     error_message = "No load balancer is paid for."
   }
   assert {
-    condition     = aws_instance.machine[0].subnet_id == "subnet-0000000a"
+    condition     = aws_launch_template.machine.network_interfaces[0].subnet_id == "subnet-0000000a"
     error_message = "The same subnet at every plan, whatever order AWS lists them in."
   }
   assert {
@@ -111,8 +111,8 @@ run "one_machine_with_a_fixed_address" {
     error_message = "Exactly the allowed blocks."
   }
   assert {
-    condition     = aws_vpc_security_group_egress_rule.machine_https.from_port == 443 && aws_vpc_security_group_egress_rule.machine_https.to_port == 443
-    error_message = "The machine speaks HTTPS outwards and nothing else."
+    condition     = aws_vpc_security_group_egress_rule.machine_https.to_port == 443 && aws_vpc_security_group_egress_rule.machine_updates.to_port == 80
+    error_message = "Outwards, the machine speaks HTTPS, and HTTP for packages."
   }
   assert {
     condition     = length(aws_launch_template.machine.instance_market_options) == 0
@@ -172,7 +172,7 @@ run "own_subnets_need_no_default_vpc" {
   }
 
   assert {
-    condition     = length(data.aws_vpc.default) == 0 && aws_instance.machine[0].subnet_id == "subnet-01234567"
+    condition     = length(data.aws_vpc.default) == 0 && aws_launch_template.machine.network_interfaces[0].subnet_id == "subnet-01234567"
     error_message = "The subnet that was given."
   }
 }

@@ -36,6 +36,7 @@ SETTINGS = {
     "AUTO_SCALING_GROUP": "",
     "METRIC_NAMESPACE": "StableDiffusion",
     "METRIC_NAME": "RequestsInProgress",
+    "READY_HOOK": "ready",
 }
 # The image is not there until it has been pulled; what is pulled stays.
 DOCKER = r"""
@@ -250,6 +251,17 @@ def test_ready_is_said_once_the_server_answers(machine: Machine) -> None:
         machine.configure(PORT=port)
         assert machine.do("wait").returncode == 0
     assert re.fullmatch(r"READY after \d+ s", machine.said[-1])
+
+
+def test_a_machine_of_a_group_joins_it_when_it_is_ready_and_a_reboot_is_no_failure(machine: Machine) -> None:
+    with answering({"/readyz": ""}) as port:
+        machine.configure(PORT=port, AUTO_SCALING_GROUP="stable-diffusion")
+        assert machine.do("wait").returncode == 0
+        [call] = machine.called("aws autoscaling complete-lifecycle-action")
+        assert "--auto-scaling-group-name stable-diffusion --lifecycle-hook-name ready" in call
+        assert call.endswith("--instance-id i-0123456789abcdef0 --lifecycle-action-result CONTINUE")
+        stand_in(machine.programs, "aws", "[[ $1 != autoscaling ]]")
+        assert machine.do("wait").returncode == 0
 
 
 def test_a_server_that_ends_is_reported_with_its_last_lines(machine: Machine) -> None:

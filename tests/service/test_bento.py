@@ -67,6 +67,14 @@ def test_the_image_sends_no_usage_reports_and_reads_the_configuration(bento: Bui
     assert "BENTOML_CONFIG=src/configuration.yaml" in dockerfile
 
 
+def test_in_the_image_what_is_large_comes_before_what_changes_often(bento: BuiltBento) -> None:
+    dockerfile = (bento.path / "env" / "docker" / "Dockerfile").read_text()
+    order = ["FROM python:3.11-slim", "env/python/install.sh", "./src/model[s]", "./src/stable_diffusion/demo/model", "tar --create"]
+    places = [dockerfile.index(text) for text in [*order, "HEALTHCHECK", "USER bentoml", 'ENTRYPOINT ["']]
+    assert places == sorted(places)
+    assert "COPY --chown=bentoml:bentoml . " not in dockerfile
+
+
 def test_a_bento_without_weights_does_not_start_and_says_why(bento: BuiltBento) -> None:
     finished = subprocess.run(
         [str(BENTOML), "serve", bento.tag, "--production", "--port", "0"],

@@ -13,7 +13,7 @@ import click
 from bentoctl.utils.terraform import is_terraform_applied
 
 from bentoctl_aws_ec2 import registry
-from bentoctl_aws_ec2.deployable import check_docker, copy_bento
+from bentoctl_aws_ec2.deployable import check_docker, take_bento
 from bentoctl_aws_ec2.generate import built_image, refuse_other_deployment, write_templates, write_values
 from bentoctl_aws_ec2.specification import terraform_variables
 
@@ -31,7 +31,7 @@ def generate(name: str, spec: Mapping[str, Any], template_type: str, destination
 def create_deployable(bento_path: str, destination_dir: str, bento_metadata: Mapping[str, Any], overwrite_deployable: bool) -> str:
     """Returns the folder that Docker builds from, in `destination_dir`."""
     check_docker()
-    return str(copy_bento(Path(bento_path), Path(destination_dir)))
+    return str(take_bento(Path(bento_path), Path(destination_dir)))
 
 
 def create_repository(repository_name: str, operator_spec: Mapping[str, Any]) -> tuple[str, str, str]:

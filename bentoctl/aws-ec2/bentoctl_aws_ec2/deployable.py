@@ -23,8 +23,12 @@ def check_docker() -> None:
         raise click.ClickException(f"the Docker daemon does not answer: {daemon.stderr.strip()}")
 
 
-def copy_bento(bento: Path, destination: Path) -> Path:
-    """bentoctl deletes `bento` before it builds."""
+def take_bento(bento: Path, destination: Path) -> Path:
+    """bentoctl deletes `bento`, its own copy, before it builds; moving what is in it spares another copy of the weights."""
     if not (bento / DOCKERFILE).is_file():
         raise click.ClickException(f"the bento has no {DOCKERFILE}; it was built by another version of BentoML")
-    return Path(shutil.copytree(bento, destination / "bento", dirs_exist_ok=True))
+    deployable = destination / "bento"
+    deployable.mkdir()
+    for child in bento.iterdir():
+        shutil.move(child, deployable)
+    return deployable

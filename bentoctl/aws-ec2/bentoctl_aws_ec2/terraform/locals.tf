@@ -23,6 +23,7 @@ locals {
   minimum_driver_major = 580
   oldest_ami_date      = "2025-08-01T00:00:00Z"
 
+  ready_hook       = "ready"
   metric_namespace = "StableDiffusion"
   metric_name      = "RequestsInProgress"
   # More than one request at a machine means that one is waiting or two share its steps; from two on, another machine helps.

@@ -20,7 +20,7 @@ data "aws_ssm_parameter" "deep_learning_ami" {
 data "aws_ami" "machine" {
   filter {
     name   = "image-id"
-    values = [var.ami_id == null ? nonsensitive(data.aws_ssm_parameter.deep_learning_ami[0].value) : var.ami_id]
+    values = [var.ami_id == null ? data.aws_ssm_parameter.deep_learning_ami[0].insecure_value : var.ami_id]
   }
 
   lifecycle {
@@ -175,6 +175,15 @@ data "aws_iam_policy_document" "machine" {
   }
 
   dynamic "statement" {
+    for_each = local.single ? [] : [var.deployment_name]
+    content {
+      sid       = "JoinTheGroup"
+      actions   = ["autoscaling:CompleteLifecycleAction"]
+      resources = ["arn:${local.partition}:autoscaling:${var.region}:${local.account}:autoScalingGroup:*:autoScalingGroupName/${statement.value}"]
+    }
+  }
+
+  dynamic "statement" {
     for_each = local.uses_secrets_manager ? [var.api_key_arn] : []
     content {
       sid       = "ReadApiKey"
@@ -236,6 +245,15 @@ resource "aws_vpc_security_group_egress_rule" "machine_https" {
   ip_protocol       = "tcp"
   from_port         = 443
   to_port           = 443
+  cidr_ipv4         = "0.0.0.0/0"
+}
+
+resource "aws_vpc_security_group_egress_rule" "machine_updates" {
+  security_group_id = aws_security_group.machine.id
+  description       = "Signed packages of the operating system, which its mirrors serve over HTTP"
+  ip_protocol       = "tcp"
+  from_port         = 80
+  to_port           = 80
   cidr_ipv4         = "0.0.0.0/0"
 }
 
@@ -340,6 +358,7 @@ module "boot" {
     API_KEY_ARN          = var.api_key_arn == null ? "" : var.api_key_arn
     IDLE_STOP_MINUTES    = var.idle_stop_minutes
     AUTO_SCALING_GROUP   = local.single ? "" : var.deployment_name
+    READY_HOOK           = local.ready_hook
     METRIC_NAMESPACE     = local.metric_namespace
     METRIC_NAME          = local.metric_name
   }
@@ -393,11 +412,9 @@ resource "aws_launch_template" "machine" {
     http_put_response_hop_limit = 1
   }
 
-  monitoring {
-    enabled = !local.single
-  }
-
+  # EC2 takes no subnet beside a template that describes the interface; Auto Scaling chooses the subnet itself.
   network_interfaces {
+    subnet_id                   = local.single ? local.subnet_ids[0] : null
     associate_public_ip_address = true
     delete_on_termination       = true
     security_groups             = [aws_security_group.machine.id]
@@ -420,8 +437,6 @@ resource "aws_launch_template" "machine" {
 resource "aws_instance" "machine" {
   # checkov:skip=CKV2_AWS_41:The launch template gives the role.
   count = local.single ? 1 : 0
-
-  subnet_id = local.subnet_ids[0]
 
   # A new version, that is a new image, AMI or setting, replaces the machine.
   launch_template {
@@ -548,7 +563,7 @@ resource "aws_autoscaling_group" "machine" {
   vpc_zone_identifier       = local.subnet_ids
   target_group_arns         = [aws_lb_target_group.machine[0].arn]
   health_check_type         = "ELB"
-  health_check_grace_period = local.ready_timeout_s
+  health_check_grace_period = 60
   default_instance_warmup   = 60
   # terraform_data.group_ready waits, and can say what went wrong.
   wait_for_capacity_timeout = "0"
@@ -556,6 +571,14 @@ resource "aws_autoscaling_group" "machine" {
   launch_template {
     id      = aws_launch_template.machine.id
     version = aws_launch_template.machine.latest_version
+  }
+
+  # A machine counts, and gets requests, once machine.sh has said that the server is ready.
+  initial_lifecycle_hook {
+    name                 = local.ready_hook
+    lifecycle_transition = "autoscaling:EC2_INSTANCE_LAUNCHING"
+    default_result       = "ABANDON"
+    heartbeat_timeout    = local.ready_timeout_s
   }
 
   # A new version of the launch template starts it: new machines first, then the old ones drain and go.

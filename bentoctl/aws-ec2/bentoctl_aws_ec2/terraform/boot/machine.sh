@@ -13,7 +13,7 @@ export DOCKER_CONFIG=$RUNTIME_DIRECTORY/docker
 # shellcheck source=/dev/null
 source "$CONFIGURATION_DIRECTORY/settings"
 : "${REGION:?}" "${IMAGE:?}" "${LOG_GROUP:?}" "${PORT:?}" "${ENABLE_GPUS:?}" "${MINIMUM_DRIVER_MAJOR:?}" "${STOP_TIMEOUT_S:?}"
-: "${API_KEY_ARN?}" "${IDLE_STOP_MINUTES:?}" "${AUTO_SCALING_GROUP?}" "${METRIC_NAMESPACE:?}" "${METRIC_NAME:?}"
+: "${API_KEY_ARN?}" "${IDLE_STOP_MINUTES:?}" "${AUTO_SCALING_GROUP?}" "${METRIC_NAMESPACE:?}" "${METRIC_NAME:?}" "${READY_HOOK:?}"
 export AWS_REGION=$REGION AWS_DEFAULT_REGION=$REGION AWS_RETRY_MODE=standard AWS_MAX_ATTEMPTS=3
 INSTANCE=$(cloud-init query instance_id)
 
@@ -123,6 +123,13 @@ wait_until_ready() {
   local began=$SECONDS
   until curl --silent --fail --max-time 5 "http://127.0.0.1:$PORT/readyz" >/dev/null; do sleep 2; done
   say "READY after $((SECONDS - began)) s"
+  if [[ -n $AUTO_SCALING_GROUP ]]; then join_group; fi
+}
+
+# The group holds a new machine back until this. After a reboot there is nothing to complete, and AWS says so.
+join_group() {
+  aws autoscaling complete-lifecycle-action --auto-scaling-group-name "$AUTO_SCALING_GROUP" --lifecycle-hook-name "$READY_HOOK" \
+    --instance-id "$INSTANCE" --lifecycle-action-result CONTINUE || echo "(there was no launch to complete)"
 }
 
 stop() {
