@@ -73,7 +73,7 @@ variables {
   idle_stop_minutes     = 0
   instances             = { min = 1, max = 3 }
   certificate_arn       = null
-  allowed_cidrs         = ["203.0.113.7/32", "2001:db8::/32"]
+  allowed_cidrs         = ["203.0.113.7/32"]
   subnet_ids            = []
   api_key_arn           = null
   environment_variables = {}
@@ -103,15 +103,15 @@ run "many_machines_behind_a_load_balancer" {
     error_message = "A machine that goes, and a client that waits, have as long as the longest request."
   }
   assert {
-    condition     = aws_autoscaling_group.machine[0].instance_refresh[0].preferences[0].min_healthy_percentage == 100 && aws_autoscaling_group.machine[0].instance_refresh[0].preferences[0].auto_rollback
-    error_message = "New machines first, and back to the old image if they fail."
+    condition     = aws_autoscaling_group.machine[0].instance_refresh[0].preferences[0].min_healthy_percentage == 100 && aws_autoscaling_group.machine[0].force_delete
+    error_message = "New machines first; and destroying waits for no request."
   }
   assert {
     condition     = one(aws_autoscaling_policy.work_waiting[0].target_tracking_configuration[0].customized_metric_specification[0].metric_dimension).value == aws_autoscaling_group.machine[0].name
     error_message = "The policy reads what the machines of this group report."
   }
   assert {
-    condition     = length(aws_vpc_security_group_ingress_rule.machine_ipv4) + length(aws_vpc_security_group_ingress_rule.machine_ipv6) == 0 && keys(aws_vpc_security_group_ingress_rule.balancer_ipv4) == ["203.0.113.7/32"]
+    condition     = length(aws_vpc_security_group_ingress_rule.machine) == 0 && keys(aws_vpc_security_group_ingress_rule.balancer) == ["203.0.113.7/32"]
     error_message = "Only the load balancer is reachable, from the allowed blocks."
   }
   assert {
@@ -119,7 +119,7 @@ run "many_machines_behind_a_load_balancer" {
     error_message = "The role may write metrics of one namespace."
   }
   assert {
-    condition     = length(aws_lb_listener.http) == 1 && length(aws_lb_listener.https) == 0 && aws_vpc_security_group_ingress_rule.balancer_ipv4["203.0.113.7/32"].from_port == 80
+    condition     = length(aws_lb_listener.http) == 1 && length(aws_lb_listener.https) == 0 && aws_vpc_security_group_ingress_rule.balancer["203.0.113.7/32"].from_port == 80
     error_message = "HTTP without a certificate."
   }
 }
@@ -136,7 +136,7 @@ run "a_certificate_makes_it_https_only" {
     error_message = "TLS 1.2 and newer."
   }
   assert {
-    condition     = aws_vpc_security_group_ingress_rule.balancer_ipv4["203.0.113.7/32"].from_port == 443
+    condition     = aws_vpc_security_group_ingress_rule.balancer["203.0.113.7/32"].from_port == 443
     error_message = "Only port 443 is open."
   }
 }

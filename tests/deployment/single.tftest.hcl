@@ -73,7 +73,7 @@ variables {
   idle_stop_minutes     = 0
   instances             = null
   certificate_arn       = null
-  allowed_cidrs         = ["203.0.113.7/32", "2001:db8::/32"]
+  allowed_cidrs         = ["203.0.113.7/32"]
   subnet_ids            = []
   api_key_arn           = null
   environment_variables = {}
@@ -107,7 +107,7 @@ run "one_machine_with_a_fixed_address" {
     error_message = "The AMI that SSM names."
   }
   assert {
-    condition     = keys(aws_vpc_security_group_ingress_rule.machine_ipv4) == ["203.0.113.7/32"] && keys(aws_vpc_security_group_ingress_rule.machine_ipv6) == ["2001:db8::/32"]
+    condition     = keys(aws_vpc_security_group_ingress_rule.machine) == ["203.0.113.7/32"]
     error_message = "Exactly the allowed blocks."
   }
   assert {
@@ -119,8 +119,8 @@ run "one_machine_with_a_fixed_address" {
     error_message = "On demand unless asked."
   }
   assert {
-    condition     = length(setsubtract([for statement in data.aws_iam_policy_document.machine.statement : statement.sid], ["LogInToRegistry", "PullImage", "WriteLogs"])) == 0
-    error_message = "The role may pull, log and nothing else (SSM is attached)."
+    condition     = length(setsubtract([for statement in data.aws_iam_policy_document.machine.statement : statement.sid], ["LogInToRegistry", "PullImage", "WriteLogs", "OpenSessions"])) == 0
+    error_message = "The role may pull, log, open sessions and nothing else."
   }
   assert {
     condition     = one([for statement in data.aws_iam_policy_document.machine.statement : statement.resources if statement.sid == "PullImage"]) == toset(["arn:aws:ecr:us-west-1:123456789012:repository/stable-diffusion"])

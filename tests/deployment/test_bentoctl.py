@@ -38,6 +38,23 @@ esac
 """
 
 
+# Needs no provider; its destruction fails as long as there is a file called broken.
+MACHINE = """
+variable "deployment_name" {
+  type = string
+}
+resource "terraform_data" "machine" {
+  provisioner "local-exec" {
+    when    = destroy
+    command = "test ! -e broken"
+  }
+}
+output "region" {
+  value = var.deployment_name
+}
+"""
+
+
 @dataclass(frozen=True)
 class Workplace:
     """A person's folder with the operator installed."""
@@ -298,6 +315,11 @@ def test_build_without_docker_says_what_is_missing(workplace: Workplace, docker:
 def test_destroy_deletes_the_repository_when_nothing_is_deployed(workplace: Workplace, aws: StandInAws) -> None:
     client = boto3.Session(region_name="us-west-1").client("ecr")
     client.create_repository(repositoryName=REPOSITORY)
+    elsewhere = workplace.bentoctl("destroy", changes=aws.variables)
+    assert elsewhere.returncode == 1
+    assert f"this folder has no bentoctl.tfvars, so the images of {REPOSITORY} were not touched" in elsewhere.stderr
+    assert len(client.describe_repositories()["repositories"]) == 1
+    workplace.bentoctl("generate")
     destroyed = workplace.bentoctl("destroy", changes=aws.variables)
     assert destroyed.returncode == 0, destroyed.stderr
     assert f"Deleted the repository {REPOSITORY}" in destroyed.stdout
@@ -305,20 +327,41 @@ def test_destroy_deletes_the_repository_when_nothing_is_deployed(workplace: Work
 
 
 @pytest.mark.skipif(TERRAFORM is None, reason="terraform is not on PATH; bentoctl destroy calls it")
-def test_a_destroy_that_nobody_confirms_keeps_the_images_of_the_running_machine(workplace: Workplace, aws: StandInAws) -> None:
+def test_a_destroy_that_nobody_confirms_or_that_fails_keeps_the_images_of_the_running_machine(
+    workplace: Workplace, aws: StandInAws
+) -> None:
     assert TERRAFORM is not None
     client = boto3.Session(region_name="us-west-1").client("ecr")
     client.create_repository(repositoryName=REPOSITORY)
     # A deployment that needs no provider: Terraform keeps its output in the state, as with the real one.
-    (workplace.folder / "main.tf").write_text('resource "terraform_data" "machine" {}\noutput "region" {\n  value = "us-west-1"\n}\n')
-    (workplace.folder / "bentoctl.tfvars").write_text("")
+    (workplace.folder / "main.tf").write_text(MACHINE)
+    (workplace.folder / "bentoctl.tfvars").write_text(f'deployment_name = "{REPOSITORY}"\n')
+    (workplace.folder / "broken").touch()
     (workplace.folder / ".terraform").mkdir()  # init makes it where there is a provider
-    subprocess.run([TERRAFORM, "apply", "-auto-approve"], cwd=workplace.folder, capture_output=True, check=True, timeout=60)
+    subprocess.run(
+        [TERRAFORM, "apply", "-auto-approve", "-var-file", "bentoctl.tfvars"],
+        cwd=workplace.folder,
+        capture_output=True,
+        check=True,
+        timeout=60,
+    )
     kept = workplace.bentoctl("destroy", changes=aws.variables)
     assert kept.returncode == 1
-    assert f"the deployment is still there, so its image repository {REPOSITORY} was kept" in kept.stderr
+    left = f"1 resources of the deployment are still there (terraform_data.machine, ...), so its image repository {REPOSITORY} was kept"
+    assert left in kept.stderr
     assert len(client.describe_repositories()["repositories"]) == 1
 
+    # Terraform takes the outputs out of its state before it fails, and bentoctl asks only for those.
+    for _ in range(2):
+        failed = workplace.bentoctl("destroy", "--auto-approve", changes=aws.variables)
+        assert failed.returncode == 1
+        assert left in failed.stderr
+        assert "Run: terraform apply -destroy -var-file bentoctl.tfvars" in failed.stderr
+    assert len(client.describe_repositories()["repositories"]) == 1
+
+    (workplace.folder / "broken").unlink()
+    command = [TERRAFORM, "apply", "-destroy", "-auto-approve", "-var-file", "bentoctl.tfvars"]
+    subprocess.run(command, cwd=workplace.folder, capture_output=True, check=True, timeout=60)
     gone = workplace.bentoctl("destroy", "--auto-approve", changes=aws.variables)
     assert gone.returncode == 0, gone.stderr
     assert client.describe_repositories()["repositories"] == []

@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ SETTINGS = {
     "METRIC_NAMESPACE": "StableDiffusion",
     "METRIC_NAME": "RequestsInProgress",
     "READY_HOOK": "ready",
+    "READY_TIMEOUT_S": "1800",
+    "KEEP_ALIVE_S": "3660",
 }
 # The image is not there until it has been pulled; what is pulled stays.
 DOCKER = r"""
@@ -152,7 +155,7 @@ def test_first_boot_checks_the_gpu_logs_in_pulls_and_starts_the_container(machin
     assert "--log-driver awslogs" in started
     assert "awslogs-stream=i-0123456789abcdef0/container" in started
     assert f"--env-file {machine.root / 'etc'}/environment --env-file {machine.run}/secrets" in started
-    assert started.endswith(IMAGE)
+    assert started.endswith(f"{IMAGE} serve --timeout-keep-alive 3660")
 
 
 def test_reboot_starts_the_image_that_is_there_without_asking_the_registry(machine: Machine) -> None:
@@ -218,8 +221,8 @@ def test_without_gpus_nothing_asks_for_one(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("arn", "call"),
     [
-        ("arn:aws:secretsmanager:us-west-1:123456789012:secret:key-AbCdEf", "aws secretsmanager get-secret-value --secret-id"),
-        ("arn:aws:ssm:us-west-1:123456789012:parameter/key", "aws ssm get-parameter --with-decryption --name"),
+        ("arn:aws:secretsmanager:us-east-1:123456789012:secret:key-AbCdEf", "aws secretsmanager get-secret-value"),
+        ("arn:aws:ssm:us-east-1:123456789012:parameter/key", "aws ssm get-parameter"),
     ],
 )
 def test_the_api_key_reaches_the_container_through_a_private_file_only(machine: Machine, arn: str, call: str) -> None:
@@ -230,8 +233,19 @@ def test_the_api_key_reaches_the_container_through_a_private_file_only(machine: 
     secrets = machine.run / "secrets"
     assert secrets.read_text() == "SD_API_KEYS=the-key\n"
     assert secrets.stat().st_mode & 0o077 == 0
-    assert machine.called(call)[0].startswith(f"{call} {arn}")
+    assert arn in machine.called(call)[0]
+    assert "--region us-east-1" in machine.called(call)[0], "the key's own region"
     assert "the-key" not in "\n".join(calls(machine.programs)) + prepared.stdout + prepared.stderr
+
+
+def test_an_api_key_that_is_read_at_the_second_try_is_the_key_alone(machine: Machine) -> None:
+    machine.configure(API_KEY_ARN="arn:aws:secretsmanager:us-west-1:123456789012:secret:key-AbCdEf")
+    once = machine.root / "once"
+    stand_in(
+        machine.programs, "aws", f'[[ $1 != secretsmanager ]] || {{ [[ -e "{once}" ]] && echo the-key || {{ touch "{once}"; exit 1; }}; }}'
+    )
+    assert machine.do("prepare").returncode == 0
+    assert (machine.run / "secrets").read_text() == "SD_API_KEYS=the-key\n"
 
 
 @pytest.mark.parametrize(
@@ -246,22 +260,63 @@ def test_an_api_key_that_is_not_there_stops_the_start_rather_than_opening_the_do
     assert words in machine.said[-1]
 
 
-def test_ready_is_said_once_the_server_answers(machine: Machine) -> None:
+@pytest.fixture
+def container() -> Iterator[subprocess.Popen[bytes]]:
+    """Stands for `docker run`, whose process id systemd hands over as MAINPID."""
+    process = subprocess.Popen(["sleep", "60"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def wait_for(machine: Machine, container: subprocess.Popen[bytes], began_s_ago: int = 0) -> subprocess.CompletedProcess[str]:
+    (machine.run / "began").write_text(f"{int(time.time()) - began_s_ago}\n")
+    return machine.do("wait", MAINPID=str(container.pid))
+
+
+def test_ready_is_said_once_the_server_answers(machine: Machine, container: subprocess.Popen[bytes]) -> None:
     with answering({"/readyz": ""}) as port:
         machine.configure(PORT=port)
-        assert machine.do("wait").returncode == 0
+        assert wait_for(machine, container).returncode == 0
     assert re.fullmatch(r"READY after \d+ s", machine.said[-1])
 
 
-def test_a_machine_of_a_group_joins_it_when_it_is_ready_and_a_reboot_is_no_failure(machine: Machine) -> None:
+def test_waiting_ends_at_once_when_the_container_ends(machine: Machine, container: subprocess.Popen[bytes]) -> None:
+    machine.configure(PORT=str(free_port()))
+    container.kill()
+    container.wait()
+    assert wait_for(machine, container).returncode == 1
+    machine.do("report", SERVICE_RESULT="exit-code", EXIT_STATUS="1")
+    assert machine.said == ["FAILED: the picture server ended (exit-code, 1); its last lines: Not started: this bento holds no weights"]
+
+
+def test_a_server_that_never_answers_is_given_up_after_the_time_of_the_whole_start(
+    machine: Machine, container: subprocess.Popen[bytes]
+) -> None:
+    machine.configure(PORT=str(free_port()))
+    assert wait_for(machine, container, began_s_ago=1801).returncode == 1
+    machine.do("report", SERVICE_RESULT="exit-code", EXIT_STATUS="1")
+    assert len(machine.said) == 1
+    assert machine.said[0].startswith("FAILED: the server does not answer /readyz after 1800 s; its last lines: Not started")
+
+
+def test_a_machine_of_a_group_joins_it_when_it_is_ready_and_a_reboot_is_no_failure(
+    machine: Machine, container: subprocess.Popen[bytes]
+) -> None:
     with answering({"/readyz": ""}) as port:
         machine.configure(PORT=port, AUTO_SCALING_GROUP="stable-diffusion")
-        assert machine.do("wait").returncode == 0
+        assert wait_for(machine, container).returncode == 0
         [call] = machine.called("aws autoscaling complete-lifecycle-action")
         assert "--auto-scaling-group-name stable-diffusion --lifecycle-hook-name ready" in call
         assert call.endswith("--instance-id i-0123456789abcdef0 --lifecycle-action-result CONTINUE")
-        stand_in(machine.programs, "aws", "[[ $1 != autoscaling ]]")
-        assert machine.do("wait").returncode == 0
+        nothing = "An error occurred (ValidationError): No active Lifecycle Action found with instance ID i-0123456789abcdef0"
+        stand_in(machine.programs, "aws", f'[[ $1 != autoscaling ]] || {{ echo "{nothing}" >&2; exit 254; }}')
+        assert wait_for(machine, container).returncode == 0
+        assert machine.said[-1].startswith("READY")
+        stand_in(machine.programs, "aws", '[[ $1 != autoscaling ]] || { echo "AccessDenied" >&2; exit 254; }')
+        assert wait_for(machine, container).returncode == 0
+        assert machine.said[-1].startswith("the machine could not join its group: ")
+        assert "AccessDenied" in machine.said[-1]
 
 
 def test_a_server_that_ends_is_reported_with_its_last_lines(machine: Machine) -> None:
@@ -278,13 +333,13 @@ def test_a_clean_stop_and_a_failure_that_was_told_are_not_reported_again(machine
     assert len([line for line in machine.said if line.startswith("FAILED")]) == 1
 
 
-def test_what_is_said_survives_quotes_backslashes_and_line_breaks(machine: Machine) -> None:
-    stand_in(machine.programs, "nvidia-smi", r"""printf 'a "quoted" \\ path\nand a line'; exit 1""")
+def test_what_is_said_survives_quotes_backslashes_line_breaks_colours_and_half_letters(machine: Machine) -> None:
+    stand_in(machine.programs, "nvidia-smi", r"""printf 'a "quoted" \\ path\nand \033[31mred\033[0m \303'; exit 1""")
     machine.do("prepare")
-    assert 'a "quoted" \\ path and a line' in machine.said[-1]
+    assert 'a "quoted" \\ path and  [31mred [0m ' in machine.said[-1]
 
 
-def test_a_cloudwatch_that_does_not_answer_does_not_stop_the_start(machine: Machine) -> None:
+def test_a_cloudwatch_that_does_not_answer_does_not_stop_the_preparation(machine: Machine) -> None:
     stand_in(machine.programs, "aws", '[[ $1 == ecr ]] && echo "password"')
     prepared = machine.do("prepare")
     assert prepared.returncode == 0
@@ -293,7 +348,7 @@ def test_a_cloudwatch_that_does_not_answer_does_not_stop_the_start(machine: Mach
 
 def test_stop_gives_the_container_as_long_as_its_longest_request(machine: Machine) -> None:
     machine.do("stop")
-    assert machine.called("docker stop") == ["docker stop --time 3600 stable-diffusion"]
+    assert machine.called("docker stop") == ["docker stop -t 3600 stable-diffusion"]
 
 
 def metrics(in_progress: int, total: int) -> str:
@@ -316,7 +371,7 @@ def test_a_machine_of_a_group_reports_its_requests_in_progress(machine: Machine)
 
 
 def test_a_server_that_is_loading_reports_nothing(machine: Machine) -> None:
-    machine.configure(PORT=str(free_port()), AUTO_SCALING_GROUP="stable-diffusion", IDLE_STOP_MINUTES="15")
+    machine.configure(PORT=str(free_port()), AUTO_SCALING_GROUP="stable-diffusion")
     assert machine.do("watch").returncode == 0
     assert machine.called("aws cloudwatch") + machine.called("systemctl") == []
 
@@ -339,6 +394,19 @@ def test_an_idle_machine_stops_itself_and_a_busy_one_does_not(machine: Machine) 
     watch_at(43, 0, 8)
     assert machine.called("systemctl") == ["systemctl poweroff"]
     assert machine.said[-1].startswith("stopping: no request for 15 minutes")
+
+
+def test_a_machine_whose_server_never_comes_up_is_stopped_too_after_the_time_of_a_start(machine: Machine) -> None:
+    machine.configure(PORT=str(free_port()), IDLE_STOP_MINUTES="15")
+    clock = machine.root / "now"
+    stand_in(machine.programs, "date", f'[[ $1 == +%s ]] && cat "{clock}" || echo 1000')
+    for minute in (0, 44):
+        clock.write_text(str(minute * 60))
+        assert machine.do("watch").returncode == 0
+    assert machine.called("systemctl") == []
+    clock.write_text(str(45 * 60))
+    machine.do("watch")
+    assert machine.called("systemctl") == ["systemctl poweroff"]
 
 
 def test_an_unknown_word_is_answered_with_what_is_known(machine: Machine) -> None:

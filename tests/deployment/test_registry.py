@@ -23,7 +23,7 @@ def test_a_missing_repository_is_made_scanned_and_kept_small(aws: StandInAws) ->
     [repository] = client.describe_repositories()["repositories"]
     assert repository["imageScanningConfiguration"]["scanOnPush"] is True
     rules = json.loads(client.get_lifecycle_policy(repositoryName="stable-diffusion")["lifecyclePolicyText"])["rules"]
-    assert rules[0]["selection"]["countNumber"] == 5
+    assert rules[0]["selection"]["countNumber"] == 10
 
 
 def test_a_repository_that_is_there_is_used_again(aws: StandInAws) -> None:

@@ -96,6 +96,7 @@ def test_the_explained_configuration_mentions_every_field() -> None:
         ("instances", {"min": 1, "max": 2, "desired": 1}, "unknown field"),
         ("allowed_cidrs", ["203.0.113.7"], "write one address as 203.0.113.7/32"),
         ("allowed_cidrs", ["10.0.0.1/8"], "has host bits set"),
+        ("allowed_cidrs", ["2001:db8::/32"], "the server has no IPv6 address"),
         ("allowed_cidrs", ["300.1.1.1/32"], "is not a CIDR block"),
         ("allowed_cidrs", "0.0.0.0/0", "must be of list type"),
         ("subnet_ids", ["vpc-0123456789abcdef0"], "is not a subnet id"),
@@ -153,9 +154,11 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     assert [line.split(":")[0] for line in message.splitlines()[1:]] == ["  - name", "  - spec.enable_gpus", "  - spec.idle_stop_minutes"]
 
 
-@pytest.mark.parametrize("name", ["Stable-Diffusion", "sd/fp32", "sd_fp32", "-sd", "sd-", "s", "1sd", "sd--fp32", "s" * 33, "a:b"])
+@pytest.mark.parametrize(
+    "name", ["Stable-Diffusion", "sd/fp32", "sd_fp32", "-sd", "sd-", "s", "1sd", "sd--fp32", "internal-sd", "sg-sd", "s" * 33, "a:b"]
+)
 def test_a_name_that_aws_would_refuse_somewhere_is_refused_here(name: str) -> None:
-    assert f"name: {name!r} must be" in refusal({}, name)
+    assert refusal({}, name).splitlines()[1].startswith(f"  - name: {name!r}")
 
 
 @pytest.mark.parametrize("name", ["sd", "stable-diffusion-bentoml-tokyo", "s" * 32, "sd-2"])

@@ -17,6 +17,7 @@ from typing import Any
 
 import boto3
 import pytest
+from botocore.exceptions import ClientError, ReadTimeoutError
 from botocore.stub import Stubber
 
 from tests.deployment.commands import TEMPLATES
@@ -27,6 +28,17 @@ SCRIPT = TEMPLATES / "wait_until_ready.py"
 LOG_GROUP = "/bentoctl/stable-diffusion"
 REGION = "us-west-1"
 NOW = datetime.now(timezone.utc)
+
+
+@pytest.fixture
+def program() -> ModuleType:
+    description = importlib.util.spec_from_file_location("wait_until_ready", SCRIPT)
+    assert description is not None
+    assert description.loader is not None
+    module = importlib.util.module_from_spec(description)
+    sys.modules["wait_until_ready"] = module
+    description.loader.exec_module(module)
+    return module
 
 
 class Logs:
@@ -88,6 +100,7 @@ def test_it_fails_with_the_reason_and_the_containers_last_lines(aws: StandInAws,
     assert process.returncode == 1
     assert f"The server is not ready: {instance}: FAILED: the picture server ended (exit-code, 1)" in err
     assert "Last lines of the container:\n  Not started: this bento holds no weights" in err
+    assert f"aws ec2 terminate-instances --region {REGION} --instance-ids {instance}" in err
     assert "Traceback" not in err
 
 
@@ -108,6 +121,25 @@ def test_a_machine_that_says_nothing_is_given_up_with_a_hint(aws: StandInAws, lo
     assert f"get-console-output --latest --region {REGION}" in err
 
 
+def test_an_aws_that_is_out_of_reach_for_a_moment_does_not_end_the_wait(
+    program: ModuleType, aws: StandInAws, logs: Logs, instance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs.say(instance, "READY after 5 s")
+    answers = [ReadTimeoutError(endpoint_url=aws.url), ClientError({"Error": {"Code": "ThrottlingException"}}, "GetLogEvents")]
+    really = program.one_machine_is_ready
+
+    def shaky(*arguments: Any) -> bool:
+        if answers:
+            raise answers.pop()
+        return bool(really(*arguments))
+
+    monkeypatch.setattr(program, "one_machine_is_ready", shaky)
+    monkeypatch.setattr(program, "POLL_S", 0.01)
+    monkeypatch.setattr(sys, "argv", ["wait", "--region", REGION, "--log-group", LOG_GROUP, "--timeout-s", "20", "--instance", instance])
+    program.wait(program.parse_arguments())
+    assert answers == []
+
+
 def test_a_machine_that_aws_has_ended_is_told_at_once(aws: StandInAws, logs: Logs, instance: str, tmp_path: Path) -> None:
     boto3.Session(region_name=REGION).client("ec2").terminate_instances(InstanceIds=[instance])
     out, err = start(tmp_path, aws, instance).communicate(timeout=60)
@@ -125,17 +157,6 @@ def test_what_aws_does_not_know_is_told_without_a_traceback(aws: StandInAws, tmp
 # A group of machines.
 
 
-@pytest.fixture
-def program() -> ModuleType:
-    description = importlib.util.spec_from_file_location("wait_until_ready", SCRIPT)
-    assert description is not None
-    assert description.loader is not None
-    module = importlib.util.module_from_spec(description)
-    sys.modules["wait_until_ready"] = module
-    description.loader.exec_module(module)
-    return module
-
-
 Ready = Callable[..., bool]
 
 
@@ -144,8 +165,8 @@ def group_is_ready(program: ModuleType, logs: Logs) -> Ready:
     """`group_is_ready` of the program with these answers of AWS's."""
 
     def ask(
-        members: list[str],
-        states: list[str],
+        members: list[dict[str, Any]],
+        states: dict[str, str],
         refresh: dict[str, Any] | None = None,
         activity: dict[str, Any] | None = None,
         machines: int = 1,
@@ -157,19 +178,15 @@ def group_is_ready(program: ModuleType, logs: Logs) -> Ready:
             first.add_response("describe_scaling_activities", {"Activities": [activity] if activity else []})
             first.add_response("describe_auto_scaling_groups", {"AutoScalingGroups": [scaling_group(members)]})
             first.add_response("describe_instance_refreshes", {"InstanceRefreshes": [refresh] if refresh else []})
-            descriptions = [{"TargetHealth": {"State": state}} for state in states]
+            descriptions = [{"Target": {"Id": name}, "TargetHealth": {"State": state}} for name, state in states.items()]
             second.add_response("describe_target_health", {"TargetHealthDescriptions": descriptions})
-            return bool(program.group_is_ready(watcher, autoscaling, balancer, "stable-diffusion", "arn:aws:target-group", machines))
+            group = program.Group("stable-diffusion", "arn:aws:target-group", "7", machines)
+            return bool(program.group_is_ready(watcher, autoscaling, balancer, group))
 
     return ask
 
 
-def scaling_group(members: list[str]) -> dict[str, Any]:
-    instances = [
-        {"InstanceId": member, "AvailabilityZone": "us-west-1a", "LifecycleState": "InService", "HealthStatus": "Healthy"}
-        | {"ProtectedFromScaleIn": False}
-        for member in members
-    ]
+def scaling_group(members: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "AutoScalingGroupName": "stable-diffusion",
         "MinSize": 1,
@@ -179,7 +196,18 @@ def scaling_group(members: list[str]) -> dict[str, Any]:
         "AvailabilityZones": ["us-west-1a"],
         "HealthCheckType": "ELB",
         "CreatedTime": NOW,
-        "Instances": instances,
+        "Instances": members,
+    }
+
+
+def member(name: str, state: str = "InService", version: str = "7") -> dict[str, Any]:
+    return {
+        "InstanceId": name,
+        "AvailabilityZone": "us-west-1a",
+        "LifecycleState": state,
+        "HealthStatus": "Healthy",
+        "ProtectedFromScaleIn": False,
+        "LaunchTemplate": {"LaunchTemplateId": "lt-0123", "Version": version},
     }
 
 
@@ -194,42 +222,64 @@ def scaling_activity(message: str) -> dict[str, Any]:
     }
 
 
-def test_a_group_is_ready_when_enough_machines_answer_the_health_check(group_is_ready: Ready) -> None:
-    assert group_is_ready(["i-1"], ["initial"]) is False
-    assert group_is_ready(["i-1"], ["healthy"]) is True
-    assert group_is_ready(["i-1", "i-2"], ["healthy", "unhealthy"], machines=2) is False
-    assert group_is_ready(["i-1", "i-2"], ["healthy", "healthy"], machines=2) is True
+def test_a_group_is_ready_when_enough_machines_have_joined_and_answer_the_health_check(group_is_ready: Ready) -> None:
+    assert group_is_ready([], {}) is False
+    assert group_is_ready([member("i-1", "Pending:Wait")], {}) is False
+    assert group_is_ready([member("i-1")], {"i-1": "initial"}) is False
+    assert group_is_ready([member("i-1")], {"i-1": "healthy"}) is True
+    both = [member("i-1"), member("i-2")]
+    assert group_is_ready(both, {"i-1": "healthy", "i-2": "unhealthy"}, machines=2) is False
+    assert group_is_ready(both, {"i-1": "healthy", "i-2": "healthy"}, machines=2) is True
 
 
-def test_a_group_is_not_ready_while_machines_are_being_replaced(group_is_ready: Ready) -> None:
-    assert group_is_ready(["i-1"], ["healthy"], refresh={"Status": "InProgress", "StartTime": NOW}) is False
-    assert group_is_ready(["i-1"], ["healthy"], refresh={"Status": "Successful", "StartTime": NOW}) is True
+@pytest.mark.parametrize("minutes_ago", [0, 60])
+def test_machines_with_the_old_image_do_not_make_a_group_ready(group_is_ready: Ready, minutes_ago: int) -> None:
+    refresh = {"Status": "InProgress", "StartTime": NOW - timedelta(minutes=minutes_ago)}
+    old, new = member("i-1", version="6"), member("i-2", "Pending:Wait")
+    assert group_is_ready([old, new], {"i-1": "healthy"}, refresh=refresh) is False
+    assert group_is_ready([old, member("i-2")], {"i-1": "draining", "i-2": "healthy"}, refresh=refresh) is True
 
 
-def test_an_old_replacement_does_not_matter(group_is_ready: Ready) -> None:
+def test_a_replacement_that_failed_fails_the_apply(group_is_ready: Ready, program: ModuleType) -> None:
+    refresh = {"Status": "Failed", "StartTime": NOW, "StatusReason": "1 instance failed its health check"}
+    with pytest.raises(program.NotReady, match="ended as Failed: 1 instance failed its health check"):
+        group_is_ready([member("i-1", version="6")], {"i-1": "healthy"}, refresh=refresh)
+
+
+def test_a_replacement_that_failed_long_ago_does_not(group_is_ready: Ready) -> None:
     long_ago = {"Status": "Failed", "StartTime": NOW - timedelta(days=1)}
-    assert group_is_ready(["i-1"], ["healthy"], refresh=long_ago) is True
-
-
-def test_a_replacement_that_was_rolled_back_fails_the_apply(group_is_ready: Ready, program: ModuleType) -> None:
-    refresh = {"Status": "RollbackSuccessful", "StartTime": NOW, "StatusReason": "1 instance failed its health check"}
-    with pytest.raises(program.NotReady, match="ended as RollbackSuccessful: 1 instance failed its health check"):
-        group_is_ready(["i-1"], ["healthy"], refresh=refresh)
+    assert group_is_ready([member("i-1", "Pending:Wait")], {}, refresh=long_ago) is False
 
 
 def test_a_machine_of_the_group_that_fails_fails_the_apply_with_its_words(group_is_ready: Ready, program: ModuleType, logs: Logs) -> None:
     logs.say("i-2", "FAILED: no NVIDIA GPU", age_s=-1)
     with pytest.raises(program.NotReady, match="i-2: FAILED: no NVIDIA GPU"):
-        group_is_ready(["i-1", "i-2"], ["healthy", "initial"])
+        group_is_ready([member("i-1"), member("i-2", "Pending:Wait")], {"i-1": "healthy"}, machines=2)
 
 
-def test_a_launch_that_the_account_does_not_allow_fails_the_apply(group_is_ready: Ready, program: ModuleType) -> None:
-    message = (
-        "You have requested more vCPU capacity than your current vCPU limit of 0 allows. Launching EC2 instance failed. VcpuLimitExceeded"
-    )
-    with pytest.raises(program.NotReady, match="vCPU limit of 0"):
-        group_is_ready([], [], activity=scaling_activity(message))
+def test_a_machine_that_is_being_replaced_may_fail(group_is_ready: Ready, logs: Logs) -> None:
+    logs.say("i-1", "FAILED: the picture server ended (signal, 15)", age_s=-1)
+    logs.say("i-2", "FAILED: the picture server ended (signal, 15)", age_s=-1)
+    members = [member("i-1", version="6"), member("i-2", "Terminating:Wait"), member("i-3")]
+    assert group_is_ready(members, {"i-3": "healthy"}) is True
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "You have requested more vCPU capacity than your current vCPU limit of 0 allows for the instance bucket that the specified "
+        "instance type belongs to. Please visit AWS to request an adjustment to this limit. Launching EC2 instance failed.",
+        "Max spot instance count exceeded. Launching EC2 instance failed.",
+    ],
+)
+def test_a_launch_that_the_account_does_not_allow_fails_the_apply(group_is_ready: Ready, program: ModuleType, message: str) -> None:
+    with pytest.raises(program.NotReady, match="a machine could not be started: ") as refused:
+        group_is_ready([], {}, activity=scaling_activity(message))
+    assert message in str(refused.value)
 
 
 def test_a_launch_that_found_no_capacity_is_left_to_aws(group_is_ready: Ready) -> None:
-    assert group_is_ready([], [], activity=scaling_activity("InsufficientInstanceCapacity: try another zone")) is False
+    message = (
+        "We currently do not have sufficient g4dn.xlarge capacity in the Availability Zone you requested. Launching EC2 instance failed."
+    )
+    assert group_is_ready([], {}, activity=scaling_activity(message)) is False

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import click
-from bentoctl.utils.terraform import is_terraform_applied
 
 from bentoctl_aws_ec2 import registry
 from bentoctl_aws_ec2.deployable import check_docker, take_bento
-from bentoctl_aws_ec2.generate import built_image, refuse_other_deployment, write_templates, write_values
+from bentoctl_aws_ec2.generate import VALUES_FILE, built_image, refuse_other_deployment, require_deployment, write_templates, write_values
 from bentoctl_aws_ec2.specification import terraform_variables
+from bentoctl_aws_ec2.state import resources_left
 
 
 def generate(name: str, spec: Mapping[str, Any], template_type: str, destination_dir: str, values_only: bool = True) -> list[str]:
@@ -36,14 +36,21 @@ def create_deployable(bento_path: str, destination_dir: str, bento_metadata: Map
 
 def create_repository(repository_name: str, operator_spec: Mapping[str, Any]) -> tuple[str, str, str]:
     """Checks the configuration once more, then makes the repository; returns its URL, and user and password for `docker push`."""
+    refuse_other_deployment(Path.cwd(), repository_name)
     terraform_variables(repository_name, {**operator_spec, "image_tag": None})
     return registry.create_repository(repository_name, operator_spec["region"])
 
 
 def delete_repository(repository_name: str, operator_spec: Mapping[str, Any]) -> None:
-    """Deletes the images, but not under a deployment that is still there: bentoctl calls this after a refused or failed destroy too."""
-    if is_terraform_applied():
+    """Deletes the images, but only of this folder's deployment, and only when nothing is left of it.
+
+    bentoctl calls this after a destroy that was refused or failed as well.
+    """
+    require_deployment(Path.cwd(), repository_name)
+    left = resources_left()
+    if left:
         raise click.ClickException(
-            f"the deployment is still there, so its image repository {repository_name} was kept; run bentoctl destroy again"
+            f"{len(left)} resources of the deployment are still there ({left[0]}, ...), so its image repository {repository_name} "
+            f"was kept. Run: terraform apply -destroy -var-file {VALUES_FILE}, and then bentoctl destroy again"
         )
     registry.delete_repository(repository_name, operator_spec["region"])

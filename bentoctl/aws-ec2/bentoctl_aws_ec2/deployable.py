@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,6 +19,8 @@ def check_docker() -> None:
         raise click.ClickException("docker is not installed, or not on PATH")
     if subprocess.run([docker, "buildx", "version"], capture_output=True, check=False).returncode != 0:
         raise click.ClickException("docker has no buildx plugin: install docker-buildx (or docker-buildx-plugin)")
+    # Docker would push provenance as images of their own, which count against those that the repository keeps.
+    os.environ.setdefault("BUILDX_NO_DEFAULT_ATTESTATIONS", "1")
     daemon = subprocess.run([docker, "version", "--format", "{{.Server.Version}}"], capture_output=True, text=True, check=False)
     if daemon.returncode != 0:
         raise click.ClickException(f"the Docker daemon does not answer: {daemon.stderr.strip()}")

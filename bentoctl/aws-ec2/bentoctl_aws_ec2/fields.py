@@ -94,10 +94,13 @@ def check_subnet_id(field: str, value: str, error: Report) -> None:
 
 def check_cidr(field: str, value: str, error: Report) -> None:
     if "/" not in value:
-        error(field, f"{value!r} is not a CIDR block: write one address as {value}/32 (IPv4) or {value}/128 (IPv6)")
+        error(field, f"{value!r} is not a CIDR block: write one address as {value}/32")
+        return
+    if ":" in value:
+        error(field, f"{value!r}: the server has no IPv6 address; give IPv4 blocks like 203.0.113.0/24")
         return
     try:
-        ipaddress.ip_network(value)
+        ipaddress.IPv4Network(value)
     except ValueError as reason:
         error(field, f"{value!r} is not a CIDR block like 203.0.113.0/24: {reason}")
 

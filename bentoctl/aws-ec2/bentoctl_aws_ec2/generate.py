@@ -67,6 +67,16 @@ def refuse_other_deployment(destination: Path, deployment_name: str) -> None:
         )
 
 
+def require_deployment(destination: Path, deployment_name: str) -> None:
+    """For what cannot be undone: the folder must be the deployment's own."""
+    there = read_text_value(destination / VALUES_FILE, "deployment_name")
+    if there != deployment_name:
+        what = f"holds the deployment {there}" if there else f"has no {VALUES_FILE}"
+        raise click.ClickException(
+            f"this folder {what}, so the images of {deployment_name} were not touched; go to the folder of {deployment_name}"
+        )
+
+
 def write_values(destination: Path, values: Mapping[str, object]) -> Path:
     file = destination / VALUES_FILE
     width = max(len(name) for name in values)

@@ -23,7 +23,7 @@ from botocore.exceptions import (
     ProfileNotFound,
 )
 
-KEPT_IMAGES = 5
+KEPT_IMAGES = 10
 REFUSED = {"AccessDeniedException", "AccessDenied", "UnauthorizedOperation"}
 UNKNOWN_CREDENTIALS = {
     "UnrecognizedClientException",
@@ -71,13 +71,18 @@ def _find_or_create(client: Any, name: str) -> str:
 
 
 def lifecycle_policy() -> dict[str, Any]:
-    """Some images to roll back to, and no more: each costs about a dollar a month."""
+    """Some images to roll back to, and no more: each costs about a dollar a month. Tagged ones, for Docker also pushes untagged parts."""
     return {
         "rules": [
             {
                 "rulePriority": 1,
                 "description": f"keep the last {KEPT_IMAGES} images",
-                "selection": {"tagStatus": "any", "countType": "imageCountMoreThan", "countNumber": KEPT_IMAGES},
+                "selection": {
+                    "tagStatus": "tagged",
+                    "tagPatternList": ["*"],
+                    "countType": "imageCountMoreThan",
+                    "countNumber": KEPT_IMAGES,
+                },
                 "action": {"type": "expire"},
             }
         ]

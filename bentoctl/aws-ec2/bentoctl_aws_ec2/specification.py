@@ -72,6 +72,8 @@ def environment_variables(spec: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_name(deployment_name: str) -> list[str]:
+    if deployment_name.startswith(("internal-", "sg-")):
+        return [f"name: {deployment_name!r}: AWS keeps names that begin with internal- or sg- to itself"]
     if DEPLOYMENT_NAME.fullmatch(deployment_name):
         return []
     return [

@@ -29,9 +29,6 @@ locals {
   # More than one request at a machine means that one is waiting or two share its steps; from two on, another machine helps.
   requests_in_progress_per_machine = 2
 
-  ipv4_cidrs = [for block in var.allowed_cidrs : block if !strcontains(block, ":")]
-  ipv6_cidrs = [for block in var.allowed_cidrs : block if strcontains(block, ":")]
-
   uses_secrets_manager = var.api_key_arn != null && strcontains(coalesce(var.api_key_arn, "-"), ":secretsmanager:")
   uses_ssm_parameter   = var.api_key_arn != null && strcontains(coalesce(var.api_key_arn, "-"), ":ssm:")
 

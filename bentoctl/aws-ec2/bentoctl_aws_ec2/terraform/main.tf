@@ -18,6 +18,9 @@ data "aws_ssm_parameter" "deep_learning_ami" {
 }
 
 data "aws_ami" "machine" {
+  # Public AMIs are deprecated after two years at most; which is too old is said below.
+  include_deprecated = true
+
   filter {
     name   = "image-id"
     values = [var.ami_id == null ? data.aws_ssm_parameter.deep_learning_ami[0].insecure_value : var.ami_id]
@@ -140,7 +143,9 @@ data "aws_iam_policy_document" "assume" {
 }
 
 data "aws_iam_policy_document" "machine" {
-  # GetAuthorizationToken and PutMetricData know no resources; a condition holds the latter to one namespace.
+  # checkov:skip=CKV_AWS_111:Sessions, logging in and metrics know no resources, see below.
+  # checkov:skip=CKV_AWS_356:Sessions, logging in and metrics know no resources, see below.
+  # GetAuthorizationToken, PutMetricData and sessions know no resources; a condition holds the metrics to one namespace.
   statement {
     sid       = "LogInToRegistry"
     actions   = ["ecr:GetAuthorizationToken"]
@@ -157,6 +162,18 @@ data "aws_iam_policy_document" "machine" {
     sid       = "WriteLogs"
     actions   = ["logs:CreateLogStream", "logs:PutLogEvents"]
     resources = ["${aws_cloudwatch_log_group.machine.arn}:*"]
+  }
+
+  # Sessions through SSM take the place of SSH: no key, no open port. AWS's own policy for it would let the machine read every parameter
+  # of the account as well.
+  statement {
+    sid = "OpenSessions"
+    actions = [
+      "ssm:UpdateInstanceInformation",
+      "ssmmessages:CreateControlChannel", "ssmmessages:CreateDataChannel",
+      "ssmmessages:OpenControlChannel", "ssmmessages:OpenDataChannel",
+    ]
+    resources = ["*"]
   }
 
   dynamic "statement" {
@@ -214,12 +231,6 @@ resource "aws_iam_role_policy" "machine" {
   policy = data.aws_iam_policy_document.machine.json
 }
 
-# Sessions through SSM take the place of SSH: no key, no open port.
-resource "aws_iam_role_policy_attachment" "session" {
-  role       = aws_iam_role.machine.name
-  policy_arn = "arn:${local.partition}:iam::aws:policy/AmazonSSMManagedInstanceCore"
-}
-
 resource "aws_iam_instance_profile" "machine" {
   name = local.global_name
   role = aws_iam_role.machine.name
@@ -257,8 +268,8 @@ resource "aws_vpc_security_group_egress_rule" "machine_updates" {
   cidr_ipv4         = "0.0.0.0/0"
 }
 
-resource "aws_vpc_security_group_ingress_rule" "machine_ipv4" {
-  for_each = toset(local.single ? local.ipv4_cidrs : [])
+resource "aws_vpc_security_group_ingress_rule" "machine" {
+  for_each = toset(local.single ? var.allowed_cidrs : [])
 
   security_group_id = aws_security_group.machine.id
   description       = "Picture server"
@@ -266,17 +277,6 @@ resource "aws_vpc_security_group_ingress_rule" "machine_ipv4" {
   from_port         = local.port
   to_port           = local.port
   cidr_ipv4         = each.value
-}
-
-resource "aws_vpc_security_group_ingress_rule" "machine_ipv6" {
-  for_each = toset(local.single ? local.ipv6_cidrs : [])
-
-  security_group_id = aws_security_group.machine.id
-  description       = "Picture server"
-  ip_protocol       = "tcp"
-  from_port         = local.port
-  to_port           = local.port
-  cidr_ipv6         = each.value
 }
 
 resource "aws_vpc_security_group_ingress_rule" "machine_from_balancer" {
@@ -314,8 +314,8 @@ resource "aws_vpc_security_group_egress_rule" "balancer_to_machine" {
   referenced_security_group_id = aws_security_group.machine.id
 }
 
-resource "aws_vpc_security_group_ingress_rule" "balancer_ipv4" {
-  for_each = toset(local.single ? [] : local.ipv4_cidrs)
+resource "aws_vpc_security_group_ingress_rule" "balancer" {
+  for_each = toset(local.single ? [] : var.allowed_cidrs)
 
   security_group_id = aws_security_group.balancer[0].id
   description       = "Picture server"
@@ -323,17 +323,6 @@ resource "aws_vpc_security_group_ingress_rule" "balancer_ipv4" {
   from_port         = local.public_port
   to_port           = local.public_port
   cidr_ipv4         = each.value
-}
-
-resource "aws_vpc_security_group_ingress_rule" "balancer_ipv6" {
-  for_each = toset(local.single ? [] : local.ipv6_cidrs)
-
-  security_group_id = aws_security_group.balancer[0].id
-  description       = "Picture server"
-  ip_protocol       = "tcp"
-  from_port         = local.public_port
-  to_port           = local.public_port
-  cidr_ipv6         = each.value
 }
 
 ################################################################################
@@ -359,6 +348,8 @@ module "boot" {
     IDLE_STOP_MINUTES    = var.idle_stop_minutes
     AUTO_SCALING_GROUP   = local.single ? "" : var.deployment_name
     READY_HOOK           = local.ready_hook
+    READY_TIMEOUT_S      = local.ready_timeout_s
+    KEEP_ALIVE_S         = local.longest_request_s + 60
     METRIC_NAMESPACE     = local.metric_namespace
     METRIC_NAME          = local.metric_name
   }
@@ -438,6 +429,8 @@ resource "aws_instance" "machine" {
   # checkov:skip=CKV2_AWS_41:The launch template gives the role.
   count = local.single ? 1 : 0
 
+  tags = { Name = var.deployment_name }
+
   # A new version, that is a new image, AMI or setting, replaces the machine.
   launch_template {
     id      = aws_launch_template.machine.id
@@ -452,7 +445,6 @@ resource "aws_instance" "machine" {
   # Its rights and its way out must be there when it boots.
   depends_on = [
     aws_iam_role_policy.machine,
-    aws_iam_role_policy_attachment.session,
     aws_vpc_security_group_egress_rule.machine_https,
   ]
 }
@@ -467,7 +459,7 @@ resource "terraform_data" "machine_ready" {
   triggers_replace = [aws_instance.machine[0].id]
 
   provisioner "local-exec" {
-    command = "python3 ${path.module}/wait_until_ready.py --region ${var.region} --log-group ${local.log_group} --timeout-s ${local.ready_timeout_s} --instance ${aws_instance.machine[0].id}"
+    command = "python3 ${path.module}/wait_until_ready.py --region ${var.region} --log-group ${local.log_group} --timeout-s ${local.ready_timeout_s + 300} --instance ${aws_instance.machine[0].id}"
   }
 }
 
@@ -508,7 +500,8 @@ resource "aws_lb_target_group" "machine" {
   # checkov:skip=CKV_AWS_378:Between the load balancer and its machines, in one VPC, whose security group admits nobody else.
   count = local.single ? 0 : 1
 
-  name                          = var.deployment_name
+  # At most 6 characters; a name of its own lets a new one be made before the old one goes.
+  name_prefix                   = substr(var.deployment_name, 0, 6)
   port                          = local.port
   protocol                      = "HTTP"
   vpc_id                        = local.vpc_id
@@ -521,7 +514,11 @@ resource "aws_lb_target_group" "machine" {
     interval            = 15
     timeout             = 10
     healthy_threshold   = 2
-    unhealthy_threshold = 4
+    unhealthy_threshold = 10 # long enough for a container that failed to be started again
+  }
+
+  lifecycle {
+    create_before_destroy = true
   }
 }
 
@@ -565,6 +562,8 @@ resource "aws_autoscaling_group" "machine" {
   health_check_type         = "ELB"
   health_check_grace_period = 60
   default_instance_warmup   = 60
+  # Destroying does not wait for the longest request.
+  force_delete = true
   # terraform_data.group_ready waits, and can say what went wrong.
   wait_for_capacity_timeout = "0"
 
@@ -578,17 +577,17 @@ resource "aws_autoscaling_group" "machine" {
     name                 = local.ready_hook
     lifecycle_transition = "autoscaling:EC2_INSTANCE_LAUNCHING"
     default_result       = "ABANDON"
-    heartbeat_timeout    = local.ready_timeout_s
+    heartbeat_timeout    = local.ready_timeout_s + 300
   }
 
-  # A new version of the launch template starts it: new machines first, then the old ones drain and go.
+  # A new version of the launch template starts it: new machines first, then the old ones drain and go. Without auto_rollback, which
+  # would return to a template that Terraform has changed already, and refuse the apply that corrects it.
   instance_refresh {
     strategy = "Rolling"
 
     preferences {
       min_healthy_percentage = 100
       max_healthy_percentage = 200
-      auto_rollback          = true
     }
   }
 
@@ -605,7 +604,6 @@ resource "aws_autoscaling_group" "machine" {
 
   depends_on = [
     aws_iam_role_policy.machine,
-    aws_iam_role_policy_attachment.session,
     aws_vpc_security_group_egress_rule.machine_https,
     aws_vpc_security_group_ingress_rule.machine_from_balancer,
     aws_vpc_security_group_egress_rule.balancer_to_machine,
@@ -642,6 +640,6 @@ resource "terraform_data" "group_ready" {
   triggers_replace = [aws_autoscaling_group.machine[0].id, aws_launch_template.machine.latest_version, var.instances.min]
 
   provisioner "local-exec" {
-    command = "python3 ${path.module}/wait_until_ready.py --region ${var.region} --log-group ${local.log_group} --timeout-s ${local.ready_timeout_s + local.longest_request_s} --auto-scaling-group ${aws_autoscaling_group.machine[0].name} --target-group ${aws_lb_target_group.machine[0].arn} --machines ${var.instances.min}"
+    command = "python3 ${path.module}/wait_until_ready.py --region ${var.region} --log-group ${local.log_group} --timeout-s ${2 * local.ready_timeout_s} --auto-scaling-group ${aws_autoscaling_group.machine[0].name} --target-group ${aws_lb_target_group.machine[0].arn} --template-version ${aws_launch_template.machine.latest_version} --machines ${var.instances.min}"
   }
 }

@@ -120,12 +120,12 @@ variable "certificate_arn" {
 }
 
 variable "allowed_cidrs" {
-  description = "Who may reach the server: IPv4 and IPv6 blocks; empty: nobody, other than through SSM."
+  description = "Who may reach the server: IPv4 blocks; empty: nobody, other than through SSM."
   type        = list(string)
 
   validation {
-    condition     = alltrue([for block in var.allowed_cidrs : can(cidrhost(block, 0))])
-    error_message = "Each of allowed_cidrs must be a block such as 203.0.113.7/32."
+    condition     = alltrue([for block in var.allowed_cidrs : can(cidrnetmask(block))])
+    error_message = "Each of allowed_cidrs must be an IPv4 block such as 203.0.113.7/32."
   }
 }
 

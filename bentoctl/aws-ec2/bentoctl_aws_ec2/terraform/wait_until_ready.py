@@ -10,18 +10,30 @@ import argparse
 import sys
 import time
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn
 
 try:
     import boto3
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 except ImportError:
     sys.exit("wait_until_ready.py needs boto3: run terraform, or bentoctl, in the activated .venv of the project")
 
 POLL_S = 5.0
+# How long AWS may be out of reach, or refuse for being busy, before that is the end.
+PATIENCE_S = 120.0
+BUSY = {
+    "Throttling",
+    "ThrottlingException",
+    "RequestLimitExceeded",
+    "InternalError",
+    "InternalFailure",
+    "ServiceUnavailable",
+    "Unavailable",
+}
 CONTAINER_LINES = 10
-HOPELESS = ("VcpuLimitExceeded", "MaxSpotInstanceCountExceeded", "UnauthorizedOperation", "InvalidAMIID")
-REFRESH_GOES_ON = {"Pending", "InProgress", "Baking", "RollbackInProgress", "Cancelling"}
+# Launches that fail with this will go on failing; AWS tries others (no capacity in a zone) again by itself.
+HOPELESS = ("vCPU limit", "Max spot instance count exceeded", "not authorized", "The image id")
 
 
 class NotReady(Exception):
@@ -43,7 +55,7 @@ class Machine:
 class Watcher:
     logs: Any
     log_group: str
-    began_ms: int
+    began_ms: float
     machines: dict[str, Machine] = field(default_factory=dict)
 
     def follow(self, instance_id: str) -> Machine:
@@ -92,61 +104,92 @@ def one_machine_is_ready(watcher: Watcher, ec2: Any, instance_id: str) -> bool:
     return False
 
 
-def group_is_ready(watcher: Watcher, autoscaling: Any, balancer: Any, group: str, target_group: str, machines: int) -> bool:
-    """True when no replacement is going on and at least `machines` answer the load balancer's health check."""
-    _refuse_hopeless_launches(watcher, autoscaling, group)
-    members = autoscaling.describe_auto_scaling_groups(AutoScalingGroupNames=[group])["AutoScalingGroups"][0]["Instances"]
-    for member in members:
-        watcher.follow(member["InstanceId"])
-    refreshes = autoscaling.describe_instance_refreshes(AutoScalingGroupName=group, MaxRecords=1)["InstanceRefreshes"]
-    if refreshes and refreshes[0]["StartTime"].timestamp() * 1000 >= watcher.began_ms - 300_000:
-        refresh = refreshes[0]
-        if refresh["Status"] in REFRESH_GOES_ON:
-            return False
-        if refresh["Status"] != "Successful":
-            reason = refresh.get("StatusReason", "AWS gives no reason")
-            raise NotReady(f"the replacement of the machines ended as {refresh['Status']}: {reason}")
-    health = balancer.describe_target_health(TargetGroupArn=target_group)["TargetHealthDescriptions"]
-    healthy = [target for target in health if target["TargetHealth"]["State"] == "healthy"]
-    return len(healthy) >= machines
+@dataclass(frozen=True)
+class Group:
+    """An Auto Scaling group, and how many machines with which version of its launch template make it ready."""
+
+    name: str
+    target_group: str
+    template_version: str
+    machines: int
+
+
+def group_is_ready(watcher: Watcher, autoscaling: Any, balancer: Any, group: Group) -> bool:
+    """True when enough machines with the new version have joined the group and answer the load balancer's health check."""
+    _refuse_hopeless_launches(watcher, autoscaling, group.name)
+    members = autoscaling.describe_auto_scaling_groups(AutoScalingGroupNames=[group.name])["AutoScalingGroups"][0]["Instances"]
+    new = [member for member in members if member.get("LaunchTemplate", {}).get("Version") == group.template_version]
+    for member in new:
+        if not member["LifecycleState"].startswith("Terminat"):
+            watcher.follow(member["InstanceId"])
+    joined = {member["InstanceId"] for member in new if member["LifecycleState"] == "InService"}
+    health = balancer.describe_target_health(TargetGroupArn=group.target_group)["TargetHealthDescriptions"]
+    healthy = {target["Target"]["Id"] for target in health if target["TargetHealth"]["State"] == "healthy"}
+    if len(joined & healthy) >= group.machines:
+        return True
+    _refuse_failed_replacement(watcher, autoscaling, group.name)
+    return False
 
 
 def _refuse_hopeless_launches(watcher: Watcher, autoscaling: Any, group: str) -> None:
-    """A launch that failed for want of capacity is tried again by AWS, one that the account does not allow never succeeds."""
     for activity in autoscaling.describe_scaling_activities(AutoScalingGroupName=group, MaxRecords=10)["Activities"]:
         message = activity.get("StatusMessage", "")
         recent = activity["StartTime"].timestamp() * 1000 >= watcher.began_ms - 60_000
-        if recent and activity["StatusCode"] == "Failed" and any(code in message for code in HOPELESS):
+        if recent and activity["StatusCode"] == "Failed" and any(words in message for words in HOPELESS):
             raise NotReady(f"a machine could not be started: {message}")
+
+
+def _refuse_failed_replacement(watcher: Watcher, autoscaling: Any, group: str) -> None:
+    for refresh in autoscaling.describe_instance_refreshes(AutoScalingGroupName=group, MaxRecords=1)["InstanceRefreshes"]:
+        recent = refresh["StartTime"].timestamp() * 1000 >= watcher.began_ms - 300_000
+        if recent and refresh["Status"] in ("Failed", "Cancelled", "RollbackFailed", "RollbackSuccessful"):
+            reason = refresh.get("StatusReason", "AWS gives no reason")
+            raise NotReady(f"the replacement of the machines ended as {refresh['Status']}: {reason}")
 
 
 def wait(arguments: argparse.Namespace) -> None:
     session = boto3.Session(region_name=arguments.region)
-    watcher = Watcher(session.client("logs"), arguments.log_group, round(time.time() * 1000))
+    watcher = Watcher(session.client("logs"), arguments.log_group, aws_clock_ms(session))
     ec2, autoscaling, balancer = session.client("ec2"), session.client("autoscaling"), session.client("elbv2")
-    began = time.monotonic()
+    group = Group(arguments.auto_scaling_group, arguments.target_group, str(arguments.template_version), arguments.machines)
+
+    def is_ready() -> bool:
+        if arguments.instance:
+            return one_machine_is_ready(watcher, ec2, arguments.instance)
+        return group_is_ready(watcher, autoscaling, balancer, group)
+
+    began = answered = time.monotonic()
     print("waiting until the server answers /readyz; its machine downloads the image first, which takes minutes", flush=True)
     while time.monotonic() - began < arguments.timeout_s:
-        if arguments.instance:
-            ready = one_machine_is_ready(watcher, ec2, arguments.instance)
-        else:
-            group = arguments.auto_scaling_group
-            ready = group_is_ready(watcher, autoscaling, balancer, group, arguments.target_group, arguments.machines)
-        if ready:
-            print(f"ready after {time.monotonic() - began:.0f} s", flush=True)
-            return
+        try:
+            if is_ready():
+                print(f"ready after {time.monotonic() - began:.0f} s", flush=True)
+                return
+            answered = time.monotonic()
+        except (HTTPClientError, ClientError) as reason:
+            passing = isinstance(reason, HTTPClientError) or reason.response["Error"]["Code"] in BUSY
+            if not passing or time.monotonic() - answered > PATIENCE_S:
+                raise
+            print(f"(AWS does not answer, trying again: {reason})", flush=True)
         time.sleep(POLL_S)
     raise NotReady(timed_out(watcher, arguments))
 
 
+def aws_clock_ms(session: boto3.Session) -> float:
+    """The time at AWS, which the machines have too; this computer's clock may be wrong."""
+    headers = session.client("sts").get_caller_identity()["ResponseMetadata"]["HTTPHeaders"]
+    return parsedate_to_datetime(headers["date"]).timestamp() * 1000
+
+
 def timed_out(watcher: Watcher, arguments: argparse.Namespace) -> str:
     said = [f"  {machine.instance_id}: {machine.last_words or 'nothing'}" for machine in watcher.machines.values()]
+    lines = [watcher.container_lines(instance_id) for instance_id in watcher.machines]
     hint = (
         "A machine that says nothing does not reach CloudWatch: its subnet needs a way to the internet. "
         "What it printed while booting: "
         f"aws ec2 get-console-output --latest --region {arguments.region} --instance-id INSTANCE --output text"
     )
-    return "\n".join([f"not ready after {arguments.timeout_s:.0f} s. Last words:", *(said or ["  (there is no machine)"]), hint])
+    return "\n".join([f"not ready after {arguments.timeout_s:.0f} s. Last words:", *(said or ["  (there is no machine)"]), *lines, hint])
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -158,17 +201,25 @@ def parse_arguments() -> argparse.Namespace:
     which.add_argument("--instance")
     which.add_argument("--auto-scaling-group")
     parser.add_argument("--target-group")
+    parser.add_argument("--template-version")
     parser.add_argument("--machines", type=int, default=1)
     return parser.parse_args()
 
 
-def fail(reason: object) -> NoReturn:
+def fail(reason: object, arguments: argparse.Namespace) -> NoReturn:
     print(f"\nThe server is not ready: {reason}", file=sys.stderr)
+    if arguments.instance:
+        print(
+            "This machine is kept for a look, tries again, and costs. Before the next apply, end it: "
+            f"aws ec2 terminate-instances --region {arguments.region} --instance-ids {arguments.instance}",
+            file=sys.stderr,
+        )
     sys.exit(1)
 
 
 if __name__ == "__main__":
+    given = parse_arguments()
     try:
-        wait(parse_arguments())
+        wait(given)
     except (NotReady, BotoCoreError, ClientError) as reason:
-        fail(reason)
+        fail(reason, given)

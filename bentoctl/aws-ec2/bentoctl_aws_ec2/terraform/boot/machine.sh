@@ -14,17 +14,21 @@ export DOCKER_CONFIG=$RUNTIME_DIRECTORY/docker
 source "$CONFIGURATION_DIRECTORY/settings"
 : "${REGION:?}" "${IMAGE:?}" "${LOG_GROUP:?}" "${PORT:?}" "${ENABLE_GPUS:?}" "${MINIMUM_DRIVER_MAJOR:?}" "${STOP_TIMEOUT_S:?}"
 : "${API_KEY_ARN?}" "${IDLE_STOP_MINUTES:?}" "${AUTO_SCALING_GROUP?}" "${METRIC_NAMESPACE:?}" "${METRIC_NAME:?}" "${READY_HOOK:?}"
+: "${READY_TIMEOUT_S:?}" "${KEEP_ALIVE_S:?}"
 export AWS_REGION=$REGION AWS_DEFAULT_REGION=$REGION AWS_RETRY_MODE=standard AWS_MAX_ATTEMPTS=3
 INSTANCE=$(cloud-init query instance_id)
+# A machine without a way out must not spend its time on telling nobody.
+QUICKLY=(--cli-connect-timeout 5 --cli-read-timeout 10)
 
 say() {
   local message
-  message=$(printf '%s' "$*" | tr '\n\t\r' '   ')
+  # JSON takes neither control characters nor half of a letter.
+  message=$(printf '%s' "$*" | tr '\000-\037\177' ' ' | iconv -c -f utf-8 -t utf-8)
   echo "$message"
   message=${message//\\/\\\\}
   message=${message//\"/\\\"}
-  aws logs create-log-stream --log-group-name "$LOG_GROUP" --log-stream-name "$INSTANCE/boot" >/dev/null 2>&1 || true # there already
-  aws logs put-log-events --log-group-name "$LOG_GROUP" --log-stream-name "$INSTANCE/boot" \
+  aws logs create-log-stream "${QUICKLY[@]}" --log-group-name "$LOG_GROUP" --log-stream-name "$INSTANCE/boot" >/dev/null 2>&1 || true # there already
+  aws logs put-log-events "${QUICKLY[@]}" --log-group-name "$LOG_GROUP" --log-stream-name "$INSTANCE/boot" \
     --log-events "[{\"timestamp\": $(date +%s%3N), \"message\": \"$message\"}]" >/dev/null ||
     echo "(CloudWatch did not take that line)"
 }
@@ -43,7 +47,7 @@ retry() {
   for ((try = 1; try <= times; try++)); do
     "$@" && return
     if ((try < times)); then
-      echo "try $try of $times failed: $*"
+      echo "try $try of $times failed: $*" >&2
       sleep "$pause"
       pause=$((pause * 2))
     fi
@@ -54,6 +58,7 @@ retry() {
 prepare() {
   mkdir -p "$DOCKER_CONFIG"
   rm -f "$RUNTIME_DIRECTORY/reported"
+  date +%s >"$RUNTIME_DIRECTORY/began"
   say "starting on $INSTANCE: $IMAGE"
   if [[ $ENABLE_GPUS == true ]]; then check_driver; fi
   docker rm --force "$CONTAINER" >/dev/null 2>&1 || true # there is none after a clean stop
@@ -92,12 +97,13 @@ check_runtime() {
 }
 
 fetch_api_key() {
-  local key=""
+  local key="" region
+  region=$(cut -d : -f 4 <<<"$API_KEY_ARN")
   case $API_KEY_ARN in
     "") ;;
-    *:secretsmanager:*) key=$(retry 3 aws secretsmanager get-secret-value --secret-id "$API_KEY_ARN" --query SecretString --output text) ||
+    *:secretsmanager:*) key=$(retry 3 aws secretsmanager get-secret-value --region "$region" --secret-id "$API_KEY_ARN" --query SecretString --output text) ||
       fail "the API key could not be read from $API_KEY_ARN" ;;
-    *) key=$(retry 3 aws ssm get-parameter --with-decryption --name "$API_KEY_ARN" --query Parameter.Value --output text) ||
+    *) key=$(retry 3 aws ssm get-parameter --region "$region" --with-decryption --name "$API_KEY_ARN" --query Parameter.Value --output text) ||
       fail "the API key could not be read from $API_KEY_ARN" ;;
   esac
   if [[ -n $API_KEY_ARN && -z $key ]]; then fail "the API key at $API_KEY_ARN is empty"; fi
@@ -115,32 +121,53 @@ run() {
     --stop-timeout "$STOP_TIMEOUT_S" \
     --log-driver awslogs --log-opt "awslogs-region=$REGION" --log-opt "awslogs-group=$LOG_GROUP" \
     --log-opt "awslogs-stream=$INSTANCE/container" --log-opt mode=non-blocking --log-opt max-buffer-size=4m \
-    "$IMAGE"
+    "$IMAGE" serve --timeout-keep-alive "$KEEP_ALIVE_S"
 }
 
-# systemd ends this when the container ends or TimeoutStartSec is over; `report` then says what happened.
+# Ends with 1 when the container has ended: systemd does not end this by itself. `report` then says what happened.
 wait_until_ready() {
-  local began=$SECONDS
-  until curl --silent --fail --max-time 5 "http://127.0.0.1:$PORT/readyz" >/dev/null; do sleep 2; done
-  say "READY after $((SECONDS - began)) s"
+  local began
+  : "${MAINPID:?}" # systemd's, of docker run
+  began=$(<"$RUNTIME_DIRECTORY/began")
+  until curl --silent --fail --max-time 5 "http://127.0.0.1:$PORT/readyz" >/dev/null; do
+    kill -0 "$MAINPID" 2>/dev/null || exit 1
+    if (($(date +%s) - began > READY_TIMEOUT_S)); then
+      fail "the server does not answer /readyz after $READY_TIMEOUT_S s; its last lines: $(last_lines)"
+    fi
+    sleep 2
+  done
+  say "READY after $(($(date +%s) - began)) s"
   if [[ -n $AUTO_SCALING_GROUP ]]; then join_group; fi
 }
 
 # The group holds a new machine back until this. After a reboot there is nothing to complete, and AWS says so.
 join_group() {
-  aws autoscaling complete-lifecycle-action --auto-scaling-group-name "$AUTO_SCALING_GROUP" --lifecycle-hook-name "$READY_HOOK" \
-    --instance-id "$INSTANCE" --lifecycle-action-result CONTINUE || echo "(there was no launch to complete)"
+  local answer
+  answer=$(retry 5 complete_launch 2>&1) || say "the machine could not join its group: $(tail -n 2 <<<"$answer")"
+}
+
+complete_launch() {
+  local answer
+  answer=$(aws autoscaling complete-lifecycle-action --auto-scaling-group-name "$AUTO_SCALING_GROUP" --lifecycle-hook-name "$READY_HOOK" \
+    --instance-id "$INSTANCE" --lifecycle-action-result CONTINUE 2>&1) || grep -q "No active Lifecycle Action" <<<"$answer" || {
+    echo "$answer"
+    return 1
+  }
 }
 
 stop() {
-  docker stop --time "$STOP_TIMEOUT_S" "$CONTAINER" >/dev/null
+  docker stop -t "$STOP_TIMEOUT_S" "$CONTAINER" >/dev/null
 }
 
 # systemd sets SERVICE_RESULT: success, exit-code, timeout, signal, ...
 report() {
   if [[ ${SERVICE_RESULT:-success} != success && ! -e $RUNTIME_DIRECTORY/reported ]]; then
-    say "FAILED: the picture server ended (${SERVICE_RESULT}, ${EXIT_STATUS:-no status}); its last lines: $(docker logs --tail 5 "$CONTAINER" 2>&1 | tail -c 1500)"
+    say "FAILED: the picture server ended (${SERVICE_RESULT}, ${EXIT_STATUS:-no status}); its last lines: $(last_lines)"
   fi
+}
+
+last_lines() {
+  docker logs --tail 5 "$CONTAINER" 2>&1 | tail -c 1500
 }
 
 # metric NAME: the sum over all labels of a metric of the runner, as a whole number.
@@ -150,25 +177,30 @@ metric() {
 
 watch() {
   local metrics in_progress
-  if ! metrics=$(curl --silent --fail --max-time 10 "http://127.0.0.1:$PORT/metrics"); then return; fi # loading, or down
+  if ! metrics=$(curl --silent --fail --max-time 10 "http://127.0.0.1:$PORT/metrics"); then
+    # Loading, or down: a machine that never gets ready must not run for ever either, but a start may take its time.
+    if ((IDLE_STOP_MINUTES > 0)); then stop_when_idle 0 down $((IDLE_STOP_MINUTES * 60 + READY_TIMEOUT_S)); fi
+    return
+  fi
   in_progress=$(metric bentoml_runner_request_in_progress)
   if [[ -n $AUTO_SCALING_GROUP ]]; then
     aws cloudwatch put-metric-data --namespace "$METRIC_NAMESPACE" --metric-name "$METRIC_NAME" --unit Count \
       --dimensions "AutoScalingGroupName=$AUTO_SCALING_GROUP" --value "$in_progress"
   fi
-  if ((IDLE_STOP_MINUTES > 0)); then stop_when_idle "$in_progress"; fi
+  if ((IDLE_STOP_MINUTES > 0)); then
+    stop_when_idle "$in_progress" "$(metric bentoml_runner_request_total)" $((IDLE_STOP_MINUTES * 60))
+  fi
 }
 
-# stop_when_idle IN_PROGRESS: remembers how many requests there had been and when that number last changed.
+# stop_when_idle IN_PROGRESS TOTAL LIMIT_S: remembers how many requests there had been and when that number last changed.
 stop_when_idle() {
-  local total now seen since
-  total=$(metric bentoml_runner_request_total)
+  local total=$2 now seen since
   now=$(date +%s)
   read -r seen since 2>/dev/null <"$RUNTIME_DIRECTORY/last_request" || { seen=none since=$now; }
   if [[ $1 != 0 || $seen != "$total" ]]; then
     echo "$total $now" >"$RUNTIME_DIRECTORY/last_request"
-  elif ((now - since >= IDLE_STOP_MINUTES * 60)); then
-    say "stopping: no request for $IDLE_STOP_MINUTES minutes; start it again with the command that \`terraform output start_command\` prints"
+  elif ((now - since >= $3)); then
+    say "stopping: no request for $(((now - since) / 60)) minutes; start it again with the command that \`terraform output start_command\` prints"
     systemctl poweroff
   fi
 }
