@@ -36,6 +36,7 @@ REBUILD_S = 60
 LAYER_OF_CODE_BYTES = 2_000_000
 WEIGHTS_BYTES = 300_000_000
 # As the machine on AWS runs it (bentoctl/aws-ec2, machine.sh).
+SERVE = ("serve", "--timeout-keep-alive", "3660")
 HARDENED = ("--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "4096")
 
 
@@ -106,7 +107,9 @@ def layer_sizes(image: str) -> list[int]:
 def container(image: str) -> Iterator[Container]:
     """The image with the demo model, on a free port of this machine, until the block ends."""
     port = free_port()
-    started = Container(docker("run", "--detach", "--env", "SD_MODEL=demo", "--publish", f"127.0.0.1:{port}:3000", *HARDENED, image), port)
+    started = Container(
+        docker("run", "--detach", "--env", "SD_MODEL=demo", "--publish", f"127.0.0.1:{port}:3000", *HARDENED, image, *SERVE), port
+    )
     try:
         wait_until_ready(started)
         yield started
