@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 from collections.abc import AsyncGenerator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -24,19 +25,32 @@ if TYPE_CHECKING:
     from stable_diffusion.weights import ModelFolder
 
 
+logger = logging.getLogger("stable_diffusion")
+
+
 def start_engine(model: ModelFolder, precision: Precision, max_batch_size: int) -> Engine:
-    """Load the model and start its engine; returns when it can draw."""
+    """Load the model, measure how many pictures should share a step, and start the engine; returns when it can draw."""
     # Imported here because API workers import this module too and must stay without torch.
+    from stable_diffusion.engine.calibration import Cap, cap_for_size, choose_cap
     from stable_diffusion.engine.denoiser import Denoiser
     from stable_diffusion.engine.engine import Engine
     from stable_diffusion.pipelines import load
 
+    width, height = model.native_width, model.native_height
+    measured: list[Cap] = []
+
     def load_and_warm_up() -> Denoiser:
         denoiser = Denoiser(load(model, precision))
-        denoiser.warm_up(model.native_width, model.native_height)
+        denoiser.warm_up(width, height)
+        cap = choose_cap(lambda jobs: denoiser.step_seconds(jobs, width, height), max_batch_size)
+        logger.info("Up to %d pictures of %dx%d share a step: %s.", cap.jobs, width, height, cap.reason)
+        measured.append(cap)
         return denoiser
 
-    return Engine(load_and_warm_up, max_batch_size)
+    def cap_for(size: tuple[int, int]) -> int:
+        return cap_for_size(measured[0], width * height, size[0] * size[1], max_batch_size)
+
+    return Engine(load_and_warm_up, max_batch_size, cap_for=cap_for)
 
 
 def pack_task(task: Task) -> dict[str, Any]:

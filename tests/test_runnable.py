@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -15,7 +17,8 @@ from stable_diffusion.engine.engine import Engine, StepRecord
 from stable_diffusion.engine.job import Picture
 from stable_diffusion.errors import GenerationFailed
 from stable_diffusion.pipelines import Parts
-from stable_diffusion.runnable import draw, pack_outcome, pack_task, unpack_outcome, unpack_task
+from stable_diffusion.runnable import draw, pack_outcome, pack_task, start_engine, unpack_outcome, unpack_task
+from stable_diffusion.weights import DEMO_FOLDER, check_model
 from tests.conftest import RecordingEngine, make_task
 
 
@@ -47,6 +50,24 @@ def test_drawing_yields_one_line(recording_engine: RecordingEngine) -> None:
 
     (line,) = asyncio.run(lines())
     assert json.loads(line)["size"] == [64, 64]
+
+
+def test_the_engine_of_the_runner_measures_how_many_pictures_share_a_step_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="stable_diffusion"):
+        engine = start_engine(check_model(DEMO_FOLDER), "fp32", max_batch_size=10)
+    engine.close()
+    [said] = [record.getMessage() for record in caplog.records if "share a step" in record.getMessage()]
+    found = re.match(r"Up to (\d+) pictures of 64x64 share a step: ([\d.]+)x the pictures of one at a time \(1: \d+ ms, 2: ", said)
+    assert found, said
+    # The demo model is launch-bound on every machine that it was tried on.
+    assert int(found[1]) >= 2
+
+
+def test_a_max_batch_size_of_one_is_said_too(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="stable_diffusion"):
+        engine = start_engine(check_model(DEMO_FOLDER), "fp32", max_batch_size=1)
+    engine.close()
+    assert "Up to 1 pictures of 64x64 share a step: max_batch_size is 1." in caplog.messages
 
 
 def test_a_consumer_that_leaves_stops_its_job_within_two_steps(demo_parts: Parts) -> None:

@@ -6,8 +6,8 @@ job can starve: every key gets its turn, and the oldest jobs of a key are always
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
 
 
 class Batchable(Protocol):
@@ -21,11 +21,12 @@ JobT = TypeVar("JobT", bound=Batchable)
 class Batching(Generic[JobT]):
     """The jobs that still need steps, in the order in which they came."""
 
-    def __init__(self, max_batch_size: int) -> None:
-        """`max_batch_size`: how many jobs may share a step, at least 1."""
+    def __init__(self, max_batch_size: int, cap_for: Callable[[Any], int] | None = None) -> None:
+        """`max_batch_size`: how many jobs may share a step, at least 1. `cap_for`: how many of a key, where that is fewer."""
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, not {max_batch_size}")
         self._max_batch_size = max_batch_size
+        self._cap_for = cap_for
         self._lowered_caps: dict[Hashable, int] = {}
         # The order of the dictionary is the order of the keys' turns.
         self._queues: dict[Hashable, list[JobT]] = {}
@@ -59,7 +60,8 @@ class Batching(Generic[JobT]):
 
     def cap(self, key: Hashable) -> int:
         """How many jobs of `key` may share a step."""
-        return self._lowered_caps.get(key, self._max_batch_size)
+        cap = self._lowered_caps.get(key, self._max_batch_size)
+        return cap if self._cap_for is None else max(1, min(cap, self._cap_for(key)))
 
     def lower_cap(self, key: Hashable, cap: int) -> None:
         """From now on at most `cap` jobs of `key` share a step. Never raises a cap."""

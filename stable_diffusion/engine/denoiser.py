@@ -7,7 +7,9 @@ job alone gives their pictures bit for bit. Knows nothing of queues, threads or 
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import diffusers
@@ -22,6 +24,11 @@ from stable_diffusion.errors import GenerationFailed
 from stable_diffusion.pipelines import Parts
 
 _KARRAS = " Karras"
+# A quarter of a megabyte each at Stable Diffusion's size.
+_KEPT_TEXTS = 64
+_TIMED_STEPS = 3
+# A step so slow needs no second look: its time does not depend on the first launch.
+_SLOW_STEP_S = 1.0
 
 
 class Denoiser:
@@ -33,6 +40,8 @@ class Denoiser:
         self._images = VaeImageProcessor(vae_scale_factor=pixels_per_latent)
         self._masks = VaeImageProcessor(vae_scale_factor=pixels_per_latent, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
         self._pixels_per_latent = pixels_per_latent
+        # Above all for the empty negative prompt, which nearly every request has.
+        self._encode_text = lru_cache(maxsize=_KEPT_TEXTS)(self._encode_new_text)
 
     def warm_up(self, width: int, height: int) -> None:
         """Draw a picture in two steps: kernels are chosen and memory is taken now, and a model that cannot draw fails at start."""
@@ -44,6 +53,30 @@ class Denoiser:
         while not job.is_denoised:
             self.advance(job, self.predict([job])[0])
         self.decode(job)
+
+    def step_seconds(self, jobs: int, width: int, height: int) -> float | None:
+        """How long a step with guidance takes for so many jobs of one size; None if they do not fit into memory."""
+        try:
+            return self._time_step(jobs, width, height)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return None
+
+    def _time_step(self, jobs: int, width: int, height: int) -> float:
+        """The best of a few, after one that does not count: kernels are chosen for each number of rows anew."""
+        task = Task("txt2img", "", "", width, height, _TIMED_STEPS + 1, 7.5, 0, "DDIMScheduler", False)
+        batch = [Job(task, on_end=lambda outcome: None) for _ in range(jobs)]
+        for job in batch:
+            job.tensors = self.prepare(task)
+        times: list[float] = []
+        while not batch[0].is_denoised:
+            began = time.perf_counter()
+            for job, predicted in zip(batch, self.predict(batch), strict=True):
+                self.advance(job, predicted)  # looks at the latents' values, so the device has finished by then
+            times.append(time.perf_counter() - began)
+            if times[-1] > _SLOW_STEP_S:
+                break
+        return min(times[1:] or times)
 
     # --- before the first step -------------------------------------------------------------------
 
@@ -80,8 +113,8 @@ class Denoiser:
         negative, dropped_negative_prompt = self._encode_text(task.negative_prompt)
         return torch.cat([negative, prompt]), dropped_prompt, dropped_negative_prompt
 
-    def _encode_text(self, text: str) -> tuple[torch.Tensor, str]:
-        """One text as embeddings (1, tokens, width), and the part of it that did not fit."""
+    def _encode_new_text(self, text: str) -> tuple[torch.Tensor, str]:
+        """One text as embeddings (1, tokens, width), which nobody changes, and the part of it that did not fit."""
         tokenizer, encoder = self._parts.tokenizer, self._parts.text_encoder
         length = tokenizer.model_max_length
         tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")

@@ -61,13 +61,15 @@ class Engine:
         load: Callable[[], Steps],
         max_batch_size: int,
         on_step: Callable[[StepRecord], None] | None = None,
+        cap_for: Callable[[tuple[int, int]], int] | None = None,
     ) -> None:
         """Start the thread and load the model on it. Returns when it is loaded; raises what loading raised.
 
-        `max_batch_size`: how many jobs may share a UNet call. `on_step` is called on the engine's thread.
+        `max_batch_size`: how many jobs may share a UNet call. `cap_for`: how many of one batch key, where that is fewer.
+        `on_step` and `cap_for` are called on the engine's thread.
         """
         self._load = load
-        self._batching: Batching[Job] = Batching(max_batch_size)
+        self._batching: Batching[Job] = Batching(max_batch_size, cap_for)
         self._to_decode: deque[Job] = deque()
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
         self._on_step = on_step

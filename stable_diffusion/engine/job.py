@@ -6,7 +6,7 @@ Plain data: the tensors in it are made and read by `denoiser.py` only.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -88,8 +88,8 @@ class Job:
         return 2 if self.task.guidance_scale > 1 else 1
 
     @property
-    def batch_key(self) -> Hashable:
-        """Jobs of one key can share a UNet call: channels, dtype and embedding length are those of the one loaded model."""
+    def batch_key(self) -> tuple[int, int]:
+        """Height and width. Jobs of one key can share a UNet call: everything else is the one loaded model's."""
         return self.task.height, self.task.width
 
     @property

@@ -53,6 +53,13 @@ def test_newcomers_of_a_busy_key_do_not_keep_another_key_from_its_turn() -> None
     assert turns == ["a", "b"] * 4
 
 
+def test_a_key_may_have_a_cap_of_its_own_which_running_out_of_memory_still_lowers() -> None:
+    batching: Batching[Numbered] = Batching(10, cap_for=lambda key: 4 if key == "512x512" else 50)
+    assert (batching.cap("512x512"), batching.cap("64x64")) == (4, 10)
+    batching.lower_cap("512x512", 2)
+    assert batching.cap("512x512") == 2
+
+
 def test_nothing_to_do_gives_an_empty_batch() -> None:
     batching: Batching[Numbered] = Batching(2)
     job = Numbered(0)

@@ -122,6 +122,40 @@ def test_what_does_not_fit_into_77_tokens_is_reported(recording_engine: Recordin
     assert other.dropped_negative_prompt == picture.dropped_prompt
 
 
+def test_a_text_that_was_encoded_before_is_not_encoded_again_and_draws_the_same(demo_parts: Parts) -> None:
+    encoded: list[torch.nn.Module] = []
+    hook = demo_parts.text_encoder.register_forward_hook(lambda module, inputs, output: encoded.append(module))
+    denoiser = Denoiser(demo_parts)
+    first = denoiser.prepare(make_task(prompt="a red circle"))
+    assert len(encoded) == 2  # and the empty negative prompt
+    second = denoiser.prepare(make_task(prompt="a red circle", seed=2))
+    assert len(encoded) == 2
+    denoiser.prepare(make_task(prompt="a blue circle"))
+    assert len(encoded) == 3
+    hook.remove()
+    assert torch.equal(first.embeddings, second.embeddings)
+    assert torch.equal(first.embeddings, Denoiser(demo_parts).prepare(make_task(prompt="a red circle")).embeddings)
+
+
+def test_a_step_is_timed_on_the_real_model_and_changes_nothing(demo_parts: Parts) -> None:
+    denoiser = Denoiser(demo_parts)
+    state = torch.random.get_rng_state()
+    seconds = denoiser.step_seconds(2, 64, 64)
+    assert seconds is not None
+    assert 0.001 < seconds < 30
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_jobs_that_do_not_fit_into_memory_have_no_step_time(demo_parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser = Denoiser(demo_parts)
+
+    def full(jobs: object) -> list[torch.Tensor]:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(denoiser, "predict", full)
+    assert denoiser.step_seconds(2, 64, 64) is None
+
+
 @pytest.fixture(scope="module")
 def inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model with a UNet of 9 input channels and random weights, as models made for inpainting have."""

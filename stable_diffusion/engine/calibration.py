@@ -1,0 +1,73 @@
+"""How many jobs may share a step: chosen at start from the times of real steps, because no number suits all hardware.
+
+Where launches take the time, a step costs the same for many jobs. A device that is full with one job gains nothing by
+sharing, and everybody waits for everybody. Pure arithmetic: no torch, no clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# Sharing that gains less is not worth that a picture waits for its neighbours.
+LEAST_GAIN = 1.15
+# The smallest batch that reaches so much of the best throughput will do.
+NEAR_BEST = 0.9
+# A doubling that gains less than this has found a full device; larger batches are not tried.
+STILL_GAINING = 1.05
+# No device spends so long on launching: it is full with one job, and measuring more of them would only delay the start.
+FULL_WITH_ONE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Cap:
+    """How many jobs of the native size may share a step, and why."""
+
+    jobs: int
+    reason: str
+
+
+def choose_cap(step_seconds: Callable[[int], float | None], max_batch_size: int) -> Cap:
+    """`step_seconds(jobs)` measures a step of so many jobs of the native size, or gives None if they do not fit into memory."""
+    if max_batch_size == 1:
+        return Cap(1, "max_batch_size is 1")
+    measured: dict[int, float] = {}
+    limit = f"max_batch_size is {max_batch_size}"
+    for jobs in _sizes(max_batch_size):
+        seconds = step_seconds(jobs)
+        if seconds is None:
+            limit = f"{jobs} jobs do not fit into memory"
+            break
+        measured[jobs] = seconds
+        if jobs == 1 and seconds > FULL_WITH_ONE_S:
+            return Cap(1, f"a step of one job takes {seconds:.1f} s, so the device is full with one")
+        if jobs > 1 and _throughput(measured, jobs) < STILL_GAINING * _throughput(measured, max(size for size in measured if size < jobs)):
+            limit = f"{jobs} jobs gain nothing more"
+            break
+    return _knee(measured, limit)
+
+
+def _knee(measured: dict[int, float], limit: str) -> Cap:
+    times = ", ".join(f"{jobs}: {1000 * seconds:.0f} ms" for jobs, seconds in measured.items())
+    if not measured:
+        return Cap(1, limit)
+    gain = max(_throughput(measured, jobs) for jobs in measured) / _throughput(measured, 1)
+    if gain < LEAST_GAIN:
+        return Cap(1, f"sharing a step gains {gain:.2f}x at most ({times}; {limit})")
+    chosen = min(jobs for jobs in measured if _throughput(measured, jobs) >= NEAR_BEST * gain * _throughput(measured, 1))
+    return Cap(chosen, f"{_throughput(measured, chosen) / _throughput(measured, 1):.1f}x the pictures of one at a time ({times}; {limit})")
+
+
+def _throughput(measured: dict[int, float], jobs: int) -> float:
+    return jobs / measured[jobs]
+
+
+def _sizes(max_batch_size: int) -> list[int]:
+    """1, 2, 4, ... and the largest."""
+    doublings = [2**power for power in range(max_batch_size.bit_length())]
+    return sorted({*(size for size in doublings if size <= max_batch_size), max_batch_size})
+
+
+def cap_for_size(cap: Cap, native_pixels: int, pixels: int, max_batch_size: int) -> int:
+    """A device is full with so many pixels, whatever pictures they belong to."""
+    return max(1, min(max_batch_size, round(cap.jobs * native_pixels / pixels)))

@@ -1,0 +1,91 @@
+"""The cap follows from measured step times: `stable_diffusion/engine/calibration.py`, with made-up curves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from stable_diffusion.engine.calibration import Cap, cap_for_size, choose_cap
+
+
+def launch_bound(jobs: int) -> float:
+    """Measured on the demo model with a prototype: 42 ms for one job with guidance, 89 for eight."""
+    return 0.036 + 0.0065 * jobs
+
+
+def full_with_one(jobs: int) -> float:
+    return 0.145 * jobs
+
+
+def test_a_flat_throughput_gives_one_job_at_a_time_and_says_so() -> None:
+    cap = choose_cap(full_with_one, 10)
+    assert cap.jobs == 1
+    assert cap.reason == "sharing a step gains 1.00x at most (1: 145 ms, 2: 290 ms; 2 jobs gain nothing more)"
+
+
+def test_a_launch_bound_device_gets_the_knee_and_not_the_largest_batch() -> None:
+    cap = choose_cap(launch_bound, 32)
+    # 16 jobs reach 16/140 ms; 32 jobs 32/244 ms: 16 are at 87 % of the best and too few.
+    assert cap.jobs == 32
+    saturating = choose_cap(lambda jobs: 0.04 if jobs <= 4 else 0.01 * jobs, 32)
+    assert saturating.jobs == 4
+    assert "4.0x the pictures of one at a time" in saturating.reason
+
+
+def test_a_gain_that_is_not_worth_waiting_for_is_not_taken() -> None:
+    # 1.07x and 1.14x: still rising at each doubling, and below 1.15x in the end.
+    times = {1: 0.100, 2: 0.187, 4: 0.351}
+    assert choose_cap(lambda jobs: times[jobs], 4).jobs == 1
+
+
+def test_memory_lowers_the_cap() -> None:
+    def out_of_memory_at_eight(jobs: int) -> float | None:
+        return launch_bound(jobs) if jobs < 8 else None
+
+    cap = choose_cap(out_of_memory_at_eight, 10)
+    assert cap.jobs == 4
+    assert "8 jobs do not fit into memory" in cap.reason
+
+
+def test_not_even_one_job_fitting_is_left_to_the_request_that_finds_out() -> None:
+    assert choose_cap(lambda jobs: None, 10) == Cap(1, "1 jobs do not fit into memory")
+
+
+def test_a_slow_device_is_not_measured_any_longer() -> None:
+    asked: list[int] = []
+
+    def slow(jobs: int) -> float:
+        asked.append(jobs)
+        return 16.0 * jobs
+
+    assert choose_cap(slow, 10) == Cap(1, "a step of one job takes 16.0 s, so the device is full with one")
+    assert asked == [1]
+
+
+@pytest.mark.parametrize("curve", [full_with_one, lambda jobs: 16.0 * jobs, lambda jobs: None])
+@pytest.mark.parametrize("max_batch_size", [1, 2, 10])
+def test_no_configuration_makes_it_one_in_silence(curve: Callable[[int], float | None], max_batch_size: int) -> None:
+    cap = choose_cap(curve, max_batch_size)
+    assert cap.jobs == 1
+    assert cap.reason
+
+
+def test_the_largest_batch_is_measured_although_it_is_no_power_of_two() -> None:
+    asked: list[int] = []
+
+    def curve(jobs: int) -> float:
+        asked.append(jobs)
+        return 0.04
+
+    assert choose_cap(curve, 10).jobs == 10
+    assert asked == [1, 2, 4, 8, 10]
+
+
+def test_larger_pictures_share_less_and_smaller_ones_more() -> None:
+    four = Cap(4, "")
+    assert cap_for_size(four, 512 * 512, 512 * 512, 10) == 4
+    assert cap_for_size(four, 512 * 512, 1024 * 1024, 10) == 1
+    assert cap_for_size(four, 512 * 512, 2048 * 2048, 10) == 1
+    assert cap_for_size(four, 512 * 512, 256 * 256, 10) == 10
+    assert cap_for_size(Cap(1, ""), 512 * 512, 256 * 256, 10) == 4
