@@ -1,6 +1,7 @@
 # make serve      start the service (PRECISION=fp32 or fp16, HOST, PORT)
 # make test       install, check and run every test
 # make image-test build both Docker images and run them (needs Docker; half an hour at first)
+# make bench      the engine against plain diffusers on the demo model, side by side: a quarter of an hour
 # make check      lint, format and types only
 # make format     rewrite the files as the linter wants them
 # make model      download Stable Diffusion v1.4 (PRECISION=fp32 or fp16)
@@ -19,7 +20,7 @@ TOOLS_INSTALLED := .venv/tools/installed
 # The schema of the AWS provider that bentoctl/aws-ec2 is written for (6.25), as text: tests hold our Terraform against it.
 AWS_PROVIDER_SCHEMA := cdktf-cdktf-provider-aws==21.22.1
 WEIGHTS := $(if $(filter fp16,$(PRECISION)),fp16/models/v1_4_fp16,fp32/models/v1_4)
-CODE := stable_diffusion fp32/service.py fp16/service.py tests bentoctl/aws-ec2
+CODE := stable_diffusion fp32/service.py fp16/service.py tests benchmarks bentoctl/aws-ec2
 
 # BentoML and the hub's client report usage to their makers unless told not to.
 export BENTOML_DO_NOT_TRACK := True
@@ -27,7 +28,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # PyFilesystem, of which BentoML is made, says so at every start.
 export PYTHONWARNINGS := ignore:pkg_resources is deprecated:UserWarning
 
-.PHONY: serve test image-test check format model demo lock precision
+.PHONY: serve test image-test bench check format model demo lock precision
 
 $(INSTALLED): requirements.txt requirements-runtime.txt requirements.lock bentoctl/aws-ec2/requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
@@ -56,6 +57,9 @@ test: check $(TOOLS_INSTALLED)
 
 image-test: $(INSTALLED)
 	$(BIN)/python -m pytest -m image tests/image
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.run
 
 check: $(INSTALLED)
 	$(BIN)/ruff check $(CODE)

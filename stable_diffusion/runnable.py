@@ -10,7 +10,7 @@ import asyncio
 import base64
 import json
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from stable_diffusion.engine.job import Picture, Task
 from stable_diffusion.errors import GenerationFailed, ServiceError
 
 if TYPE_CHECKING:
-    from stable_diffusion.engine.engine import Engine
+    from stable_diffusion.engine.engine import Engine, StepRecord
     from stable_diffusion.pipelines import Precision
     from stable_diffusion.weights import ModelFolder
 
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("stable_diffusion")
 
 
-def start_engine(model: ModelFolder, precision: Precision, max_batch_size: int) -> Engine:
+def start_engine(
+    model: ModelFolder, precision: Precision, max_batch_size: int, on_step: Callable[[StepRecord], None] | None = None
+) -> Engine:
     """Load the model, measure how many pictures should share a step, and start the engine; returns when it can draw."""
     # Imported here because API workers import this module too and must stay without torch.
     from stable_diffusion.engine.calibration import Cap, cap_for_size, choose_cap
@@ -50,7 +52,7 @@ def start_engine(model: ModelFolder, precision: Precision, max_batch_size: int) 
     def cap_for(size: tuple[int, int]) -> int:
         return cap_for_size(measured[0], width * height, size[0] * size[1], max_batch_size)
 
-    return Engine(load_and_warm_up, max_batch_size, cap_for=cap_for)
+    return Engine(load_and_warm_up, max_batch_size, on_step, cap_for)
 
 
 def pack_task(task: Task) -> dict[str, Any]:
