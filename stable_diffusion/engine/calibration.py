@@ -13,7 +13,7 @@ from dataclasses import dataclass
 LEAST_GAIN = 1.15
 # The smallest batch that reaches so much of the best throughput will do.
 NEAR_BEST = 0.9
-# A doubling that gains less than this has found a full device; larger batches are not tried.
+# Two sizes in a row that gain less than this over the best so far have found a full device; one may have been bad luck on a busy machine.
 STILL_GAINING = 1.05
 # No device spends so long on launching: it is full with one job, and measuring more of them would only delay the start.
 FULL_WITH_ONE_S = 2.0
@@ -32,6 +32,7 @@ def choose_cap(step_seconds: Callable[[int], float | None], max_batch_size: int)
     if max_batch_size == 1:
         return Cap(1, "max_batch_size is 1")
     measured: dict[int, float] = {}
+    in_vain = 0
     limit = f"max_batch_size is {max_batch_size}"
     for jobs in _sizes(max_batch_size):
         seconds = step_seconds(jobs)
@@ -41,7 +42,9 @@ def choose_cap(step_seconds: Callable[[int], float | None], max_batch_size: int)
         measured[jobs] = seconds
         if jobs == 1 and seconds > FULL_WITH_ONE_S:
             return Cap(1, f"a step of one job takes {seconds:.1f} s, so the device is full with one")
-        if jobs > 1 and _throughput(measured, jobs) < STILL_GAINING * _throughput(measured, max(size for size in measured if size < jobs)):
+        best_before = max((_throughput(measured, size) for size in measured if size < jobs), default=0.0)
+        in_vain = in_vain + 1 if _throughput(measured, jobs) < STILL_GAINING * best_before else 0
+        if in_vain == 2:
             limit = f"{jobs} jobs gain nothing more"
             break
     return _knee(measured, limit)

@@ -26,7 +26,7 @@ from stable_diffusion.pipelines import Parts
 _KARRAS = " Karras"
 # A quarter of a megabyte each at Stable Diffusion's size.
 _KEPT_TEXTS = 64
-_TIMED_STEPS = 3
+_TIMED_STEPS = 5
 # A step so slow needs no second look: its time does not depend on the first launch.
 _SLOW_STEP_S = 1.0
 
