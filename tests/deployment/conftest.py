@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.deployment.commands import OPERATOR, TOOLS
-from tests.service.servers import environment, free_port, stop
-
-START_TIMEOUT_S = 60
+from tests.service.servers import Server, environment, free_port, stop, wait_until_ready
 
 
 @dataclass(frozen=True)
@@ -48,9 +44,9 @@ def aws_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StandInAws]
             start_new_session=True,
         )
     try:
-        server = StandInAws(f"http://127.0.0.1:{port}")
-        _wait_until_it_answers(server.url, process, folder / "log")
-        yield server
+        server = Server(f"http://127.0.0.1:{port}", folder / "log", process)
+        wait_until_ready(server, "/moto-api/")
+        yield StandInAws(server.url)
     finally:
         stop(process)
 
@@ -69,16 +65,3 @@ def aws(aws_server: StandInAws, monkeypatch: pytest.MonkeyPatch) -> StandInAws:
 def _operator_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """As bentoctl does it."""
     monkeypatch.syspath_prepend(str(OPERATOR))
-
-
-def _wait_until_it_answers(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RuntimeError(f"moto's server ended with {process.returncode}:\n{log.read_text()}")
-        try:
-            httpx.get(f"{url}/moto-api/", trust_env=False)
-            return
-        except httpx.TransportError:
-            time.sleep(0.2)  # not listening yet
-    raise RuntimeError(f"moto's server does not answer after {START_TIMEOUT_S} s:\n{log.read_text()}")

@@ -21,7 +21,7 @@ import pytest
 
 from tests.deployment.commands import OPERATOR, bentoctl, calls, path_with, stand_in
 from tests.deployment.conftest import StandInAws
-from tests.service.servers import BENTOML, ROOT, environment
+from tests.service.servers import BENTOML, ROOT, build_bento
 
 CONFIGURATION = ROOT / "bentoctl" / "deployment_config.yaml"
 REPOSITORY = "stable-diffusion-bentoml"
@@ -78,10 +78,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     installed = bentoctl(home, ROOT / "bentoctl", "operator", "install", "./aws-ec2")
     assert (installed.returncode, installed.stdout.strip()) == (0, "Installed aws-ec2!"), installed.stderr
-    built = subprocess.run(
-        [str(BENTOML), "build"], cwd=ROOT / "fp32", env=environment(home), capture_output=True, text=True, timeout=180, check=False
-    )
-    assert built.returncode == 0, built.stderr
+    build_bento(ROOT / "fp32", home)
     return home
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 
 from stable_diffusion.demo.shapes import judge
 from tests.deployment.commands import bentoctl
-from tests.service.servers import BENTOML, ROOT, environment, free_port
+from tests.service.servers import ROOT, build_bento, free_port, wait_until_drawing
 
 pytestmark = pytest.mark.image
 
@@ -70,15 +70,6 @@ def docker(*arguments: str, timeout: float = 120) -> str:
     finished = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=timeout, check=False)
     assert finished.returncode == 0, f"docker {' '.join(arguments)}: {finished.stderr[-4000:]}"
     return finished.stdout.strip()
-
-
-def build_bento(folder: Path, home: Path) -> Path:
-    finished = subprocess.run(
-        [str(BENTOML), "build"], cwd=folder, env=environment(home), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert finished.returncode == 0, finished.stderr + finished.stdout
-    versions = home / "bentos" / f"stable_diffusion_{folder.name}"
-    return versions / (versions / "latest").read_text().strip()
 
 
 def build_image(home: Path, bento: Path) -> str:
@@ -222,8 +213,7 @@ def test_stopped_in_the_middle_of_a_picture_it_finishes_that_and_only_that(built
         steps = min(150, math.ceil(5 * DRAIN_S / (time.monotonic() - begun)) + 5)
         last = threads.submit(draw, client, height=512, width=512, num_inference_steps=steps)
         with started.client() as watching:
-            while not re.search(r'request_in_progress\{endpoint="/txt2img".* 1\.0', watching.get("/metrics").text):
-                time.sleep(0.1)
+            wait_until_drawing(watching, poll_s=0.1)
         time.sleep(1)  # from the API worker to the runner it takes milliseconds
 
         begun = time.monotonic()

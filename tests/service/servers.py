@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def serve(folder: Path, target: str, home: Path, changes: Mapping[str, str] | No
         )
     server = Server(f"http://127.0.0.1:{port}", log_file, process)
     try:
-        wait_until_ready(server, process)
+        wait_until_ready(server)
         yield server
     finally:
         stop(process)
@@ -91,16 +92,33 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def wait_until_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
+def wait_until_ready(server: Server, page: str = "/readyz") -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     with server.client() as client:
         while time.monotonic() < deadline:
-            if process.poll() is not None:
-                raise RuntimeError(f"the server ended with {process.returncode}:\n{server.log}")
+            if server.process.poll() is not None:
+                raise RuntimeError(f"the server ended with {server.process.returncode}:\n{server.log}")
             try:
-                if client.get("/readyz").status_code == 200:
+                if client.get(page).status_code == 200:
                     return
             except httpx.TransportError:
                 pass  # not listening yet
             time.sleep(0.2)
     raise RuntimeError(f"not ready after {READY_TIMEOUT_S} s:\n{server.log}")
+
+
+def wait_until_drawing(client: httpx.Client, poll_s: float) -> None:
+    """Until an API worker is answering a /txt2img."""
+    while not re.search(r'request_in_progress\{endpoint="/txt2img".* 1\.0', client.get("/metrics").text):
+        time.sleep(poll_s)
+
+
+def build_bento(folder: Path, home: Path) -> Path:
+    """`bentoml build` in the folder of a precision, into the store at `home`. Returns where the bento lies."""
+    finished = subprocess.run(
+        [str(BENTOML), "build"], cwd=folder, env=environment(home), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert finished.returncode == 0, finished.stderr + finished.stdout
+    # Not from `bentoml get --output path`, which breaks a long path at the width of a terminal.
+    versions = home / "bentos" / f"stable_diffusion_{folder.name}"
+    return versions / (versions / "latest").read_text().strip()

@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.service.servers import BENTOML, ROOT, Server, environment, free_port, kill, serve, stop
+from tests.service.servers import ROOT, Server, build_bento, free_port, kill, serve, stop
 
 HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/usr/local/sbin")
 pytestmark = pytest.mark.skipif(HAPROXY is None, reason="haproxy is not installed")
@@ -162,10 +162,7 @@ class Load:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("store")
-    built = subprocess.run(
-        [str(BENTOML), "build"], cwd=ROOT / "fp32", env=environment(home), capture_output=True, text=True, timeout=180, check=False
-    )
-    assert built.returncode == 0, built.stderr
+    build_bento(ROOT / "fp32", home)
     return home
 
 

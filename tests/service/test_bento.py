@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from stable_diffusion.demo.shapes import judge
-from tests.service.servers import BENTOML, ROOT, environment, serve
+from tests.service.servers import BENTOML, ROOT, build_bento, environment, serve
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class BuiltBento:
     path: Path
 
 
-def bentoml(home: Path, *arguments: str, folder: Path | None = None) -> str:
+def bentoml(home: Path, *arguments: str) -> str:
     finished = subprocess.run(
-        [str(BENTOML), *arguments], cwd=folder or home, env=environment(home), capture_output=True, text=True, timeout=180, check=False
+        [str(BENTOML), *arguments], cwd=home, env=environment(home), capture_output=True, text=True, timeout=180, check=False
     )
     assert finished.returncode == 0, finished.stderr + finished.stdout
     return finished.stdout.strip()
@@ -34,10 +34,7 @@ def bentoml(home: Path, *arguments: str, folder: Path | None = None) -> str:
 def bento(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BuiltBento:
     precision = request.param
     home = tmp_path_factory.mktemp(f"store-{precision}")
-    bentoml(home, "build", folder=ROOT / precision)
-    # Not from `bentoml get --output path`, which breaks a long path at the width of a terminal.
-    versions = home / "bentos" / f"stable_diffusion_{precision}"
-    path = versions / (versions / "latest").read_text().strip()
+    path = build_bento(ROOT / precision, home)
     return BuiltBento(precision, f"stable_diffusion_{precision}:latest", home, path)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +11,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.service.servers import ROOT, serve
+from tests.service.servers import ROOT, serve, wait_until_drawing
 
 
 def test_a_stopped_server_finishes_its_picture_and_refuses_new_ones(tmp_path: Path) -> None:
@@ -24,8 +23,7 @@ def test_a_stopped_server_finishes_its_picture_and_refuses_new_ones(tmp_path: Pa
         slow = {"prompt": "a red circle", "num_inference_steps": 30, "height": 256, "width": 256}
         last = threads.submit(client.post, "/txt2img", json=slow)
         with server.client() as watching:
-            while not re.search(r'request_in_progress\{endpoint="/txt2img".* 1\.0', watching.get("/metrics").text):
-                time.sleep(0.05)
+            wait_until_drawing(watching, poll_s=0.05)
         time.sleep(0.5)  # from the API worker to the runner it takes milliseconds
         server.process.terminate()
         time.sleep(1)

@@ -48,7 +48,7 @@ def test_make_serve_starts_a_server_whose_printed_curl_line_makes_a_picture(tmp_
             ["make", "serve", f"PORT={port}"], cwd=ROOT, env=environment(tmp_path), stdout=stream, stderr=stream, start_new_session=True
         )
     try:
-        wait_until_ready(Server(f"http://127.0.0.1:{port}", log, process), process)
+        wait_until_ready(Server(f"http://127.0.0.1:{port}", log, process))
         printed = log.read_text().replace("\\\n", " ")
         (command,) = re.findall(r"^\s*(curl .*)$", printed, re.MULTILINE)
         subprocess.run(["bash", "-c", f"{command} --silent --fail"], cwd=tmp_path, check=True, timeout=60)
