@@ -11,8 +11,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -120,8 +119,7 @@ def engine(connection: Connection, model: Path) -> None:
         load, side = order
         steps.clear()
         answer = _many_at_once(load, side, running)
-        rows = sum(step.rows for step in steps) / len(steps)
-        connection.send(Round(answer.seconds, answer.latencies_s, answer.peak_memory_mib, rows))
+        connection.send(replace(answer, rows_per_call=sum(step.rows for step in steps) / len(steps)))
     running.close()
 
 
@@ -131,7 +129,8 @@ def _many_at_once(load: Load, side: int, running: Any) -> Round:
     tasks = iter(load.tasks(side))
 
     def ask(task: Task) -> None:
-        running.submit(task, partial(_put, ended, time.perf_counter()))
+        asked = time.perf_counter()
+        running.submit(task, lambda outcome: ended.put((asked, outcome)))
 
     for _ in range(load.clients):
         ask(next(tasks))
@@ -144,10 +143,6 @@ def _many_at_once(load: Load, side: int, running: Any) -> Round:
         if (following := next(tasks, None)) is not None:
             ask(following)
     return Round(time.perf_counter() - began, latencies, peak_memory_mib(), None)
-
-
-def _put(ended: queue.SimpleQueue[tuple[float, object]], asked: float, outcome: object) -> None:
-    ended.put((asked, outcome))
 
 
 def peak_memory_mib() -> float:

@@ -54,10 +54,11 @@ def _knee(measured: dict[int, float], limit: str) -> Cap:
     times = ", ".join(f"{jobs}: {1000 * seconds:.0f} ms" for jobs, seconds in measured.items())
     if not measured:
         return Cap(1, limit)
-    gain = max(_throughput(measured, jobs) for jobs in measured) / _throughput(measured, 1)
+    best = max(_throughput(measured, jobs) for jobs in measured)
+    gain = best / _throughput(measured, 1)
     if gain < LEAST_GAIN:
         return Cap(1, f"sharing a step gains {gain:.2f}x at most ({times}; {limit})")
-    chosen = min(jobs for jobs in measured if _throughput(measured, jobs) >= NEAR_BEST * gain * _throughput(measured, 1))
+    chosen = min(jobs for jobs in measured if _throughput(measured, jobs) >= NEAR_BEST * best)
     return Cap(chosen, f"{_throughput(measured, chosen) / _throughput(measured, 1):.1f}x the pictures of one at a time ({times}; {limit})")
 
 

@@ -12,6 +12,8 @@ import re
 import shutil
 import subprocess
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,15 +43,19 @@ SPECIFICATION: dict[str, Any] = {
 }
 
 
-def write_deployment(folder: Path, **changes: Any) -> dict[str, object]:
-    """What `bentoctl generate` writes, without bentoctl; returns the values."""
-    from bentoctl_aws_ec2.generate import write_templates, write_values
+def write_deployment(folder: Path, **changes: Any) -> None:
+    """What `bentoctl generate` writes, without bentoctl."""
+    from bentoctl_aws_ec2.generate import write_templates
+
+    write_templates(folder)
+    write_values_for(folder, **changes)
+
+
+def write_values_for(folder: Path, **changes: Any) -> Path:
+    from bentoctl_aws_ec2.generate import write_values
     from bentoctl_aws_ec2.specification import terraform_variables
 
-    values = terraform_variables("stable-diffusion", SPECIFICATION | changes)
-    write_templates(folder)
-    write_values(folder, values)
-    return values
+    return write_values(folder, terraform_variables("stable-diffusion", SPECIFICATION | changes))
 
 
 def parsed(name: str) -> dict[str, Any]:
@@ -103,6 +109,14 @@ def test_the_provider_is_pinned_to_the_version_whose_schema_is_checked() -> None
         assert "providers/hashicorp/aws/6.25.0/" in wheel.read("cdktf_cdktf_provider_aws/instance/__init__.py").decode()
 
 
+@contextmanager
+def operator_on_the_path() -> Iterator[None]:
+    """For what outlives a test, and so the fixture of conftest.py."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(str(TEMPLATES.parents[1]))
+        yield
+
+
 @dataclass(frozen=True)
 class Deployment:
     folder: Path
@@ -116,6 +130,10 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
     shutil.copytree(TEMPLATES, folder)
     for file in TESTS:
         shutil.copy(file, folder)
+    shutil.copytree(Path(__file__).with_name("mocks"), folder / "mocks")
+    with operator_on_the_path():
+        values = write_values_for(folder)
+    values.rename(folder / "terraform.tfvars")  # the tests' variables, but for what a test changes
     program = folder / "wait_until_ready.py"
     assert "        wait(given)\n" in program.read_text()
     program.write_text(program.read_text().replace("        wait(given)\n", "        print(given)\n"))
@@ -155,9 +173,6 @@ def test_the_real_provider_agrees(tmp_path: Path) -> None:
 
 def evaluate(folder: Path, **changes: Any) -> dict[str, Any]:
     """The locals that follow from the variables alone, and the boot module's outputs, for a configuration."""
-    from bentoctl_aws_ec2.generate import write_values
-    from bentoctl_aws_ec2.specification import terraform_variables
-
     folder.mkdir(exist_ok=True)
     for name in ("variables.tf", "locals.tf"):
         shutil.copy(TEMPLATES / name, folder)
@@ -171,7 +186,7 @@ def evaluate(folder: Path, **changes: Any) -> dict[str, Any]:
     module = boot[0].replace("local.image\n", f"{image}\n")
     users = '\noutput "user_data" {\n  value = module.boot.user_data\n}\noutput "plain" {\n  value = module.boot.plain_user_data\n}\n'
     (folder / "main.tf").write_text(f"{module}\n{outputs}\n{users}")
-    write_values(folder, terraform_variables("stable-diffusion", SPECIFICATION | changes))
+    write_values_for(folder, **changes)
     for command in (["init"], ["apply", "-auto-approve", "-var-file", "bentoctl.tfvars"]):
         finished = run(folder, *command)
         assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -181,16 +196,14 @@ def evaluate(folder: Path, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.syspath_prepend(str(TEMPLATES.parents[1]))
     variables = {"PLAIN": "demo", "HARD": """quote " dollar ${x} percent %{y} apostrophe ' back \\ slash"""}
-    evaluated = evaluate(
-        tmp_path_factory.mktemp("single"),
-        env=variables,
-        api_key_arn="arn:aws:ssm:us-west-1:123456789012:parameter/key",
-        idle_stop_minutes=30,
-    )
-    monkeypatch.undo()
+    with operator_on_the_path():
+        evaluated = evaluate(
+            tmp_path_factory.mktemp("single"),
+            env=variables,
+            api_key_arn="arn:aws:ssm:us-west-1:123456789012:parameter/key",
+            idle_stop_minutes=30,
+        )
     return evaluated | {"given": variables}
 
 

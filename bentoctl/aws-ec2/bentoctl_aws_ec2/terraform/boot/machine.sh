@@ -96,17 +96,22 @@ check_runtime() {
     fail "the container sees no GPU (NVIDIA container toolkit): $(tail -n 3 <<<"$answer")"
 }
 
-fetch_api_key() {
-  local key="" region
+# From the key's own region.
+read_api_key() {
+  local region
   region=$(cut -d : -f 4 <<<"$API_KEY_ARN")
   case $API_KEY_ARN in
-    "") ;;
-    *:secretsmanager:*) key=$(retry 3 aws secretsmanager get-secret-value --region "$region" --secret-id "$API_KEY_ARN" --query SecretString --output text) ||
-      fail "the API key could not be read from $API_KEY_ARN" ;;
-    *) key=$(retry 3 aws ssm get-parameter --region "$region" --with-decryption --name "$API_KEY_ARN" --query Parameter.Value --output text) ||
-      fail "the API key could not be read from $API_KEY_ARN" ;;
+    *:secretsmanager:*) aws secretsmanager get-secret-value --region "$region" --secret-id "$API_KEY_ARN" --query SecretString --output text ;;
+    *) aws ssm get-parameter --region "$region" --with-decryption --name "$API_KEY_ARN" --query Parameter.Value --output text ;;
   esac
-  if [[ -n $API_KEY_ARN && -z $key ]]; then fail "the API key at $API_KEY_ARN is empty"; fi
+}
+
+fetch_api_key() {
+  local key=""
+  if [[ -n $API_KEY_ARN ]]; then
+    key=$(retry 3 read_api_key) || fail "the API key could not be read from $API_KEY_ARN"
+    if [[ -z $key ]]; then fail "the API key at $API_KEY_ARN is empty"; fi
+  fi
   if [[ $key == *$'\n'* ]]; then fail "the API key at $API_KEY_ARN has more than one line; separate several keys with commas"; fi
   (umask 077 && { [[ -z $key ]] || echo "SD_API_KEYS=$key"; } >"$RUNTIME_DIRECTORY/secrets")
 }
