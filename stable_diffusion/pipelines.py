@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from stable_diffusion.allocator import keep_freed_memory
 from stable_diffusion.weights import ModelFolder
 
 logger = logging.getLogger("stable_diffusion")
@@ -40,6 +41,8 @@ def load(model: ModelFolder, precision: Precision) -> Parts:
     """Load `model` onto the GPU if there is one. Half precision on a CPU is computed in float32: its kernels are slow or missing."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float16 if precision == "fp16" and device.type == "cuda" else torch.float32
+    if device.type == "cpu":
+        keep_freed_memory()
     if precision == "fp16" and dtype == torch.float32:
         logger.warning("No GPU: the half-precision weights are computed in float32.")
     pipeline = StableDiffusionPipeline.from_pretrained(
