@@ -16,6 +16,7 @@ _ANSWER_HEADERS = {
     "width": "Width in pixels.",
     "num_inference_steps": "Denoising steps.",
     "guidance_scale": "Guidance scale.",
+    "guidance_end": "The share of the steps that were guided.",
     "seed": "The seed: send it again to get the same picture.",
     "scheduler": "Noise scheduler.",
     "strength": "Strength (img2img and inpaint only).",

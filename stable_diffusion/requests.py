@@ -96,6 +96,12 @@ class GenerationRequest(BaseModel):
     guidance_scale: float = Field(
         7.5, ge=0, le=MAX_GUIDANCE_SCALE, description="How closely to follow the prompt. Up to 1: no guidance, half the work."
     )
+    guidance_end: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="The share of the steps that are guided. After them a step is half the work; the picture is another one than with 1.",
+    )
     seed: int | None = Field(
         None,
         ge=0,

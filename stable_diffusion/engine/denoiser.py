@@ -47,7 +47,7 @@ class Denoiser:
         """Draw a picture in two steps: kernels are chosen and memory is taken now, and a model that cannot draw fails at start."""
         blank = Image.new("RGB", (width, height))
         # Inpainting is the one kind that every model can do.
-        task = Task("inpaint", "", "", width, height, 2, 7.5, 0, "DDIMScheduler", True, 1.0, blank, blank.convert("L"))
+        task = Task("inpaint", "", "", width, height, 2, 7.5, 0, "DDIMScheduler", True, image=blank, mask=blank.convert("L"))
         job = Job(task, on_end=lambda outcome: None)
         job.tensors = self.prepare(task)
         while not job.is_denoised:
@@ -72,7 +72,9 @@ class Denoiser:
         while not batch[0].is_denoised:
             began = time.perf_counter()
             for job, predicted in zip(batch, self.predict(batch), strict=True):
-                self.advance(job, predicted)  # looks at the latents' values, so the device has finished by then
+                self.advance(job, predicted)
+            if self._parts.device.type == "cuda":
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
             if times[-1] > _SLOW_STEP_S:
                 break
@@ -85,7 +87,8 @@ class Denoiser:
         """Encode the prompt and the image, draw the initial noise, set up the job's own noise scheduler."""
         embeddings, dropped_prompt, dropped_negative_prompt = self._encode_prompts(task)
         scheduler = self._new_scheduler(task.scheduler)
-        scheduler.set_timesteps(task.num_inference_steps, device=self._parts.device)
+        # Timesteps stay on the CPU: schedulers look into their tables with them, and on a GPU each look would wait for the device.
+        scheduler.set_timesteps(task.num_inference_steps)
         # On the CPU whatever the device, so that a seed means the same picture everywhere.
         generator = torch.Generator("cpu").manual_seed(task.seed)
         latents = Latents(
@@ -94,6 +97,7 @@ class Denoiser:
             scheduler=scheduler,
             timesteps=scheduler.timesteps,
             generator=generator,
+            guided_steps=0,
             step_arguments=_step_arguments(scheduler, generator),
             dropped_prompt=dropped_prompt,
             dropped_negative_prompt=dropped_negative_prompt,
@@ -104,6 +108,8 @@ class Denoiser:
             self._start_from_image(task, latents)
         else:
             self._start_under_mask(task, latents)
+        if task.guidance_scale > 1:
+            latents.guided_steps = round(task.guidance_end * len(latents.timesteps))
         return latents
 
     def _encode_prompts(self, task: Task) -> tuple[torch.Tensor, str, str]:
@@ -200,15 +206,15 @@ class Denoiser:
             # Repeated by the concatenation below, as diffusers does: it keeps the memory format, on which the last bit depends.
             inputs.extend([scaled] * job.rows)
             timesteps.append(timestep.to(torch.float32).expand(job.rows))
-            embeddings.append(state.embeddings)
+            embeddings.append(state.embeddings[-job.rows :])
         predicted = self._parts.unet(
-            torch.cat(inputs), torch.cat(timesteps), encoder_hidden_states=torch.cat(embeddings), return_dict=False
+            torch.cat(inputs), torch.cat(timesteps).to(self._parts.device), encoder_hidden_states=torch.cat(embeddings), return_dict=False
         )[0]
         return list(predicted.split([job.rows for job in jobs]))
 
     @torch.inference_mode()
     def advance(self, job: Job, predicted: torch.Tensor) -> None:
-        """Apply guidance and the noise scheduler to one job's rows. Raises GenerationFailed when the latents are no numbers any more."""
+        """Apply guidance and the noise scheduler to one job's rows. Does not wait for the device."""
         state = _tensors_of(job)
         timestep = state.timesteps[state.step_index]
         if job.rows == 2:
@@ -222,8 +228,6 @@ class Denoiser:
                 following = state.timesteps[state.step_index + 1]
                 kept = state.scheduler.add_noise(kept, state.noise, torch.tensor([following]))
             latents = (1 - state.mask) * kept + state.mask * latents
-        if not torch.isfinite(latents).all():
-            raise GenerationFailed(f"the picture turned into values that are no numbers at step {state.step_index + 1}; try another seed")
         state.latents = latents
         state.step_index += 1
 
@@ -231,8 +235,13 @@ class Denoiser:
 
     @torch.inference_mode()
     def decode(self, job: Job) -> Picture:
-        """Latents to RGB, looked at by the safety checker where there is one and the task does not forbid it."""
+        """Latents to RGB, looked at by the safety checker where there is one and the task does not forbid it.
+
+        Raises GenerationFailed when the latents are no numbers: once one is not, it stays so through all later steps.
+        """
         state = _tensors_of(job)
+        if not torch.isfinite(state.latents).all():
+            raise GenerationFailed("the picture turned into values that are no numbers; try another seed or another scheduler")
         vae = self._parts.vae
         pixels = vae.decode(state.latents / vae.config.scaling_factor, return_dict=False, generator=state.generator)[0]
         flagged = None

@@ -33,6 +33,7 @@ class Task:
     seed: int
     scheduler: str
     safety_check: bool
+    guidance_end: float = 1.0  # the share of the steps that are guided
     strength: float = 1.0  # img2img and inpaint
     image: Image.Image | None = None  # RGB; img2img and inpaint
     mask: Image.Image | None = None  # L, white is repainted; inpaint
@@ -60,6 +61,7 @@ class Latents:
     step_arguments: dict[str, Any]
     dropped_prompt: str
     dropped_negative_prompt: str
+    guided_steps: int  # the first ones; after them the job has one row
     step_index: int = 0
     # Inpainting on a 4-channel UNet: after each step, what is outside the mask is put back.
     mask: torch.Tensor | None = None
@@ -84,8 +86,8 @@ class Job:
 
     @property
     def rows(self) -> int:
-        """Rows of a UNet call: a guided job has one without and one with the prompt (Ho and Salimans 2022)."""
-        return 2 if self.task.guidance_scale > 1 else 1
+        """Rows of the next UNet call: a guided step has one without and one with the prompt (Ho and Salimans 2022)."""
+        return 2 if self.tensors is not None and self.tensors.step_index < self.tensors.guided_steps else 1
 
     @property
     def batch_key(self) -> tuple[int, int]:

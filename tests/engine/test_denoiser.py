@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from PIL import Image
 
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.engine import Engine
-from stable_diffusion.engine.job import Task
+from stable_diffusion.engine.job import Job, Task
 from stable_diffusion.pipelines import Parts, load
 from stable_diffusion.requests import SCHEDULERS
 from stable_diffusion.weights import DEMO_FOLDER, check_model
@@ -27,14 +30,26 @@ PIPELINES = {
 }
 
 
-def draw_with_diffusers(folder: Path, task: Task) -> Image.Image:
+def stop_guidance_after(step: int) -> Callable[..., dict[str, Any]]:
+    """diffusers' documented way: a callback at the end of each step that changes the pipeline."""
+
+    def at_step_end(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if index + 1 == step:
+            pipeline._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        return tensors
+
+    return at_step_end
+
+
+def draw_with_diffusers(folder: Path, task: Task, **options_of_the_call: Any) -> Image.Image:
     """The task as a user of diffusers would draw it, with a pipeline loaded for it alone."""
     pipeline = PIPELINES[task.kind].from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     name, _, karras = task.scheduler.partition(" ")
     options = {"use_karras_sigmas": True} if karras else {}
     pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **options)
-    arguments: dict[str, Any] = {}
+    arguments = dict(options_of_the_call)
     if task.kind in ("txt2img", "inpaint"):
         arguments |= {"width": task.width, "height": task.height}
     if task.kind in ("img2img", "inpaint"):
@@ -97,6 +112,50 @@ def test_other_settings_give_the_picture_of_diffusers_too(
     task = make_task(**(changes | inputs))
     (picture,) = recording_engine.draw([task])
     assert_same_picture(picture.image, draw_with_diffusers(DEMO_FOLDER, task))
+
+
+@pytest.mark.parametrize(("kind", "scheduler", "guided"), [("txt2img", "DDIMScheduler", 6), ("img2img", "UniPCMultistepScheduler", 5)])
+def test_guidance_that_ends_early_gives_the_picture_of_diffusers_with_half_the_rows_from_then_on(
+    recording_engine: RecordingEngine, input_picture: Image.Image, kind: str, scheduler: str, guided: int
+) -> None:
+    task = make_task(kind=kind, scheduler=scheduler, image=input_picture if kind == "img2img" else None, strength=0.8, guidance_end=0.6)
+    task = replace(task, num_inference_steps=10)
+    recording_engine.steps.clear()
+    (picture,) = recording_engine.draw([task])
+    assert [record.rows for record in recording_engine.steps] == [2] * guided + [1] * ((10 if kind == "txt2img" else 8) - guided)
+    theirs = draw_with_diffusers(
+        DEMO_FOLDER, task, callback_on_step_end=stop_guidance_after(guided), callback_on_step_end_tensor_inputs=["prompt_embeds"]
+    )
+    assert_same_picture(picture.image, theirs)
+
+
+def test_guidance_that_ends_at_once_is_no_guidance(recording_engine: RecordingEngine) -> None:
+    never, off = recording_engine.draw([make_task(guidance_end=0.0), make_task(guidance_scale=1.0)])
+    assert_same_picture(never.image, off.image)
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_no_step_waits_for_the_device(
+    demo_parts: Parts, input_picture: Image.Image, right_half_mask: Image.Image, scheduler: str, kind: str
+) -> None:
+    """Tensors on the "meta" device have no values: whatever looks at one, as a wait for a GPU does, raises."""
+    parts = on_meta_device(demo_parts)
+    job = Job(make_task(kind=kind, scheduler=scheduler, num_inference_steps=4), on_end=lambda outcome: None)
+    # An image is encoded, and compared and clipped, before the first step: that may wait.
+    ready = Denoiser(demo_parts).prepare(replace(job.task, image=input_picture, mask=right_half_mask, strength=0.8))
+    for name in ("latents", "embeddings", "mask", "image_latents", "noise"):
+        tensor = getattr(ready, name)
+        setattr(ready, name, tensor if tensor is None else tensor.to("meta"))
+    job.tensors = ready
+    denoiser = Denoiser(parts)
+    while not job.is_denoised:
+        denoiser.advance(job, denoiser.predict([job])[0])
+    assert ready.latents.device.type == "meta"
+
+
+def on_meta_device(parts: Parts) -> Parts:
+    return replace(parts, unet=deepcopy(parts.unet).to("meta"), device=torch.device("meta"))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

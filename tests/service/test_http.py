@@ -68,7 +68,7 @@ def test_a_red_circle_on_a_blue_background_is_red_in_the_middle_and_blue_in_the_
 
 
 def test_every_resolved_parameter_comes_back_as_a_header(server: Server) -> None:
-    response = draw(server, negative_prompt="green", guidance_scale=3, seed=42, scheduler="euler a", width=72)
+    response = draw(server, negative_prompt="green", guidance_scale=3, guidance_end=0.5, seed=42, scheduler="euler a", width=72)
     expected = {
         "prompt": PROMPT,
         "negative_prompt": "green",
@@ -76,6 +76,7 @@ def test_every_resolved_parameter_comes_back_as_a_header(server: Server) -> None
         "width": "72",
         "num_inference_steps": "10",
         "guidance_scale": "3.0",
+        "guidance_end": "0.5",
         "seed": "42",
         "scheduler": "EulerAncestralDiscreteScheduler",
         "safety_check": "true",
