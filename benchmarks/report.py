@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -63,20 +62,16 @@ def _percentile(ordered: Sequence[float], percent: int) -> float:
 def machine() -> dict[str, str]:
     import torch
 
+    from stable_diffusion.pipelines import device_name
+
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False).stdout.strip()
-    model = next((line.partition(":")[2].strip() for line in _cpu_lines() if line.startswith("model name")), platform.processor())
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit,
-        "processor": f"{model}, {torch.get_num_threads()} threads",
+        "processor": device_name(torch.device("cpu")),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "torch": torch.__version__,
     }
-
-
-def _cpu_lines() -> list[str]:
-    file = Path("/proc/cpuinfo")
-    return file.read_text().splitlines() if file.exists() else []
 
 
 def markdown(rows: Sequence[Row], about: dict[str, str]) -> str:

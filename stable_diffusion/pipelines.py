@@ -6,7 +6,9 @@ Knows nothing of jobs, of batching or of HTTP.
 from __future__ import annotations
 
 import logging
+import platform
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -35,6 +37,16 @@ class Parts:
     feature_extractor: Any | None
     device: torch.device
     dtype: torch.dtype
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's, or the processor's with the number of threads that compute."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def load(model: ModelFolder, precision: Precision) -> Parts:

@@ -8,20 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
+import hashlib
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import prometheus_client
 from PIL import Image
 
 from stable_diffusion.engine.job import Picture, Task
 from stable_diffusion.errors import GenerationFailed, ServiceError
+from stable_diffusion.kept_caps import keep, recall
 
 if TYPE_CHECKING:
+    from stable_diffusion.engine.calibration import Cap
+    from stable_diffusion.engine.denoiser import Denoiser
     from stable_diffusion.engine.engine import Engine, StepRecord
-    from stable_diffusion.pipelines import Precision
+    from stable_diffusion.pipelines import Parts, Precision
     from stable_diffusion.weights import ModelFolder
 
 
@@ -31,28 +37,70 @@ logger = logging.getLogger("stable_diffusion")
 def start_engine(
     model: ModelFolder, precision: Precision, max_batch_size: int, on_step: Callable[[StepRecord], None] | None = None
 ) -> Engine:
-    """Load the model, measure how many pictures should share a step, and start the engine; returns when it can draw."""
+    """Load the model, find out how many pictures should share a step, and start the engine; returns when it can draw."""
     # Imported here because API workers import this module too and must stay without torch.
-    from stable_diffusion.engine.calibration import Cap, cap_for_size, choose_cap
+    from stable_diffusion.engine.calibration import cap_for_size
     from stable_diffusion.engine.denoiser import Denoiser
     from stable_diffusion.engine.engine import Engine
     from stable_diffusion.pipelines import load
 
     width, height = model.native_width, model.native_height
-    measured: list[Cap] = []
+    caps: list[Cap] = []
 
     def load_and_warm_up() -> Denoiser:
-        denoiser = Denoiser(load(model, precision))
+        parts = load(model, precision)
+        denoiser = Denoiser(parts)
         denoiser.warm_up(width, height)
-        cap = choose_cap(lambda jobs: denoiser.step_seconds(jobs, width, height), max_batch_size)
+        cap = _recall_or_measure(denoiser, parts, model, max_batch_size)
         logger.info("Up to %d pictures of %dx%d share a step: %s.", cap.jobs, width, height, cap.reason)
-        measured.append(cap)
+        _export(cap, width, height)
+        caps.append(cap)
         return denoiser
 
     def cap_for(size: tuple[int, int]) -> int:
-        return cap_for_size(measured[0], width * height, size[0] * size[1], max_batch_size)
+        return cap_for_size(caps[0], width * height, size[0] * size[1], max_batch_size)
 
     return Engine(load_and_warm_up, max_batch_size, on_step, cap_for)
+
+
+def _recall_or_measure(denoiser: Denoiser, parts: Parts, model: ModelFolder, max_batch_size: int) -> Cap:
+    import torch
+
+    from stable_diffusion.engine.calibration import choose_cap
+    from stable_diffusion.pipelines import device_name
+
+    width, height = model.native_width, model.native_height
+    key: dict[str, str | int] = {
+        "device": device_name(parts.device),
+        "dtype": str(parts.dtype),
+        "torch": torch.__version__,
+        "unet": hashlib.sha256(parts.unet.to_json_string().encode()).hexdigest(),
+        "width": width,
+        "height": height,
+        "max_batch_size": max_batch_size,
+    }
+    if (cap := recall(key)) is not None:
+        return cap
+    cap = choose_cap(lambda jobs: denoiser.step_seconds(jobs, width, height), max_batch_size)
+    if max_batch_size > 1:
+        keep(key, cap)
+    return cap
+
+
+def _export(cap: Cap, width: int, height: int) -> None:
+    """As a metric: a cap of 1 must not go unnoticed."""
+    _cap_gauge().labels(width=width, height=height, reason=cap.reason).set(cap.jobs)
+
+
+@functools.cache
+def _cap_gauge() -> Any:
+    # Made late: BentoML sets up the folder through which processes share metrics after it has imported the service.
+    return prometheus_client.Gauge(
+        name="stable_diffusion_step_cap_pictures",
+        documentation="How many pictures of the model's native size may share a step, and why.",
+        labelnames=["width", "height", "reason"],
+        multiprocess_mode="mostrecent",
+    )
 
 
 def pack_task(task: Task) -> dict[str, Any]:

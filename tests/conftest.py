@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import queue
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
@@ -40,6 +42,14 @@ class RecordingEngine:
 
 def _put(outcomes: queue.SimpleQueue[tuple[int, Picture | ServiceError]], position: int, outcome: Picture | ServiceError) -> None:
     outcomes.put((position, outcome))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Servers of one run share what they keep; nothing is left of an earlier run."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["XDG_CACHE_HOME"] = str(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

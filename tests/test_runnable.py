@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,7 +53,10 @@ def test_drawing_yields_one_line(recording_engine: RecordingEngine) -> None:
     assert json.loads(line)["size"] == [64, 64]
 
 
-def test_the_engine_of_the_runner_measures_how_many_pictures_share_a_step_and_says_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_engine_of_the_runner_measures_how_many_pictures_share_a_step_and_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with caplog.at_level(logging.INFO, logger="stable_diffusion"):
         engine = start_engine(check_model(DEMO_FOLDER), "fp32", max_batch_size=10)
     engine.close()
@@ -61,6 +65,12 @@ def test_the_engine_of_the_runner_measures_how_many_pictures_share_a_step_and_sa
     assert found, said
     # The demo model is launch-bound on every machine that it was tried on.
     assert int(found[1]) >= 2
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="stable_diffusion"):
+        start_engine(check_model(DEMO_FOLDER), "fp32", max_batch_size=10).close()
+    [recalled] = [record.getMessage() for record in caplog.records if "share a step" in record.getMessage()]
+    assert recalled.startswith(said.removesuffix(".")), "the second start measures nothing"
+    assert str(tmp_path) in recalled
 
 
 def test_a_max_batch_size_of_one_is_said_too(caplog: pytest.LogCaptureFixture) -> None:
