@@ -1,7 +1,7 @@
 """Which jobs share the next step. Pure Python: no torch, no clock, no threads of its own.
 
-Within a key first in, first out; between keys the one that has waited longest for a step. So no key and no
-job can starve: every key gets its turn, and the oldest jobs of a key are always in its batch.
+Between keys the one that has waited longest for a step is next. Within a key, where there are more jobs than may share
+a step, those with few steps left go first, within bounds: nobody is overtaken by a job that came much later.
 """
 
 from __future__ import annotations
@@ -9,17 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, Protocol, TypeVar
 
+# A step that is left counts as much as having come so many steps later. So a short job waits for a few steps of long ones
+# and not for their ends, and a job of n steps is not overtaken any more by what comes 2 n steps after it.
+_STEPS_LATER = 2
+
 
 class Batchable(Protocol):
     @property
     def batch_key(self) -> Hashable: ...
+
+    @property
+    def steps_left(self) -> int: ...
 
 
 JobT = TypeVar("JobT", bound=Batchable)
 
 
 class Batching(Generic[JobT]):
-    """The jobs that still need steps, in the order in which they came."""
+    """The jobs that still need steps. Its clock is the number of batches that it has given."""
 
     def __init__(self, max_batch_size: int, cap_for: Callable[[Any], int] | None = None) -> None:
         """`max_batch_size`: how many jobs may share a step, at least 1. `cap_for`: how many of a key, where that is fewer."""
@@ -28,8 +35,9 @@ class Batching(Generic[JobT]):
         self._max_batch_size = max_batch_size
         self._cap_for = cap_for
         self._lowered_caps: dict[Hashable, int] = {}
-        # The order of the dictionary is the order of the keys' turns.
-        self._queues: dict[Hashable, list[JobT]] = {}
+        # The order of the dictionary is the order of the keys' turns. With each job the number of the batch before which it came.
+        self._queues: dict[Hashable, dict[JobT, int]] = {}
+        self._batches_given = 0
 
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._queues.values())
@@ -39,13 +47,13 @@ class Batching(Generic[JobT]):
             yield from queue
 
     def add(self, job: JobT) -> None:
-        self._queues.setdefault(job.batch_key, []).append(job)
+        self._queues.setdefault(job.batch_key, {})[job] = self._batches_given
 
     def remove(self, job: JobT) -> None:
         """Take a job out, wherever it stands. A job that is not here is ignored."""
-        queue = self._queues.get(job.batch_key, [])
+        queue = self._queues.get(job.batch_key, {})
         if job in queue:
-            queue.remove(job)
+            del queue[job]
             if not queue:
                 del self._queues[job.batch_key]
 
@@ -56,7 +64,9 @@ class Batching(Generic[JobT]):
         key = next(iter(self._queues))
         queue = self._queues.pop(key)
         self._queues[key] = queue
-        return queue[: self.cap(key)]
+        self._batches_given += 1
+        # Sorting keeps the order in which equals came.
+        return sorted(queue, key=lambda job: queue[job] + _STEPS_LATER * job.steps_left)[: self.cap(key)]
 
     def cap(self, key: Hashable) -> int:
         """How many jobs of `key` may share a step."""

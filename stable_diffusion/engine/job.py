@@ -95,5 +95,12 @@ class Job:
         return self.task.height, self.task.width
 
     @property
+    def steps_left(self) -> int:
+        """UNet calls that it still needs; before it is prepared about so many."""
+        if self.tensors is None:
+            return int(self.task.num_inference_steps * self.task.strength)
+        return len(self.tensors.timesteps) - self.tensors.step_index
+
+    @property
     def is_denoised(self) -> bool:
         return self.tensors is not None and self.tensors.step_index >= len(self.tensors.timesteps)

@@ -13,6 +13,7 @@ from stable_diffusion.engine.batching import Batching
 class Numbered:
     number: int
     batch_key: str = "512x512"
+    steps_left: int = 50
 
 
 def test_jobs_of_one_key_share_a_step_up_to_the_cap_oldest_first() -> None:
@@ -20,6 +21,62 @@ def test_jobs_of_one_key_share_a_step_up_to_the_cap_oldest_first() -> None:
     for number in range(5):
         batching.add(Numbered(number))
     assert [job.number for job in batching.next_batch()] == [0, 1, 2]
+
+
+@dataclass(eq=False)
+class Counting:
+    """A job whose steps are taken."""
+
+    steps_left: int
+    batch_key: str = "512x512"
+
+
+def take_a_step(batching: Batching[Counting]) -> None:
+    for job in batching.next_batch():
+        job.steps_left -= 1
+        if not job.steps_left:
+            batching.remove(job)
+
+
+def test_a_short_job_does_not_wait_for_the_end_of_long_ones_that_fill_the_batch() -> None:
+    batching: Batching[Counting] = Batching(2)
+    for _ in range(4):
+        batching.add(Counting(50))
+    for _ in range(20):
+        take_a_step(batching)
+    short = Counting(4)
+    batching.add(short)
+    for _ in range(4):
+        take_a_step(batching)
+    assert short.steps_left == 0
+
+
+def test_jobs_of_the_same_length_are_finished_in_the_order_in_which_they_came() -> None:
+    batching: Batching[Counting] = Batching(2)
+    jobs = [Counting(10) for _ in range(6)]
+    ended: list[Counting] = []
+    for job in jobs:
+        batching.add(job)
+        take_a_step(batching)
+        ended += [job for job in jobs if not job.steps_left and job not in ended]
+    while len(batching):
+        take_a_step(batching)
+        ended += [job for job in jobs if not job.steps_left and job not in ended]
+    assert ended == jobs
+
+
+def test_a_long_job_is_finished_however_many_short_ones_keep_coming() -> None:
+    batching: Batching[Counting] = Batching(1)
+    long = Counting(50)
+    batching.add(long)
+    steps = 0
+    while long.steps_left:
+        if steps % 4 == 0:
+            batching.add(Counting(4))  # as many as can be done, for ever
+        take_a_step(batching)
+        steps += 1
+    # Those of the first 2 * 50 - 2 * 4 steps may overtake it, none that comes later.
+    assert steps <= 100 + 50
 
 
 def test_a_job_that_leaves_makes_room_for_the_next_one() -> None:
