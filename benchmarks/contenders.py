@@ -1,49 +1,74 @@
-"""Who draws: plain diffusers, one request after the other, and this project's engine. Each in a process of its own.
+"""Who draws without HTTP: plain diffusers, one request after the other, and this project's engine. Each in a process of its own.
 
 Two models in one process would share, and quarrel over, its threads. A process that waits for its turn takes no time.
 """
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
-import queue
 import resource
+import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
-from benchmarks.loads import Load
-from stable_diffusion.engine.job import Task
+from benchmarks.clients import Round, play
+from benchmarks.loads import Load, task
+from stable_diffusion.engine.job import Job, Picture, Task
+from stable_diffusion.errors import ServiceError
+
+Precision = Literal["fp32", "fp16"]
+MAX_BATCH_SIZE = 10
+
+
+class Contender(Protocol):
+    """Who answers a load. `started_in_s`: from its start until it could draw."""
+
+    name: str
+    started_in_s: float
+
+    def draw(self, load: Load) -> Round: ...
+    def end(self) -> None: ...
 
 
 @dataclass(frozen=True)
-class Round:
-    """One run of one load: how long each request took from being asked for, and what it cost."""
+class Setup:
+    """What is drawn with. `side`: pixels of the picture that is drawn once before anything is measured."""
 
-    seconds: float
-    latencies_s: list[float]
-    peak_memory_mib: float
-    rows_per_call: float | None
+    model: Path
+    precision: Precision
+    side: int
+    max_batch_size: int = MAX_BATCH_SIZE
 
 
-class Contender:
-    """A process that holds a model and draws loads when told to."""
+class InProcess:
+    """A process that holds a model and does what it is told through a pipe."""
 
-    def __init__(self, name: str, draw: Callable[[Connection, Path], None], model: Path) -> None:
+    def __init__(self, name: str, serve: Callable[[Connection, Setup], None], setup: Setup) -> None:
         self.name = name
-        here, there = multiprocessing.get_context("spawn").Pipe()
-        self._connection = here
-        self._process = multiprocessing.get_context("spawn").Process(target=draw, args=(there, model), daemon=True)
+        began = time.perf_counter()
+        context = multiprocessing.get_context("spawn")
+        self._connection, there = context.Pipe()
+        self._process = context.Process(target=serve, args=(there, setup), daemon=True)
         self._process.start()
         self._connection.recv()  # it is loaded
+        self.started_in_s = time.perf_counter() - began
 
-    def draw(self, load: Load, side: int) -> Round:
-        self._connection.send((load, side))
+    def draw(self, load: Load) -> Round:
+        self._connection.send(load)
         answer: Round = self._connection.recv()
+        return answer
+
+    def step_seconds(self, jobs: int, side: int) -> tuple[float, float] | None:
+        """The engine only. A step of so many jobs, and the UNet call in it alone; None if they do not fit into memory."""
+        self._connection.send((jobs, side))
+        answer: tuple[float, float] | None = self._connection.recv()
         return answer
 
     def end(self) -> None:
@@ -51,99 +76,91 @@ class Contender:
         self._process.join()
 
 
-@contextmanager
-def contenders(model: Path) -> Iterator[list[Contender]]:
-    running: list[Contender] = []
-    try:
-        for name, draw in (("plain diffusers", plain_diffusers), ("engine", engine)):
-            running.append(Contender(name, draw, model))
-        yield running
-    finally:
-        for contender in running:
-            contender.end()
+def plain_diffusers(connection: Connection, setup: Setup) -> None:
+    """The reference's way: diffusers' own pipelines, one request after the other; the others wait."""
+    from benchmarks.plain import Plain
+
+    # Loading and drawing on one thread: a second one that used OpenMP would slow it down on a CPU.
+    with ThreadPoolExecutor(1) as thread:
+        plain = thread.submit(Plain, setup).result()
+        thread.submit(plain.draw, [task(0, setup.side, 2)]).result()
+        connection.send("loaded")
+
+        async def ask(wanted: Task) -> bool:
+            await asyncio.get_running_loop().run_in_executor(thread, plain.draw, [wanted])
+            return True
+
+        while (load := connection.recv()) is not None:
+            connection.send(replace(asyncio.run(play(load, ask)), peak_memory_mib=peak_memory_mib()))
 
 
-def plain_diffusers(connection: Connection, model: Path) -> None:
-    """The reference's way: diffusers' own pipeline, one request after the other; the others wait."""
-    import torch
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(model, dtype=torch.float32)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
-
-    def draw(task: Task) -> None:
-        pipeline(
-            prompt=task.prompt,
-            negative_prompt=task.negative_prompt,
-            width=task.width,
-            height=task.height,
-            num_inference_steps=task.num_inference_steps,
-            guidance_scale=task.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(task.seed),
-        )
-
-    draw(Load("", 1, 1, (2,)).tasks(64)[0])
-    connection.send("loaded")
-    while (order := connection.recv()) is not None:
-        load, side = order
-        connection.send(_one_after_the_other(load, side, draw))
-
-
-def _one_after_the_other(load: Load, side: int, draw: Callable[[Task], None]) -> Round:
-    """A closed loop with a queue in front of one worker: a client's next request queues up when its last one is done."""
-    began = time.perf_counter()
-    tasks = iter(load.tasks(side))
-    waiting = [(next(tasks), began) for _ in range(load.clients)]
-    latencies: list[float] = []
-    while waiting:
-        task, asked = waiting.pop(0)
-        draw(task)
-        now = time.perf_counter()
-        latencies.append(now - asked)
-        if (following := next(tasks, None)) is not None:
-            waiting.append((following, now))
-    return Round(time.perf_counter() - began, latencies, peak_memory_mib(), None)
-
-
-def engine(connection: Connection, model: Path) -> None:
+def engine(connection: Connection, setup: Setup) -> None:
     """This project's engine as the runner starts it, cap measured, without HTTP."""
     from stable_diffusion.engine.engine import StepRecord
     from stable_diffusion.runnable import start_engine
     from stable_diffusion.weights import check_model
 
     steps: list[StepRecord] = []
-    running = start_engine(check_model(model), "fp32", max_batch_size=10, on_step=steps.append)
+    running = start_engine(check_model(setup.model), setup.precision, setup.max_batch_size, steps.append)
     connection.send("loaded")
-    while (order := connection.recv()) is not None:
-        load, side = order
+
+    async def ask(wanted: Task) -> bool:
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[Picture | ServiceError] = loop.create_future()
+
+        def on_end(outcome: Picture | ServiceError) -> None:
+            loop.call_soon_threadsafe(ended.set_result, outcome)
+
+        running.submit(wanted, on_end)
+        return isinstance(await ended, Picture)
+
+    while (load := connection.recv()) is not None:
         steps.clear()
-        answer = _many_at_once(load, side, running)
-        connection.send(replace(answer, rows_per_call=sum(step.rows for step in steps) / len(steps)))
+        answer = asyncio.run(play(load, ask))
+        rows_per_call = statistics.mean(step.rows for step in steps)
+        connection.send(replace(answer, rows_per_call=rows_per_call, peak_memory_mib=peak_memory_mib()))
     running.close()
 
 
-def _many_at_once(load: Load, side: int, running: Any) -> Round:
-    ended: queue.SimpleQueue[tuple[float, object]] = queue.SimpleQueue()
-    began = time.perf_counter()
-    tasks = iter(load.tasks(side))
+def step_times(connection: Connection, setup: Setup) -> None:
+    """The engine's arithmetic without its loop: what a step costs, and how much of that is the UNet."""
+    from stable_diffusion.engine.denoiser import Denoiser
+    from stable_diffusion.pipelines import load
+    from stable_diffusion.weights import check_model
 
-    def ask(task: Task) -> None:
-        asked = time.perf_counter()
-        running.submit(task, lambda outcome: ended.put((asked, outcome)))
-
-    for _ in range(load.clients):
-        ask(next(tasks))
-    latencies: list[float] = []
-    while len(latencies) < load.requests:
-        asked, outcome = ended.get()
-        if isinstance(outcome, Exception):
-            raise outcome
-        latencies.append(time.perf_counter() - asked)
-        if (following := next(tasks, None)) is not None:
-            ask(following)
-    return Round(time.perf_counter() - began, latencies, peak_memory_mib(), None)
+    with ThreadPoolExecutor(1) as thread:
+        denoiser = thread.submit(lambda: Denoiser(load(check_model(setup.model), setup.precision))).result()
+        connection.send("loaded")
+        while (order := connection.recv()) is not None:
+            connection.send(thread.submit(partial(_time_steps, denoiser, *order)).result())
 
 
-def peak_memory_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _time_steps(denoiser: Any, jobs: int, side: int) -> tuple[float, float] | None:
+    import torch
+
+    def seconds(work: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    def step() -> None:
+        for job, predicted in zip(batch, denoiser.predict(batch), strict=True):
+            denoiser.advance(job, predicted)
+
+    try:
+        batch = [Job(task(number, side, 150), on_end=lambda outcome: None) for number in range(jobs)]
+        for job in batch:
+            job.tensors = denoiser.prepare(job.task)
+        rounds = 3 if seconds(step) > 1 else 15
+        # In turn, so that what slows the machine down for a while slows both.
+        times = [(seconds(step), seconds(partial(denoiser.predict, batch))) for _ in range(rounds)]
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None
+    return statistics.median(step for step, _ in times), statistics.median(call for _, call in times)
+
+
+def peak_memory_mib() -> tuple[float, ...]:
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,)

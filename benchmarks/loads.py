@@ -1,45 +1,100 @@
-"""What the clients ask for, and how many of them there are. Knows nothing of who answers."""
+"""What the clients ask for, and when. Knows nothing of who answers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import random
+from dataclasses import dataclass, replace
 
-from stable_diffusion.engine.job import Task
+import numpy as np
+from PIL import Image, ImageDraw
+
+from stable_diffusion.engine.job import Kind, Task
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 SHAPES = ("circle", "square", "triangle", "star")
+KINDS: tuple[Kind, ...] = ("txt2img", "img2img", "inpaint")
+SEED = 4
 
 
 @dataclass(frozen=True)
 class Load:
-    """A closed loop: each of `clients` asks for its next picture when it has got one, `requests` pictures in all."""
+    """Tasks, and when they are asked for: at `arrivals_s`, or by `clients` that each ask again when they have got theirs."""
 
     name: str
-    clients: int
-    requests: int
-    steps: tuple[int, ...]  # in turn
-    guidance_scales: tuple[float, ...] = (7.5,)  # in turn
-
-    def tasks(self, side: int) -> list[Task]:
-        return [
-            Task(
-                kind="txt2img",
-                prompt=f"a {COLOURS[number % 6]} {SHAPES[number % 4]} on a {COLOURS[(number + 1) % 6]} background",
-                negative_prompt="",
-                width=side,
-                height=side,
-                num_inference_steps=self.steps[number % len(self.steps)],
-                guidance_scale=self.guidance_scales[number % len(self.guidance_scales)],
-                seed=number,
-                scheduler="DDIMScheduler",
-                safety_check=False,
-            )
-            for number in range(self.requests)
-        ]
+    tasks: tuple[Task, ...]
+    clients: int = 0
+    arrivals_s: tuple[float, ...] = ()
+    counted: frozenset[int] | None = None  # positions of the tasks whose latency counts; None: all
 
 
-def closed_loops(steps: int, requests_per_client: int) -> list[Load]:
-    """The same steps for all at 1, 4, 8 and 16 clients, and mixed steps and guidance at 8."""
-    same = [Load(f"same steps, {clients} clients", clients, clients * requests_per_client, (steps,)) for clients in (1, 4, 8, 16)]
-    mixed_steps = tuple(max(1, steps * share // 50) for share in (4, 50, 12, 30, 20))
-    return [*same, Load("mixed, 8 clients", 8, 8 * requests_per_client, mixed_steps, (7.5, 1.0, 7.5))]
+def task(number: int, side: int, steps: int, guidance_scale: float = 7.5, kind: Kind = "txt2img") -> Task:
+    """The `number`th picture: a prompt and a seed of its own."""
+    drawn = Task(
+        kind=kind,
+        prompt=f"a {COLOURS[number % 6]} {SHAPES[number % 4]} on a {COLOURS[(number + 1) % 6]} background",
+        negative_prompt="",
+        width=side,
+        height=side,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        seed=number,
+        scheduler="DDIMScheduler",
+        safety_check=False,
+    )
+    if kind != "txt2img":
+        drawn = replace(drawn, image=_picture(side), strength=0.8)
+    if kind == "inpaint":
+        drawn = replace(drawn, mask=_right_half(side))
+    return drawn
+
+
+def _picture(side: int) -> Image.Image:
+    ramp = np.linspace(0, 255, side, dtype=np.uint8)
+    return Image.fromarray(np.stack([np.tile(ramp, (side, 1)), np.tile(ramp[:, None], (1, side)), np.full((side, side), 90, np.uint8)], -1))
+
+
+def _right_half(side: int) -> Image.Image:
+    mask = Image.new("L", (side, side), 0)
+    ImageDraw.Draw(mask).rectangle((side // 2, 0, side, side), fill=255)
+    return mask
+
+
+def same_steps(side: int, steps: int, clients: int, requests_per_client: int) -> Load:
+    tasks = tuple(task(number, side, steps) for number in range(clients * requests_per_client))
+    return Load(f"{steps} steps, {clients} clients", tasks, clients=clients)
+
+
+def mixed_tasks(side: int, most_steps: int, requests: int) -> tuple[Task, ...]:
+    """4 to 50 steps (where `most_steps` is 50), two thirds with guidance, all three kinds, two sizes."""
+    chance = random.Random(SEED)
+    smallest = max(2, most_steps * 4 // 50)
+    return tuple(
+        task(
+            number,
+            chance.choice((side, side, side * 3 // 2)),
+            chance.choice((smallest, most_steps // 4, most_steps // 2, most_steps)),
+            chance.choice((7.5, 7.5, 1.0)),
+            chance.choice(KINDS),
+        )
+        for number in range(requests)
+    )
+
+
+def mixed(side: int, most_steps: int, clients: int, requests: int) -> Load:
+    return Load(f"mixed, {clients} clients", mixed_tasks(side, most_steps, requests), clients=clients)
+
+
+def mixed_arrivals(side: int, most_steps: int, requests: int, per_s: float, share: float) -> Load:
+    """A Poisson process, the same one for every contender. `share` says what `per_s` is of plain diffusers' capacity."""
+    chance = random.Random(SEED)
+    arrivals_s = tuple(itertools.accumulate(chance.expovariate(per_s) for _ in range(requests)))
+    return Load(f"mixed, Poisson, {round(100 * share)} % of plain", mixed_tasks(side, most_steps, requests), arrivals_s=arrivals_s)
+
+
+def short_among_long(side: int, most_steps: int, long: int, short: int, every_s: float) -> Load:
+    """`long` requests at once, more than fit into a batch, and `short` ones that come in meanwhile. Only these are counted."""
+    shortest = max(2, most_steps * 4 // 50)
+    tasks = tuple(task(number, side, most_steps if number < long else shortest) for number in range(long + short))
+    arrivals_s = (0.0,) * long + tuple((number + 1) * every_s for number in range(short))
+    return Load(f"{shortest} steps among {most_steps}", tasks, arrivals_s=arrivals_s, counted=frozenset(range(long, long + short)))

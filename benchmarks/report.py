@@ -1,4 +1,4 @@
-"""Rounds to a table: medians over the rounds and their spread, as Markdown for people and as JSON."""
+"""Rounds to tables: medians over the rounds and their spread, as Markdown for people and as JSON."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import json
 import statistics
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-from benchmarks.contenders import Round
+from benchmarks.clients import Round
+from benchmarks.loads import Load
 
 
 @dataclass(frozen=True)
 class Row:
     load: str
+    clients: int  # 0: they come at times of their own
     contender: str
     rounds: int
     images_per_s: float
@@ -25,16 +27,47 @@ class Row:
     p50_s: float
     p95_s: float
     p99_s: float
+    errors: int
     rows_per_call: float | None
-    peak_memory_mib: float
 
 
-def row(load: str, contender: str, rounds: Sequence[Round], first: Sequence[Round]) -> Row:
+@dataclass(frozen=True)
+class Start:
+    """What a contender takes before and beside its work. `peak_memory_mib`: of each of its processes, the largest first."""
+
+    contender: str
+    started_in_s: float
+    peak_memory_mib: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A step with guidance of so many jobs, and the UNet call in it alone."""
+
+    jobs: int
+    step_ms: float
+    unet_ms: float
+
+    @property
+    def between_calls(self) -> float:
+        return (self.step_ms - self.unet_ms) / self.step_ms
+
+
+@dataclass
+class Report:
+    about: dict[str, str]
+    rows: list[Row] = field(default_factory=list)
+    starts: list[Start] = field(default_factory=list)
+    steps: list[StepTime] = field(default_factory=list)
+
+
+def row(load: Load, contender: str, rounds: Sequence[Round], first: Sequence[Round]) -> Row:
     rates = [_rate(one) for one in rounds]
     latencies = sorted(latency for one in rounds for latency in one.latencies_s)
     rows_per_call = [one.rows_per_call for one in rounds if one.rows_per_call is not None]
     return Row(
-        load=load,
+        load=load.name,
+        clients=load.clients,
         contender=contender,
         rounds=len(rounds),
         images_per_s=statistics.median(rates),
@@ -45,13 +78,13 @@ def row(load: str, contender: str, rounds: Sequence[Round], first: Sequence[Roun
         p50_s=_percentile(latencies, 50),
         p95_s=_percentile(latencies, 95),
         p99_s=_percentile(latencies, 99),
+        errors=sum(one.errors for one in rounds),
         rows_per_call=statistics.mean(rows_per_call) if rows_per_call else None,
-        peak_memory_mib=max(one.peak_memory_mib for one in rounds),
     )
 
 
 def _rate(one: Round) -> float:
-    return len(one.latencies_s) / one.seconds
+    return one.pictures / one.seconds
 
 
 def _percentile(ordered: Sequence[float], percent: int) -> float:
@@ -74,20 +107,39 @@ def machine() -> dict[str, str]:
     }
 
 
-def markdown(rows: Sequence[Row], about: dict[str, str]) -> str:
-    lines = [", ".join(f"{name}: {value}" for name, value in about.items()), ""]
-    lines += ["| load | contender | images/s | spread | times plain | mean s | p50 s | p95 s | p99 s | rows/call | peak MiB |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
-    for one in rows:
-        figures = [one.images_per_s, one.times_the_first, one.mean_s, one.p50_s, one.p95_s, one.p99_s]
-        rows_per_call = f"{one.rows_per_call:.1f}" if one.rows_per_call is not None else ""
-        cells = [one.load, one.contender, *(f"{figure:.2f}" for figure in figures), rows_per_call, f"{one.peak_memory_mib:.0f}"]
-        cells.insert(3, f"{100 * one.spread:.0f} %")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def markdown(report: Report) -> str:
+    parts = [", ".join(f"{name}: {value}" for name, value in report.about.items())]
+    if report.rows:
+        heads = ["load", "contender", "images/s", "spread", "times plain", "mean s", "p50 s", "p95 s", "p99 s", "errors", "rows/call"]
+        parts.append(_table(heads, [_cells(one) for one in report.rows]))
+    if report.starts:
+        starts = [
+            [one.contender, f"{one.started_in_s:.1f}", ", ".join(f"{peak:.0f}" for peak in one.peak_memory_mib)] for one in report.starts
+        ]
+        parts.append(_table(["contender", "can draw after s", "peak MiB of its processes"], starts))
+    if report.steps:
+        steps = [[str(one.jobs), f"{one.step_ms:.1f}", f"{one.unet_ms:.1f}", f"{100 * one.between_calls:.1f} %"] for one in report.steps]
+        parts.append(_table(["jobs in a step", "step ms", "UNet call ms", "between calls"], steps))
+    return "\n\n".join(parts) + "\n"
 
 
-def write(folder: Path, rows: Sequence[Row], about: dict[str, str]) -> None:
+def _cells(one: Row) -> list[str]:
+    return [
+        one.load,
+        one.contender,
+        f"{one.images_per_s:.2f}",
+        f"{100 * one.spread:.0f} %",
+        *(f"{figure:.2f}" for figure in (one.times_the_first, one.mean_s, one.p50_s, one.p95_s, one.p99_s)),
+        str(one.errors),
+        f"{one.rows_per_call:.1f}" if one.rows_per_call is not None else "",
+    ]
+
+
+def _table(heads: list[str], rows: Sequence[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [heads, ["---"] * len(heads), *rows])
+
+
+def write(folder: Path, name: str, report: Report) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(markdown(rows, about), encoding="utf-8")
-    (folder / "table.json").write_text(json.dumps({"machine": about, "rows": [asdict(one) for one in rows]}, indent=1), encoding="utf-8")
+    (folder / f"{name}.md").write_text(markdown(report), encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")

@@ -1,46 +1,134 @@
-"""`make bench`: every contender draws every load in turn, A B A B, and one table comes out."""
+"""`make bench`: every contender draws every load in turn, A B A B; tables, JSON and a plot come out."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.contenders import Round, contenders
-from benchmarks.loads import Load, closed_loops
-from benchmarks.report import Row, machine, markdown, row, write
+from benchmarks import loads, servers
+from benchmarks.clients import Round
+from benchmarks.contenders import Contender, InProcess, Setup, engine, plain_diffusers, step_times
+from benchmarks.loads import Load
+from benchmarks.report import Report, Start, StepTime, machine, markdown, row, write
 from stable_diffusion.weights import DEMO_FOLDER
 
+# Plain diffusers comes first: the others are compared with it.
+CONTENDERS: dict[str, Callable[[Setup], Contender]] = {
+    "plain": lambda setup: InProcess("plain diffusers", plain_diffusers, setup),
+    "engine": lambda setup: InProcess("engine", engine, setup),
+    "http": servers.this_project,
+    "batching": servers.request_batching,
+}
+PARTS = ("steps", "closed", "mixed", "open", "short")
+JOBS = (1, 2, 4, 8, 16)
+SHARES_OF_PLAIN = (0.5, 0.8, 1.5)
 
-def bench(model: Path, side: int, loads: list[Load], rounds: int) -> list[Row]:
-    table: list[Row] = []
-    with contenders(model) as running, tqdm(total=len(loads) * rounds * len(running), unit="run") as progress:
-        for load in loads:
+
+@contextmanager
+def started(names: Sequence[str], setup: Setup) -> Iterator[list[Contender]]:
+    with ExitStack() as ends:
+        running = []
+        for name in names:
+            running.append(CONTENDERS[name](setup))
+            ends.callback(running[-1].end)
+        yield running
+
+
+def bench(running: Sequence[Contender], wanted: Sequence[Load], rounds: int, report: Report) -> None:
+    """Add a row for each load and contender."""
+    with tqdm(total=len(wanted) * rounds * len(running), unit="run") as progress:
+        for load in wanted:
             drawn: dict[str, list[Round]] = {contender.name: [] for contender in running}
             for _ in range(rounds):
                 for contender in running:
                     progress.set_description(f"{load.name}: {contender.name}")
-                    drawn[contender.name].append(contender.draw(load, side))
+                    drawn[contender.name].append(contender.draw(load))
                     progress.update()
-            first = drawn[running[0].name]
-            table += [row(load.name, name, results, first) for name, results in drawn.items()]
-    return table
+            report.rows += [row(load, name, results, drawn[running[0].name]) for name, results in drawn.items()]
+
+
+def open_loops(running: Sequence[Contender], side: int, steps: int, requests: int) -> list[Load]:
+    """At shares of what the first contender can draw of the same tasks."""
+    closed = running[0].draw(loads.mixed(side, steps, 1, requests))
+    per_s = closed.pictures / closed.seconds
+    return [loads.mixed_arrivals(side, steps, requests, share * per_s, share) for share in SHARES_OF_PLAIN]
+
+
+def time_steps(setup: Setup, jobs: Sequence[int]) -> list[StepTime]:
+    timed: list[StepTime] = []
+    process = InProcess("step times", step_times, setup)
+    for count in tqdm(jobs, desc="step times", unit="size"):
+        if (seconds := process.step_seconds(count, setup.side)) is None:
+            break
+        timed.append(StepTime(count, 1000 * seconds[0], 1000 * seconds[1]))
+    process.end()
+    return timed
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=DEMO_FOLDER, help="a diffusers folder; default: the demo model")
+    arguments = _arguments()
+    setup = Setup(arguments.model.resolve(), arguments.precision, arguments.side)
+    about = {**machine(), "model": setup.model.parent.name if setup.model == DEMO_FOLDER else setup.model.name, "side": str(setup.side)}
+    report = Report({**about, "precision": setup.precision})
+    side, steps = setup.side, arguments.steps
+    # The cap is measured in this run, not recalled from an earlier one.
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["XDG_CACHE_HOME"] = cache
+        if "steps" in arguments.parts:
+            report.steps = time_steps(setup, arguments.jobs)
+            write(arguments.output, arguments.name, report)
+        wanted = [part for part in arguments.parts if part != "steps"]
+        if wanted:
+            with started(arguments.contenders, setup) as running:
+                for part in wanted:
+                    bench(running, _loads(part, running, side, steps, arguments), arguments.rounds, report)
+                    # A run that is broken off leaves what it has measured.
+                    write(arguments.output, arguments.name, report)
+                last = loads.same_steps(side, 2, 1, 1)
+                report.starts = [Start(one.name, one.started_in_s, one.draw(last).peak_memory_mib) for one in running]
+    write(arguments.output, arguments.name, report)
+    print(markdown(report))
+    written = arguments.output / arguments.name
+    print(f"Written to {written}.md and .json; the plot: python -m benchmarks.plot {written}.json")
+
+
+def _loads(part: str, running: Sequence[Contender], side: int, steps: int, arguments: argparse.Namespace) -> list[Load]:
+    match part:
+        case "closed":
+            return [loads.same_steps(side, steps, clients, arguments.requests_per_client) for clients in arguments.clients]
+        case "mixed":
+            return [loads.mixed(side, steps, 8, arguments.requests)]
+        case "open":
+            return open_loops(running, side, steps, arguments.requests)
+        case _:
+            return [loads.short_among_long(side, steps, 12, 4, arguments.short_every_s)]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", type=Path, default=DEMO_FOLDER, help="a diffusers folder")
+    parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
     parser.add_argument("--side", type=int, default=64, help="pixels")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--requests-per-client", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=50, help="of a request; the most where they are mixed")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="the first one is what the others are compared with"
+    )
+    parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 8, 16], help="of the closed loops")
+    parser.add_argument("--jobs", nargs="+", type=int, default=list(JOBS), help="whose steps are timed")
+    parser.add_argument("--requests-per-client", type=int, default=2, help="in the closed loops")
+    parser.add_argument("--requests", type=int, default=24, help="of the mixed loads")
+    parser.add_argument("--short-every-s", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    arguments = parser.parse_args()
-    loads = closed_loops(arguments.steps, arguments.requests_per_client)
-    table, about = bench(arguments.model, arguments.side, loads, arguments.rounds), machine()
-    write(arguments.output, table, about)
-    print(markdown(table, about))
+    parser.add_argument("--name", default="table", help="of the files that are written")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,60 +1,149 @@
-"""The benchmark itself: its arithmetic on made-up rounds, and a run of a few seconds with both contenders."""
+"""The benchmark itself: its arithmetic on made-up rounds, its clients, and a run of a few seconds with all contenders."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks.contenders import Round
-from benchmarks.loads import Load, closed_loops
-from benchmarks.report import markdown, row, write
-from benchmarks.run import bench
+from benchmarks import loads, plot
+from benchmarks.clients import Round, play
+from benchmarks.contenders import Setup
+from benchmarks.loads import Load
+from benchmarks.plain import Plain
+from benchmarks.report import Report, Row, Start, StepTime, markdown, row, write
+from benchmarks.run import CONTENDERS, bench, started, time_steps
+from stable_diffusion.engine.job import Task
 from stable_diffusion.weights import DEMO_FOLDER
+from tests.conftest import RecordingEngine
+
+LOAD = loads.same_steps(64, 2, clients=2, requests_per_client=5)
+DEMO = Setup(DEMO_FOLDER, "fp32", 64)
 
 
-def made_up(seconds: float, latencies_s: list[float]) -> Round:
-    return Round(seconds, latencies_s, 500.0, None)
+def made_up(seconds: float, latencies_s: list[float], errors: int = 0) -> Round:
+    return Round(seconds, len(latencies_s), latencies_s, errors)
 
 
 def test_rates_are_medians_and_ratios_compare_round_with_round() -> None:
     # The machine was half as fast during the second round, for both.
     plain = [made_up(10, [1.0] * 10), made_up(20, [2.0] * 10), made_up(10, [1.0] * 10)]
     ours = [made_up(5, [0.5] * 10), made_up(10, [1.0] * 10), made_up(4, [0.4] * 10)]
-    line = row("load", "ours", ours, plain)
+    line = row(LOAD, "ours", ours, plain)
     assert line.images_per_s == 2.0
     assert line.times_the_first == 2.0
     assert line.spread == pytest.approx((2.5 - 1.0) / 2.0)
 
 
 def test_percentiles_are_latencies_that_occurred() -> None:
-    line = row("load", "ours", [made_up(1, [float(number) for number in range(1, 101)])], [made_up(1, [1.0])])
+    line = row(LOAD, "ours", [made_up(1, [float(number) for number in range(1, 101)], errors=3)], [made_up(1, [1.0])])
     assert (line.p50_s, line.p95_s, line.p99_s) == (50.0, 95.0, 99.0)
     assert line.mean_s == 50.5
+    assert line.errors == 3
 
 
-def test_a_load_asks_for_as_many_pictures_as_it_says_with_seeds_of_their_own() -> None:
-    for load in closed_loops(50, 2):
-        tasks = load.tasks(64)
-        assert len(tasks) == load.requests == 2 * load.clients
-        assert len({task.seed for task in tasks}) == load.requests
-    mixed = closed_loops(50, 2)[-1].tasks(64)
-    assert {task.num_inference_steps for task in mixed} == {4, 50, 12, 30, 20}
-    assert {task.guidance_scale for task in mixed} == {1.0, 7.5}
+class Worker:
+    """Answers after a while, and remembers how many asked at once."""
+
+    def __init__(self, refuses: set[int]) -> None:
+        self._refuses = refuses
+        self.at_once = 0
+        self.most_at_once = 0
+        self.seeds: list[int] = []
+
+    async def ask(self, wanted: Task) -> bool:
+        self.seeds.append(wanted.seed)
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        await asyncio.sleep(0.01)
+        self.at_once -= 1
+        return wanted.seed not in self._refuses
 
 
-def test_both_contenders_draw_a_small_load_and_a_table_comes_out(tmp_path: Path) -> None:
-    table = bench(DEMO_FOLDER, 64, [Load("small", 3, 6, (2,))], rounds=1)
-    assert [line.contender for line in table] == ["plain diffusers", "engine"]
-    plain, engine = table
+def test_a_closed_loop_never_has_more_requests_out_than_clients_and_asks_for_everything_once() -> None:
+    worker = Worker(refuses={3})
+    result = asyncio.run(play(loads.same_steps(64, 2, clients=3, requests_per_client=4), worker.ask))
+    assert sorted(worker.seeds) == list(range(12))
+    assert worker.most_at_once == 3
+    assert (result.pictures, result.errors, len(result.latencies_s)) == (11, 1, 11)
+    assert min(result.latencies_s) >= 0.01
+
+
+def test_an_open_loop_does_not_wait_for_answers() -> None:
+    worker = Worker(refuses=set())
+    tasks = tuple(loads.task(number, 64, 2) for number in range(20))
+    asyncio.run(play(Load("burst", tasks, arrivals_s=(0.0,) * 20), worker.ask))
+    assert worker.most_at_once == 20
+
+
+def test_poisson_arrivals_are_the_same_for_everybody_and_come_at_the_rate_that_was_asked_for() -> None:
+    load = loads.mixed_arrivals(64, 50, 2000, per_s=4.0, share=0.8)
+    assert load == loads.mixed_arrivals(64, 50, 2000, per_s=4.0, share=0.8)
+    assert load.name == "mixed, Poisson, 80 % of plain"
+    gaps = np.diff(np.asarray(load.arrivals_s))
+    assert gaps.mean() == pytest.approx(0.25, rel=0.1)
+    assert gaps.std() == pytest.approx(0.25, rel=0.1), "as long as the mean: exponential"
+
+
+def test_mixed_tasks_are_of_all_kinds_sizes_and_lengths() -> None:
+    tasks = loads.mixed_tasks(64, 50, 24)
+    assert {one.kind for one in tasks} == {"txt2img", "img2img", "inpaint"}
+    assert {one.num_inference_steps for one in tasks} == {4, 12, 25, 50}
+    assert {one.guidance_scale for one in tasks} == {1.0, 7.5}
+    assert {one.width for one in tasks} == {64, 96}
+    assert len({one.seed for one in tasks}) == 24
+    assert all((one.image is None) == (one.kind == "txt2img") and (one.mask is None) == (one.kind != "inpaint") for one in tasks)
+
+
+def test_only_the_short_ones_among_the_long_ones_are_counted() -> None:
+    load = loads.short_among_long(64, 50, long=3, short=2, every_s=0.02)
+    worker = Worker(refuses=set())
+    result = asyncio.run(play(load, worker.ask))
+    assert [one.num_inference_steps for one in load.tasks] == [50] * 3 + [4] * 2
+    assert (result.pictures, len(result.latencies_s)) == (5, 2)
+
+
+def test_plain_diffusers_draws_the_tasks_that_the_engine_draws(recording_engine: RecordingEngine) -> None:
+    plain = Plain(DEMO)
+    for kind in loads.KINDS:
+        tasks = [loads.task(number, 64, 4, kind=kind) for number in range(2)]
+        ours = [np.asarray(picture.image).astype(int) for picture in recording_engine.draw(tasks)]
+        theirs = [np.asarray(image).astype(int) for image in plain.draw(tasks)]
+        assert max(np.abs(one - other).max() for one, other in zip(ours, theirs, strict=True)) <= 2
+
+
+def test_all_contenders_draw_small_loads_and_tables_and_a_plot_come_out(tmp_path: Path) -> None:
+    report = Report({"commit": "abc", "model": "demo", "side": "64", "gpu": "none", "processor": "some"})
+    wanted = [loads.same_steps(64, 2, 3, 2), loads.mixed(64, 4, 3, 6)]
+    with started(list(CONTENDERS), DEMO) as running:
+        bench(running, wanted, rounds=1, report=report)
+        report.starts = [Start(one.name, one.started_in_s, one.draw(wanted[0]).peak_memory_mib) for one in running]
+    report.steps = time_steps(DEMO, [1, 2])
+    names = ["plain diffusers", "engine", "this project, HTTP", "BentoML's batching, HTTP"]
+    assert [line.contender for line in report.rows] == names * 2
+    assert all(line.errors == 0 and 0 < line.p50_s <= line.p99_s < 60 for line in report.rows)
+    plain, engine = report.rows[:2]
     assert plain.times_the_first == 1.0
-    assert plain.rows_per_call is None
     assert engine.rows_per_call is not None
     assert engine.rows_per_call > 2, "three clients with guidance share steps"
-    assert all(0 < line.p50_s <= line.p99_s < 60 for line in table)
-    write(tmp_path, table, {"commit": "abc"})
-    assert len(json.loads((tmp_path / "table.json").read_text())["rows"]) == 2
-    written = (tmp_path / "table.md").read_text()
-    assert written == markdown(table, {"commit": "abc"})
-    assert len({line.count("|") for line in written.splitlines()[2:]}) == 1
+    assert [len(start.peak_memory_mib) for start in report.starts] == [1, 1, 4, 4], "a server is four processes"
+    assert [step.jobs for step in report.steps] == [1, 2]
+    write(tmp_path, "small", report)
+    assert json.loads((tmp_path / "small.json").read_text()) == json.loads(json.dumps(asdict(report)))
+    assert (tmp_path / "small.md").read_text() == markdown(report)
+    with Image.open(plot.write(tmp_path / "small.json")) as picture:
+        assert len(picture.convert("RGB").getcolors(2**20) or []) > 10, "something is drawn"
+
+
+def test_every_table_has_as_many_cells_in_each_line() -> None:
+    line = Row("a load", 1, "ours", 3, 1.0, 0.1, 1.0, 1.0, 1.0, 1.0, 1.0, 0, None)
+    report = Report({"commit": "abc"}, [line], [Start("ours", 1.0, (5.0, 4.0))], [StepTime(1, 10.0, 9.5)])
+    tables = markdown(report).split("\n\n")[1:]
+    assert len(tables) == 3
+    assert all(len({one.count("|") for one in table.splitlines()}) == 1 for table in tables)
+    assert "5.0 %" in tables[2]
