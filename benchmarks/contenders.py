@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from benchmarks.clients import Round, play
 from benchmarks.loads import Load, task
-from stable_diffusion.engine.job import Job, Picture, Task
+from stable_diffusion.engine.job import Picture, Task
 from stable_diffusion.errors import ServiceError
 
 Precision = Literal["fp32", "fp16"]
@@ -61,15 +60,12 @@ class InProcess:
         self.started_in_s = time.perf_counter() - began
 
     def draw(self, load: Load) -> Round:
-        self._connection.send(load)
-        answer: Round = self._connection.recv()
+        answer: Round = self.tell(load)
         return answer
 
-    def step_seconds(self, jobs: int, side: int) -> tuple[float, float] | None:
-        """The engine only. A step of so many jobs, and the UNet call in it alone; None if they do not fit into memory."""
-        self._connection.send((jobs, side))
-        answer: tuple[float, float] | None = self._connection.recv()
-        return answer
+    def tell(self, order: object) -> Any:
+        self._connection.send(order)
+        return self._connection.recv()
 
     def end(self) -> None:
         self._connection.send(None)
@@ -120,46 +116,6 @@ def engine(connection: Connection, setup: Setup) -> None:
         rows_per_call = statistics.mean(step.rows for step in steps)
         connection.send(replace(answer, rows_per_call=rows_per_call, peak_memory_mib=peak_memory_mib()))
     running.close()
-
-
-def step_times(connection: Connection, setup: Setup) -> None:
-    """The engine's arithmetic without its loop: what a step costs, and how much of that is the UNet."""
-    from stable_diffusion.engine.denoiser import Denoiser
-    from stable_diffusion.pipelines import load
-    from stable_diffusion.weights import check_model
-
-    with ThreadPoolExecutor(1) as thread:
-        denoiser = thread.submit(lambda: Denoiser(load(check_model(setup.model), setup.precision))).result()
-        connection.send("loaded")
-        while (order := connection.recv()) is not None:
-            connection.send(thread.submit(partial(_time_steps, denoiser, *order)).result())
-
-
-def _time_steps(denoiser: Any, jobs: int, side: int) -> tuple[float, float] | None:
-    import torch
-
-    def seconds(work: Callable[[], object]) -> float:
-        began = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    def step() -> None:
-        for job, predicted in zip(batch, denoiser.predict(batch), strict=True):
-            denoiser.advance(job, predicted)
-
-    try:
-        batch = [Job(task(number, side, 150), on_end=lambda outcome: None) for number in range(jobs)]
-        for job in batch:
-            job.tensors = denoiser.prepare(job.task)
-        rounds = 3 if seconds(step) > 1 else 15
-        # In turn, so that what slows the machine down for a while slows both.
-        times = [(seconds(step), seconds(partial(denoiser.predict, batch))) for _ in range(rounds)]
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return None
-    return statistics.median(step for step, _ in times), statistics.median(call for _, call in times)
 
 
 def peak_memory_mib() -> tuple[float, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks.clients import Round
 from benchmarks.loads import Load
+from benchmarks.steps import StepTime
 
 
 @dataclass(frozen=True)
@@ -38,19 +39,6 @@ class Start:
     contender: str
     started_in_s: float
     peak_memory_mib: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class StepTime:
-    """A step with guidance of so many jobs, and the UNet call in it alone."""
-
-    jobs: int
-    step_ms: float
-    unet_ms: float
-
-    @property
-    def between_calls(self) -> float:
-        return (self.step_ms - self.unet_ms) / self.step_ms
 
 
 @dataclass
@@ -118,8 +106,8 @@ def markdown(report: Report) -> str:
         ]
         parts.append(_table(["contender", "can draw after s", "peak MiB of its processes"], starts))
     if report.steps:
-        steps = [[str(one.jobs), f"{one.step_ms:.1f}", f"{one.unet_ms:.1f}", f"{100 * one.between_calls:.1f} %"] for one in report.steps]
-        parts.append(_table(["jobs in a step", "step ms", "UNet call ms", "between calls"], steps))
+        heads = ["jobs in a step", "step ms", "UNet call ms", "between calls", "TFLOP a call", "TFLOPS", "of the matrix product"]
+        parts.append(_table(heads, [_step_cells(one) for one in report.steps]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -132,6 +120,18 @@ def _cells(one: Row) -> list[str]:
         *(f"{figure:.2f}" for figure in (one.times_the_first, one.mean_s, one.p50_s, one.p95_s, one.p99_s)),
         str(one.errors),
         f"{one.rows_per_call:.1f}" if one.rows_per_call is not None else "",
+    ]
+
+
+def _step_cells(one: StepTime) -> list[str]:
+    return [
+        str(one.jobs),
+        f"{one.step_ms:.1f}",
+        f"{one.unet_ms:.1f}",
+        f"{100 * one.between_calls:.1f} %",
+        f"{one.tflop:.3f}",
+        f"{1000 * one.tflop / one.unet_ms:.3f}",
+        f"{100 * one.share_of_matrix_product:.0f} % of {one.matrix_product_tflops:.3f}",
     ]
 
 

@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from benchmarks import loads, servers
 from benchmarks.clients import Round
-from benchmarks.contenders import Contender, InProcess, Setup, engine, plain_diffusers, step_times
+from benchmarks.contenders import Contender, InProcess, Setup, engine, plain_diffusers
 from benchmarks.loads import Load
-from benchmarks.report import Report, Start, StepTime, machine, markdown, row, write
+from benchmarks.report import Report, Start, machine, markdown, row, write
+from benchmarks.steps import time_steps
 from stable_diffusion.weights import DEMO_FOLDER
 
 # Plain diffusers comes first: the others are compared with it.
@@ -58,17 +59,6 @@ def open_loops(running: Sequence[Contender], side: int, steps: int, requests: in
     closed = running[0].draw(loads.mixed(side, steps, 1, requests))
     per_s = closed.pictures / closed.seconds
     return [loads.mixed_arrivals(side, steps, requests, share * per_s, share) for share in SHARES_OF_PLAIN]
-
-
-def time_steps(setup: Setup, jobs: Sequence[int]) -> list[StepTime]:
-    timed: list[StepTime] = []
-    process = InProcess("step times", step_times, setup)
-    for count in tqdm(jobs, desc="step times", unit="size"):
-        if (seconds := process.step_seconds(count, setup.side)) is None:
-            break
-        timed.append(StepTime(count, 1000 * seconds[0], 1000 * seconds[1]))
-    process.end()
-    return timed
 
 
 def main() -> None:

@@ -16,8 +16,9 @@ from benchmarks.clients import Round, play
 from benchmarks.contenders import Setup
 from benchmarks.loads import Load
 from benchmarks.plain import Plain
-from benchmarks.report import Report, Row, Start, StepTime, markdown, row, write
-from benchmarks.run import CONTENDERS, bench, started, time_steps
+from benchmarks.report import Report, Row, Start, markdown, row, write
+from benchmarks.run import CONTENDERS, bench, started
+from benchmarks.steps import StepTime, time_steps
 from stable_diffusion.engine.job import Task
 from stable_diffusion.weights import DEMO_FOLDER
 from tests.conftest import RecordingEngine
@@ -123,7 +124,7 @@ def test_all_contenders_draw_small_loads_and_tables_and_a_plot_come_out(tmp_path
     with started(list(CONTENDERS), DEMO) as running:
         bench(running, wanted, rounds=1, report=report)
         report.starts = [Start(one.name, one.started_in_s, one.draw(wanted[0]).peak_memory_mib) for one in running]
-    report.steps = time_steps(DEMO, [1, 2])
+    report.steps = [StepTime(1, 10.0, 9.5, 0.019, 4.0), StepTime(2, 11.0, 10.5, 0.038, 4.0)]
     names = ["plain diffusers", "engine", "this project, HTTP", "BentoML's batching, HTTP"]
     assert [line.contender for line in report.rows] == names * 2
     assert all(line.errors == 0 and 0 < line.p50_s <= line.p99_s < 60 for line in report.rows)
@@ -132,7 +133,6 @@ def test_all_contenders_draw_small_loads_and_tables_and_a_plot_come_out(tmp_path
     assert engine.rows_per_call is not None
     assert engine.rows_per_call > 2, "three clients with guidance share steps"
     assert [len(start.peak_memory_mib) for start in report.starts] == [1, 1, 4, 4], "a server is four processes"
-    assert [step.jobs for step in report.steps] == [1, 2]
     write(tmp_path, "small", report)
     assert json.loads((tmp_path / "small.json").read_text()) == json.loads(json.dumps(asdict(report)))
     assert (tmp_path / "small.md").read_text() == markdown(report)
@@ -142,8 +142,14 @@ def test_all_contenders_draw_small_loads_and_tables_and_a_plot_come_out(tmp_path
 
 def test_every_table_has_as_many_cells_in_each_line() -> None:
     line = Row("a load", 1, "ours", 3, 1.0, 0.1, 1.0, 1.0, 1.0, 1.0, 1.0, 0, None)
-    report = Report({"commit": "abc"}, [line], [Start("ours", 1.0, (5.0, 4.0))], [StepTime(1, 10.0, 9.5)])
+    report = Report({"commit": "abc"}, [line], [Start("ours", 1.0, (5.0, 4.0))], [StepTime(1, 10.0, 9.5, 0.019, 4.0)])
     tables = markdown(report).split("\n\n")[1:]
     assert len(tables) == 3
     assert all(len({one.count("|") for one in table.splitlines()}) == 1 for table in tables)
-    assert "5.0 %" in tables[2]
+    assert "| 5.0 % | 0.019 | 2.000 | 50 % of 4.000 |" in tables[2]
+
+
+def test_the_arithmetic_of_a_call_is_counted_with_all_of_its_rows() -> None:
+    one, two = time_steps(DEMO, [1, 2])
+    assert two.tflop == pytest.approx(2 * one.tflop)
+    assert 0 < one.share_of_matrix_product < 1.2
