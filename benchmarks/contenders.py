@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import resource
 import statistics
 import time
@@ -44,6 +45,7 @@ class Setup:
     precision: Precision
     side: int
     max_batch_size: int = MAX_BATCH_SIZE
+    cuda_graphs: bool = False
 
 
 class InProcess:
@@ -93,9 +95,11 @@ def plain_diffusers(connection: Connection, setup: Setup) -> None:
 def engine(connection: Connection, setup: Setup) -> None:
     """This project's engine as the runner starts it, cap measured, without HTTP."""
     from stable_diffusion.engine.engine import StepRecord
-    from stable_diffusion.runnable import start_engine
+    from stable_diffusion.runnable import CUDA_GRAPHS_VARIABLE, start_engine
     from stable_diffusion.weights import check_model
 
+    if setup.cuda_graphs:
+        os.environ[CUDA_GRAPHS_VARIABLE] = "1"
     steps: list[StepRecord] = []
     running = start_engine(check_model(setup.model), setup.precision, setup.max_batch_size, steps.append)
     connection.send("loaded")

@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,6 +24,7 @@ from stable_diffusion.weights import DEMO_FOLDER
 CONTENDERS: dict[str, Callable[[Setup], Contender]] = {
     "plain": lambda setup: InProcess("plain diffusers", plain_diffusers, setup),
     "engine": lambda setup: InProcess("engine", engine, setup),
+    "graphs": lambda setup: InProcess("engine, CUDA graphs", engine, replace(setup, cuda_graphs=True)),
     "http": servers.this_project,
     "batching": servers.request_batching,
 }
@@ -63,7 +65,7 @@ def open_loops(running: Sequence[Contender], side: int, steps: int, requests: in
 
 def main() -> None:
     arguments = _arguments()
-    setup = Setup(arguments.model.resolve(), arguments.precision, arguments.side)
+    setup = Setup(arguments.model.resolve(), arguments.precision, arguments.side, cuda_graphs=arguments.cuda_graphs)
     about = {**machine(), "model": setup.model.parent.name if setup.model == DEMO_FOLDER else setup.model.name, "side": str(setup.side)}
     report = Report({**about, "precision": setup.precision})
     side, steps = setup.side, arguments.steps
@@ -107,10 +109,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=64, help="pixels")
     parser.add_argument("--steps", type=int, default=50, help="of a request; the most where they are mixed")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument(
-        "--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="the first one is what the others are compared with"
-    )
+    default = ["plain", "engine", "http", "batching"]
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=default, help="the others are compared with the first")
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 8, 16], help="of the closed loops")
+    parser.add_argument("--cuda-graphs", action="store_true", help="in the timed steps; of the contenders only `graphs` has them")
     parser.add_argument("--jobs", nargs="+", type=int, default=list(JOBS), help="whose steps are timed")
     parser.add_argument("--requests-per-client", type=int, default=2, help="in the closed loops")
     parser.add_argument("--requests", type=int, default=24, help="of the mixed loads")

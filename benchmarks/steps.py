@@ -69,20 +69,25 @@ def step_times(connection: Connection, setup: Setup) -> None:
         denoiser = thread.submit(lambda: Denoiser(load(check_model(setup.model), setup.precision))).result()
         connection.send("loaded")
         while (jobs := connection.recv()) is not None:
-            connection.send(thread.submit(_time_step, denoiser, jobs, setup.side).result())
+            connection.send(thread.submit(_time_step, denoiser, jobs, setup).result())
 
 
-def _time_step(denoiser: Denoiser, jobs: int, side: int) -> StepTime | None:
+def _time_step(denoiser: Denoiser, jobs: int, setup: Setup) -> StepTime | None:
     import torch
+
+    from stable_diffusion.engine.recorded import record_cuda_graph
 
     def step() -> None:
         for job, predicted in zip(batch, denoiser.predict(batch), strict=True):
             denoiser.advance(job, predicted)
 
     try:
-        batch = [Job(task(number, side, _MOST_STEPS), on_end=lambda outcome: None) for number in range(jobs)]
+        batch = [Job(task(number, setup.side, _MOST_STEPS), on_end=lambda outcome: None) for number in range(jobs)]
         for job in batch:
             job.tensors = denoiser.prepare(job.task)
+        tflop = _count_tflop(partial(denoiser.predict, batch))
+        if setup.cuda_graphs:
+            denoiser.record_steps(record_cuda_graph, setup.side, setup.side, jobs)
         rounds = 3 if _seconds(step) > 1 else 25
         assert batch[0].tensors is not None
         latents = batch[0].tensors.latents
@@ -91,7 +96,6 @@ def _time_step(denoiser: Denoiser, jobs: int, side: int) -> StepTime | None:
         product()
         # In turn, so that what slows the machine down for a while slows all.
         times = [(_seconds(step), _seconds(partial(denoiser.predict, batch)), _seconds(product)) for _ in range(rounds)]
-        tflop = _count_tflop(partial(denoiser.predict, batch))
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return None

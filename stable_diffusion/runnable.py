@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("stable_diffusion")
 
+CUDA_GRAPHS_VARIABLE = "SD_CUDA_GRAPHS"
+
 
 def start_engine(
     model: ModelFolder, precision: Precision, max_batch_size: int, on_step: Callable[[StepRecord], None] | None = None
@@ -51,6 +54,8 @@ def start_engine(
         parts = load(model, precision)
         denoiser = Denoiser(parts)
         denoiser.warm_up(width, height)
+        if os.environ.get(CUDA_GRAPHS_VARIABLE) == "1":
+            _record_steps(denoiser, parts, width, height, max_batch_size)
         cap = _recall_or_measure(denoiser, parts, model, max_batch_size)
         logger.info("Up to %d pictures of %dx%d share a step: %s.", cap.jobs, width, height, cap.reason)
         _export(cap, width, height)
@@ -61,6 +66,16 @@ def start_engine(
         return cap_for_size(caps[0], width * height, size[0] * size[1], max_batch_size)
 
     return Engine(load_and_warm_up, max_batch_size, on_step, cap_for)
+
+
+def _record_steps(denoiser: Denoiser, parts: Parts, width: int, height: int, max_batch_size: int) -> None:
+    from stable_diffusion.engine.recorded import record_cuda_graph
+
+    if parts.device.type != "cuda":
+        logger.warning("%s=1 is ignored: there is no GPU.", CUDA_GRAPHS_VARIABLE)
+        return
+    denoiser.record_steps(record_cuda_graph, width, height, max_batch_size)
+    logger.info("Steps of 1 to %d pictures of %dx%d are recorded as CUDA graphs.", max_batch_size, width, height)
 
 
 def _recall_or_measure(denoiser: Denoiser, parts: Parts, model: ModelFolder, max_batch_size: int) -> Cap:
@@ -78,6 +93,7 @@ def _recall_or_measure(denoiser: Denoiser, parts: Parts, model: ModelFolder, max
         "width": width,
         "height": height,
         "max_batch_size": max_batch_size,
+        CUDA_GRAPHS_VARIABLE: os.environ.get(CUDA_GRAPHS_VARIABLE, ""),
     }
     if (cap := recall(key)) is not None:
         return cap

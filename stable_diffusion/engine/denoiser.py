@@ -20,6 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from stable_diffusion.engine.job import Job, Latents, Picture, Task
+from stable_diffusion.engine.recorded import Record, RecordedCalls
 from stable_diffusion.errors import GenerationFailed
 from stable_diffusion.pipelines import Parts
 
@@ -42,6 +43,20 @@ class Denoiser:
         self._pixels_per_latent = pixels_per_latent
         # Above all for the empty negative prompt, which nearly every request has.
         self._encode_text = lru_cache(maxsize=_KEPT_TEXTS)(self._encode_new_text)
+
+        self._call_unet = RecordedCalls(self._run_unet)
+
+    def _run_unet(self, latents: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        predicted: torch.Tensor = self._parts.unet(latents, timesteps, encoder_hidden_states=embeddings, return_dict=False)[0]
+        return predicted
+
+    def record_steps(self, record: Record, width: int, height: int, most_jobs: int) -> None:
+        """Record the UNet calls of 1 to `most_jobs` guided jobs of one size, from now on replayed; an odd row rides with an empty one."""
+        channels = self._parts.unet.config.in_channels
+        latents = torch.zeros(1, channels, height // self._pixels_per_latent, width // self._pixels_per_latent)
+        embeddings, _ = self._encode_text("")
+        rows = range(2, 2 * most_jobs + 1, 2)
+        self._call_unet.record(record, latents.to(self._parts.device, self._parts.dtype), embeddings, rows)
 
     def warm_up(self, width: int, height: int) -> None:
         """Draw a picture in two steps: kernels are chosen and memory is taken now, and a model that cannot draw fails at start."""
@@ -207,10 +222,8 @@ class Denoiser:
             inputs.extend([scaled] * job.rows)
             timesteps.append(timestep.to(torch.float32).expand(job.rows))
             embeddings.append(state.embeddings[-job.rows :])
-        predicted = self._parts.unet(
-            torch.cat(inputs), torch.cat(timesteps).to(self._parts.device), encoder_hidden_states=torch.cat(embeddings), return_dict=False
-        )[0]
-        return list(predicted.split([job.rows for job in jobs]))
+        predicted = self._call_unet(torch.cat(inputs), torch.cat(timesteps).to(self._parts.device), torch.cat(embeddings))
+        return list(torch.split(predicted, [job.rows for job in jobs]))
 
     @torch.inference_mode()
     def advance(self, job: Job, predicted: torch.Tensor) -> None:
