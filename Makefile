@@ -1,7 +1,7 @@
 # make serve      start the service (PRECISION=fp32 or fp16, HOST, PORT)
 # make test       install, check and run every test
 # make image-test build both Docker images and run them (needs Docker; half an hour at first)
-# make bench      the engine against plain diffusers on the demo model, side by side: a quarter of an hour
+# make bench      this project against plain diffusers and BentoML's batching on the demo model: about 40 minutes
 # make check      lint, format and types only
 # make format     rewrite the files as the linter wants them
 # make model      download Stable Diffusion v1.4 (PRECISION=fp32 or fp16)
@@ -60,6 +60,7 @@ image-test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.plot benchmarks/results/table.json
 
 check: $(INSTALLED)
 	$(BIN)/ruff check $(CODE)
