@@ -29,21 +29,22 @@ async def play(load: Load, ask: Callable[[Task], Awaitable[bool]]) -> Round:
     errors = 0
     began = time.perf_counter()
 
-    async def one(number: int) -> None:
+    async def one(number: int, asked: float) -> None:
         nonlocal errors
-        asked = time.perf_counter()
         if await ask(load.tasks[number]):
             latencies[number] = time.perf_counter() - asked
         else:
             errors += 1
 
     async def arrive(number: int) -> None:
-        await asyncio.sleep(max(0.0, began + load.arrivals_s[number] - time.perf_counter()))
-        await one(number)
+        # From when it was due, so that a late client does not flatter anybody.
+        due = began + load.arrivals_s[number]
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        await one(number, due)
 
     async def client() -> None:
         for number in waiting:
-            await one(number)
+            await one(number, time.perf_counter())
 
     if load.arrivals_s:
         await asyncio.gather(*(arrive(number) for number in range(len(load.tasks))))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
-import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,12 +39,11 @@ class Contender(Protocol):
 
 @dataclass(frozen=True)
 class Setup:
-    """What is drawn with. `side`: pixels of the picture that is drawn once before anything is measured."""
+    """What is drawn with. `side`: pixels."""
 
     model: Path
     precision: Precision
     side: int
-    max_batch_size: int = MAX_BATCH_SIZE
     cuda_graphs: bool = False
 
 
@@ -58,6 +57,7 @@ class InProcess:
         self._connection, there = context.Pipe()
         self._process = context.Process(target=serve, args=(there, setup), daemon=True)
         self._process.start()
+        there.close()  # this process's end of it: a process that dies while it loads is noticed
         self._connection.recv()  # it is loaded
         self.started_in_s = time.perf_counter() - began
 
@@ -89,7 +89,7 @@ def plain_diffusers(connection: Connection, setup: Setup) -> None:
             return True
 
         while (load := connection.recv()) is not None:
-            connection.send(replace(asyncio.run(play(load, ask)), peak_memory_mib=peak_memory_mib()))
+            connection.send(replace(asyncio.run(play(load, ask)), peak_memory_mib=(peak_memory_mib(os.getpid()),)))
 
 
 def engine(connection: Connection, setup: Setup) -> None:
@@ -98,10 +98,11 @@ def engine(connection: Connection, setup: Setup) -> None:
     from stable_diffusion.runnable import CUDA_GRAPHS_VARIABLE, start_engine
     from stable_diffusion.weights import check_model
 
-    if setup.cuda_graphs:
-        os.environ[CUDA_GRAPHS_VARIABLE] = "1"
+    os.environ[CUDA_GRAPHS_VARIABLE] = str(int(setup.cuda_graphs))
+    # The cap is measured in this run, not recalled from an earlier one.
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
     steps: list[StepRecord] = []
-    running = start_engine(check_model(setup.model), setup.precision, setup.max_batch_size, steps.append)
+    running = start_engine(check_model(setup.model), setup.precision, MAX_BATCH_SIZE, steps.append)
     connection.send("loaded")
 
     async def ask(wanted: Task) -> bool:
@@ -118,9 +119,10 @@ def engine(connection: Connection, setup: Setup) -> None:
         steps.clear()
         answer = asyncio.run(play(load, ask))
         rows_per_call = statistics.mean(step.rows for step in steps)
-        connection.send(replace(answer, rows_per_call=rows_per_call, peak_memory_mib=peak_memory_mib()))
+        connection.send(replace(answer, rows_per_call=rows_per_call, peak_memory_mib=(peak_memory_mib(os.getpid()),)))
     running.close()
 
 
-def peak_memory_mib() -> tuple[float, ...]:
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,)
+def peak_memory_mib(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))

@@ -5,7 +5,7 @@ set -euo pipefail
 folder=${1:?usage: benchmarks/gpu_wheels.sh FOLDER [PYTHON_VERSION]}
 python_version=${2:-3.12}
 here=$(cd "$(dirname "$0")/.." && pwd)
-there='torch|triton|nvidia-.*|cuda-.*|transformers|pillow|numpy|scipy|accelerate|huggingface-hub|hf-xet|tokenizers|safetensors|sympy|networkx'
+there='torch|triton|nvidia-cu.*|nvidia-nv.*|nvidia-nccl.*|cuda-.*|transformers|pillow|numpy|scipy|accelerate|huggingface-hub|hf-xet|tokenizers|safetensors|sympy|networkx'
 
 wanted=$(mktemp)
 trap 'rm -f "$wanted"' EXIT

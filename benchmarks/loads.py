@@ -86,9 +86,13 @@ def mixed(side: int, most_steps: int, clients: int, requests: int) -> Load:
 
 
 def mixed_arrivals(side: int, most_steps: int, requests: int, per_s: float, share: float) -> Load:
-    """A Poisson process, the same one for every contender. `share` says what `per_s` is of plain diffusers' capacity."""
+    """A Poisson process, the same one for every contender. `share` says what `per_s` is of plain diffusers' capacity.
+
+    Of so few requests it would be faster or slower by a third, so its pauses are made longer or shorter until the rate is met.
+    """
     chance = random.Random(SEED)
-    arrivals_s = tuple(itertools.accumulate(chance.expovariate(per_s) for _ in range(requests)))
+    arrivals = list(itertools.accumulate(chance.expovariate(1.0) for _ in range(requests)))
+    arrivals_s = tuple(arrival * requests / (per_s * arrivals[-1]) for arrival in arrivals)
     return Load(f"mixed, Poisson, {round(100 * share)} % of plain", mixed_tasks(side, most_steps, requests), arrivals_s=arrivals_s)
 
 
@@ -98,3 +102,8 @@ def short_among_long(side: int, most_steps: int, long: int, short: int, every_s:
     tasks = tuple(task(number, side, most_steps if number < long else shortest) for number in range(long + short))
     arrivals_s = (0.0,) * long + tuple((number + 1) * every_s for number in range(short))
     return Load(f"{shortest} steps among {most_steps}", tasks, arrivals_s=arrivals_s, counted=frozenset(range(long, long + short)))
+
+
+def warm_up(side: int) -> Load:
+    """Not counted. Every kind and size has been drawn once then, and BentoML's batching has had the requests that it learns from."""
+    return Load("warm-up", tuple(replace(one, num_inference_steps=3) for one in mixed_tasks(side, 50, 32)), clients=4)

@@ -24,10 +24,11 @@ class Row:
     images_per_s: float
     spread: float  # of images_per_s: (largest - smallest) / median
     times_the_first: float  # images_per_s against the first contender's of the same load
-    mean_s: float
-    p50_s: float
-    p95_s: float
-    p99_s: float
+    latencies: int  # so many were measured
+    mean_s: float | None
+    p50_s: float | None
+    p95_s: float | None  # of 20 and more
+    p99_s: float | None  # of 100 and more
     errors: int
     rows_per_call: float | None
 
@@ -59,10 +60,11 @@ def row(load: Load, contender: str, rounds: Sequence[Round], first: Sequence[Rou
         contender=contender,
         rounds=len(rounds),
         images_per_s=statistics.median(rates),
-        spread=(max(rates) - min(rates)) / statistics.median(rates),
+        spread=(max(rates) - min(rates)) / max(statistics.median(rates), 1e-9),
         # Round against round, so that what slows the machine down for a while slows both.
         times_the_first=statistics.median(_rate(one) / _rate(other) for one, other in zip(rounds, first, strict=True)),
-        mean_s=statistics.mean(latencies),
+        latencies=len(latencies),
+        mean_s=statistics.mean(latencies) if latencies else None,
         p50_s=_percentile(latencies, 50),
         p95_s=_percentile(latencies, 95),
         p99_s=_percentile(latencies, 99),
@@ -75,8 +77,10 @@ def _rate(one: Round) -> float:
     return one.pictures / one.seconds
 
 
-def _percentile(ordered: Sequence[float], percent: int) -> float:
-    """Nearest rank."""
+def _percentile(ordered: Sequence[float], percent: int) -> float | None:
+    """Nearest rank; None where so few were measured that it would be the largest."""
+    if len(ordered) * (100 - percent) < 100 and percent > 50 or not ordered:
+        return None
     return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
 
 
@@ -98,7 +102,7 @@ def machine() -> dict[str, str]:
 def markdown(report: Report) -> str:
     parts = [", ".join(f"{name}: {value}" for name, value in report.about.items())]
     if report.rows:
-        heads = ["load", "contender", "images/s", "spread", "times plain", "mean s", "p50 s", "p95 s", "p99 s", "errors", "rows/call"]
+        heads = ["load", "contender", "images/s", "spread", "times plain", "of", "mean s", "p50 s", "p95 s", "p99 s", "errors", "rows/call"]
         parts.append(_table(heads, [_cells(one) for one in report.rows]))
     if report.starts:
         starts = [
@@ -117,7 +121,9 @@ def _cells(one: Row) -> list[str]:
         one.contender,
         f"{one.images_per_s:.2f}",
         f"{100 * one.spread:.0f} %",
-        *(f"{figure:.2f}" for figure in (one.times_the_first, one.mean_s, one.p50_s, one.p95_s, one.p99_s)),
+        f"{one.times_the_first:.2f}",
+        str(one.latencies),
+        *("" if figure is None else f"{figure:.2f}" for figure in (one.mean_s, one.p50_s, one.p95_s, one.p99_s)),
         str(one.errors),
         f"{one.rows_per_call:.1f}" if one.rows_per_call is not None else "",
     ]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -23,14 +22,13 @@ from stable_diffusion.weights import DEMO_FOLDER
 # Plain diffusers comes first: the others are compared with it.
 CONTENDERS: dict[str, Callable[[Setup], Contender]] = {
     "plain": lambda setup: InProcess("plain diffusers", plain_diffusers, setup),
-    "engine": lambda setup: InProcess("engine", engine, setup),
+    "engine": lambda setup: InProcess("engine", engine, replace(setup, cuda_graphs=False)),
     "graphs": lambda setup: InProcess("engine, CUDA graphs", engine, replace(setup, cuda_graphs=True)),
     "http": servers.this_project,
     "batching": servers.request_batching,
 }
 PARTS = ("steps", "closed", "mixed", "open", "short")
 JOBS = (1, 2, 4, 8, 16)
-SHARES_OF_PLAIN = (0.5, 0.8, 1.5)
 
 
 @contextmanager
@@ -43,8 +41,8 @@ def started(names: Sequence[str], setup: Setup) -> Iterator[list[Contender]]:
         yield running
 
 
-def bench(running: Sequence[Contender], wanted: Sequence[Load], rounds: int, report: Report) -> None:
-    """Add a row for each load and contender."""
+def bench(running: Sequence[Contender], wanted: Sequence[Load], rounds: int, report: Report, save: Callable[[], None]) -> None:
+    """Add a row for each load and contender; what is there is saved after each load."""
     with tqdm(total=len(wanted) * rounds * len(running), unit="run") as progress:
         for load in wanted:
             drawn: dict[str, list[Round]] = {contender.name: [] for contender in running}
@@ -54,13 +52,14 @@ def bench(running: Sequence[Contender], wanted: Sequence[Load], rounds: int, rep
                     drawn[contender.name].append(contender.draw(load))
                     progress.update()
             report.rows += [row(load, name, results, drawn[running[0].name]) for name, results in drawn.items()]
+            save()
 
 
-def open_loops(running: Sequence[Contender], side: int, steps: int, requests: int) -> list[Load]:
+def open_loops(running: Sequence[Contender], side: int, steps: int, requests: int, shares: Sequence[float]) -> list[Load]:
     """At shares of what the first contender can draw of the same tasks."""
     closed = running[0].draw(loads.mixed(side, steps, 1, requests))
     per_s = closed.pictures / closed.seconds
-    return [loads.mixed_arrivals(side, steps, requests, share * per_s, share) for share in SHARES_OF_PLAIN]
+    return [loads.mixed_arrivals(side, steps, requests, share * per_s, share) for share in shares]
 
 
 def main() -> None:
@@ -69,22 +68,20 @@ def main() -> None:
     about = {**machine(), "model": setup.model.parent.name if setup.model == DEMO_FOLDER else setup.model.name, "side": str(setup.side)}
     report = Report({**about, "precision": setup.precision})
     side, steps = setup.side, arguments.steps
-    # The cap is measured in this run, not recalled from an earlier one.
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["XDG_CACHE_HOME"] = cache
-        if "steps" in arguments.parts:
-            report.steps = time_steps(setup, arguments.jobs)
-            write(arguments.output, arguments.name, report)
-        wanted = [part for part in arguments.parts if part != "steps"]
-        if wanted:
-            with started(arguments.contenders, setup) as running:
-                for part in wanted:
-                    bench(running, _loads(part, running, side, steps, arguments), arguments.rounds, report)
-                    # A run that is broken off leaves what it has measured.
-                    write(arguments.output, arguments.name, report)
-                last = loads.same_steps(side, 2, 1, 1)
-                report.starts = [Start(one.name, one.started_in_s, one.draw(last).peak_memory_mib) for one in running]
-    write(arguments.output, arguments.name, report)
+    save = partial(write, arguments.output, arguments.name, report)
+    if "steps" in arguments.parts:
+        report.steps = time_steps(setup, arguments.jobs)
+        save()
+    wanted = [part for part in arguments.parts if part != "steps"]
+    if wanted:
+        with started(arguments.contenders, setup) as running:
+            for contender in running:
+                contender.draw(loads.warm_up(side))
+            for part in wanted:
+                bench(running, _loads(part, running, side, steps, arguments), arguments.rounds, report, save)
+            last = loads.same_steps(side, 2, 1, 1)
+            report.starts = [Start(one.name, one.started_in_s, one.draw(last).peak_memory_mib) for one in running]
+    save()
     print(markdown(report))
     written = arguments.output / arguments.name
     print(f"Written to {written}.md and .json; the plot: python -m benchmarks.plot {written}.json")
@@ -97,7 +94,7 @@ def _loads(part: str, running: Sequence[Contender], side: int, steps: int, argum
         case "mixed":
             return [loads.mixed(side, steps, 8, arguments.requests)]
         case "open":
-            return open_loops(running, side, steps, arguments.requests)
+            return open_loops(running, side, steps, arguments.requests, arguments.shares)
         case _:
             return [loads.short_among_long(side, steps, 12, 4, arguments.short_every_s)]
 
@@ -116,6 +113,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", nargs="+", type=int, default=list(JOBS), help="whose steps are timed")
     parser.add_argument("--requests-per-client", type=int, default=2, help="in the closed loops")
     parser.add_argument("--requests", type=int, default=24, help="of the mixed loads")
+    parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.8, 1.5], help="of plain diffusers' capacity, for the open loops")
     parser.add_argument("--short-every-s", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -17,7 +18,7 @@ import psutil
 from PIL import Image
 
 from benchmarks.clients import Round, play
-from benchmarks.contenders import Setup
+from benchmarks.contenders import Setup, peak_memory_mib
 from benchmarks.loads import Load
 from stable_diffusion.engine.job import Task
 from tests.service.servers import Server, serve
@@ -36,7 +37,8 @@ class Http:
         self._open = ExitStack()
         home = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
         began = time.perf_counter()
-        self._server: Server = self._open.enter_context(serve(folder, "service:svc", home, environment))
+        # With a cache of its own: nobody's cap is another's.
+        self._server: Server = self._open.enter_context(serve(folder, "service:svc", home, {"XDG_CACHE_HOME": str(home), **environment}))
         self.started_in_s = time.perf_counter() - began
 
     def draw(self, load: Load) -> Round:
@@ -47,14 +49,17 @@ class Http:
         async with httpx.AsyncClient(base_url=self._server.url, timeout=None, limits=limits) as client:
 
             async def ask(wanted: Task) -> bool:
-                return (await self._send(client, wanted)).is_success
+                try:
+                    return (await self._send(client, wanted)).is_success
+                except httpx.HTTPError:
+                    return False
 
             return await play(load, ask)
 
     def _peak_memory_mib(self) -> tuple[float, ...]:
         """Of each process of the server, the largest first."""
         server = psutil.Process(self._server.process.pid)
-        peaks = [_peak_mib(process.pid) for process in [server, *server.children(recursive=True)]]
+        peaks = [peak_memory_mib(process.pid) for process in [server, *server.children(recursive=True)]]
         return tuple(sorted(peaks, reverse=True))
 
     def end(self) -> None:
@@ -96,7 +101,7 @@ def request_batching(setup: Setup) -> Http:
         "BENCH_MODEL": str(setup.model),
         "BENCH_PRECISION": setup.precision,
         "BENCH_SIDE": str(setup.side),
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
         # BentoML's own limit for an answer is 60 seconds.
         "BENTOML_CONFIG_OPTIONS": "api_server.traffic.timeout=3600 runners.traffic.timeout=3600",
     }
@@ -113,8 +118,3 @@ async def _send_to_request_batching(client: httpx.AsyncClient, wanted: Task) -> 
         "kind": wanted.kind,
     }
     return await client.post("/draw", json=fields)
-
-
-def _peak_mib(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))

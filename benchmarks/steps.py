@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from benchmarks.contenders import InProcess, Setup
+from benchmarks.contenders import MAX_BATCH_SIZE, InProcess, Setup
 from benchmarks.loads import task
 from stable_diffusion.engine.job import Job
 
@@ -61,33 +61,35 @@ def time_steps(setup: Setup, jobs: Sequence[int]) -> list[StepTime]:
 def step_times(connection: Connection, setup: Setup) -> None:
     """The engine's arithmetic without its loop. Runs in a process of its own."""
     from stable_diffusion.engine.denoiser import Denoiser
+    from stable_diffusion.engine.recorded import CudaGraphs
     from stable_diffusion.pipelines import load
     from stable_diffusion.weights import check_model
 
     # One thread from loading on: a second one that used OpenMP would slow it down on a CPU.
     with ThreadPoolExecutor(1) as thread:
         denoiser = thread.submit(lambda: Denoiser(load(check_model(setup.model), setup.precision))).result()
+        # Before anything is recorded: a replay computes what nobody can count.
+        tflop = thread.submit(_count_tflop, denoiser, setup.side).result()
+        if setup.cuda_graphs:
+            thread.submit(lambda: denoiser.record_steps(CudaGraphs(), setup.side, setup.side, MAX_BATCH_SIZE)).result()
         connection.send("loaded")
         while (jobs := connection.recv()) is not None:
-            connection.send(thread.submit(_time_step, denoiser, jobs, setup).result())
+            connection.send(thread.submit(_time_step, denoiser, jobs, setup.side, tflop).result())
 
 
-def _time_step(denoiser: Denoiser, jobs: int, setup: Setup) -> StepTime | None:
+def _time_step(denoiser: Denoiser, jobs: int, side: int, tflop: float) -> StepTime | None:
+    """`tflop`: of one job's call."""
     import torch
-
-    from stable_diffusion.engine.recorded import record_cuda_graph
 
     def step() -> None:
         for job, predicted in zip(batch, denoiser.predict(batch), strict=True):
             denoiser.advance(job, predicted)
 
     try:
-        batch = [Job(task(number, setup.side, _MOST_STEPS), on_end=lambda outcome: None) for number in range(jobs)]
+        batch = [Job(task(number, side, _MOST_STEPS), on_end=lambda outcome: None) for number in range(jobs)]
         for job in batch:
             job.tensors = denoiser.prepare(job.task)
-        tflop = _count_tflop(partial(denoiser.predict, batch))
-        if setup.cuda_graphs:
-            denoiser.record_steps(record_cuda_graph, setup.side, setup.side, jobs)
+        call = partial(denoiser.call_unet, *denoiser.unet_inputs(batch))
         rounds = 3 if _seconds(step) > 1 else 25
         assert batch[0].tensors is not None
         latents = batch[0].tensors.latents
@@ -95,12 +97,12 @@ def _time_step(denoiser: Denoiser, jobs: int, setup: Setup) -> StepTime | None:
         product = partial(torch.matmul, matrix, matrix)
         product()
         # In turn, so that what slows the machine down for a while slows all.
-        times = [(_seconds(step), _seconds(partial(denoiser.predict, batch)), _seconds(product)) for _ in range(rounds)]
+        times = [(_seconds(step), _seconds(call), _seconds(product)) for _ in range(rounds)]
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return None
     step_s, unet_s, product_s = (statistics.median(column) for column in zip(*times, strict=True))
-    return StepTime(jobs, 1000 * step_s, 1000 * unet_s, tflop, 2 * len(matrix) ** 3 / 1e12 / product_s)
+    return StepTime(jobs, 1000 * step_s, 1000 * unet_s, jobs * tflop, 2 * len(matrix) ** 3 / 1e12 / product_s)
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -113,12 +115,15 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _count_tflop(call: Callable[[], object]) -> float:
+def _count_tflop(denoiser: Denoiser, side: int) -> float:
+    """Of the UNet call of one job with guidance."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
+    job = Job(task(0, side, 2), on_end=lambda outcome: None)
+    job.tensors = denoiser.prepare(job.task)
     # The counter does not know the CPU's fused attention, so that one is taken apart.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        call()
+        denoiser.predict([job])
     total: int = counter.get_total_flops()
     return total / 1e12

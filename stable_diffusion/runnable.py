@@ -69,13 +69,13 @@ def start_engine(
 
 
 def _record_steps(denoiser: Denoiser, parts: Parts, width: int, height: int, max_batch_size: int) -> None:
-    from stable_diffusion.engine.recorded import record_cuda_graph
+    from stable_diffusion.engine.recorded import CudaGraphs
 
     if parts.device.type != "cuda":
         logger.warning("%s=1 is ignored: there is no GPU.", CUDA_GRAPHS_VARIABLE)
         return
-    denoiser.record_steps(record_cuda_graph, width, height, max_batch_size)
-    logger.info("Steps of 1 to %d pictures of %dx%d are recorded as CUDA graphs.", max_batch_size, width, height)
+    rows = denoiser.record_steps(CudaGraphs(), width, height, max_batch_size)
+    logger.info("Steps of up to %d rows of %dx%d are recorded as CUDA graphs.", rows, width, height)
 
 
 def _recall_or_measure(denoiser: Denoiser, parts: Parts, model: ModelFolder, max_batch_size: int) -> Cap:
@@ -98,7 +98,7 @@ def _recall_or_measure(denoiser: Denoiser, parts: Parts, model: ModelFolder, max
     if (cap := recall(key)) is not None:
         return cap
     cap = choose_cap(lambda jobs: denoiser.step_seconds(jobs, width, height), max_batch_size)
-    if max_batch_size > 1:
+    if max_batch_size > 1 and not cap.limited_by_memory:
         keep(key, cap)
     return cap
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,34 @@ def empty_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_kept_cap_comes_back_with_its_reason_and_where_it_is_kept() -> None:
+def test_a_kept_cap_comes_back_with_its_reason_and_the_log_says_from_where(caplog: pytest.LogCaptureFixture) -> None:
     assert recall(KEY) is None
     keep(KEY, Cap(4, "3.1x the pictures"))
-    recalled = recall(KEY)
+    with caplog.at_level(logging.INFO, "stable_diffusion"):
+        recalled = recall(KEY)
     assert recalled is not None
     assert recalled.jobs == 4
     assert recalled.reason.startswith("3.1x the pictures; measured on 20")
-    assert str(caps_file()) in recalled.reason
+    assert str(caps_file()) in caplog.text
+    assert str(caps_file()) not in recalled.reason, "the reason is shown in /metrics"
+
+
+def test_a_cap_is_measured_again_after_a_week(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep(KEY, Cap(4, "because"))
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 6 * 86_400)
+    assert recall(KEY) is not None
+    monkeypatch.setattr(time, "time", lambda: now + 8 * 86_400)
+    assert recall(KEY) is None
+
+
+def test_a_user_without_a_home_has_a_place_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert caps_file().is_absolute()
 
 
 @pytest.mark.parametrize("change", [{"device": "H100"}, {"dtype": "torch.float32"}, {"width": 768}, {"torch": "3"}])
@@ -44,7 +65,16 @@ def test_a_newer_cap_takes_the_place_of_the_older_one_and_leaves_the_others() ->
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{}", "[1]", '[{"key": {}}]', "\x00", '[{"key": {}, "cap": {"jobs": "4", "reason": "x"}, "date": "x"}]']
+    "content",
+    [
+        "",
+        "{}",
+        "[1]",
+        "\x00",
+        '[{"key": {}}]',
+        '[{"jobs": 4, "reason": "x", "measured_s": 9e9}]',
+        '[{"key": {}, "jobs": "4", "reason": "x", "measured_s": 9e9}]',
+    ],
 )
 def test_a_damaged_file_is_measured_over(content: str) -> None:
     caps_file().parent.mkdir(parents=True)

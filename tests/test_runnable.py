@@ -70,7 +70,6 @@ def test_the_engine_of_the_runner_measures_how_many_pictures_share_a_step_and_sa
         start_engine(check_model(DEMO_FOLDER), "fp32", max_batch_size=10).close()
     [recalled] = [record.getMessage() for record in caplog.records if "share a step" in record.getMessage()]
     assert recalled.startswith(said.removesuffix(".")), "the second start measures nothing"
-    assert str(tmp_path) in recalled
 
 
 def test_a_max_batch_size_of_one_is_said_too(caplog: pytest.LogCaptureFixture) -> None:

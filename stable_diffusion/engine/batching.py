@@ -26,7 +26,7 @@ JobT = TypeVar("JobT", bound=Batchable)
 
 
 class Batching(Generic[JobT]):
-    """The jobs that still need steps. Its clock is the number of batches that it has given."""
+    """The jobs that still need steps. Its clock is the number of turns that it has given."""
 
     def __init__(self, max_batch_size: int, cap_for: Callable[[Any], int] | None = None) -> None:
         """`max_batch_size`: how many jobs may share a step, at least 1. `cap_for`: how many of a key, where that is fewer."""
@@ -35,9 +35,9 @@ class Batching(Generic[JobT]):
         self._max_batch_size = max_batch_size
         self._cap_for = cap_for
         self._lowered_caps: dict[Hashable, int] = {}
-        # The order of the dictionary is the order of the keys' turns. With each job the number of the batch before which it came.
+        # The order of the dictionary is the order of the keys' turns. With each job the number of the turn before which it came.
         self._queues: dict[Hashable, dict[JobT, int]] = {}
-        self._batches_given = 0
+        self._turns_given = 0
 
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._queues.values())
@@ -47,7 +47,7 @@ class Batching(Generic[JobT]):
             yield from queue
 
     def add(self, job: JobT) -> None:
-        self._queues.setdefault(job.batch_key, {})[job] = self._batches_given
+        self._queues.setdefault(job.batch_key, {})[job] = self._turns_given
 
     def remove(self, job: JobT) -> None:
         """Take a job out, wherever it stands. A job that is not here is ignored."""
@@ -57,16 +57,19 @@ class Batching(Generic[JobT]):
             if not queue:
                 del self._queues[job.batch_key]
 
-    def next_batch(self) -> list[JobT]:
-        """The jobs that take the next step together: empty only if there is nothing to do. The key's turn is over then."""
+    def next_turn(self) -> tuple[list[JobT], int]:
+        """The jobs of the key whose turn it is, in their order, and how many of them may take the next step together.
+
+        Empty only if there is nothing to do. The key's turn is over then.
+        """
         if not self._queues:
-            return []
+            return [], 0
         key = next(iter(self._queues))
         queue = self._queues.pop(key)
         self._queues[key] = queue
-        self._batches_given += 1
+        self._turns_given += 1
         # Sorting keeps the order in which equals came.
-        return sorted(queue, key=lambda job: queue[job] + _STEPS_LATER * job.steps_left)[: self.cap(key)]
+        return sorted(queue, key=lambda job: queue[job] + _STEPS_LATER * job.steps_left), self.cap(key)
 
     def cap(self, key: Hashable) -> int:
         """How many jobs of `key` may share a step."""

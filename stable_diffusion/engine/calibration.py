@@ -7,7 +7,7 @@ sharing, and everybody waits for everybody. Pure arithmetic: no torch, no clock.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # Sharing that gains less is not worth that a picture waits for its neighbours.
 LEAST_GAIN = 1.15
@@ -25,6 +25,7 @@ class Cap:
 
     jobs: int
     reason: str
+    limited_by_memory: bool = False  # more did not fit: that depends on what else is on the device
 
 
 def choose_cap(step_seconds: Callable[[int], float | None], max_batch_size: int) -> Cap:
@@ -47,7 +48,7 @@ def choose_cap(step_seconds: Callable[[int], float | None], max_batch_size: int)
         if in_vain == 2:
             limit = f"{jobs} jobs gain nothing more"
             break
-    return _knee(measured, limit)
+    return replace(_knee(measured, limit), limited_by_memory=seconds is None)
 
 
 def _knee(measured: dict[int, float], limit: str) -> Cap:

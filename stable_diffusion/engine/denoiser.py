@@ -7,6 +7,7 @@ job alone gives their pictures bit for bit. Knows nothing of queues, threads or 
 from __future__ import annotations
 
 import inspect
+import math
 import time
 from collections.abc import Sequence
 from functools import lru_cache
@@ -44,19 +45,22 @@ class Denoiser:
         # Above all for the empty negative prompt, which nearly every request has.
         self._encode_text = lru_cache(maxsize=_KEPT_TEXTS)(self._encode_new_text)
 
-        self._call_unet = RecordedCalls(self._run_unet)
+        self.call_unet = RecordedCalls(self._run_unet)
 
+    @torch.inference_mode()
     def _run_unet(self, latents: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         predicted: torch.Tensor = self._parts.unet(latents, timesteps, encoder_hidden_states=embeddings, return_dict=False)[0]
         return predicted
 
-    def record_steps(self, record: Record, width: int, height: int, most_jobs: int) -> None:
-        """Record the UNet calls of 1 to `most_jobs` guided jobs of one size, from now on replayed; an odd row rides with an empty one."""
+    @torch.inference_mode()
+    def record_steps(self, record: Record, width: int, height: int, most_jobs: int) -> int:
+        """Record the UNet calls of 1 to `most_jobs` jobs of one size, from now on replayed. Returns how many rows fitted into memory."""
         channels = self._parts.unet.config.in_channels
         latents = torch.zeros(1, channels, height // self._pixels_per_latent, width // self._pixels_per_latent)
         embeddings, _ = self._encode_text("")
-        rows = range(2, 2 * most_jobs + 1, 2)
-        self._call_unet.record(record, latents.to(self._parts.device, self._parts.dtype), embeddings, rows)
+        # Of the odd numbers only 1: other odd rows ride with one that nobody looks at.
+        rows = (1, *range(2, 2 * most_jobs + 1, 2))
+        return self.call_unet.record(record, latents.to(self._parts.device, self._parts.dtype), embeddings, rows)
 
     def warm_up(self, width: int, height: int) -> None:
         """Draw a picture in two steps: kernels are chosen and memory is taken now, and a model that cannot draw fails at start."""
@@ -111,6 +115,7 @@ class Denoiser:
             embeddings=embeddings,
             scheduler=scheduler,
             timesteps=scheduler.timesteps,
+            unet_timesteps=torch.empty(0),
             generator=generator,
             guided_steps=0,
             step_arguments=_step_arguments(scheduler, generator),
@@ -124,7 +129,11 @@ class Denoiser:
         else:
             self._start_under_mask(task, latents)
         if task.guidance_scale > 1:
-            latents.guided_steps = round(task.guidance_end * len(latents.timesteps))
+            # A second-order scheduler makes two calls a step, and half a guided step would be neither one thing nor the other.
+            order = scheduler.order
+            steps = math.ceil(len(latents.timesteps) / order)
+            latents.guided_steps = min(order * round(task.guidance_end * steps), len(latents.timesteps))
+        latents.unet_timesteps = latents.timesteps.to(device=self._parts.device, dtype=torch.float32)
         return latents
 
     def _encode_prompts(self, task: Task) -> tuple[torch.Tensor, str, str]:
@@ -211,6 +220,12 @@ class Denoiser:
     @torch.inference_mode()
     def predict(self, jobs: Sequence[Job]) -> list[torch.Tensor]:
         """One UNet call for the next step of all `jobs`, which share a batch key. Returns each job's rows and changes no job."""
+        predicted = self.call_unet(*self.unet_inputs(jobs))
+        return list(torch.split(predicted, [job.rows for job in jobs]))
+
+    @torch.inference_mode()
+    def unet_inputs(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Latents (rows, channels, height/8, width/8), timesteps (rows) and embeddings (rows, tokens, width) of the jobs' next step."""
         inputs, timesteps, embeddings = [], [], []
         for job in jobs:
             state = _tensors_of(job)
@@ -220,14 +235,13 @@ class Denoiser:
                 scaled = torch.cat([scaled, state.extra_channels], dim=1)
             # Repeated by the concatenation below, as diffusers does: it keeps the memory format, on which the last bit depends.
             inputs.extend([scaled] * job.rows)
-            timesteps.append(timestep.to(torch.float32).expand(job.rows))
+            timesteps.append(state.unet_timesteps[state.step_index].expand(job.rows))
             embeddings.append(state.embeddings[-job.rows :])
-        predicted = self._call_unet(torch.cat(inputs), torch.cat(timesteps).to(self._parts.device), torch.cat(embeddings))
-        return list(torch.split(predicted, [job.rows for job in jobs]))
+        return torch.cat(inputs), torch.cat(timesteps), torch.cat(embeddings)
 
     @torch.inference_mode()
     def advance(self, job: Job, predicted: torch.Tensor) -> None:
-        """Apply guidance and the noise scheduler to one job's rows. Does not wait for the device."""
+        """Apply guidance and the noise scheduler to one job's rows. Looks at no value, so it need not wait for the device."""
         state = _tensors_of(job)
         timestep = state.timesteps[state.step_index]
         if job.rows == 2:

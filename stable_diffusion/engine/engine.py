@@ -127,7 +127,7 @@ class Engine:
         self._read_inbox()
         if self._to_decode:
             self._decode(self._to_decode.popleft())
-        batch = self._prepared(self._batching.next_batch())
+        batch = self._prepared(*self._batching.next_turn())
         if batch:
             self._step(batch)
 
@@ -151,11 +151,16 @@ class Engine:
             case _Stop():
                 self._stopping = True
 
-    def _prepared(self, batch: list[Job]) -> list[Job]:
-        """Prepare the newcomers of a batch, at most one of them with an image, so that the others do not wait for long."""
+    def _prepared(self, jobs: list[Job], cap: int) -> list[Job]:
+        """The first `cap` that can take a step.
+
+        Newcomers are prepared for it, at most one with an image, so that the others do not wait for long.
+        """
         ready: list[Job] = []
         encoded_image = False
-        for job in batch:
+        for job in jobs:
+            if len(ready) == cap:
+                break
             if job.tensors is None:
                 if job.task.image is not None:
                     if encoded_image:

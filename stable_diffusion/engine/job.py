@@ -56,7 +56,8 @@ class Latents:
     latents: torch.Tensor
     embeddings: torch.Tensor
     scheduler: Any
-    timesteps: torch.Tensor
+    timesteps: torch.Tensor  # on the CPU, for the scheduler
+    unet_timesteps: torch.Tensor  # the same as float32 on the device, for the UNet
     generator: torch.Generator
     step_arguments: dict[str, Any]
     dropped_prompt: str

@@ -36,12 +36,21 @@ class RecordedCalls:
         self._recordings: dict[tuple[object, ...], _Recording] = {}
 
     @torch.inference_mode()
-    def record(self, record: Record, latents: torch.Tensor, embeddings: torch.Tensor, rows: Sequence[int]) -> None:
-        """Record calls of so many `rows`, each as the one row that is given. The largest first, so that all can share its memory."""
+    def record(self, record: Record, latents: torch.Tensor, embeddings: torch.Tensor, rows: Sequence[int]) -> int:
+        """Record calls of so many `rows`, each as the one row that is given. Returns the most that fitted into memory, 0 if none did.
+
+        The largest goes first, so that the others find memory that is large enough for them.
+        """
+        most = 0
         for count in sorted(rows, reverse=True):
             inputs = (latents.repeat(count, 1, 1, 1), torch.ones(count, device=latents.device), embeddings.repeat(count, 1, 1))
-            replay, result = record(partial(self._call, *inputs))
+            try:
+                replay, result = record(partial(self._call, *inputs))
+            except torch.OutOfMemoryError:
+                continue
+            most = max(most, count)
             self._recordings[_key(count, latents, embeddings)] = _Recording(*inputs, replay, result)
+        return most
 
     def __call__(self, latents: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         rows = len(latents)
@@ -60,15 +69,23 @@ def _key(rows: int, latents: torch.Tensor, embeddings: torch.Tensor) -> tuple[ob
     return rows, latents.shape[1:], embeddings.shape[1:], latents.dtype
 
 
-def record_cuda_graph(work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-    """As PyTorch's documentation of CUDA graphs has it: a few runs on a stream of their own, then the one that is captured."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # of PyTorch
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = work()
-    return graph.replay, result
+class CudaGraphs:
+    """Records as PyTorch's documentation of CUDA graphs has it: a few runs on a stream of their own, then the one that is captured.
+
+    All graphs share one pool of memory: they are never replayed at the same time, and what they give is copied.
+    """
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # of PyTorch
+
+    def __call__(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(3):
+                work()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            result = work()
+        return graph.replay, result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import asdict
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from benchmarks import loads, plot
 from benchmarks.clients import Round, play
-from benchmarks.contenders import Setup
+from benchmarks.contenders import InProcess, Setup
 from benchmarks.loads import Load
 from benchmarks.plain import Plain
 from benchmarks.report import Report, Row, Start, markdown, row, write
@@ -45,7 +46,15 @@ def test_percentiles_are_latencies_that_occurred() -> None:
     line = row(LOAD, "ours", [made_up(1, [float(number) for number in range(1, 101)], errors=3)], [made_up(1, [1.0])])
     assert (line.p50_s, line.p95_s, line.p99_s) == (50.0, 95.0, 99.0)
     assert line.mean_s == 50.5
-    assert line.errors == 3
+    assert (line.latencies, line.errors) == (100, 3)
+
+
+def test_a_percentile_of_too_few_is_left_out_and_a_contender_that_never_answers_ends_nothing() -> None:
+    few = row(LOAD, "ours", [made_up(1, [1.0] * 19)], [made_up(1, [1.0])])
+    assert (few.p50_s, few.p95_s, few.p99_s) == (1.0, None, None)
+    none = row(LOAD, "ours", [made_up(1, [], errors=5)], [made_up(1, [1.0])])
+    assert (none.images_per_s, none.mean_s, none.p50_s, none.errors) == (0.0, None, None, 5)
+    assert "|  |" in markdown(Report({"commit": "abc"}, [none]))
 
 
 class Worker:
@@ -83,6 +92,8 @@ def test_an_open_loop_does_not_wait_for_answers() -> None:
 
 
 def test_poisson_arrivals_are_the_same_for_everybody_and_come_at_the_rate_that_was_asked_for() -> None:
+    few = loads.mixed_arrivals(64, 50, 24, per_s=4.0, share=0.8)
+    assert 24 / few.arrivals_s[-1] == pytest.approx(4.0)
     load = loads.mixed_arrivals(64, 50, 2000, per_s=4.0, share=0.8)
     assert load == loads.mixed_arrivals(64, 50, 2000, per_s=4.0, share=0.8)
     assert load.name == "mixed, Poisson, 80 % of plain"
@@ -121,13 +132,15 @@ def test_plain_diffusers_draws_the_tasks_that_the_engine_draws(recording_engine:
 def test_all_contenders_draw_small_loads_and_tables_and_a_plot_come_out(tmp_path: Path) -> None:
     report = Report({"commit": "abc", "model": "demo", "side": "64", "gpu": "none", "processor": "some"})
     wanted = [loads.same_steps(64, 2, 3, 2), loads.mixed(64, 4, 3, 6)]
+    saved: list[int] = []
     with started([name for name in CONTENDERS if name != "graphs"], DEMO) as running:
-        bench(running, wanted, rounds=1, report=report)
+        bench(running, wanted, rounds=1, report=report, save=lambda: saved.append(len(report.rows)))
         report.starts = [Start(one.name, one.started_in_s, one.draw(wanted[0]).peak_memory_mib) for one in running]
     report.steps = [StepTime(1, 10.0, 9.5, 0.019, 4.0), StepTime(2, 11.0, 10.5, 0.038, 4.0)]
     names = ["plain diffusers", "engine", "this project, HTTP", "BentoML's batching, HTTP"]
     assert [line.contender for line in report.rows] == names * 2
-    assert all(line.errors == 0 and 0 < line.p50_s <= line.p99_s < 60 for line in report.rows)
+    assert saved == [4, 8]
+    assert all(line.errors == 0 and line.p50_s and 0 < line.p50_s < 60 for line in report.rows)
     plain, engine = report.rows[:2]
     assert plain.times_the_first == 1.0
     assert engine.rows_per_call is not None
@@ -141,7 +154,7 @@ def test_all_contenders_draw_small_loads_and_tables_and_a_plot_come_out(tmp_path
 
 
 def test_every_table_has_as_many_cells_in_each_line() -> None:
-    line = Row("a load", 1, "ours", 3, 1.0, 0.1, 1.0, 1.0, 1.0, 1.0, 1.0, 0, None)
+    line = Row("a load", 1, "ours", 3, 1.0, 0.1, 1.0, 30, 1.0, 1.0, 1.0, None, 0, None)
     report = Report({"commit": "abc"}, [line], [Start("ours", 1.0, (5.0, 4.0))], [StepTime(1, 10.0, 9.5, 0.019, 4.0)])
     tables = markdown(report).split("\n\n")[1:]
     assert len(tables) == 3
@@ -153,3 +166,12 @@ def test_the_arithmetic_of_a_call_is_counted_with_all_of_its_rows() -> None:
     one, two = time_steps(DEMO, [1, 2])
     assert two.tflop == pytest.approx(2 * one.tflop)
     assert 0 < one.share_of_matrix_product < 1.2
+
+
+def die(connection: Connection, setup: Setup) -> None:
+    raise SystemExit(3)
+
+
+def test_a_contender_that_dies_while_it_loads_is_noticed() -> None:
+    with pytest.raises(EOFError):
+        InProcess("dies", die, DEMO)

@@ -56,7 +56,7 @@ def test_memory_lowers_the_cap() -> None:
 
 
 def test_not_even_one_job_fitting_is_left_to_the_request_that_finds_out() -> None:
-    assert choose_cap(lambda jobs: None, 10) == Cap(1, "1 jobs do not fit into memory")
+    assert choose_cap(lambda jobs: None, 10) == Cap(1, "1 jobs do not fit into memory", limited_by_memory=True)
 
 
 def test_a_slow_device_is_not_measured_any_longer() -> None:

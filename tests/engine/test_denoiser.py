@@ -114,15 +114,22 @@ def test_other_settings_give_the_picture_of_diffusers_too(
     assert_same_picture(picture.image, draw_with_diffusers(DEMO_FOLDER, task))
 
 
-@pytest.mark.parametrize(("kind", "scheduler", "guided"), [("txt2img", "DDIMScheduler", 6), ("img2img", "UniPCMultistepScheduler", 5)])
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "guided", "calls"),
+    [
+        ("txt2img", "DDIMScheduler", 6, 10),
+        ("img2img", "UniPCMultistepScheduler", 5, 8),
+        ("txt2img", "HeunDiscreteScheduler", 12, 19),  # two calls a step but for the last one
+    ],
+)
 def test_guidance_that_ends_early_gives_the_picture_of_diffusers_with_half_the_rows_from_then_on(
-    recording_engine: RecordingEngine, input_picture: Image.Image, kind: str, scheduler: str, guided: int
+    recording_engine: RecordingEngine, input_picture: Image.Image, kind: str, scheduler: str, guided: int, calls: int
 ) -> None:
     task = make_task(kind=kind, scheduler=scheduler, image=input_picture if kind == "img2img" else None, strength=0.8, guidance_end=0.6)
     task = replace(task, num_inference_steps=10)
     recording_engine.steps.clear()
     (picture,) = recording_engine.draw([task])
-    assert [record.rows for record in recording_engine.steps] == [2] * guided + [1] * ((10 if kind == "txt2img" else 8) - guided)
+    assert [record.rows for record in recording_engine.steps] == [2] * guided + [1] * (calls - guided)
     theirs = draw_with_diffusers(
         DEMO_FOLDER, task, callback_on_step_end=stop_guidance_after(guided), callback_on_step_end_tensor_inputs=["prompt_embeds"]
     )
@@ -136,15 +143,15 @@ def test_guidance_that_ends_at_once_is_no_guidance(recording_engine: RecordingEn
 
 @pytest.mark.parametrize("kind", PIPELINES)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_no_step_waits_for_the_device(
+def test_no_step_looks_at_a_value_on_the_device(
     demo_parts: Parts, input_picture: Image.Image, right_half_mask: Image.Image, scheduler: str, kind: str
 ) -> None:
-    """Tensors on the "meta" device have no values: whatever looks at one, as a wait for a GPU does, raises."""
+    """Tensors on the "meta" device have no values: whatever looks at one, for which a GPU would have to be waited for, raises."""
     parts = on_meta_device(demo_parts)
     job = Job(make_task(kind=kind, scheduler=scheduler, num_inference_steps=4), on_end=lambda outcome: None)
     # An image is encoded, and compared and clipped, before the first step: that may wait.
     ready = Denoiser(demo_parts).prepare(replace(job.task, image=input_picture, mask=right_half_mask, strength=0.8))
-    for name in ("latents", "embeddings", "mask", "image_latents", "noise"):
+    for name in ("latents", "unet_timesteps", "embeddings", "mask", "image_latents", "noise"):
         tensor = getattr(ready, name)
         setattr(ready, name, tensor if tensor is None else tensor.to("meta"))
     job.tensors = ready

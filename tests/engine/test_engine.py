@@ -158,6 +158,23 @@ def test_a_nan_says_what_to_do(demo_parts: Parts) -> None:
     assert str(error) == "the picture turned into values that are no numbers; try another seed or another scheduler"
 
 
+def test_newcomers_that_are_not_ready_leave_their_places_to_those_that_are(demo_parts: Parts, input_picture: Image.Image) -> None:
+    with bench(demo_parts, max_batch_size=4) as made:
+
+        def four_short_ones_with_pictures() -> None:
+            for number in range(4):
+                made.submit(f"short {number}", kind="img2img", image=input_picture, strength=0.8, num_inference_steps=4, seed=number)
+
+        made.at_step[3] = four_short_ones_with_pictures
+        for number in range(4):
+            made.submit(f"long {number}", num_inference_steps=20, seed=number)
+        made.wait(8)
+    jobs_per_step = [len(record.job_numbers) for record in made.steps]
+    # All places are taken as long as there are four that need steps.
+    last_full = len(jobs_per_step) - jobs_per_step[::-1].index(4)
+    assert jobs_per_step[2:last_full] == [4] * (last_full - 2), jobs_per_step
+
+
 def test_out_of_memory_splits_the_batch_and_lowers_the_cap(demo_parts: Parts) -> None:
     with bench(demo_parts) as made:
         made.denoiser.rows_that_fit = 4

@@ -61,7 +61,7 @@ def serve(folder: Path, target: str, home: Path, changes: Mapping[str, str] | No
     port = port or free_port()
     home.mkdir(parents=True, exist_ok=True)
     log_file = home / f"serve-{port}.log"
-    command = [str(BENTOML), "serve", target, "--production", "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "bentoml", "serve", target, "--production", "--host", "127.0.0.1", "--port", str(port)]
     with log_file.open("w") as log:
         process = subprocess.Popen(
             command, cwd=folder, env=environment(home, changes), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
