@@ -7,10 +7,13 @@ crosses to the runner as `runnable.py` packs it.
 from __future__ import annotations
 
 import asyncio
+import base64
 import functools
+import json
 import logging
 import warnings
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from contextlib import aclosing
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -26,13 +29,13 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_diffusion import images, openapi
+from stable_diffusion import events, images, openapi
 from stable_diffusion.draining import Draining
-from stable_diffusion.engine.job import Kind, Picture, Task
+from stable_diffusion.engine.job import Kind, Picture, Progress, Task
 from stable_diffusion.errors import (
     ClientGone,
     FieldError,
@@ -54,7 +57,7 @@ from stable_diffusion.requests import (
     parse_text_to_image,
     random_seed,
 )
-from stable_diffusion.runnable import pack_task, unpack_outcome
+from stable_diffusion.runnable import pack_task, unpack_news
 from stable_diffusion.weights import ModelFolder
 
 logger = logging.getLogger("stable_diffusion")
@@ -192,8 +195,12 @@ def _refusal(status: int, kind: str, message: str, headers: dict[str, str] | Non
 
 
 def _error_response(status: int, kind: str, message: str, problems: list[FieldError], headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse(_error_body(kind, message, problems), status, headers)
+
+
+def _error_body(kind: str, message: str, problems: list[FieldError]) -> dict[str, Any]:
     listed = [{"field": problem.field and _sendable(problem.field), "message": _sendable(problem.message)} for problem in problems]
-    return JSONResponse({"error": {"type": kind, "message": _sendable(message), "problems": listed}}, status, headers)
+    return {"error": {"type": kind, "message": _sendable(message), "problems": listed}}
 
 
 def _sendable(text: str) -> str:
@@ -318,17 +325,55 @@ def _task(
 
 
 async def _answer(request: Request, runner: bentoml.Runner, model: ModelFolder, task: Task, parameters: GenerationRequest) -> Response:
-    image_format = parameters.output_format or _accepted_format(request.headers.get("accept", "*/*"))
+    accept = request.headers.get("accept", "*/*")
+    if _wants_events(accept):
+        image_format = parameters.output_format or "jpeg"
+        return StreamingResponse(
+            events.kept_alive(_events(runner, model, task, image_format)), media_type=events.MEDIA_TYPE, headers=events.HEADERS
+        )
+    image_format = parameters.output_format or _accepted_format(accept)
     picture = await _while_connected(request, _draw(runner, task))
+    content = await run_in_threadpool(_encoded, task, picture, image_format)
+    headers = _parameter_headers(task, picture, model)
+    headers["content-disposition"] = f'inline; filename="{task.kind}-{task.seed}.{image_format}"'
+    return Response(content, media_type=MEDIA_TYPES[image_format], headers=headers)
+
+
+def _encoded(task: Task, picture: Picture, image_format: ImageFormat) -> bytes:
     image = picture.image
     if task.kind == "inpaint" and not picture.flagged:
         assert task.image is not None
         assert task.mask is not None
         image = images.keep_outside_mask(image, task.image, task.mask)
-    content = await run_in_threadpool(images.encode, image, image_format)
-    headers = _parameter_headers(task, picture, model)
-    headers["content-disposition"] = f'inline; filename="{task.kind}-{task.seed}.{image_format}"'
-    return Response(content, media_type=MEDIA_TYPES[image_format], headers=headers)
+    return images.encode(image, image_format)
+
+
+def _wants_events(accept: str) -> bool:
+    """Asked for by name only: a browser that accepts everything wants the picture."""
+    return any(entry.partition(";")[0].strip().lower() == events.MEDIA_TYPE for entry in accept.split(","))
+
+
+async def _events(runner: bentoml.Runner, model: ModelFolder, task: Task, image_format: ImageFormat) -> AsyncGenerator[bytes, None]:
+    """queued and progress while it is being drawn, then completed with the picture, or error."""
+    try:
+        async with aclosing(_news(runner, task, follow=True)) as news:
+            async for one in news:
+                if isinstance(one, Progress):
+                    yield _progress_event(one)
+                else:
+                    content = await run_in_threadpool(_encoded, task, one, image_format)
+                    image = base64.b64encode(content).decode("ascii")
+                    described = {"media_type": MEDIA_TYPES[image_format], "image": image, "parameters": _parameters(task, one, model)}
+                    yield events.event("completed", described)
+    except ServiceError as error:
+        yield events.event("error", _error_body(error.type, error.message, error.problems))
+
+
+def _progress_event(progress: Progress) -> bytes:
+    seconds_left = round(progress.seconds_left, 1)
+    if progress.position and not progress.step:
+        return events.event("queued", {"position": progress.position, "seconds_left": seconds_left})
+    return events.event("progress", {"step": progress.step, "steps": progress.steps, "seconds_left": seconds_left})
 
 
 def _accepted_format(accept: str) -> ImageFormat:
@@ -351,18 +396,32 @@ def _accepted_format(accept: str) -> ImageFormat:
 
 
 async def _draw(runner: bentoml.Runner, task: Task) -> Picture:
-    """Have the runner draw; closing its stream (by cancelling this) cancels the job there."""
-    stream = runner.draw.async_stream(pack_task(task))
+    async with aclosing(_news(runner, task, follow=False)) as news:
+        async for one in news:
+            if isinstance(one, Picture):
+                return one
+    raise ModelUnavailable("the model process stopped before the picture was finished, try again in a minute")
+
+
+async def _news(runner: bentoml.Runner, task: Task, *, follow: bool) -> AsyncGenerator[Progress | Picture, None]:
+    """Have the runner draw, and pass on what it says; a picture comes last. Closing this cancels the job there."""
+    stream = runner.draw.async_stream(pack_task(task, follow=follow))
+    pieces: list[str] = []
     try:
-        answer = "".join([part async for part in stream])
+        async for piece in stream:
+            pieces.append(piece)
+            if "\n" in piece:  # lines are cut anywhere, and the one with the picture is long
+                *lines, rest = "".join(pieces).split("\n")
+                pieces = [rest]
+                for line in lines:
+                    yield await run_in_threadpool(unpack_news, line)
     except (BentoMLException, aiohttp.ClientError, asyncio.TimeoutError) as error:
         logger.error("The runner did not answer: %s", error)
         raise ModelUnavailable("the model process cannot be reached, try again in a minute") from None
     finally:
         await stream.aclose()
-    if not answer.endswith("\n"):
+    if "".join(pieces):
         raise ModelUnavailable("the model process stopped before the picture was finished, try again in a minute")
-    return await run_in_threadpool(unpack_outcome, answer)
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -385,27 +444,31 @@ async def _disconnected(request: Request) -> None:
         continue
 
 
-def _parameter_headers(task: Task, picture: Picture, model: ModelFolder) -> dict[str, str]:
+def _parameters(task: Task, picture: Picture, model: ModelFolder) -> dict[str, Any]:
     """Every resolved parameter under its own name, as in the reference."""
-    flagged = "unchecked" if picture.flagged is None else str(picture.flagged).lower()
-    headers = {
-        "prompt": _header_text(task.prompt),
-        "negative_prompt": _header_text(task.negative_prompt),
-        "prompt_dropped": _header_text(picture.dropped_prompt),
-        "negative_prompt_dropped": _header_text(picture.dropped_negative_prompt),
-        "height": str(task.height),
-        "width": str(task.width),
-        "num_inference_steps": str(task.num_inference_steps),
-        "guidance_scale": str(task.guidance_scale),
-        "guidance_end": str(task.guidance_end),
-        "seed": str(task.seed),
+    parameters = {
+        "prompt": task.prompt,
+        "negative_prompt": task.negative_prompt,
+        "prompt_dropped": picture.dropped_prompt or None,
+        "negative_prompt_dropped": picture.dropped_negative_prompt or None,
+        "height": task.height,
+        "width": task.width,
+        "num_inference_steps": task.num_inference_steps,
+        "guidance_scale": task.guidance_scale,
+        "guidance_end": task.guidance_end,
+        "seed": task.seed,
         "scheduler": task.scheduler,
-        "strength": "" if task.kind == "txt2img" else str(task.strength),
-        "safety_check": str(task.safety_check).lower(),
-        "safety_flagged": flagged,
-        "model": _header_text(model.name),
+        "strength": None if task.kind == "txt2img" else task.strength,
+        "safety_check": task.safety_check,
+        "safety_flagged": "unchecked" if picture.flagged is None else picture.flagged,
+        "model": model.name,
     }
-    return {name: value for name, value in headers.items() if value or name == "negative_prompt"}
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
+def _parameter_headers(task: Task, picture: Picture, model: ModelFolder) -> dict[str, str]:
+    parameters = _parameters(task, picture, model)
+    return {name: _header_text(value if isinstance(value, str) else json.dumps(value)) for name, value in parameters.items()}
 
 
 def _header_text(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from stable_diffusion import events
 from stable_diffusion.images import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MEDIA_TYPES
 from stable_diffusion.requests import GenerationRequest, ImageToImageRequest, TextToImageRequest
 
@@ -129,7 +130,12 @@ def _draws(name: str, summary: str, content: dict[str, Any]) -> dict[str, Any]:
         if header != "strength" or name != "txt2img"
     }
     answers: dict[str, Any] = {
-        "200": {"description": "The picture.", "headers": headers, "content": {media_type: {} for media_type in MEDIA_TYPES.values()}}
+        "200": {
+            "description": "The picture. Or, where Accept asks for text/event-stream, what happens until it is there: the events "
+            "queued, progress, completed and error, each with JSON.",
+            "headers": headers,
+            "content": {media_type: {} for media_type in (*MEDIA_TYPES.values(), events.MEDIA_TYPE)},
+        }
     }
     for status, text in _ERRORS.items():
         answers[status] = {"description": text, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}

@@ -14,13 +14,13 @@ import json
 import logging
 import os
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import prometheus_client
 from PIL import Image
 
-from stable_diffusion.engine.job import Picture, Task
+from stable_diffusion.engine.job import Picture, Progress, Task
 from stable_diffusion.errors import GenerationFailed, ServiceError
 from stable_diffusion.kept_caps import keep, recall
 
@@ -119,14 +119,15 @@ def _cap_gauge() -> Any:
     )
 
 
-def pack_task(task: Task) -> dict[str, Any]:
-    """A task as plain values: pictures become (mode, size, bytes)."""
-    return {field.name: _pack_image(getattr(task, field.name)) for field in fields(task)}
+def pack_task(task: Task, *, follow: bool = False) -> dict[str, Any]:
+    """A task as plain values, pictures as (mode, size, bytes), and whether its progress is wanted too."""
+    return {"task": {field.name: _pack_image(getattr(task, field.name)) for field in fields(task)}, "follow": follow}
 
 
-def unpack_task(packed: dict[str, Any]) -> Task:
-    images = {name: Image.frombytes(*packed[name]) for name in ("image", "mask") if packed[name] is not None}
-    return Task(**{**packed, **images})
+def unpack_task(packed: dict[str, Any]) -> tuple[Task, bool]:
+    values = packed["task"]
+    images = {name: Image.frombytes(*values[name]) for name in ("image", "mask") if values[name] is not None}
+    return Task(**{**values, **images}), packed["follow"]
 
 
 def _pack_image(value: Any) -> Any:
@@ -148,9 +149,15 @@ def pack_outcome(outcome: Picture | ServiceError) -> str:
     return json.dumps(content) + "\n"
 
 
-def unpack_outcome(line: str) -> Picture:
-    """The picture that a runner has sent. Raises GenerationFailed if it sent an error instead."""
+def pack_progress(progress: Progress) -> str:
+    return json.dumps({"progress": asdict(progress)}) + "\n"
+
+
+def unpack_news(line: str) -> Progress | Picture:
+    """What a runner has sent. Raises GenerationFailed if it sent an error."""
     content = json.loads(line)
+    if "progress" in content:
+        return Progress(**content["progress"])
     if "error" in content:
         raise GenerationFailed(content["error"])
     return Picture(
@@ -162,19 +169,18 @@ def unpack_outcome(line: str) -> Picture:
 
 
 async def draw(engine: Engine, packed: dict[str, Any]) -> AsyncGenerator[str, None]:
-    """Run one task and yield its outcome. Closing this generator early cancels the job."""
+    """Run one task and yield its outcome, before that its progress if that is followed. Closing this generator early cancels the job."""
     loop = asyncio.get_running_loop()
-    ended: asyncio.Future[Picture | ServiceError] = loop.create_future()
+    news: asyncio.Queue[Progress | Picture | ServiceError] = asyncio.Queue()
 
-    def resolve(outcome: Picture | ServiceError) -> None:
-        if not ended.done():
-            ended.set_result(outcome)
+    def tell(what: Progress | Picture | ServiceError) -> None:
+        loop.call_soon_threadsafe(news.put_nowait, what)
 
-    def on_end(outcome: Picture | ServiceError) -> None:
-        loop.call_soon_threadsafe(resolve, outcome)
-
-    job = engine.submit(unpack_task(packed), on_end)
+    task, follow = unpack_task(packed)
+    job = engine.submit(task, tell, tell if follow else None)
     try:
-        yield pack_outcome(await ended)
+        while isinstance(what := await news.get(), Progress):
+            yield pack_progress(what)
+        yield pack_outcome(what)
     finally:
         engine.cancel(job)

@@ -15,17 +15,17 @@ from PIL import Image
 
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.engine import Engine, StepRecord
-from stable_diffusion.engine.job import Picture
+from stable_diffusion.engine.job import Picture, Progress
 from stable_diffusion.errors import GenerationFailed
 from stable_diffusion.pipelines import Parts
-from stable_diffusion.runnable import draw, pack_outcome, pack_task, start_engine, unpack_outcome, unpack_task
+from stable_diffusion.runnable import draw, pack_outcome, pack_task, start_engine, unpack_news, unpack_task
 from stable_diffusion.weights import DEMO_FOLDER, check_model
 from tests.conftest import RecordingEngine, make_task
 
 
 def test_a_task_with_pictures_arrives_as_it_was_sent(input_picture: Image.Image, right_half_mask: Image.Image) -> None:
     task = make_task(kind="inpaint", image=input_picture, mask=right_half_mask, prompt="\u732b \U0001f600")
-    arrived = unpack_task(pickle.loads(pickle.dumps(pack_task(task))))
+    arrived, follow = unpack_task(pickle.loads(pickle.dumps(pack_task(task))))
     assert arrived.image == input_picture
     assert arrived.mask == right_half_mask
     assert pack_task(arrived) == pack_task(task)
@@ -36,13 +36,14 @@ def test_a_picture_arrives_bit_for_bit_in_one_ascii_line() -> None:
     line = pack_outcome(Picture(image, True, "\u732b", ""))
     assert line.isascii()
     assert line.count("\n") == 1
-    arrived = unpack_outcome(line)
+    arrived = unpack_news(line)
+    assert isinstance(arrived, Picture)
     assert arrived == Picture(image, True, "\u732b", "")
 
 
 def test_an_error_arrives_as_an_error() -> None:
     with pytest.raises(GenerationFailed, match="out of luck"):
-        unpack_outcome(pack_outcome(GenerationFailed("out of luck")))
+        unpack_news(pack_outcome(GenerationFailed("out of luck")))
 
 
 def test_drawing_yields_one_line(recording_engine: RecordingEngine) -> None:
@@ -51,6 +52,16 @@ def test_drawing_yields_one_line(recording_engine: RecordingEngine) -> None:
 
     (line,) = asyncio.run(lines())
     assert json.loads(line)["size"] == [64, 64]
+
+
+def test_who_follows_gets_a_line_for_each_step_before_the_picture(recording_engine: RecordingEngine) -> None:
+    async def lines() -> list[str]:
+        task = make_task(num_inference_steps=4, scheduler="DDIMScheduler")
+        return [line async for line in draw(recording_engine.engine, pack_task(task, follow=True))]
+
+    *progress, picture = [unpack_news(line) for line in asyncio.run(lines())]
+    assert [one.step for one in progress if isinstance(one, Progress)] == [1, 2, 3]
+    assert isinstance(picture, Picture)
 
 
 def test_the_engine_of_the_runner_measures_how_many_pictures_share_a_step_and_says_why(

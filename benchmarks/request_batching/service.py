@@ -44,7 +44,7 @@ class RequestBatchingRunnable(bentoml.Runnable):
         return self._thread.submit(self._draw, packed).result()
 
     def _draw(self, packed: list[dict[str, Any]]) -> list[bytes]:
-        tasks = [unpack_task(one) for one in packed]
+        tasks = [unpack_task(one)[0] for one in packed]
         groups: dict[tuple[Any, ...], list[int]] = {}
         for position, one in enumerate(tasks):
             key = (one.kind, one.width, one.height, one.num_inference_steps, one.guidance_scale)

@@ -7,6 +7,7 @@ a step, those with few steps left go first, within bounds: nobody is overtaken b
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 # A step that is left counts as much as having come so many steps later. So a short job waits for a few steps of long ones
@@ -23,6 +24,18 @@ class Batchable(Protocol):
 
 
 JobT = TypeVar("JobT", bound=Batchable)
+
+
+@dataclass(frozen=True)
+class Standing(Generic[JobT]):
+    """`position`: 0 for those that take part in their key's next batch, then 1, 2, ...
+
+    `batches_left`: until it is done, if nobody else comes.
+    """
+
+    job: JobT
+    position: int
+    batches_left: int
 
 
 class Batching(Generic[JobT]):
@@ -68,8 +81,23 @@ class Batching(Generic[JobT]):
         queue = self._queues.pop(key)
         self._queues[key] = queue
         self._turns_given += 1
+        return self._in_order(queue), self.cap(key)
+
+    def _in_order(self, queue: dict[JobT, int]) -> list[JobT]:
         # Sorting keeps the order in which equals came.
-        return sorted(queue, key=lambda job: queue[job] + _STEPS_LATER * job.steps_left), self.cap(key)
+        return sorted(queue, key=lambda job: queue[job] + _STEPS_LATER * job.steps_left)
+
+    def standings(self) -> Iterator[Standing[JobT]]:
+        """Where each job stands, as things are now."""
+        keys = len(self._queues)
+        for key, queue in self._queues.items():
+            cap, steps_before = self.cap(key), 0
+            for index, job in enumerate(self._in_order(queue)):
+                position = max(0, index - cap + 1)
+                # What is before it is done `cap` at a time; the keys take turns.
+                batches_left = keys * (job.steps_left + (steps_before // cap if position else 0))
+                yield Standing(job, position, batches_left)
+                steps_before += job.steps_left
 
     def cap(self, key: Hashable) -> int:
         """How many jobs of `key` may share a step."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Protocol
 import torch
 
 from stable_diffusion.engine.batching import Batching
-from stable_diffusion.engine.job import Job, Latents, Picture, Task
+from stable_diffusion.engine.job import Job, Latents, Picture, Progress, Task
 from stable_diffusion.errors import GenerationFailed, ServiceError
 
 logger = logging.getLogger("stable_diffusion")
@@ -76,6 +77,7 @@ class Engine:
         self._loaded = threading.Event()
         self._load_error: BaseException | None = None
         self._stopping = False
+        self._turn_seconds: float | None = None
         # A second thread that used OpenMP would make every step twice as slow on a CPU, hence loading on this one too.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -83,11 +85,16 @@ class Engine:
         if self._load_error is not None:
             raise self._load_error
 
-    def submit(self, task: Task, on_end: Callable[[Picture | ServiceError], None]) -> Job:
-        """Queue a task. `on_end` is called once with the picture or the error, on the engine's thread, unless it is cancelled."""
+    def submit(
+        self, task: Task, on_end: Callable[[Picture | ServiceError], None], on_progress: Callable[[Progress], None] | None = None
+    ) -> Job:
+        """Queue a task. `on_end` is called once with the picture or the error, on the engine's thread, unless it is cancelled.
+
+        `on_progress` is called there too, before that, whenever the job's position or step has changed. It must not raise.
+        """
         if not self._thread.is_alive():
             raise GenerationFailed("the engine has been stopped")
-        job = Job(task, on_end)
+        job = Job(task, on_end, on_progress)
         self._inbox.put(_Submit(job))
         return job
 
@@ -125,11 +132,28 @@ class Engine:
     def _turn(self) -> None:
         """Take what has come in, decode at most one picture, take one step."""
         self._read_inbox()
+        began = time.perf_counter()
         if self._to_decode:
             self._decode(self._to_decode.popleft())
         batch = self._prepared(*self._batching.next_turn())
         if batch:
             self._step(batch)
+            self._note_turn(time.perf_counter() - began)
+        self._report_progress()
+
+    def _note_turn(self, seconds: float) -> None:
+        """A moving mean: decoding and preparing others is part of what a step costs a job."""
+        self._turn_seconds = seconds if self._turn_seconds is None else 0.8 * self._turn_seconds + 0.2 * seconds
+
+    def _report_progress(self) -> None:
+        if self._turn_seconds is None or all(job.on_progress is None for job in self._batching):
+            return
+        for standing in self._batching.standings():
+            job = standing.job
+            step = 0 if job.tensors is None else job.tensors.step_index
+            if job.on_progress is not None and job.reported != (standing.position, step):
+                job.reported = standing.position, step
+                job.on_progress(Progress(standing.position, step, step + job.steps_left, self._turn_seconds * standing.batches_left))
 
     def _read_inbox(self) -> None:
         """Wait for something only when there is nothing else to do."""

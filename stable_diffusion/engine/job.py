@@ -72,15 +72,30 @@ class Latents:
     extra_channels: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Progress:
+    """Where a job stands. `position`: 0 once it takes part in the steps, before that its place among those that wait."""
+
+    position: int
+    step: int
+    steps: int
+    seconds_left: float
+
+
 _numbers = itertools.count(1)
 
 
 @dataclass(eq=False)
 class Job:
-    """One task on its way through the engine. `on_end` is called once, on the engine's thread."""
+    """One task on its way through the engine.
+
+    On the engine's thread `on_end` is called once, and before that `on_progress` whenever position or step have changed.
+    """
 
     task: Task
     on_end: Callable[[Picture | ServiceError], None]
+    on_progress: Callable[[Progress], None] | None = None
+    reported: tuple[int, int] | None = None  # position and step
     number: int = field(default_factory=lambda: next(_numbers))
     is_ended: bool = False
     tensors: Latents | None = None

@@ -57,6 +57,26 @@ def test_a_short_job_does_not_wait_for_the_end_of_long_ones_that_fill_the_batch(
     assert short.steps_left == 0
 
 
+def test_everybody_is_told_where_he_stands_and_how_many_batches_there_are_before_his_end() -> None:
+    batching: Batching[Counting] = Batching(2)
+    jobs = [Counting(10) for _ in range(4)]
+    for job in jobs:
+        batching.add(job)
+        next_batch(batching)
+    told = list(batching.standings())
+    assert [standing.job for standing in told] == jobs
+    assert [standing.position for standing in told] == [0, 0, 1, 2]
+    # Two at a time: those who wait have 20 and 30 steps before them.
+    assert [standing.batches_left for standing in told] == [10, 10, 20, 25]
+
+
+def test_another_size_that_takes_turns_makes_everything_twice_as_long() -> None:
+    batching: Batching[Counting] = Batching(2)
+    batching.add(Counting(10))
+    batching.add(Counting(10, "768x768"))
+    assert [standing.batches_left for standing in batching.standings()] == [20, 20]
+
+
 def test_jobs_of_the_same_length_are_finished_in_the_order_in_which_they_came() -> None:
     batching: Batching[Counting] = Batching(2)
     jobs = [Counting(10) for _ in range(6)]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.engine import Engine, StepRecord
-from stable_diffusion.engine.job import Job, Latents, Picture, Task
+from stable_diffusion.engine.job import Job, Latents, Picture, Progress, Task
 from stable_diffusion.errors import GenerationFailed, ServiceError
 from stable_diffusion.pipelines import Parts
 from tests.conftest import RecordingEngine, make_task
@@ -173,6 +173,22 @@ def test_newcomers_that_are_not_ready_leave_their_places_to_those_that_are(demo_
     # All places are taken as long as there are four that need steps.
     last_full = len(jobs_per_step) - jobs_per_step[::-1].index(4)
     assert jobs_per_step[2:last_full] == [4] * (last_full - 2), jobs_per_step
+
+
+def test_progress_is_told_step_by_step_and_who_waits_is_told_his_place(demo_parts: Parts) -> None:
+    told: dict[str, list[Progress]] = {"first": [], "second": []}
+    ended: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+    with bench(demo_parts, max_batch_size=1) as made:
+        for steps in told.values():
+            made.engine.submit(make_task(num_inference_steps=5, scheduler="DDIMScheduler"), ended.put, steps.append)
+        for _ in told:
+            assert isinstance(ended.get(timeout=120), Picture)
+    first, second = told["first"], told["second"]
+    assert [(one.position, one.step, one.steps) for one in first] == [(0, step, 5) for step in (1, 2, 3, 4)]
+    assert second[0].position == 1
+    assert [(one.position, one.step) for one in second if one.step] == [(0, step) for step in (1, 2, 3, 4)]
+    assert all(one.seconds_left > 0 for one in first + second)
+    assert second[0].seconds_left > first[0].seconds_left
 
 
 def test_out_of_memory_splits_the_batch_and_lowers_the_cap(demo_parts: Parts) -> None:

@@ -23,10 +23,10 @@ CURL_COMMANDS = [
 
 
 def test_there_is_a_curl_line_for_each_endpoint() -> None:
-    assert [re.search(r":3000(/\w+)", command)[1] for command in CURL_COMMANDS] == ["/txt2img", "/img2img", "/inpaint"]  # type: ignore[index]
+    assert [re.search(r":3000(/\w+)", command)[1] for command in CURL_COMMANDS] == ["/txt2img", "/img2img", "/inpaint", "/txt2img"]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("command", CURL_COMMANDS, ids=["txt2img", "img2img", "inpaint"])
+@pytest.mark.parametrize("command", CURL_COMMANDS[:3], ids=["txt2img", "img2img", "inpaint"])
 def test_the_curl_lines_make_a_picture(
     server: Server, tmp_path: Path, input_picture: Image.Image, right_half_mask: Image.Image, command: str
 ) -> None:
@@ -38,6 +38,13 @@ def test_the_curl_lines_make_a_picture(
     with Image.open(tmp_path / "output.jpg") as picture:
         assert picture.format == "JPEG"
         assert picture.size == (64, 64)
+
+
+def test_the_curl_line_for_progress_tells_the_steps_and_gets_the_picture(server: Server) -> None:
+    here = CURL_COMMANDS[3].replace("http://127.0.0.1:3000", server.url)
+    told = subprocess.run(["bash", "-c", f"{here} --silent --fail"], capture_output=True, text=True, check=True, timeout=120).stdout
+    assert told.startswith("event: progress\ndata: {")
+    assert re.search(r'event: completed\ndata: {"media_type": "image/jpeg", "image": "', told)
 
 
 def test_make_serve_starts_a_server_whose_printed_curl_line_makes_a_picture(tmp_path: Path) -> None:
