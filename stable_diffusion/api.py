@@ -312,6 +312,7 @@ def _task(
         num_inference_steps=parameters.num_inference_steps,
         guidance_scale=parameters.guidance_scale,
         guidance_end=parameters.guidance_end,
+        preview_every_steps=parameters.preview_every_steps,
         seed=random_seed() if parameters.seed is None else parameters.seed,
         scheduler=parameters.scheduler or model.scheduler,
         safety_check=parameters.safety_check,
@@ -354,12 +355,14 @@ def _wants_events(accept: str) -> bool:
 
 
 async def _events(runner: bentoml.Runner, model: ModelFolder, task: Task, image_format: ImageFormat) -> AsyncGenerator[bytes, None]:
-    """queued and progress while it is being drawn, then completed with the picture, or error."""
+    """queued, progress and preview while it is being drawn, then completed with the picture, or error."""
     try:
         async with aclosing(_news(runner, task, follow=True)) as news:
             async for one in news:
                 if isinstance(one, Progress):
                     yield _progress_event(one)
+                    if one.preview is not None:
+                        yield await run_in_threadpool(_preview_event, one.step, one.preview, (task.width, task.height))
                 else:
                     content = await run_in_threadpool(_encoded, task, one, image_format)
                     image = base64.b64encode(content).decode("ascii")
@@ -367,6 +370,11 @@ async def _events(runner: bentoml.Runner, model: ModelFolder, task: Task, image_
                     yield events.event("completed", described)
     except ServiceError as error:
         yield events.event("error", _error_body(error.type, error.message, error.problems))
+
+
+def _preview_event(step: int, preview: Image.Image, size: tuple[int, int]) -> bytes:
+    content = images.encode(preview.resize(size, Image.Resampling.BICUBIC), "jpeg")
+    return events.event("preview", {"step": step, "media_type": MEDIA_TYPES["jpeg"], "image": base64.b64encode(content).decode("ascii")})
 
 
 def _progress_event(progress: Progress) -> bytes:

@@ -132,7 +132,7 @@ def _draws(name: str, summary: str, content: dict[str, Any]) -> dict[str, Any]:
     answers: dict[str, Any] = {
         "200": {
             "description": "The picture. Or, where Accept asks for text/event-stream, what happens until it is there: the events "
-            "queued, progress, completed and error, each with JSON.",
+            "queued, progress, preview, completed and error, each with JSON.",
             "headers": headers,
             "content": {media_type: {} for media_type in (*MEDIA_TYPES.values(), events.MEDIA_TYPE)},
         }

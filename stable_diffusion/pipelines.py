@@ -17,6 +17,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from stable_diffusion.allocator import keep_freed_memory
+from stable_diffusion.engine.previews import latent_to_rgb
 from stable_diffusion.weights import ModelFolder
 
 logger = logging.getLogger("stable_diffusion")
@@ -37,6 +38,7 @@ class Parts:
     feature_extractor: Any | None
     device: torch.device
     dtype: torch.dtype
+    latent_to_rgb: torch.Tensor  # for previews
 
 
 def device_name(device: torch.device) -> str:
@@ -71,4 +73,5 @@ def load(model: ModelFolder, precision: Precision) -> Parts:
         feature_extractor=pipeline.feature_extractor,
         device=device,
         dtype=dtype,
+        latent_to_rgb=latent_to_rgb(model.path),
     )

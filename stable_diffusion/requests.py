@@ -102,6 +102,12 @@ class GenerationRequest(BaseModel):
         le=1,
         description="The share of the steps that are guided. After them a step is half the work; the picture is another one than with 1.",
     )
+    preview_every_steps: int = Field(
+        0,
+        ge=0,
+        le=MAX_STEPS,
+        description="With Accept: text/event-stream, send a coarse look at the picture every so many steps. 0: none.",
+    )
     seed: int | None = Field(
         None,
         ge=0,

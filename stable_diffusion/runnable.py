@@ -14,7 +14,7 @@ import json
 import logging
 import os
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import prometheus_client
@@ -150,14 +150,26 @@ def pack_outcome(outcome: Picture | ServiceError) -> str:
 
 
 def pack_progress(progress: Progress) -> str:
-    return json.dumps({"progress": asdict(progress)}) + "\n"
+    preview = progress.preview
+    packed = {
+        "position": progress.position,
+        "step": progress.step,
+        "steps": progress.steps,
+        "seconds_left": progress.seconds_left,
+        "preview": None if preview is None else [preview.size, base64.b64encode(preview.tobytes()).decode("ascii")],
+    }
+    return json.dumps({"progress": packed}) + "\n"
 
 
 def unpack_news(line: str) -> Progress | Picture:
     """What a runner has sent. Raises GenerationFailed if it sent an error."""
     content = json.loads(line)
     if "progress" in content:
-        return Progress(**content["progress"])
+        values = content["progress"]
+        if values["preview"] is not None:
+            size, pixels = values["preview"]
+            values["preview"] = Image.frombytes("RGB", tuple(size), base64.b64decode(pixels))
+        return Progress(**values)
     if "error" in content:
         raise GenerationFailed(content["error"])
     return Picture(

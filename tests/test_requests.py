@@ -18,6 +18,7 @@ def test_only_a_prompt_is_needed() -> None:
         "num_inference_steps": 50,
         "guidance_scale": 7.5,
         "guidance_end": 1.0,
+        "preview_every_steps": 0,
         "seed": None,
         "scheduler": None,
         "safety_check": True,

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from stable_diffusion.demo.shapes import Scene, all_scenes, caption, clutter, draw, is_held_out, vary
+from stable_diffusion.engine import previews
 
 MODEL_DIR = Path(__file__).parent / "model"
 SIDE = 64
@@ -102,6 +103,17 @@ def train_autoencoder(steps: int, device: str) -> AutoencoderKL:
         latents = torch.cat([model.encode(to_tensor(pictures[i : i + 64]).to(device)).latent_dist.mean for i in range(0, 512, 64)])
     model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return model
+
+
+def fit_previews(autoencoder: AutoencoderKL) -> list[list[float]]:
+    """The linear map from latents to colours that the service's previews use."""
+    rng = random.Random(SEED)
+    scenes = training_scenes()
+    pixels = to_tensor([draw(vary(rng.choice(scenes), rng), SIDE, SIDE, rng) for _ in range(512)])
+    with torch.no_grad():
+        latents = torch.cat([autoencoder.encode(part).latent_dist.mean for part in torch.split(pixels, 64)])
+    small = torch.nn.functional.interpolate(pixels, size=latents.shape[-2:], mode="area")
+    return previews.fit(latents * autoencoder.config.scaling_factor, small)
 
 
 # --- text ----------------------------------------------------------------------------------------
@@ -275,6 +287,7 @@ def save(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encode
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
+    (folder / previews.FILE_NAME).write_text(json.dumps(fit_previews(copy.deepcopy(vae).cpu().float()), indent=1) + "\n")
     for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text())
         config.pop("_name_or_path", None)  # where --resume has read it

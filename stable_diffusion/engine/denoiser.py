@@ -20,6 +20,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img impo
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from stable_diffusion.engine import previews
 from stable_diffusion.engine.job import Job, Latents, Picture, Task
 from stable_diffusion.engine.recorded import Record, RecordedCalls
 from stable_diffusion.errors import GenerationFailed
@@ -247,6 +248,8 @@ class Denoiser:
         if job.rows == 2:
             unconditional, conditional = predicted.chunk(2)
             predicted = unconditional + job.task.guidance_scale * (conditional - unconditional)
+        every = job.task.preview_every_steps
+        state.preview = self._look(state, timestep, predicted) if every and (state.step_index + 1) % every == 0 else None
         latents = state.scheduler.step(predicted, timestep, state.latents, **state.step_arguments, return_dict=False)[0]
         if state.mask is not None:
             kept = state.image_latents
@@ -257,6 +260,10 @@ class Denoiser:
             latents = (1 - state.mask) * kept + state.mask * latents
         state.latents = latents
         state.step_index += 1
+
+    def _look(self, state: Latents, timestep: torch.Tensor, predicted: torch.Tensor) -> Image.Image:
+        expected = previews.expected_end(state.scheduler, state.latents, timestep, predicted)
+        return previews.to_image(expected, self._parts.latent_to_rgb)
 
     # --- after the last step ---------------------------------------------------------------------
 

@@ -153,7 +153,9 @@ class Engine:
             step = 0 if job.tensors is None else job.tensors.step_index
             if job.on_progress is not None and job.reported != (standing.position, step):
                 job.reported = standing.position, step
-                job.on_progress(Progress(standing.position, step, step + job.steps_left, self._turn_seconds * standing.batches_left))
+                preview = None if job.tensors is None else job.tensors.preview
+                seconds_left = self._turn_seconds * standing.batches_left
+                job.on_progress(Progress(standing.position, step, step + job.steps_left, seconds_left, preview))
 
     def _read_inbox(self) -> None:
         """Wait for something only when there is nothing else to do."""

@@ -34,6 +34,7 @@ class Task:
     scheduler: str
     safety_check: bool
     guidance_end: float = 1.0  # the share of the steps that are guided
+    preview_every_steps: int = 0  # 0: none
     strength: float = 1.0  # img2img and inpaint
     image: Image.Image | None = None  # RGB; img2img and inpaint
     mask: Image.Image | None = None  # L, white is repainted; inpaint
@@ -64,6 +65,7 @@ class Latents:
     dropped_negative_prompt: str
     guided_steps: int  # the first ones; after them the job has one row
     step_index: int = 0
+    preview: Image.Image | None = None  # of the last step, if that was to have one; an eighth of the size
     # Inpainting on a 4-channel UNet: after each step, what is outside the mask is put back.
     mask: torch.Tensor | None = None
     image_latents: torch.Tensor | None = None
@@ -80,6 +82,7 @@ class Progress:
     step: int
     steps: int
     seconds_left: float
+    preview: Image.Image | None = None  # an eighth of the picture's size
 
 
 _numbers = itertools.count(1)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
+from stable_diffusion.engine.previews import latent_to_rgb
 from stable_diffusion.weights import check_model
 
 
@@ -21,6 +22,7 @@ def test_one_command_trains_a_model_without_any_download(tmp_path: Path) -> None
     )
     assert finished.returncode == 0, finished.stderr
     check_model(tmp_path / "model")
+    assert latent_to_rgb(tmp_path / "model").shape == (5, 3)
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a red circle", num_inference_steps=1).images[0].size == (64, 64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import time
@@ -107,3 +108,19 @@ def test_a_client_that_goes_away_in_the_middle_stops_its_job(server: Server) -> 
     while not re.search(r"was cancelled after \d+ of 15\d steps", server.log):
         assert time.monotonic() < give_up, server.log
         time.sleep(0.1)
+
+
+def test_previews_come_every_so_many_steps_and_only_if_asked_for(server: Server) -> None:
+    with streamed(server, "/txt2img", json=body(preview_every_steps=4)) as events:
+        told = list(events)
+    looks = [data for name, data in events_named(told, "preview")]
+    assert [look["step"] for look in looks] == [4, 8]
+    for look in looks:
+        with Image.open(io.BytesIO(base64.b64decode(look["image"]))) as picture:
+            assert (picture.format, picture.size) == ("JPEG", (64, 64))
+    with streamed(server, "/txt2img", json=body()) as events:
+        assert not list(events_named(list(events), "preview"))
+
+
+def events_named(told: list[Event], wanted: str) -> Iterator[Event]:
+    return ((name, data) for name, data in told if name == wanted)
