@@ -9,18 +9,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import functools
-import json
 import logging
 import warnings
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
-from urllib.parse import quote
 
-import aiohttp
 import bentoml
 from bentoml._internal.utils import BentoMLDeprecationWarning
-from bentoml.exceptions import BentoMLException
 from bentoml.legacy import Service
 from PIL import Image
 from starlette.applications import Starlette
@@ -28,21 +24,20 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_diffusion import events, images, openapi
+from stable_diffusion.answers import answering_errors, encoded, error_body, parameter_headers, parameters_of, refusal
 from stable_diffusion.draining import Draining
-from stable_diffusion.engine.job import Kind, Picture, Progress, Task
+from stable_diffusion.drawing import draw, news_of
+from stable_diffusion.engine.job import Kind, Progress, Task
 from stable_diffusion.errors import (
     ClientGone,
-    FieldError,
-    InternalError,
     InvalidRequest,
     ModelFolderError,
-    ModelUnavailable,
     NotAcceptable,
     ServiceError,
     TooLarge,
@@ -57,7 +52,6 @@ from stable_diffusion.requests import (
     parse_text_to_image,
     random_seed,
 )
-from stable_diffusion.runnable import pack_task, unpack_news
 from stable_diffusion.weights import ModelFolder
 
 logger = logging.getLogger("stable_diffusion")
@@ -69,9 +63,6 @@ API_VERSION = "1.0.0"
 _MAX_JSON_BYTES = 2**20
 _MAX_FORM_BYTES = 2 * images.MAX_UPLOAD_BYTES + 2 * _MAX_JSON_BYTES
 _MAX_DECODES = 2  # at once in a worker
-_MAX_HEADER_CHARACTERS = 1024  # of a text in a header; proxies allow 4 KB for all of them together
-# What may stand in a header as it is; everything else, and "%" itself, is percent-encoded.
-_PLAIN_IN_HEADERS = " !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"
 
 T = TypeVar("T")
 
@@ -93,7 +84,7 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
 
     service.on_deployment(check_weights)
     service.mount_asgi_app(_application(runner, choose_model), path="/")
-    stopping = _refusal(503, "shutting_down", "the server is shutting down, try again in a minute", {"Connection": "close"})
+    stopping = refusal(503, "shutting_down", "the server is shutting down, try again in a minute", {"Connection": "close"})
     service.add_asgi_middleware(Draining, refusal=stopping)
     service.add_asgi_middleware(_FrontDoor, document=openapi.document(name, API_VERSION))
     return service
@@ -114,11 +105,11 @@ class _FrontDoor:
         if scope["type"] == "http":
             path, method = scope["path"], scope["method"]
             if path not in self._pages and path not in _METHODS:
-                answer = _refusal(404, "not_found", f"no such path: {path[:200]}")
+                answer = refusal(404, "not_found", f"no such path: {path[:200]}")
             elif method == "OPTIONS":
                 answer = self._app  # a browser's question before a request from another site: BentoML's CORS setting answers it
             elif method not in (allowed := _METHODS.get(path, _READ)):
-                answer = _refusal(
+                answer = refusal(
                     405, "method_not_allowed", f"{method} is not allowed here, use {allowed[0]}", {"Allow": ", ".join(allowed)}
                 )
             elif path in self._pages:
@@ -159,53 +150,13 @@ def _application(runner: bentoml.Runner, choose_model: Callable[[], ModelFolder]
         return await _answer(request, runner, model, _task("inpaint", parameters, image.size, model, image, mask), parameters)
 
     endpoints = {"/txt2img": txt2img, "/img2img": img2img, "/inpaint": inpaint}
-    return Starlette(routes=[Route(path, _answering_errors(endpoint), methods=["POST"]) for path, endpoint in endpoints.items()])
+    return Starlette(routes=[Route(path, answering_errors(endpoint), methods=["POST"]) for path, endpoint in endpoints.items()])
 
 
 def _model_for_whole_pictures(model: ModelFolder) -> ModelFolder:
     if model.only_inpaints:
         raise InvalidRequest(f"the model {model.name} only inpaints, use /inpaint")
     return model
-
-
-# --- errors ----------------------------------------------------------------------------------------
-
-
-def _answering_errors(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """The one place where errors become answers."""
-
-    @functools.wraps(endpoint)
-    async def answer(request: Request) -> Response:
-        try:
-            return await endpoint(request)
-        except ServiceError as error:
-            known = error
-        except ClientDisconnect:
-            known = ClientGone("the client closed the connection")
-        except Exception:
-            logger.exception("%s failed.", request.url.path)
-            known = InternalError("an internal error, the server's log has the details")
-        return _error_response(known.status, known.type, known.message, known.problems)
-
-    return answer
-
-
-def _refusal(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
-    return _error_response(status, kind, message, [FieldError(None, message)], headers)
-
-
-def _error_response(status: int, kind: str, message: str, problems: list[FieldError], headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse(_error_body(kind, message, problems), status, headers)
-
-
-def _error_body(kind: str, message: str, problems: list[FieldError]) -> dict[str, Any]:
-    listed = [{"field": problem.field and _sendable(problem.field), "message": _sendable(problem.message)} for problem in problems]
-    return {"error": {"type": kind, "message": _sendable(message), "problems": listed}}
-
-
-def _sendable(text: str) -> str:
-    """A name that a client sent may hold half of a surrogate pair, which UTF-8 cannot say."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 # --- reading a request -----------------------------------------------------------------------------
@@ -333,20 +284,11 @@ async def _answer(request: Request, runner: bentoml.Runner, model: ModelFolder, 
             events.kept_alive(_events(runner, model, task, image_format)), media_type=events.MEDIA_TYPE, headers=events.HEADERS
         )
     image_format = parameters.output_format or _accepted_format(accept)
-    picture = await _while_connected(request, _draw(runner, task))
-    content = await run_in_threadpool(_encoded, task, picture, image_format)
-    headers = _parameter_headers(task, picture, model)
+    picture = await _while_connected(request, draw(runner, task))
+    content = await run_in_threadpool(encoded, task, picture, image_format)
+    headers = parameter_headers(task, picture, model)
     headers["content-disposition"] = f'inline; filename="{task.kind}-{task.seed}.{image_format}"'
     return Response(content, media_type=MEDIA_TYPES[image_format], headers=headers)
-
-
-def _encoded(task: Task, picture: Picture, image_format: ImageFormat) -> bytes:
-    image = picture.image
-    if task.kind == "inpaint" and not picture.flagged:
-        assert task.image is not None
-        assert task.mask is not None
-        image = images.keep_outside_mask(image, task.image, task.mask)
-    return images.encode(image, image_format)
 
 
 def _wants_events(accept: str) -> bool:
@@ -357,19 +299,19 @@ def _wants_events(accept: str) -> bool:
 async def _events(runner: bentoml.Runner, model: ModelFolder, task: Task, image_format: ImageFormat) -> AsyncGenerator[bytes, None]:
     """queued, progress and preview while it is being drawn, then completed with the picture, or error."""
     try:
-        async with aclosing(_news(runner, task, follow=True)) as news:
+        async with aclosing(news_of(runner, task, follow=True)) as news:
             async for one in news:
                 if isinstance(one, Progress):
                     yield _progress_event(one)
                     if one.preview is not None:
                         yield await run_in_threadpool(_preview_event, one.step, one.preview, (task.width, task.height))
                 else:
-                    content = await run_in_threadpool(_encoded, task, one, image_format)
+                    content = await run_in_threadpool(encoded, task, one, image_format)
                     image = base64.b64encode(content).decode("ascii")
-                    described = {"media_type": MEDIA_TYPES[image_format], "image": image, "parameters": _parameters(task, one, model)}
+                    described = {"media_type": MEDIA_TYPES[image_format], "image": image, "parameters": parameters_of(task, one, model)}
                     yield events.event("completed", described)
     except ServiceError as error:
-        yield events.event("error", _error_body(error.type, error.message, error.problems))
+        yield events.event("error", error_body(error.type, error.message, error.problems))
 
 
 def _preview_event(step: int, preview: Image.Image, size: tuple[int, int]) -> bytes:
@@ -403,35 +345,6 @@ def _accepted_format(accept: str) -> ImageFormat:
     return max(liked, key=lambda entry: entry[0])[1]  # the first one among equals
 
 
-async def _draw(runner: bentoml.Runner, task: Task) -> Picture:
-    async with aclosing(_news(runner, task, follow=False)) as news:
-        async for one in news:
-            if isinstance(one, Picture):
-                return one
-    raise ModelUnavailable("the model process stopped before the picture was finished, try again in a minute")
-
-
-async def _news(runner: bentoml.Runner, task: Task, *, follow: bool) -> AsyncGenerator[Progress | Picture, None]:
-    """Have the runner draw, and pass on what it says; a picture comes last. Closing this cancels the job there."""
-    stream = runner.draw.async_stream(pack_task(task, follow=follow))
-    pieces: list[str] = []
-    try:
-        async for piece in stream:
-            pieces.append(piece)
-            if "\n" in piece:  # lines are cut anywhere, and the one with the picture is long
-                *lines, rest = "".join(pieces).split("\n")
-                pieces = [rest]
-                for line in lines:
-                    yield await run_in_threadpool(unpack_news, line)
-    except (BentoMLException, aiohttp.ClientError, asyncio.TimeoutError) as error:
-        logger.error("The runner did not answer: %s", error)
-        raise ModelUnavailable("the model process cannot be reached, try again in a minute") from None
-    finally:
-        await stream.aclose()
-    if "".join(pieces):
-        raise ModelUnavailable("the model process stopped before the picture was finished, try again in a minute")
-
-
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Run `work` until it is done or the client has gone: then cancel it and raise ClientGone."""
     working = asyncio.ensure_future(work)
@@ -450,41 +363,3 @@ async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         continue
-
-
-def _parameters(task: Task, picture: Picture, model: ModelFolder) -> dict[str, Any]:
-    """Every resolved parameter under its own name, as in the reference."""
-    parameters = {
-        "prompt": task.prompt,
-        "negative_prompt": task.negative_prompt,
-        "prompt_dropped": picture.dropped_prompt or None,
-        "negative_prompt_dropped": picture.dropped_negative_prompt or None,
-        "height": task.height,
-        "width": task.width,
-        "num_inference_steps": task.num_inference_steps,
-        "guidance_scale": task.guidance_scale,
-        "guidance_end": task.guidance_end,
-        "seed": task.seed,
-        "scheduler": task.scheduler,
-        "strength": None if task.kind == "txt2img" else task.strength,
-        "safety_check": task.safety_check,
-        "safety_flagged": "unchecked" if picture.flagged is None else picture.flagged,
-        "model": model.name,
-    }
-    return {name: value for name, value in parameters.items() if value is not None}
-
-
-def _parameter_headers(task: Task, picture: Picture, model: ModelFolder) -> dict[str, str]:
-    parameters = _parameters(task, picture, model)
-    return {name: _header_text(value if isinstance(value, str) else json.dumps(value)) for name, value in parameters.items()}
-
-
-def _header_text(text: str) -> str:
-    """Percent-encoded UTF-8, cut at a whole character."""
-    encoded = ""
-    for character in text:
-        piece = quote(character, safe=_PLAIN_IN_HEADERS)
-        if len(encoded) + len(piece) > _MAX_HEADER_CHARACTERS:
-            break
-        encoded += piece
-    return encoded

@@ -1,4 +1,4 @@
-"""What can go wrong, as a tree. Each error carries its HTTP status; only `api.py` turns it into an answer.
+"""What can go wrong, as a tree. Each error carries its HTTP status; only `answers.py` turns it into an answer.
 
 ServiceError
 ├── InvalidRequest            400  a field or a part is missing, malformed or out of range

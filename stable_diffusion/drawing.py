@@ -1,0 +1,51 @@
+"""An API worker's side of the way to the model process: a task there, news and the picture back.
+
+Knows nothing of requests and answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import aiohttp
+import bentoml
+from bentoml.exceptions import BentoMLException
+from starlette.concurrency import run_in_threadpool
+
+from stable_diffusion.engine.job import Picture, Progress, Task
+from stable_diffusion.errors import ModelUnavailable
+from stable_diffusion.runnable import pack_task, unpack_news
+
+logger = logging.getLogger("stable_diffusion")
+
+
+async def draw(runner: bentoml.Runner, task: Task) -> Picture:
+    async with aclosing(news_of(runner, task, follow=False)) as news:
+        async for one in news:
+            if isinstance(one, Picture):
+                return one
+    raise ModelUnavailable("the model process stopped before the picture was finished, try again in a minute")
+
+
+async def news_of(runner: bentoml.Runner, task: Task, *, follow: bool) -> AsyncGenerator[Progress | Picture, None]:
+    """Have the runner draw, and pass on what it says; a picture comes last. Closing this cancels the job there."""
+    stream = runner.draw.async_stream(pack_task(task, follow=follow))
+    pieces: list[str] = []
+    try:
+        async for piece in stream:
+            pieces.append(piece)
+            if "\n" in piece:  # lines are cut anywhere, and the one with the picture is long
+                *lines, rest = "".join(pieces).split("\n")
+                pieces = [rest]
+                for line in lines:
+                    yield await run_in_threadpool(unpack_news, line)
+    except (BentoMLException, aiohttp.ClientError, asyncio.TimeoutError) as error:
+        logger.error("The runner did not answer: %s", error)
+        raise ModelUnavailable("the model process cannot be reached, try again in a minute") from None
+    finally:
+        await stream.aclose()
+    if "".join(pieces):
+        raise ModelUnavailable("the model process stopped before the picture was finished, try again in a minute")
