@@ -1,7 +1,6 @@
 """The HTTP side: endpoints, headers, errors. `create_service` makes the BentoML service of both precisions.
 
-The only file that knows of requests and responses. Runs in API workers, which load no torch: what is computed
-crosses to the runner as `runnable.py` packs it.
+Runs in API workers, which load no torch: what is computed crosses to the runner as `runnable.py` packs it.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import logging
 import warnings
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import bentoml
@@ -36,6 +36,7 @@ from stable_diffusion.drawing import draw, news_of
 from stable_diffusion.engine.job import Kind, Progress, Task
 from stable_diffusion.errors import (
     ClientGone,
+    InternalError,
     InvalidRequest,
     ModelFolderError,
     NotAcceptable,
@@ -277,23 +278,20 @@ def _task(
 
 
 async def _answer(request: Request, runner: bentoml.Runner, model: ModelFolder, task: Task, parameters: GenerationRequest) -> Response:
-    accept = request.headers.get("accept", "*/*")
-    if _wants_events(accept):
-        image_format = parameters.output_format or "jpeg"
-        return StreamingResponse(
-            events.kept_alive(_events(runner, model, task, image_format)), media_type=events.MEDIA_TYPE, headers=events.HEADERS
-        )
-    image_format = parameters.output_format or _accepted_format(accept)
+    accepted = _accepted(",".join(request.headers.getlist("accept")) or "*/*")
+    if accepted.events:
+        pieces = _events(runner, model, task, parameters.output_format or accepted.image_format or "jpeg")
+        return StreamingResponse(events.kept_alive(pieces), media_type=events.MEDIA_TYPE, headers=events.HEADERS)
+    if task.preview_every_steps:
+        raise InvalidRequest("preview_every_steps: previews need Accept: text/event-stream", field="preview_every_steps")
+    image_format = parameters.output_format or accepted.image_format
+    if image_format is None:
+        raise NotAcceptable(f"Accept allows none of {', '.join((*MEDIA_TYPES.values(), events.MEDIA_TYPE))}", field="Accept")
     picture = await _while_connected(request, draw(runner, task))
     content = await run_in_threadpool(encoded, task, picture, image_format)
     headers = parameter_headers(task, picture, model)
     headers["content-disposition"] = f'inline; filename="{task.kind}-{task.seed}.{image_format}"'
     return Response(content, media_type=MEDIA_TYPES[image_format], headers=headers)
-
-
-def _wants_events(accept: str) -> bool:
-    """Asked for by name only: a browser that accepts everything wants the picture."""
-    return any(entry.partition(";")[0].strip().lower() == events.MEDIA_TYPE for entry in accept.split(","))
 
 
 async def _events(runner: bentoml.Runner, model: ModelFolder, task: Task, image_format: ImageFormat) -> AsyncGenerator[bytes, None]:
@@ -312,6 +310,10 @@ async def _events(runner: bentoml.Runner, model: ModelFolder, task: Task, image_
                     yield events.event("completed", described)
     except ServiceError as error:
         yield events.event("error", error_body(error.type, error.message, error.problems))
+    except Exception:
+        logger.exception("The stream of events broke off.")
+        broken = InternalError("an internal error, the server's log has the details")
+        yield events.event("error", error_body(broken.type, broken.message, broken.problems))
 
 
 def _preview_event(step: int, preview: Image.Image, size: tuple[int, int]) -> bytes:
@@ -326,9 +328,19 @@ def _progress_event(progress: Progress) -> bytes:
     return events.event("progress", {"step": progress.step, "steps": progress.steps, "seconds_left": seconds_left})
 
 
-def _accepted_format(accept: str) -> ImageFormat:
-    """The image type that the client likes best (RFC 9110, 12.5.1); jpeg if it does not mind."""
-    liked: list[tuple[float, ImageFormat]] = []
+@dataclass(frozen=True)
+class _Accepted:
+    """What the client takes: events, if it names them, and the image type that it likes best, if there is one."""
+
+    events: bool
+    image_format: ImageFormat | None
+
+
+def _accepted(accept: str) -> _Accepted:
+    """RFC 9110, 12.5.1. A client that does not mind gets jpeg."""
+    formats: dict[str, ImageFormat] = {name: image_format for image_format, name in MEDIA_TYPES.items()}
+    formats |= {"*/*": "jpeg", "image/*": "jpeg", "": "jpeg"}
+    liked: list[tuple[float, str]] = []
     for entry in accept.split(","):
         media_type, *options = (part.strip().lower() for part in entry.split(";"))
         quality = next((option[2:] for option in options if option.startswith("q=")), "1")
@@ -336,13 +348,14 @@ def _accepted_format(accept: str) -> ImageFormat:
             weight = float(quality)
         except ValueError:
             weight = 0.0
-        formats: dict[str, ImageFormat] = {name: image_format for image_format, name in MEDIA_TYPES.items()}
-        formats |= {"*/*": "jpeg", "image/*": "jpeg", "": "jpeg"}
-        if media_type in formats and weight > 0:
-            liked.append((weight, formats[media_type]))
-    if not liked:
-        raise NotAcceptable(f"Accept allows none of {', '.join(MEDIA_TYPES.values())}", field="Accept")
-    return max(liked, key=lambda entry: entry[0])[1]  # the first one among equals
+        if weight > 0:
+            liked.append((weight, media_type))
+    # Of equals the first one.
+    images_liked = sorted((entry for entry in liked if entry[1] in formats), key=lambda entry: -entry[0])
+    return _Accepted(
+        events=any(media_type == events.MEDIA_TYPE for _, media_type in liked),
+        image_format=formats[images_liked[0][1]] if images_liked else None,
+    )
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

@@ -27,13 +27,14 @@ async def draw(runner: bentoml.Runner, task: Task) -> Picture:
         async for one in news:
             if isinstance(one, Picture):
                 return one
-    raise ModelUnavailable("the model process stopped before the picture was finished, try again in a minute")
+    raise AssertionError("news end with a picture or an error")
 
 
 async def news_of(runner: bentoml.Runner, task: Task, *, follow: bool) -> AsyncGenerator[Progress | Picture, None]:
     """Have the runner draw, and pass on what it says; a picture comes last. Closing this cancels the job there."""
     stream = runner.draw.async_stream(pack_task(task, follow=follow))
     pieces: list[str] = []
+    has_picture = False
     try:
         async for piece in stream:
             pieces.append(piece)
@@ -41,11 +42,13 @@ async def news_of(runner: bentoml.Runner, task: Task, *, follow: bool) -> AsyncG
                 *lines, rest = "".join(pieces).split("\n")
                 pieces = [rest]
                 for line in lines:
-                    yield await run_in_threadpool(unpack_news, line)
+                    one = await run_in_threadpool(unpack_news, line)
+                    has_picture = isinstance(one, Picture)
+                    yield one
     except (BentoMLException, aiohttp.ClientError, asyncio.TimeoutError) as error:
         logger.error("The runner did not answer: %s", error)
         raise ModelUnavailable("the model process cannot be reached, try again in a minute") from None
     finally:
         await stream.aclose()
-    if "".join(pieces):
+    if not has_picture:
         raise ModelUnavailable("the model process stopped before the picture was finished, try again in a minute")

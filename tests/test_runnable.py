@@ -60,7 +60,7 @@ def test_who_follows_gets_a_line_for_each_step_before_the_picture(recording_engi
         return [line async for line in draw(recording_engine.engine, pack_task(task, follow=True))]
 
     *progress, picture = [unpack_news(line) for line in asyncio.run(lines())]
-    assert [one.step for one in progress if isinstance(one, Progress)] == [1, 2, 3]
+    assert [one.step for one in progress if isinstance(one, Progress)] == [1, 2, 3, 4]
     assert isinstance(picture, Picture)
 
 

@@ -242,7 +242,7 @@ class Denoiser:
 
     @torch.inference_mode()
     def advance(self, job: Job, predicted: torch.Tensor) -> None:
-        """Apply guidance and the noise scheduler to one job's rows. Looks at no value, so it need not wait for the device."""
+        """Apply guidance and the noise scheduler to one job's rows. Looks at no value, so it waits for the device for a preview only."""
         state = _tensors_of(job)
         timestep = state.timesteps[state.step_index]
         if job.rows == 2:

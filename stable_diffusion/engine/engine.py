@@ -149,13 +149,18 @@ class Engine:
         if self._turn_seconds is None or all(job.on_progress is None for job in self._batching):
             return
         for standing in self._batching.standings():
-            job = standing.job
-            step = 0 if job.tensors is None else job.tensors.step_index
-            if job.on_progress is not None and job.reported != (standing.position, step):
-                job.reported = standing.position, step
-                preview = None if job.tensors is None else job.tensors.preview
-                seconds_left = self._turn_seconds * standing.batches_left
-                job.on_progress(Progress(standing.position, step, step + job.steps_left, seconds_left, preview))
+            self._report(standing.job, standing.position, self._turn_seconds * standing.batches_left)
+
+    def _report(self, job: Job, position: int, seconds_left: float) -> None:
+        """Tell where a job stands, once for each step; before its first step once for each place in the queue."""
+        tensors = job.tensors
+        step = 0 if tensors is None else tensors.step_index
+        position = 0 if step else position
+        if job.on_progress is None or job.reported == (position, step):
+            return
+        job.reported = position, step
+        preview = None if tensors is None else tensors.preview
+        job.on_progress(Progress(position, step, step + job.steps_left, seconds_left, preview))
 
     def _read_inbox(self) -> None:
         """Wait for something only when there is nothing else to do."""
@@ -208,6 +213,7 @@ class Engine:
                 self._fail(job, error)
                 continue
             if job.is_denoised:
+                self._report(job, 0, 0.0)
                 self._batching.remove(job)
                 self._to_decode.append(job)
 

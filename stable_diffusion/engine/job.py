@@ -76,7 +76,7 @@ class Latents:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a job stands. `position`: 0 once it takes part in the steps, before that its place among those that wait."""
+    """Where a job stands. `position`: its place among those that wait for their first step, 0 for all others."""
 
     position: int
     step: int

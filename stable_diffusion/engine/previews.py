@@ -26,6 +26,8 @@ def latent_to_rgb(model: Path) -> torch.Tensor:
 
 def expected_end(scheduler: Any, latents: torch.Tensor, timestep: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
     """The latents that the UNet's prediction amounts to (Ho et al. 2020, equation 15; for v Salimans and Ho 2022, appendix D)."""
+    if scheduler.config.prediction_type == "sample":
+        return predicted
     noisy: torch.Tensor = scheduler.scale_model_input(latents, timestep)
     kept: torch.Tensor = scheduler.alphas_cumprod[int(timestep.round())]
     if scheduler.config.prediction_type == "v_prediction":
