@@ -104,6 +104,6 @@ def short_among_long(side: int, most_steps: int, long: int, short: int, every_s:
     return Load(f"{shortest} steps among {most_steps}", tasks, arrivals_s=arrivals_s, counted=frozenset(range(long, long + short)))
 
 
-def warm_up(side: int) -> Load:
+def warm_up(side: int, requests: int) -> Load:
     """Not counted. Every kind and size has been drawn once then, and BentoML's batching has had the requests that it learns from."""
-    return Load("warm-up", tuple(replace(one, num_inference_steps=3) for one in mixed_tasks(side, 50, 32)), clients=4)
+    return Load("warm-up", tuple(replace(one, num_inference_steps=3) for one in mixed_tasks(side, 50, requests)), clients=4)

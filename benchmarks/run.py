@@ -76,7 +76,7 @@ def main() -> None:
     if wanted:
         with started(arguments.contenders, setup) as running:
             for contender in running:
-                contender.draw(loads.warm_up(side))
+                contender.draw(loads.warm_up(side, arguments.warm_up_requests))
             for part in wanted:
                 bench(running, _loads(part, running, side, steps, arguments), arguments.rounds, report, save)
             last = loads.same_steps(side, 2, 1, 1)
@@ -115,6 +115,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=24, help="of the mixed loads")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.8, 1.5], help="of plain diffusers' capacity, for the open loops")
     parser.add_argument("--short-every-s", type=float, default=1.0)
+    parser.add_argument("--warm-up-requests", type=int, default=32, help="of every contender, not counted")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--name", default="table", help="of the files that are written")

@@ -12,6 +12,7 @@ from stable_diffusion.engine import previews
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.job import Job
 from stable_diffusion.pipelines import Parts
+from stable_diffusion.weights import DEMO_FOLDER
 from tests.conftest import RecordingEngine, make_task
 
 
@@ -52,6 +53,12 @@ def test_the_preview_of_the_last_step_looks_like_the_picture(demo_parts: Parts, 
 def test_a_picture_is_the_same_with_and_without_previews(recording_engine: RecordingEngine) -> None:
     without, with_previews = (recording_engine.draw([make_task(preview_every_steps=every)])[0].image for every in (0, 2))
     assert without == with_previews
+
+
+def test_the_demo_model_has_a_map_of_its_own() -> None:
+    ours, stable_diffusions = previews.latent_to_rgb(DEMO_FOLDER), previews.latent_to_rgb(DEMO_FOLDER / "unet")
+    assert ours.shape == stable_diffusions.shape
+    assert not torch.equal(ours, stable_diffusions)
 
 
 def test_a_model_without_a_map_of_its_own_gets_stable_diffusions(tmp_path_factory: pytest.TempPathFactory) -> None:
