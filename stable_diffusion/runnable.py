@@ -135,18 +135,22 @@ def _pack_image(value: Any) -> Any:
 
 
 def pack_outcome(outcome: Picture | ServiceError) -> str:
-    """One line of ASCII, so that it does not matter where a transport cuts it."""
+    """One line of ASCII, so that it does not matter where a transport cuts it: JSON, and after a tab the pixels.
+
+    As a JSON string they would be looked through for what has to be escaped, twice.
+    """
     if isinstance(outcome, ServiceError):
         content: dict[str, Any] = {"error": outcome.message}
+        pixels = ""
     else:
         content = {
             "size": outcome.image.size,
-            "pixels": base64.b64encode(outcome.image.tobytes()).decode("ascii"),
             "flagged": outcome.flagged,
             "dropped_prompt": outcome.dropped_prompt,
             "dropped_negative_prompt": outcome.dropped_negative_prompt,
         }
-    return json.dumps(content) + "\n"
+        pixels = base64.b64encode(outcome.image.tobytes()).decode("ascii")
+    return f"{json.dumps(content)}\t{pixels}\n"
 
 
 def pack_progress(progress: Progress) -> str:
@@ -163,17 +167,18 @@ def pack_progress(progress: Progress) -> str:
 
 def unpack_news(line: str) -> Progress | Picture:
     """What a runner has sent. Raises GenerationFailed if it sent an error."""
-    content = json.loads(line)
+    described, _, pixels = line.partition("\t")
+    content = json.loads(described)
     if "progress" in content:
         values = content["progress"]
         if values["preview"] is not None:
-            size, pixels = values["preview"]
-            values["preview"] = Image.frombytes("RGB", tuple(size), base64.b64decode(pixels))
+            size, small = values["preview"]
+            values["preview"] = Image.frombytes("RGB", tuple(size), base64.b64decode(small))
         return Progress(**values)
     if "error" in content:
         raise GenerationFailed(content["error"])
     return Picture(
-        image=Image.frombytes("RGB", tuple(content["size"]), base64.b64decode(content["pixels"])),
+        image=Image.frombytes("RGB", tuple(content["size"]), base64.b64decode(pixels)),
         flagged=content["flagged"],
         dropped_prompt=content["dropped_prompt"],
         dropped_negative_prompt=content["dropped_negative_prompt"],

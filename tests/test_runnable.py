@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import pickle
 import re
@@ -51,7 +50,9 @@ def test_drawing_yields_one_line(recording_engine: RecordingEngine) -> None:
         return [line async for line in draw(recording_engine.engine, pack_task(make_task(num_inference_steps=2)))]
 
     (line,) = asyncio.run(lines())
-    assert json.loads(line)["size"] == [64, 64]
+    picture = unpack_news(line)
+    assert isinstance(picture, Picture)
+    assert picture.image.size == (64, 64)
 
 
 def test_who_follows_gets_a_line_for_each_step_before_the_picture(recording_engine: RecordingEngine) -> None:
