@@ -69,15 +69,15 @@ def step_times(connection: Connection, setup: Setup) -> None:
     with ThreadPoolExecutor(1) as thread:
         denoiser = thread.submit(lambda: Denoiser(load(check_model(setup.model), setup.precision))).result()
         # Before anything is recorded: a replay computes what nobody can count.
-        tflop = thread.submit(_count_tflop, denoiser, setup.side).result()
+        tflop = thread.submit(count_tflop, denoiser, setup.side).result()
         if setup.cuda_graphs:
             thread.submit(lambda: denoiser.record_steps(CudaGraphs(), setup.side, setup.side, MAX_BATCH_SIZE)).result()
         connection.send("loaded")
         while (jobs := connection.recv()) is not None:
-            connection.send(thread.submit(_time_step, denoiser, jobs, setup.side, tflop).result())
+            connection.send(thread.submit(time_step, denoiser, jobs, setup.side, tflop).result())
 
 
-def _time_step(denoiser: Denoiser, jobs: int, side: int, tflop: float) -> StepTime | None:
+def time_step(denoiser: Denoiser, jobs: int, side: int, tflop: float) -> StepTime | None:
     """`tflop`: of one job's call."""
     import torch
 
@@ -115,7 +115,7 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _count_tflop(denoiser: Denoiser, side: int) -> float:
+def count_tflop(denoiser: Denoiser, side: int) -> float:
     """Of the UNet call of one job with guidance."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import asdict
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import loads, plot
 from benchmarks.clients import Round, play
@@ -19,9 +20,12 @@ from benchmarks.loads import Load
 from benchmarks.plain import Plain
 from benchmarks.report import Report, Row, Start, markdown, row, write
 from benchmarks.run import CONTENDERS, bench, started
-from benchmarks.steps import StepTime, time_steps
-from stable_diffusion.engine.job import Task
+from benchmarks.steps import StepTime, count_tflop, time_step
+from stable_diffusion.engine.denoiser import Denoiser
+from stable_diffusion.engine.job import Job, Task
+from stable_diffusion.pipelines import Parts
 from stable_diffusion.weights import DEMO_FOLDER
+from tests.benchmarks.dying import die
 from tests.conftest import RecordingEngine
 
 LOAD = loads.same_steps(64, 2, clients=2, requests_per_client=5)
@@ -162,14 +166,24 @@ def test_every_table_has_as_many_cells_in_each_line() -> None:
     assert "| 5.0 % | 0.019 | 2.000 | 50 % of 4.000 |" in tables[2]
 
 
-def test_the_arithmetic_of_a_call_is_counted_with_all_of_its_rows() -> None:
-    one, two = time_steps(DEMO, [1, 2])
-    assert two.tflop == pytest.approx(2 * one.tflop)
-    assert 0 < one.share_of_matrix_product < 1.2
+def test_the_arithmetic_of_a_call_is_counted_with_all_of_its_rows(demo_parts: Parts) -> None:
+    denoiser = Denoiser(demo_parts)
+    of_one_job = count_tflop(denoiser, 64)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        batch = [Job(loads.task(number, 64, 2), on_end=lambda outcome: None) for number in range(2)]
+        for job in batch:
+            job.tensors = denoiser.prepare(job.task)
+        before = counter.get_total_flops()
+        denoiser.predict(batch)
+    assert counter.get_total_flops() - before == pytest.approx(2 * of_one_job * 1e12)
 
 
-def die(connection: Connection, setup: Setup) -> None:
-    raise SystemExit(3)
+def test_a_step_is_timed_beside_its_unet_call_and_the_matrix_product(demo_parts: Parts) -> None:
+    timed = time_step(Denoiser(demo_parts), 2, 64, tflop=0.001)
+    assert timed is not None
+    assert (timed.jobs, timed.tflop) == (2, 0.002)
+    assert timed.step_ms > 0
+    assert 0 < timed.share_of_matrix_product < 1.2
 
 
 def test_a_contender_that_dies_while_it_loads_is_noticed() -> None:
