@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -64,6 +66,8 @@ def open_loops(running: Sequence[Contender], side: int, steps: int, requests: in
 
 def main() -> None:
     arguments = _arguments()
+    # As after Ctrl+C: whoever stops the benchmark, no server is left running.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     setup = Setup(arguments.model.resolve(), arguments.precision, arguments.side, cuda_graphs=arguments.cuda_graphs)
     about = {**machine(), "model": setup.model.parent.name if setup.model == DEMO_FOLDER else setup.model.name, "side": str(setup.side)}
     report = Report({**about, "precision": setup.precision})
