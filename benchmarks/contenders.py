@@ -16,14 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from benchmarks.clients import Round, play
 from benchmarks.loads import Load, task
 from stable_diffusion.engine.job import Picture, Task
 from stable_diffusion.errors import ServiceError
 
-Precision = Literal["fp32", "fp16"]
+if TYPE_CHECKING:
+    from stable_diffusion.pipelines import Precision
+
 MAX_BATCH_SIZE = 10
 
 

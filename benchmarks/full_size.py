@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from stable_diffusion.weights import DEMO_FOLDER
 
@@ -62,7 +62,7 @@ def make(folder: Path) -> Path:
         unet=unet,
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=_demo_tokenizer(),
+        tokenizer=CLIPTokenizer.from_pretrained(DEMO_FOLDER / "tokenizer"),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -73,8 +73,3 @@ def make(folder: Path) -> Path:
     pipeline.save_pretrained(unfinished)
     unfinished.rename(folder)
     return folder
-
-
-def _demo_tokenizer() -> PreTrainedTokenizerFast:
-    pipeline = StableDiffusionPipeline.from_pretrained(DEMO_FOLDER)
-    return pipeline.tokenizer

@@ -65,15 +65,19 @@ def same_steps(side: int, steps: int, clients: int, requests_per_client: int) ->
     return Load(f"{steps} steps, {clients} clients", tasks, clients=clients)
 
 
+def _shortest(most_steps: int) -> int:
+    return max(2, most_steps * 4 // 50)
+
+
 def mixed_tasks(side: int, most_steps: int, requests: int) -> tuple[Task, ...]:
     """4 to 50 steps (where `most_steps` is 50), two thirds with guidance, all three kinds, two sizes."""
     chance = random.Random(SEED)
-    smallest = max(2, most_steps * 4 // 50)
+    shortest = _shortest(most_steps)
     return tuple(
         task(
             number,
             chance.choice((side, side, side * 3 // 2)),
-            chance.choice((smallest, most_steps // 4, most_steps // 2, most_steps)),
+            chance.choice((shortest, most_steps // 4, most_steps // 2, most_steps)),
             chance.choice((7.5, 7.5, 1.0)),
             chance.choice(KINDS),
         )
@@ -98,7 +102,7 @@ def mixed_arrivals(side: int, most_steps: int, requests: int, per_s: float, shar
 
 def short_among_long(side: int, most_steps: int, long: int, short: int, every_s: float) -> Load:
     """`long` requests at once, more than fit into a batch, and `short` ones that come in meanwhile. Only these are counted."""
-    shortest = max(2, most_steps * 4 // 50)
+    shortest = _shortest(most_steps)
     tasks = tuple(task(number, side, most_steps if number < long else shortest) for number in range(long + short))
     arrivals_s = (0.0,) * long + tuple((number + 1) * every_s for number in range(short))
     return Load(f"{shortest} steps among {most_steps}", tasks, arrivals_s=arrivals_s, counted=frozenset(range(long, long + short)))

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffu
 from PIL import Image
 
 from stable_diffusion.engine.job import Task
+from stable_diffusion.pipelines import placement
 
 if TYPE_CHECKING:
     from benchmarks.contenders import Setup
@@ -22,8 +23,7 @@ class Plain:
     """The three pipelines with one set of weights."""
 
     def __init__(self, setup: Setup) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.float16 if setup.precision == "fp16" and device == "cuda" else torch.float32
+        device, dtype = placement(setup.precision)
         text_to_image = StableDiffusionPipeline.from_pretrained(setup.model, dtype=dtype).to(device)
         text_to_image.scheduler = DDIMScheduler.from_config(text_to_image.scheduler.config)
         self._pipelines: dict[str, Any] = {

@@ -35,16 +35,21 @@ def answering_errors(endpoint: Callable[[Request], Awaitable[Response]]) -> Call
     async def answer(request: Request) -> Response:
         try:
             return await endpoint(request)
-        except ServiceError as error:
-            known = error
-        except ClientDisconnect:
-            known = ClientGone("the client closed the connection")
-        except Exception:
-            logger.exception("%s failed.", request.url.path)
-            known = InternalError("an internal error, the server's log has the details")
-        return error_response(known.status, known.type, known.message, known.problems)
+        except Exception as error:
+            known = known_error(error, request.url.path)
+            return error_response(known.status, known.type, known.message, known.problems)
 
     return answer
+
+
+def known_error(error: Exception, where: str) -> ServiceError:
+    """What is told of an error. One that nobody foresaw goes to the log, with `where`."""
+    if isinstance(error, ServiceError):
+        return error
+    if isinstance(error, ClientDisconnect):
+        return ClientGone("the client closed the connection")
+    logger.error("%s failed.", where, exc_info=error)
+    return InternalError("an internal error, the server's log has the details")
 
 
 def refusal(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:

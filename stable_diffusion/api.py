@@ -30,17 +30,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_diffusion import events, images, openapi
-from stable_diffusion.answers import answering_errors, encoded, error_body, parameter_headers, parameters_of, refusal
+from stable_diffusion.answers import answering_errors, encoded, error_body, known_error, parameter_headers, parameters_of, refusal
 from stable_diffusion.draining import Draining
 from stable_diffusion.drawing import draw, news_of
 from stable_diffusion.engine.job import Kind, Progress, Task
 from stable_diffusion.errors import (
     ClientGone,
-    InternalError,
     InvalidRequest,
     ModelFolderError,
     NotAcceptable,
-    ServiceError,
     TooLarge,
     UnsupportedMediaType,
 )
@@ -305,25 +303,24 @@ async def _events(runner: bentoml.Runner, model: ModelFolder, task: Task, image_
                         yield await run_in_threadpool(_preview_event, one.step, one.preview, (task.width, task.height))
                 else:
                     content = await run_in_threadpool(encoded, task, one, image_format)
-                    image = base64.b64encode(content).decode("ascii")
-                    described = {"media_type": MEDIA_TYPES[image_format], "image": image, "parameters": parameters_of(task, one, model)}
-                    yield events.event("completed", described)
-    except ServiceError as error:
-        yield events.event("error", error_body(error.type, error.message, error.problems))
-    except Exception:
-        logger.exception("The stream of events broke off.")
-        broken = InternalError("an internal error, the server's log has the details")
-        yield events.event("error", error_body(broken.type, broken.message, broken.problems))
+                    yield events.event("completed", {**_as_data(content, image_format), "parameters": parameters_of(task, one, model)})
+    except Exception as error:
+        known = known_error(error, f"The stream of events of a {task.kind}")
+        yield events.event("error", error_body(known.type, known.message, known.problems))
 
 
 def _preview_event(step: int, preview: Image.Image, size: tuple[int, int]) -> bytes:
     content = images.encode(preview.resize(size, Image.Resampling.BICUBIC), "jpeg")
-    return events.event("preview", {"step": step, "media_type": MEDIA_TYPES["jpeg"], "image": base64.b64encode(content).decode("ascii")})
+    return events.event("preview", {"step": step, **_as_data(content, "jpeg")})
+
+
+def _as_data(content: bytes, image_format: ImageFormat) -> dict[str, str]:
+    return {"media_type": MEDIA_TYPES[image_format], "image": base64.b64encode(content).decode("ascii")}
 
 
 def _progress_event(progress: Progress) -> bytes:
     seconds_left = round(progress.seconds_left, 1)
-    if progress.position and not progress.step:
+    if progress.position:
         return events.event("queued", {"position": progress.position, "seconds_left": seconds_left})
     return events.event("progress", {"step": progress.step, "steps": progress.steps, "seconds_left": seconds_left})
 
@@ -350,11 +347,11 @@ def _accepted(accept: str) -> _Accepted:
             weight = 0.0
         if weight > 0:
             liked.append((weight, media_type))
-    # Of equals the first one.
-    images_liked = sorted((entry for entry in liked if entry[1] in formats), key=lambda entry: -entry[0])
+    images_liked = [entry for entry in liked if entry[1] in formats]
     return _Accepted(
         events=any(media_type == events.MEDIA_TYPE for _, media_type in liked),
-        image_format=formats[images_liked[0][1]] if images_liked else None,
+        # max gives the first one among equals.
+        image_format=formats[max(images_liked, key=lambda entry: entry[0])[1]] if images_liked else None,
     )
 
 

@@ -51,10 +51,15 @@ def device_name(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def placement(precision: Precision) -> tuple[torch.device, torch.dtype]:
+    """Where a model goes, and what it is computed in there."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device, torch.float16 if precision == "fp16" and device.type == "cuda" else torch.float32
+
+
 def load(model: ModelFolder, precision: Precision) -> Parts:
     """Load `model` onto the GPU if there is one. Half precision on a CPU is computed in float32: its kernels are slow or missing."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float16 if precision == "fp16" and device.type == "cuda" else torch.float32
+    device, dtype = placement(precision)
     if device.type == "cpu":
         keep_freed_memory()
     if precision == "fp16" and dtype == torch.float32:

@@ -45,7 +45,6 @@ class Denoiser:
         self._pixels_per_latent = pixels_per_latent
         # Above all for the empty negative prompt, which nearly every request has.
         self._encode_text = lru_cache(maxsize=_KEPT_TEXTS)(self._encode_new_text)
-
         self.call_unet = RecordedCalls(self._run_unet)
 
     @torch.inference_mode()
