@@ -5,6 +5,7 @@ Knows nothing of who draws.
 
 from __future__ import annotations
 
+import base64
 import functools
 import json
 import logging
@@ -15,10 +16,10 @@ from urllib.parse import quote
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from stable_diffusion import images
-from stable_diffusion.engine.job import Picture, Task
+from stable_diffusion import events
+from stable_diffusion.engine.job import Picture, Progress, Task
 from stable_diffusion.errors import ClientGone, FieldError, InternalError, ServiceError
-from stable_diffusion.images import ImageFormat
+from stable_diffusion.images import MEDIA_TYPES, ImageFormat
 from stable_diffusion.weights import ModelFolder
 
 logger = logging.getLogger("stable_diffusion")
@@ -70,13 +71,15 @@ def _sendable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def encoded(task: Task, picture: Picture, image_format: ImageFormat) -> bytes:
-    image = picture.image
-    if task.kind == "inpaint" and not picture.flagged:
-        assert task.image is not None
-        assert task.mask is not None
-        image = images.keep_outside_mask(image, task.image, task.mask)
-    return images.encode(image, image_format)
+def as_data(content: bytes, image_format: ImageFormat) -> dict[str, str]:
+    return {"media_type": MEDIA_TYPES[image_format], "image": base64.b64encode(content).decode("ascii")}
+
+
+def progress_event(progress: Progress) -> bytes:
+    seconds_left = round(progress.seconds_left, 1)
+    if progress.position:
+        return events.event("queued", {"position": progress.position, "seconds_left": seconds_left})
+    return events.event("progress", {"step": progress.step, "steps": progress.steps, "seconds_left": seconds_left})
 
 
 def parameters_of(task: Task, picture: Picture, model: ModelFolder) -> dict[str, Any]:

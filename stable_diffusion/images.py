@@ -168,3 +168,8 @@ def encode(picture: Image.Image, image_format: ImageFormat) -> bytes:
     else:
         picture.save(buffer, "PNG", compress_level=4)
     return buffer.getvalue()
+
+
+def encode_preview(preview: Image.Image, size: tuple[int, int]) -> bytes:
+    """A preview, an eighth of the picture's `size`, as a JPEG of that size."""
+    return encode(preview.resize(size, Image.Resampling.BICUBIC), "jpeg")

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import prometheus_client
@@ -22,6 +22,7 @@ from PIL import Image
 
 from stable_diffusion.engine.job import Picture, Progress, Task
 from stable_diffusion.errors import GenerationFailed, ServiceError
+from stable_diffusion.images import keep_outside_mask
 from stable_diffusion.kept_caps import keep, recall
 
 if TYPE_CHECKING:
@@ -198,6 +199,13 @@ async def draw(engine: Engine, packed: dict[str, Any]) -> AsyncGenerator[str, No
     try:
         while isinstance(what := await news.get(), Progress):
             yield pack_progress(what)
-        yield pack_outcome(what)
+        yield pack_outcome(await asyncio.to_thread(_finished, task, what))
     finally:
         engine.cancel(job)
+
+
+def _finished(task: Task, outcome: Picture | ServiceError) -> Picture | ServiceError:
+    """Outside the mask of an inpainted picture the original is put back."""
+    if not isinstance(outcome, Picture) or task.image is None or task.mask is None or outcome.flagged:
+        return outcome
+    return replace(outcome, image=keep_outside_mask(outcome.image, task.image, task.mask))

@@ -1,0 +1,34 @@
+"""What every door needs to have something drawn: the runner, and which model it has.
+
+Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import bentoml
+from starlette.concurrency import run_in_threadpool
+
+from stable_diffusion.weights import ModelFolder
+
+_MAX_DECODES = 2  # at once in a worker: a picture of the largest size takes some 300 MB while it is decoded
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """`model` says which model the runner has loaded, or raises ModelFolderError."""
+
+    runner: bentoml.Runner
+    model: Callable[[], ModelFolder]
+    _decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_DECODES))
+
+    async def decode(self, work: Callable[[], T]) -> T:
+        """Run what decodes or scales uploads on a thread, few at a time."""
+        async with self._decoding:
+            return await run_in_threadpool(work)

@@ -1,0 +1,150 @@
+"""What a client sent and what it takes: bodies within their limits, forms, the Accept header, whether it is still there.
+
+Knows nothing of what is drawn, nor which door the request came through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.requests import Request
+from starlette.types import Message
+
+from stable_diffusion import events, images
+from stable_diffusion.errors import ClientGone, InvalidRequest, TooLarge, UnsupportedMediaType
+from stable_diffusion.images import MEDIA_TYPES, ImageFormat
+from stable_diffusion.requests import ImageToImageRequest, parse_image_to_image, parse_json
+
+_MAX_JSON_BYTES = 2**20
+_MAX_FORM_BYTES = 2 * images.MAX_UPLOAD_BYTES + 2 * _MAX_JSON_BYTES
+
+T = TypeVar("T")
+
+
+async def read_json_body(request: Request) -> dict[str, Any]:
+    require_content_type(request, "application/json")
+    return parse_json(await limited(request, _MAX_JSON_BYTES).body(), "body")
+
+
+async def read_form(request: Request, *files: str) -> tuple[ImageToImageRequest, dict[str, bytes]]:
+    """The `data` part, validated, and the bytes of the named file parts."""
+    require_content_type(request, "multipart/form-data")
+    try:
+        async with limited(request, _MAX_FORM_BYTES).form(max_files=8, max_fields=8, max_part_size=_MAX_JSON_BYTES) as form:
+            _refuse_unknown_parts(form, (*files, "data"))
+            contents = {name: await file_part(form, name) for name in files}
+            parameters = parse_image_to_image(parse_json(await _data_part(form), "data"))
+    except (MultiPartException, HTTPException) as error:
+        reason = error.message if isinstance(error, MultiPartException) else error.detail
+        raise InvalidRequest(f"body: not a readable multipart form: {reason}", field="body") from None
+    return parameters, contents
+
+
+def require_content_type(request: Request, expected: str) -> None:
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != expected:
+        given = f"not {content_type[:60]}" if content_type else "it is missing"
+        raise UnsupportedMediaType(f"Content-Type must be {expected}, {given}", field="Content-Type")
+
+
+def limited(request: Request, max_bytes: int) -> Request:
+    """The same request, whose body may have at most `max_bytes`, whether it says how long it is or not."""
+    received = 0
+
+    async def receive() -> Message:
+        nonlocal received
+        message = await request.receive()
+        received += len(message.get("body", b""))
+        if received > max_bytes:
+            raise TooLarge(f"the body has more than {max_bytes} bytes", field="body")
+        return message
+
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise TooLarge(f"the body has {int(declared)} bytes, at most {max_bytes} are allowed", field="body")
+    return Request(request.scope, receive)
+
+
+def _refuse_unknown_parts(form: FormData, known: tuple[str, ...]) -> None:
+    for name in form:
+        if name not in known:
+            raise InvalidRequest(f"{name[:60]}: not a known part, allowed are {', '.join(known)}", field=name[:60])
+        if len(form.getlist(name)) > 1:
+            raise InvalidRequest(f"{name}: the part is given more than once", field=name)
+
+
+async def file_part(form: FormData, name: str) -> bytes:
+    part = form.get(name)
+    if part is None:
+        raise InvalidRequest(f"{name}: the part is missing, send an image file (curl: -F {name}=@input.jpg)", field=name)
+    if not isinstance(part, UploadFile):
+        raise InvalidRequest(f"{name}: must be a file, not text (curl: -F {name}=@input.jpg)", field=name)
+    return await part.read()
+
+
+async def _data_part(form: FormData) -> bytes | str:
+    part = form.get("data")
+    if part is None:
+        raise InvalidRequest('data: the part is missing, send JSON (curl: -F data=\'{"prompt":"a red circle"}\')', field="data")
+    if isinstance(part, UploadFile):
+        if part.size is not None and part.size > _MAX_JSON_BYTES:
+            raise TooLarge(f"data: at most {_MAX_JSON_BYTES} bytes are allowed", field="data")
+        return await part.read()
+    return part
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What the client takes: events, if it names them, and the image type that it likes best, if there is one."""
+
+    events: bool
+    image_format: ImageFormat | None
+
+
+def accepted_types(request: Request) -> Accepted:
+    """RFC 9110, 12.5.1. A client that does not mind gets jpeg."""
+    accept = ",".join(request.headers.getlist("accept")) or "*/*"
+    formats: dict[str, ImageFormat] = {name: image_format for image_format, name in MEDIA_TYPES.items()}
+    formats |= {"*/*": "jpeg", "image/*": "jpeg", "": "jpeg"}
+    liked: list[tuple[float, str]] = []
+    for entry in accept.split(","):
+        media_type, *options = (part.strip().lower() for part in entry.split(";"))
+        quality = next((option[2:] for option in options if option.startswith("q=")), "1")
+        try:
+            weight = float(quality)
+        except ValueError:
+            weight = 0.0
+        if weight > 0:
+            liked.append((weight, media_type))
+    images_liked = [entry for entry in liked if entry[1] in formats]
+    return Accepted(
+        events=any(media_type == events.MEDIA_TYPE for _, media_type in liked),
+        # max gives the first one among equals.
+        image_format=formats[max(images_liked, key=lambda entry: entry[0])[1]] if images_liked else None,
+    )
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` until it is done or the client has gone: then cancel it and raise ClientGone."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone("the client closed the connection")
+        return working.result()
+    finally:
+        leaving.cancel()
+        working.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        continue

@@ -1,0 +1,74 @@
+"""From a request to a task: whatever was left open is resolved, pictures are fitted. The same for every door.
+
+Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from PIL import Image
+
+from stable_diffusion import images
+from stable_diffusion.engine.job import Kind, Task
+from stable_diffusion.errors import InvalidRequest
+from stable_diffusion.requests import SEED_LIMIT, GenerationRequest, ImageToImageRequest, TextToImageRequest, random_seed
+from stable_diffusion.weights import ModelFolder
+
+
+def text_task(parameters: TextToImageRequest, model: ModelFolder) -> Task:
+    """Raises InvalidRequest if the model only inpaints."""
+    _require_whole_pictures(model)
+    return _task("txt2img", parameters, model, parameters.width or model.native_width, parameters.height or model.native_height)
+
+
+def image_task(parameters: ImageToImageRequest, model: ModelFolder, picture: Image.Image, mask: Image.Image | None = None) -> Task:
+    """img2img, or with a mask (L, white is repainted) inpainting; both are scaled to what will be drawn. Takes up to a second.
+
+    Raises InvalidRequest if the mask has other proportions than the picture, or if the model only inpaints and there is none.
+    """
+    native = model.native_width, model.native_height
+    size = images.output_size(picture.size, native, parameters.width, parameters.height)
+    if mask is None:
+        _require_whole_pictures(model)
+        return _task("img2img", parameters, model, *size, images.fit(picture, *size))
+    mask = images.fit(images.scale_mask(mask, picture.size, "mask"), *size)
+    return _task("inpaint", parameters, model, *size, images.fit(picture, *size), mask)
+
+
+def one_of_several(task: Task, index: int) -> Task:
+    """The picture number `index` of a request for several: what a request for one draws with a seed that is so much higher."""
+    return replace(task, seed=(task.seed + index) % SEED_LIMIT)
+
+
+def _require_whole_pictures(model: ModelFolder) -> None:
+    if model.only_inpaints:
+        raise InvalidRequest(f"the model {model.name} only inpaints, use /inpaint")
+
+
+def _task(
+    kind: Kind,
+    parameters: GenerationRequest,
+    model: ModelFolder,
+    width: int,
+    height: int,
+    image: Image.Image | None = None,
+    mask: Image.Image | None = None,
+) -> Task:
+    return Task(
+        kind=kind,
+        prompt=parameters.prompt,
+        negative_prompt=parameters.negative_prompt,
+        width=width,
+        height=height,
+        num_inference_steps=parameters.num_inference_steps,
+        guidance_scale=parameters.guidance_scale,
+        guidance_end=parameters.guidance_end,
+        preview_every_steps=parameters.preview_every_steps,
+        seed=random_seed() if parameters.seed is None else parameters.seed,
+        scheduler=parameters.scheduler or model.scheduler,
+        safety_check=parameters.safety_check,
+        strength=parameters.strength if isinstance(parameters, ImageToImageRequest) else 1.0,
+        image=image,
+        mask=mask,
+    )
