@@ -24,6 +24,7 @@ from stable_diffusion.answers import refusal
 from stable_diffusion.backend import Backend
 from stable_diffusion.draining import Draining
 from stable_diffusion.errors import ModelFolderError
+from stable_diffusion.shared_folder import name_shared_folder
 from stable_diffusion.weights import ModelFolder
 
 logger = logging.getLogger("stable_diffusion")
@@ -37,6 +38,7 @@ API_VERSION = "1.0.0"
 def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[], ModelFolder]) -> Service:
     """The BentoML service `name`: `runner` draws, `choose_model` says which model it has loaded (or raises ModelFolderError)."""
     logger.setLevel(logging.INFO)
+    name_shared_folder()  # here, because BentoML copies the environment for the runner before on_deployment
     choose_model = functools.lru_cache(maxsize=1)(choose_model)
     service = Service(name, runners=[runner])
 

@@ -21,6 +21,7 @@ SIDE_MULTIPLE = 8
 MAX_STEPS = 150
 MAX_GUIDANCE_SCALE = 30.0
 MAX_PROMPT_CHARACTERS = 2000
+MAX_IMAGES = 10  # of one request, in the doors that take several
 SEED_LIMIT = 2**32  # every client's language keeps such a number exactly
 _MAX_NAMES = 64  # of a JSON object; a request has about a dozen
 
