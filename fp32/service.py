@@ -11,7 +11,10 @@ from typing import Any
 import bentoml
 
 from stable_diffusion.api import create_service
-from stable_diffusion.runnable import draw, start_engine
+from stable_diffusion.jobs import Jobs
+from stable_diffusion.runnable import start_engine
+from stable_diffusion.runner_jobs import RunnerJobs
+from stable_diffusion.shared_folder import shared_folder
 from stable_diffusion.weights import ModelFolder, choose_model
 
 HERE = Path(__file__).parent
@@ -32,13 +35,14 @@ class StableDiffusionRunnable(bentoml.Runnable):
     SUPPORTS_CPU_MULTI_THREADING = True
 
     def __init__(self, max_batch_size: int) -> None:
-        self._engine = start_engine(model(), precision="fp32", max_batch_size=max_batch_size)
+        engine = start_engine(model(), precision="fp32", max_batch_size=max_batch_size)
+        self._jobs = RunnerJobs(engine, Jobs(shared_folder), bentoml.server_context.worker_index or 0)
 
     # An async generator is the one kind of method that BentoML calls again while it is still running,
     # so that a request can join the others at their next step.
     @bentoml.Runnable.method(batchable=False)
     async def draw(self, task: dict[str, Any]) -> AsyncIterator[str]:
-        async with aclosing(draw(self._engine, task)) as outcome:
+        async with aclosing(self._jobs.draw(task)) as outcome:
             async for line in outcome:
                 yield line
 

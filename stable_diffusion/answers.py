@@ -9,21 +9,25 @@ import base64
 import functools
 import json
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 from urllib.parse import quote
 
+from PIL import Image
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from stable_diffusion import events
+from stable_diffusion import events, images
 from stable_diffusion.engine.job import Picture, Progress, Task
 from stable_diffusion.errors import ClientGone, FieldError, InternalError, ServiceError
 from stable_diffusion.images import MEDIA_TYPES, ImageFormat
+from stable_diffusion.jobs import PICTURES_KEPT_S
+from stable_diffusion.shared_folder import server_token
 from stable_diffusion.weights import ModelFolder
 
 logger = logging.getLogger("stable_diffusion")
 
+SERVER_COOKIE = "job_server"
 _MAX_HEADER_CHARACTERS = 1024  # of a text in a header; proxies allow 4 KB for all of them together
 # What may stand in a header as it is; everything else, and "%" itself, is percent-encoded.
 _PLAIN_IN_HEADERS = " !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"
@@ -38,7 +42,8 @@ def answering_errors(endpoint: Callable[[Request], Awaitable[Response]]) -> Call
             return await endpoint(request)
         except Exception as error:
             known = known_error(error, request.url.path)
-            return error_response(known.status, known.type, known.message, known.problems)
+            headers = None if known.retry_after_s is None else {"Retry-After": str(known.retry_after_s)}
+            return error_response(known.status, known.type, known.message, known.problems, headers)
 
     return answer
 
@@ -71,8 +76,20 @@ def _sendable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def as_data(content: bytes, image_format: ImageFormat) -> dict[str, str]:
-    return {"media_type": MEDIA_TYPES[image_format], "image": base64.b64encode(content).decode("ascii")}
+def picture_answer(task: Task, picture: Picture, model: ModelFolder, image_format: ImageFormat) -> Response:
+    """Encodes: takes up to a second."""
+    headers = parameter_headers(task, picture, model)
+    headers["content-disposition"] = f'inline; filename="{task.kind}-{task.seed}.{image_format}"'
+    return Response(images.encode(picture.image, image_format), media_type=MEDIA_TYPES[image_format], headers=headers)
+
+
+def event_stream(pieces: AsyncGenerator[bytes, None]) -> Response:
+    return StreamingResponse(events.kept_alive(pieces), media_type=events.MEDIA_TYPE, headers=events.HEADERS | followed_headers())
+
+
+def followed_headers() -> dict[str, str]:
+    """Of answers that name a job which is going on: by the cookie a balancer can lead the questions about it to this server."""
+    return {"Set-Cookie": f"{SERVER_COOKIE}={server_token()}; Path=/; Max-Age={PICTURES_KEPT_S}; HttpOnly; SameSite=Lax"}
 
 
 def progress_event(progress: Progress) -> bytes:
@@ -80,6 +97,27 @@ def progress_event(progress: Progress) -> bytes:
     if progress.position:
         return events.event("queued", {"position": progress.position, "seconds_left": seconds_left})
     return events.event("progress", {"step": progress.step, "steps": progress.steps, "seconds_left": seconds_left})
+
+
+def preview_event(step: int, preview: Image.Image, task: Task) -> bytes:
+    """Encodes: not for an event loop."""
+    content = images.encode_preview(preview, (task.width, task.height))
+    return events.event("preview", {"step": step, **_as_data(content, "jpeg")})
+
+
+def completed_event(task: Task, picture: Picture, model: ModelFolder, image_format: ImageFormat) -> bytes:
+    """Encodes: not for an event loop."""
+    content = images.encode(picture.image, image_format)
+    return events.event("completed", {**_as_data(content, image_format), "parameters": parameters_of(task, picture, model)})
+
+
+def error_event(error: Exception, where: str) -> bytes:
+    known = known_error(error, where)
+    return events.event("error", error_body(known.type, known.message, known.problems))
+
+
+def _as_data(content: bytes, image_format: ImageFormat) -> dict[str, str]:
+    return {"media_type": MEDIA_TYPES[image_format], "image": base64.b64encode(content).decode("ascii")}
 
 
 def parameters_of(task: Task, picture: Picture, model: ModelFolder) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,16 +16,18 @@ import bentoml
 from bentoml._internal.utils import BentoMLDeprecationWarning
 from bentoml.legacy import Service
 from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_diffusion import openapi, plain_api
+from stable_diffusion import jobs_api, openapi, plain_api
 from stable_diffusion.answers import refusal
 from stable_diffusion.backend import Backend
-from stable_diffusion.draining import Draining
+from stable_diffusion.draining import Draining, Unfinished
 from stable_diffusion.errors import ModelFolderError
-from stable_diffusion.shared_folder import name_shared_folder
+from stable_diffusion.jobs import Jobs, new_job_id
+from stable_diffusion.shared_folder import name_shared_folder, shared_folder
 from stable_diffusion.weights import ModelFolder
 
 logger = logging.getLogger("stable_diffusion")
@@ -52,22 +55,24 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
             logger.warning("Serving the demo model, which draws coloured shapes only. 'make model' downloads Stable Diffusion v1.4.")
 
     service.on_deployment(check_weights)
-    routes = _routes(Backend(runner, choose_model))
+    unfinished = Unfinished()
+    routes = _routes(Backend(runner, choose_model, Jobs(shared_folder), unfinished))
     service.mount_asgi_app(Starlette(routes=routes), path="/")
     stopping = refusal(503, "shutting_down", "the server is shutting down, try again in a minute", {"Connection": "close"})
-    service.add_asgi_middleware(Draining, refusal=stopping)
+    service.add_asgi_middleware(Draining, unfinished=unfinished, refusal=stopping)
     service.add_asgi_middleware(_FrontDoor, routes=routes, document=openapi.document(name, API_VERSION))
     return service
 
 
 def _routes(backend: Backend) -> list[Route]:
-    return plain_api.routes(backend)
+    return [*plain_api.routes(backend), *jobs_api.routes(backend)]
 
 
 class _FrontDoor:
-    """Answers `/` and `/docs.json` in place of BentoML's routes, which come before those of a mounted application.
+    """Gives each request that makes or changes something an id, and answers `/` and `/docs.json` in place of BentoML's routes.
 
-    Refuses what is no path of ours before BentoML's metrics see it: they keep a series for every path that is tried.
+    Refuses what is no path of ours before BentoML's metrics see it, and has them see `/jobs/{job_id}` instead of each job:
+    they keep a series for every path that is tried.
     """
 
     def __init__(self, app: ASGIApp, routes: Sequence[Route], document: dict[str, Any]) -> None:
@@ -76,24 +81,48 @@ class _FrontDoor:
         self._methods: dict[str, set[str]] = {path: {"GET", "HEAD"} for path in (*self._pages, *_BENTOML_PATHS)}
         for route in routes:
             self._methods.setdefault(route.path, set()).update(route.methods or ())
+        self._templates = [(re.compile(_TEMPLATE_NAME.sub(r"(?P<\1>[^/]+)", path)), path) for path in self._methods if "{" in path]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer: ASGIApp = self._app
-        if scope["type"] == "http":
-            path, method = scope["path"], scope["method"]
-            if path not in self._methods:
-                answer = refusal(404, "not_found", f"no such path: {path[:200]}")
-            elif method == "OPTIONS":
-                answer = self._app  # a browser's question before a request from another site: BentoML's CORS setting answers it
-            elif method not in (allowed := self._methods[path]):
-                answer = _not_allowed(method, sorted(allowed))
-            elif path in self._pages:
-                answer = self._pages[path]
-        await answer(scope, receive, send)
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        path, method = scope["path"], scope["method"]
+        template, path_values = self._template_of(path)
+        if template not in self._methods:
+            return await refusal(404, "not_found", f"no such path: {path[:200]}")(scope, receive, send)
+        allowed = self._methods[template]
+        # A browser's question before a request from another site is answered by BentoML's CORS setting.
+        if method != "OPTIONS" and method not in allowed:
+            return await _not_allowed(method, sorted(allowed))(scope, receive, send)
+        if template in self._pages and method != "OPTIONS":
+            return await self._pages[template](scope, receive, send)
+        inner = {**scope, "path": template, "raw_path": template.encode(), "path_values": path_values, "job_id": new_job_id()}
+        await self._app(inner, receive, _naming(inner["job_id"], send) if method == "POST" else send)
+
+    def _template_of(self, path: str) -> tuple[str, dict[str, str]]:
+        for pattern, template in self._templates:
+            if match := pattern.fullmatch(path):
+                return template, match.groupdict()
+        return path, {}
+
+
+_TEMPLATE_NAME = re.compile(r"{(\w+)}")
+
+
+def _naming(job_id: str, send: Send) -> Send:
+    """Add the header Job-Id to the answer, unless that names another job."""
+
+    async def named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).setdefault("Job-Id", job_id)
+        await send(message)
+
+    return named
 
 
 def _not_allowed(method: str, allowed: list[str]) -> Response:
-    return refusal(405, "method_not_allowed", f"{method} is not allowed here, use {' or '.join(allowed)}", {"Allow": ", ".join(allowed)})
+    named = " or ".join(one for one in allowed if one != "HEAD")
+    return refusal(405, "method_not_allowed", f"{method} is not allowed here, use {named}", {"Allow": ", ".join(allowed)})
 
 
 _BENTOML_PATHS = ("/livez", "/readyz", "/healthz", "/metrics", *(f"/static_content/{name}" for name in openapi.PAGE_ASSETS))

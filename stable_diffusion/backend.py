@@ -1,4 +1,4 @@
-"""What every door needs to have something drawn: the runner, and which model it has.
+"""What every door needs to have something drawn: the runner, which model it has, where jobs stand.
 
 Knows nothing of HTTP.
 """
@@ -13,6 +13,8 @@ from typing import TypeVar
 import bentoml
 from starlette.concurrency import run_in_threadpool
 
+from stable_diffusion.draining import Unfinished
+from stable_diffusion.jobs import Jobs
 from stable_diffusion.weights import ModelFolder
 
 _MAX_DECODES = 2  # at once in a worker: a picture of the largest size takes some 300 MB while it is decoded
@@ -26,6 +28,8 @@ class Backend:
 
     runner: bentoml.Runner
     model: Callable[[], ModelFolder]
+    jobs: Jobs
+    unfinished: Unfinished
     _decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_DECODES))
 
     async def decode(self, work: Callable[[], T]) -> T:

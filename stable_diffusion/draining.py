@@ -7,50 +7,73 @@ connects while the last pictures are drawn would wait until all of them are done
 from __future__ import annotations
 
 import asyncio
+import functools
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-# A worker that is finishing is alive, and what it is doing can be measured.
+# A worker that is finishing is alive, what it is doing can be measured, and what it has drawn can be fetched.
 _ALWAYS_ANSWERED = ("/livez", "/healthz", "/metrics")
+_ALWAYS_ANSWERED_UNDER = "/jobs/"
+
+
+class Unfinished:
+    """What an API worker has begun and must end before it may stop."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._stop: Callable[[], object] | None = None
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stop is not None
+
+    @contextmanager
+    def piece_of_work(self) -> Iterator[None]:
+        self._count += 1
+        try:
+            yield
+        finally:
+            self._count -= 1
+            self._stop_if_idle()
+
+    def stop_when_done(self, stop: Callable[[], object]) -> None:
+        self._stop = stop
+        self._stop_if_idle()
+
+    def _stop_if_idle(self) -> None:
+        if self._stop is not None and self._count == 0:
+            self._stop()
 
 
 class Draining:
-    """After SIGTERM everything new gets `refusal`; uvicorn hears of the signal when the last answer has been sent."""
+    """After SIGTERM everything new gets `refusal`; uvicorn hears of the signal when nothing is unfinished any more."""
 
-    def __init__(self, app: ASGIApp, refusal: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, unfinished: Unfinished, refusal: ASGIApp) -> None:
         self._app = app
+        self._unfinished = unfinished
         self._refusal = refusal
-        self._answering = 0
-        self._stop: Callable[[], object] | None = None  # set once SIGTERM has come
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             self._take_over_sigterm()
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif self._stop and scope["path"] not in _ALWAYS_ANSWERED:
+        elif self._unfinished.is_stopping and not _is_always_answered(scope["path"]):
             await self._refusal(scope, receive, send)
         else:
-            self._answering += 1
-            try:
+            with self._unfinished.piece_of_work():
                 await self._app(scope, receive, send)
-            finally:
-                self._answering -= 1
-                self._stop_if_idle()
 
     def _take_over_sigterm(self) -> None:
         uvicorn_handler = signal.getsignal(signal.SIGTERM)
         if not callable(uvicorn_handler):
             return  # not served by uvicorn, which sets its handlers before the application starts
+        stop = functools.partial(uvicorn_handler, signal.SIGTERM, None)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._unfinished.stop_when_done, stop)
 
-        def drain() -> None:
-            self._stop = lambda: uvicorn_handler(signal.SIGTERM, None)
-            self._stop_if_idle()
 
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, drain)
-
-    def _stop_if_idle(self) -> None:
-        if self._stop and self._answering == 0:
-            self._stop()
+def _is_always_answered(path: str) -> bool:
+    return path in _ALWAYS_ANSWERED or path.startswith(_ALWAYS_ANSWERED_UNDER)

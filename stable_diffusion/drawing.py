@@ -1,4 +1,4 @@
-"""An API worker's side of the way to the model process: a task there, news and the picture back.
+"""An API worker's side of the way to the model process: a task there, news and the picture back, or a job for which nobody waits.
 
 Knows nothing of requests and answers.
 """
@@ -9,30 +9,36 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 
 import aiohttp
 import bentoml
 from bentoml.exceptions import BentoMLException
 from starlette.concurrency import run_in_threadpool
 
+from stable_diffusion.answers import known_error
+from stable_diffusion.backend import Backend
 from stable_diffusion.engine.job import Picture, Progress, Task
 from stable_diffusion.errors import ModelUnavailable
+from stable_diffusion.jobs import JobRecord, Ticket
 from stable_diffusion.runnable import pack_task, unpack_news
 
 logger = logging.getLogger("stable_diffusion")
 
+_LOOK_AGAIN_S = 0.1
 
-async def draw(runner: bentoml.Runner, task: Task) -> Picture:
-    async with aclosing(news_of(runner, task, follow=False)) as news:
+
+async def draw(runner: bentoml.Runner, task: Task, ticket: Ticket) -> Picture:
+    async with aclosing(news_of(runner, task, ticket, follow=False)) as news:
         async for one in news:
             if isinstance(one, Picture):
                 return one
     raise AssertionError("news end with a picture or an error")
 
 
-async def draw_all(runner: bentoml.Runner, tasks: Sequence[Task]) -> list[Picture]:
+async def draw_all(runner: bentoml.Runner, tasks: Sequence[Task], ticket: Ticket) -> list[Picture]:
     """Several at once, so that they share the engine's steps. The first one that fails ends the others."""
-    drawing = [asyncio.ensure_future(draw(runner, task)) for task in tasks]
+    drawing = [asyncio.ensure_future(draw(runner, task, replace(ticket, index=index))) for index, task in enumerate(tasks)]
     try:
         return await asyncio.gather(*drawing)
     finally:
@@ -41,9 +47,9 @@ async def draw_all(runner: bentoml.Runner, tasks: Sequence[Task]) -> list[Pictur
         await asyncio.gather(*drawing, return_exceptions=True)
 
 
-async def news_of(runner: bentoml.Runner, task: Task, *, follow: bool) -> AsyncGenerator[Progress | Picture, None]:
-    """Have the runner draw, and pass on what it says; a picture comes last. Closing this cancels the job there."""
-    stream = runner.draw.async_stream(pack_task(task, follow=follow))
+async def news_of(runner: bentoml.Runner, task: Task, ticket: Ticket, *, follow: bool) -> AsyncGenerator[Progress | Picture, None]:
+    """Have the runner draw, and pass on what it says; a picture comes last. Closing this cancels the job there, if it is attended."""
+    stream = runner.draw.async_stream(pack_task(task, ticket, follow=follow))
     pieces: list[str] = []
     has_picture = False
     try:
@@ -63,3 +69,35 @@ async def news_of(runner: bentoml.Runner, task: Task, *, follow: bool) -> AsyncG
         await stream.aclose()
     if not has_picture:
         raise ModelUnavailable("the model process stopped before the picture was finished, try again in a minute")
+
+
+def draw_unattended(backend: Backend, task: Task, ticket: Ticket) -> None:
+    """Have the runner draw a job that was accepted; whoever wants to know how far it is asks the store.
+
+    A connection to the runner is held until it is done: BentoML stops both processes at once, and each waits for what it has open.
+    """
+
+    async def hold() -> None:
+        with backend.unfinished.piece_of_work():
+            try:
+                await draw(backend.runner, task, ticket)
+            except Exception as error:
+                await run_in_threadpool(backend.jobs.abandon, ticket.job_id, known_error(error, f"Job {ticket.job_id}"))
+
+    holding = asyncio.create_task(hold())
+    _held.add(holding)
+    holding.add_done_callback(_held.discard)
+
+
+_held: set[asyncio.Task[None]] = set()  # an event loop alone would let go of them
+
+
+async def follow(backend: Backend, job_id: str) -> AsyncGenerator[list[JobRecord], None]:
+    """Where the pictures of a job stand, whenever that has changed; last when all have ended. Raises UnknownJob."""
+    last: list[JobRecord] = []
+    while not (last and all(record.is_ended for record in last)):
+        records = await run_in_threadpool(backend.jobs.get, job_id)
+        if records != last:
+            yield records
+            last = records
+        await asyncio.sleep(0 if all(record.is_ended for record in records) else _LOOK_AGAIN_S)

@@ -2,10 +2,16 @@
 
 ServiceError
 ├── InvalidRequest            400  a field or a part is missing, malformed or out of range
+├── UnknownJob                404  no job of that id
+├── PictureNotKept            404  the job's picture was sent in the answer and is not kept
+├── PictureExpired            410  the job's picture was kept and is gone
+├── IdempotencyMismatch       422  the key was used for another request
+├── TooManyJobs               429  too many jobs that nobody waits for are not finished
 ├── TooLarge                  413  a body or an image has too many bytes or pixels
 ├── UnsupportedMediaType      415  the body is not of the type that the endpoint takes
 ├── NotAcceptable             406  the Accept header allows no image type that we can send
 ├── ClientGone                499  the client closed the connection; nobody reads the answer
+├── Cancelled                 499  somebody asked for the job's cancellation
 ├── GenerationFailed          500  this job could not be finished; its neighbours were not harmed
 ├── InternalError             500  a defect of ours
 └── ModelUnavailable          503  the model process cannot be reached
@@ -31,15 +37,48 @@ class ServiceError(Exception):
     status = 500
     type = "internal_error"
 
-    def __init__(self, message: str, *, field: str | None = None, problems: list[FieldError] | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        problems: list[FieldError] | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
+        self.retry_after_s = retry_after_s
         self.problems = problems if problems is not None else [FieldError(field, message)]
 
 
 class InvalidRequest(ServiceError):
     status = 400
     type = "invalid_request"
+
+
+class UnknownJob(ServiceError):
+    status = 404
+    type = "unknown_job"
+
+
+class PictureNotKept(ServiceError):
+    status = 404
+    type = "picture_not_kept"
+
+
+class PictureExpired(ServiceError):
+    status = 410
+    type = "picture_expired"
+
+
+class IdempotencyMismatch(ServiceError):
+    status = 422
+    type = "idempotency_mismatch"
+
+
+class TooManyJobs(ServiceError):
+    status = 429
+    type = "too_many_jobs"
 
 
 class TooLarge(ServiceError):
@@ -62,6 +101,11 @@ class ClientGone(ServiceError):
     type = "client_gone"
 
 
+class Cancelled(ServiceError):
+    status = 499
+    type = "cancelled"
+
+
 class GenerationFailed(ServiceError):
     status = 500
     type = "generation_failed"
@@ -75,6 +119,14 @@ class InternalError(ServiceError):
 class ModelUnavailable(ServiceError):
     status = 503
     type = "model_unavailable"
+
+
+def error_of_type(type: str, message: str) -> ServiceError:
+    """What another process has told of an error, as an error again; of a type that is not known here, GenerationFailed."""
+    for kind in (GenerationFailed, Cancelled, ModelUnavailable):
+        if kind.type == type:
+            return kind(message)
+    return GenerationFailed(message)
 
 
 class ModelFolderError(Exception):

@@ -4,20 +4,39 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 
 from stable_diffusion import events, images
-from stable_diffusion.answers import answering_errors, as_data, error_body, known_error, parameter_headers, parameters_of, progress_event
+from stable_diffusion.answers import (
+    answering_errors,
+    completed_event,
+    error_event,
+    event_stream,
+    picture_answer,
+    preview_event,
+    progress_event,
+)
 from stable_diffusion.backend import Backend
-from stable_diffusion.drawing import draw, news_of
+from stable_diffusion.drawing import draw, draw_unattended, news_of
 from stable_diffusion.engine.job import Progress, Task
 from stable_diffusion.errors import InvalidRequest, NotAcceptable
 from stable_diffusion.images import MEDIA_TYPES, ImageFormat
-from stable_diffusion.reading import accepted_types, read_form, read_json_body, while_connected
+from stable_diffusion.jobs import Ticket, fingerprint
+from stable_diffusion.jobs_api import accepted_answer, awaited_picture, events_of
+from stable_diffusion.reading import (
+    accepted_types,
+    idempotency_key,
+    prefers_no_waiting,
+    read_form,
+    read_json_body,
+    ticket_of,
+    while_connected,
+)
 from stable_diffusion.requests import GenerationRequest, parse_text_to_image
 from stable_diffusion.tasks import image_task, text_task
 
@@ -46,36 +65,47 @@ def routes(backend: Backend) -> list[Route]:
 
 
 async def _answer(request: Request, backend: Backend, task: Task, parameters: GenerationRequest) -> Response:
-    accepted = accepted_types(request)
-    if accepted.events:
-        pieces = _events(backend, task, parameters.output_format or accepted.image_format or "jpeg")
-        return StreamingResponse(events.kept_alive(pieces), media_type=events.MEDIA_TYPE, headers=events.HEADERS)
-    if task.preview_every_steps:
-        raise InvalidRequest("preview_every_steps: previews need Accept: text/event-stream", field="preview_every_steps")
+    accepted, ticket = accepted_types(request), ticket_of(request)
     image_format = parameters.output_format or accepted.image_format
-    if image_format is None:
+    key, is_asynchronous = idempotency_key(request), prefers_no_waiting(request)
+    if task.preview_every_steps and not (accepted.events or is_asynchronous):
+        raise InvalidRequest("preview_every_steps: previews need Accept: text/event-stream", field="preview_every_steps")
+    if image_format is None and not (accepted.events or is_asynchronous):
         raise NotAcceptable(f"Accept allows none of {', '.join((*MEDIA_TYPES.values(), events.MEDIA_TYPE))}", field="Accept")
-    picture = await while_connected(request, draw(backend.runner, task))
-    content = await run_in_threadpool(images.encode, picture.image, image_format)
-    headers = parameter_headers(task, picture, backend.model())
-    headers["content-disposition"] = f'inline; filename="{task.kind}-{task.seed}.{image_format}"'
-    return Response(content, media_type=MEDIA_TYPES[image_format], headers=headers)
+    if is_asynchronous or key is not None:
+        job_id = await _accept(backend, task, replace(ticket, unattended=True), key, parameters.seed)
+        if is_asynchronous:
+            return accepted_answer(await run_in_threadpool(backend.jobs.get, job_id))
+        if accepted.events:
+            return event_stream(events_of(backend, job_id, image_format or "jpeg"))
+        assert image_format is not None
+        return await while_connected(request, awaited_picture(backend, job_id, image_format))
+    if accepted.events:
+        return event_stream(_events(backend, task, ticket, image_format or "jpeg"))
+    assert image_format is not None
+    picture = await while_connected(request, draw(backend.runner, task, ticket))
+    return await run_in_threadpool(picture_answer, task, picture, backend.model(), image_format)
 
 
-async def _events(backend: Backend, task: Task, image_format: ImageFormat) -> AsyncGenerator[bytes, None]:
+async def _accept(backend: Backend, task: Task, ticket: Ticket, key: str | None, seed: int | None) -> str:
+    """A job that is drawn to its end, whether anybody waits or not; with a key that was used before, the job of that time."""
+    what = await run_in_threadpool(fingerprint, task, seed)
+    job_id = await run_in_threadpool(backend.jobs.accept, ticket, task, key, what)
+    if job_id == ticket.job_id:
+        draw_unattended(backend, task, ticket)
+    return job_id
+
+
+async def _events(backend: Backend, task: Task, ticket: Ticket, image_format: ImageFormat) -> AsyncGenerator[bytes, None]:
     """queued, progress and preview while it is being drawn, then completed with the picture, or error."""
     try:
-        async with aclosing(news_of(backend.runner, task, follow=True)) as news:
+        async with aclosing(news_of(backend.runner, task, ticket, follow=True)) as news:
             async for one in news:
                 if isinstance(one, Progress):
                     yield progress_event(one)
                     if one.preview is not None:
-                        content = await run_in_threadpool(images.encode_preview, one.preview, (task.width, task.height))
-                        yield events.event("preview", {"step": one.step, **as_data(content, "jpeg")})
+                        yield await run_in_threadpool(preview_event, one.step, one.preview, task)
                 else:
-                    content = await run_in_threadpool(images.encode, one.image, image_format)
-                    parameters = parameters_of(task, one, backend.model())
-                    yield events.event("completed", {**as_data(content, image_format), "parameters": parameters})
+                    yield await run_in_threadpool(completed_event, task, one, backend.model(), image_format)
     except Exception as error:
-        known = known_error(error, f"The stream of events of a {task.kind}")
-        yield events.event("error", error_body(known.type, known.message, known.problems))
+        yield error_event(error, f"The stream of events of a {task.kind}")

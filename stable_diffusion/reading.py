@@ -6,6 +6,7 @@ Knows nothing of what is drawn, nor which door the request came through.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,9 +20,11 @@ from starlette.types import Message
 from stable_diffusion import events, images
 from stable_diffusion.errors import ClientGone, InvalidRequest, TooLarge, UnsupportedMediaType
 from stable_diffusion.images import MEDIA_TYPES, ImageFormat
+from stable_diffusion.jobs import Ticket
 from stable_diffusion.requests import ImageToImageRequest, parse_image_to_image, parse_json
 
 _MAX_JSON_BYTES = 2**20
+_MAX_KEY_CHARACTERS = 255
 _MAX_FORM_BYTES = 2 * images.MAX_UPLOAD_BYTES + 2 * _MAX_JSON_BYTES
 
 T = TypeVar("T")
@@ -97,6 +100,32 @@ async def _data_part(form: FormData) -> bytes | str:
             raise TooLarge(f"data: at most {_MAX_JSON_BYTES} bytes are allowed", field="data")
         return await part.read()
     return part
+
+
+def ticket_of(request: Request) -> Ticket:
+    """The job that the front door made of this request, and for whom it is."""
+    return Ticket(job_id=request.scope["job_id"], owner=owner_of(request))
+
+
+def owner_of(request: Request) -> str:
+    """Who asks, as far as that can be told: by the Authorization that was sent, else by the address. Not readable for anybody."""
+    authorization = request.headers.get("authorization", "")
+    address = request.client.host if request.client else ""
+    return hashlib.sha256(f"{authorization}\n{'' if authorization else address}".encode()).hexdigest()[:32]
+
+
+def prefers_no_waiting(request: Request) -> bool:
+    """RFC 7240, 4.1."""
+    preferences = ",".join(request.headers.getlist("prefer")).lower().split(",")
+    return any(preference.partition(";")[0].strip() == "respond-async" for preference in preferences)
+
+
+def idempotency_key(request: Request) -> str | None:
+    """The header of that name, which makes a second request the same as the first. Raises InvalidRequest."""
+    key = request.headers.get("idempotency-key")
+    if key is not None and not (0 < len(key) <= _MAX_KEY_CHARACTERS and key.isascii() and key.isprintable()):
+        raise InvalidRequest(f"Idempotency-Key: must have 1 to {_MAX_KEY_CHARACTERS} printable ASCII characters", field="Idempotency-Key")
+    return key
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,22 @@ outcome as one JSON line with the pixels in base64. Knows nothing of HTTP; loads
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import functools
 import hashlib
 import json
 import logging
 import os
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import prometheus_client
 from PIL import Image
 
 from stable_diffusion.engine.job import Picture, Progress, Task
-from stable_diffusion.errors import GenerationFailed, ServiceError
-from stable_diffusion.images import keep_outside_mask
+from stable_diffusion.errors import ServiceError, error_of_type
+from stable_diffusion.jobs import Ticket
 from stable_diffusion.kept_caps import keep, recall
 
 if TYPE_CHECKING:
@@ -120,15 +119,16 @@ def _cap_gauge() -> Any:
     )
 
 
-def pack_task(task: Task, *, follow: bool = False) -> dict[str, Any]:
-    """A task as plain values, pictures as (mode, size, bytes), and whether its progress is wanted too."""
-    return {"task": {field.name: _pack_image(getattr(task, field.name)) for field in fields(task)}, "follow": follow}
+def pack_task(task: Task, ticket: Ticket, *, follow: bool = False) -> dict[str, Any]:
+    """A task as plain values, pictures as (mode, size, bytes), for whom it is, and whether its progress is wanted too."""
+    values = {field.name: _pack_image(getattr(task, field.name)) for field in fields(task)}
+    return {"task": values, "ticket": asdict(ticket), "follow": follow}
 
 
-def unpack_task(packed: dict[str, Any]) -> tuple[Task, bool]:
+def unpack_task(packed: dict[str, Any]) -> tuple[Task, Ticket, bool]:
     values = packed["task"]
     images = {name: Image.frombytes(*values[name]) for name in ("image", "mask") if values[name] is not None}
-    return Task(**{**values, **images}), packed["follow"]
+    return Task(**{**values, **images}), Ticket(**packed["ticket"]), packed["follow"]
 
 
 def _pack_image(value: Any) -> Any:
@@ -141,7 +141,7 @@ def pack_outcome(outcome: Picture | ServiceError) -> str:
     As a JSON string they would be looked through for what has to be escaped, twice.
     """
     if isinstance(outcome, ServiceError):
-        content: dict[str, Any] = {"error": outcome.message}
+        content: dict[str, Any] = {"error": {"type": outcome.type, "message": outcome.message}}
         pixels = ""
     else:
         content = {
@@ -167,7 +167,7 @@ def pack_progress(progress: Progress) -> str:
 
 
 def unpack_news(line: str) -> Progress | Picture:
-    """What a runner has sent. Raises GenerationFailed if it sent an error."""
+    """What a runner has sent. Raises the error if it sent one."""
     described, _, pixels = line.partition("\t")
     content = json.loads(described)
     if "progress" in content:
@@ -177,35 +177,10 @@ def unpack_news(line: str) -> Progress | Picture:
             values["preview"] = Image.frombytes("RGB", tuple(size), base64.b64decode(small))
         return Progress(**values)
     if "error" in content:
-        raise GenerationFailed(content["error"])
+        raise error_of_type(**content["error"])
     return Picture(
         image=Image.frombytes("RGB", tuple(content["size"]), base64.b64decode(pixels)),
         flagged=content["flagged"],
         dropped_prompt=content["dropped_prompt"],
         dropped_negative_prompt=content["dropped_negative_prompt"],
     )
-
-
-async def draw(engine: Engine, packed: dict[str, Any]) -> AsyncGenerator[str, None]:
-    """Run one task and yield its outcome, before that its progress if that is followed. Closing this generator early cancels the job."""
-    loop = asyncio.get_running_loop()
-    news: asyncio.Queue[Progress | Picture | ServiceError] = asyncio.Queue()
-
-    def tell(what: Progress | Picture | ServiceError) -> None:
-        loop.call_soon_threadsafe(news.put_nowait, what)
-
-    task, follow = unpack_task(packed)
-    job = engine.submit(task, tell, tell if follow else None)
-    try:
-        while isinstance(what := await news.get(), Progress):
-            yield pack_progress(what)
-        yield pack_outcome(await asyncio.to_thread(_finished, task, what))
-    finally:
-        engine.cancel(job)
-
-
-def _finished(task: Task, outcome: Picture | ServiceError) -> Picture | ServiceError:
-    """Outside the mask of an inpainted picture the original is put back."""
-    if not isinstance(outcome, Picture) or task.image is None or task.mask is None or outcome.flagged:
-        return outcome
-    return replace(outcome, image=keep_outside_mask(outcome.image, task.image, task.mask))

@@ -6,6 +6,7 @@ Named by the first process, which removes it when it ends; the others find the n
 from __future__ import annotations
 
 import atexit
+import hashlib
 import os
 import secrets
 import shutil
@@ -35,3 +36,8 @@ def shared_folder() -> Path:
     folder = Path(os.environ[_VARIABLE])
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
+
+
+def server_token() -> str:
+    """The same in all processes of this server, and in no other server; tells nothing of the folder."""
+    return hashlib.sha256(os.environ[_VARIABLE].encode()).hexdigest()[:16]

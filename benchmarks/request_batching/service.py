@@ -20,6 +20,7 @@ from starlette.routing import Route
 
 from benchmarks.contenders import MAX_BATCH_SIZE, Setup
 from benchmarks.loads import task
+from stable_diffusion.jobs import Ticket, new_job_id
 from stable_diffusion.runnable import pack_task, unpack_task
 
 
@@ -71,7 +72,7 @@ svc = Service("request_batching", runners=[runner])
 async def draw(request: Request) -> Response:
     fields = await request.json()
     wanted = task(fields["number"], fields["side"], fields["steps"], fields["guidance_scale"], fields["kind"])
-    (picture,) = await runner.draw.async_run([pack_task(wanted)])
+    (picture,) = await runner.draw.async_run([pack_task(wanted, Ticket(new_job_id(), owner=""))])
     return Response(picture, media_type="image/jpeg")
 
 

@@ -1,0 +1,146 @@
+"""The model process's side of jobs: hands tasks to the engine, notes where each stands, cancels those that are to be cancelled.
+
+Knows nothing of HTTP. What is noted is for who asks; where noting fails, drawing goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from stable_diffusion.engine.job import Job, Picture, Progress, Task
+from stable_diffusion.errors import Cancelled, ServiceError
+from stable_diffusion.images import keep_outside_mask
+from stable_diffusion.jobs import Jobs, Ticket
+from stable_diffusion.runnable import pack_outcome, pack_progress, unpack_task
+
+if TYPE_CHECKING:
+    from stable_diffusion.engine.engine import Engine
+
+logger = logging.getLogger("stable_diffusion")
+
+_LOOK_FOR_CANCELLATIONS_S = 0.05  # a step at full size on a GPU takes longer
+_NOTE_S = 0.5  # a place in the queue changes for all who wait whenever one job ends: they are noted together
+
+News = asyncio.Queue[Progress | Picture | ServiceError]
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    ticket: Ticket
+    task: Task
+    engine_job: Job
+    from_engine: News
+    to_client: News
+
+
+class RunnerJobs:
+    """Everything that one model process is drawing. To be used on one event loop."""
+
+    def __init__(self, engine: Engine, jobs: Jobs, runner: int) -> None:
+        """`runner`: the number of this process among those that share `jobs`."""
+        self._engine = engine
+        self._jobs = jobs
+        self._runner = runner
+        self._drawings: dict[tuple[str, int], _Drawing] = {}
+        self._attending: set[asyncio.Task[None]] = set()
+        self._to_note: dict[Ticket, Progress] = {}
+        self._keeping: asyncio.Task[None] | None = None
+        try:
+            jobs.fail_what_was_left(runner)
+        except (OSError, sqlite3.Error) as error:
+            _complain(error)
+
+    async def draw(self, packed: dict[str, Any]) -> AsyncGenerator[str, None]:
+        """Run one task and yield its outcome, before that its progress if that is followed.
+
+        Closing this generator early cancels the job, unless it is an unattended one.
+        """
+        task, ticket, follow = unpack_task(packed)
+        drawing = self._start(task, ticket)
+        try:
+            while isinstance(what := await drawing.to_client.get(), Progress):
+                if follow:
+                    yield pack_progress(what)
+            yield pack_outcome(what)
+        finally:
+            if not ticket.unattended:
+                self._cancel(drawing)
+
+    def _start(self, task: Task, ticket: Ticket) -> _Drawing:
+        loop = asyncio.get_running_loop()
+        from_engine: News = asyncio.Queue()
+
+        def tell(what: Progress | Picture | ServiceError) -> None:
+            loop.call_soon_threadsafe(from_engine.put_nowait, what)
+
+        drawing = _Drawing(ticket, task, self._engine.submit(task, tell, tell), from_engine, asyncio.Queue())
+        self._drawings[ticket.job_id, ticket.index] = drawing
+        attending = asyncio.create_task(self._attend(drawing))
+        self._attending.add(attending)
+        attending.add_done_callback(self._attending.discard)
+        if self._keeping is None or self._keeping.done():
+            self._keeping = asyncio.create_task(self._keep_the_store())
+        return drawing
+
+    def _cancel(self, drawing: _Drawing) -> None:
+        """Nothing happens to a drawing that has ended."""
+        self._engine.cancel(drawing.engine_job)
+        drawing.from_engine.put_nowait(Cancelled("the job was cancelled"))
+
+    async def _attend(self, drawing: _Drawing) -> None:
+        """Pass on what the engine tells of a job, to the client first, and note it."""
+        ticket = drawing.ticket
+        try:
+            await _noted(self._jobs.begin, ticket, drawing.task, self._runner)
+            while isinstance(what := await drawing.from_engine.get(), Progress):
+                drawing.to_client.put_nowait(what)
+                last = self._to_note.get(ticket)
+                self._to_note[ticket] = what if what.preview or last is None else replace(what, preview=last.preview)
+            outcome = await asyncio.to_thread(_finished, drawing.task, what)
+            if not ticket.unattended:
+                drawing.to_client.put_nowait(outcome)
+            await _noted(self._jobs.end, ticket, outcome)
+            if ticket.unattended:  # its picture is fetched from the store: who hears of the end finds it there
+                drawing.to_client.put_nowait(outcome)
+        finally:
+            self._to_note.pop(ticket, None)
+            del self._drawings[ticket.job_id, ticket.index]
+
+    async def _keep_the_store(self) -> None:
+        """While something is drawn: cancel what is to be cancelled, and note now and then how far the jobs are."""
+        noted = 0.0
+        while self._drawings:
+            await asyncio.sleep(_LOOK_FOR_CANCELLATIONS_S)
+            for key in await _noted(self._jobs.to_cancel, self._runner) or ():
+                if (drawing := self._drawings.get(key)) is not None:
+                    self._cancel(drawing)
+            if self._to_note and time.monotonic() - noted >= _NOTE_S:
+                notes, self._to_note = self._to_note, {}
+                await _noted(self._jobs.note, notes)
+                noted = time.monotonic()
+
+
+async def _noted(call: Callable[..., Any], *arguments: Any) -> Any:
+    """A call of the store, on a thread. A store that fails is the followers' problem, not the drawing's."""
+    try:
+        return await asyncio.to_thread(call, *arguments)
+    except (OSError, sqlite3.Error) as error:
+        _complain(error)
+        return None
+
+
+def _complain(error: Exception) -> None:
+    logger.error("Where jobs stand cannot be noted: %s", error)
+
+
+def _finished(task: Task, outcome: Picture | ServiceError) -> Picture | ServiceError:
+    """Outside the mask of an inpainted picture the original is put back."""
+    if not isinstance(outcome, Picture) or task.image is None or task.mask is None or outcome.flagged:
+        return outcome
+    return replace(outcome, image=keep_outside_mask(outcome.image, task.image, task.mask))

@@ -1,0 +1,139 @@
+"""What a model process does with a task: lines back, a note of where it stands, an end to what is cancelled or left."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stable_diffusion.engine.denoiser import Denoiser
+from stable_diffusion.engine.engine import Engine, StepRecord
+from stable_diffusion.engine.job import Picture, Progress, Task
+from stable_diffusion.errors import Cancelled
+from stable_diffusion.jobs import Jobs, Ticket
+from stable_diffusion.pipelines import Parts
+from stable_diffusion.runnable import pack_task, unpack_news
+from stable_diffusion.runner_jobs import RunnerJobs
+from tests.conftest import make_task
+
+TICKET = Ticket("a1", "somebody")
+UNATTENDED = Ticket("b2", "somebody", unattended=True)
+
+
+@pytest.fixture
+def steps() -> list[StepRecord]:
+    return []
+
+
+@pytest.fixture
+def engine(demo_parts: Parts, steps: list[StepRecord]) -> Iterator[Engine]:
+    engine = Engine(lambda: Denoiser(demo_parts), 4, steps.append)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Jobs:
+    return Jobs(lambda: tmp_path)
+
+
+async def lines(runner_jobs: RunnerJobs, task: Task, ticket: Ticket = TICKET, *, follow: bool = False) -> list[str]:
+    return [line async for line in runner_jobs.draw(pack_task(task, ticket, follow=follow))]
+
+
+def test_drawing_yields_one_line_and_notes_the_end(engine: Engine, jobs: Jobs) -> None:
+    async def draw() -> None:
+        (line,) = await lines(RunnerJobs(engine, jobs, 0), make_task(num_inference_steps=2))
+        picture = unpack_news(line)
+        assert isinstance(picture, Picture)
+        assert picture.image.size == (64, 64)
+        while (record := jobs.get("a1")[0]).state != "completed":
+            await asyncio.sleep(0.01)
+        assert record.picture is None, "it went to whoever asked"
+
+    asyncio.run(draw())
+
+
+def test_who_follows_gets_a_line_for_each_step_before_the_picture(engine: Engine, jobs: Jobs) -> None:
+    task = make_task(num_inference_steps=4, scheduler="DDIMScheduler")
+    *progress, picture = [unpack_news(line) for line in asyncio.run(lines(RunnerJobs(engine, jobs, 0), task, follow=True))]
+    assert [one.step for one in progress if isinstance(one, Progress)] == [1, 2, 3, 4]
+    assert isinstance(picture, Picture)
+
+
+def test_a_consumer_that_leaves_stops_its_job_within_two_steps(engine: Engine, jobs: Jobs, steps: list[StepRecord]) -> None:
+    left_at: list[int] = []
+
+    async def leave_early() -> None:
+        runner_jobs = RunnerJobs(engine, jobs, 0)
+        stream = runner_jobs.draw(pack_task(make_task(num_inference_steps=150), TICKET))
+        waiting = asyncio.ensure_future(anext(stream))
+        while len(steps) < 3:
+            await asyncio.sleep(0.005)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        left_at.append(len(steps))
+        await stream.aclose()
+        # Another job in the same engine: when it is done, the abandoned one had every chance to take steps.
+        await lines(runner_jobs, make_task(num_inference_steps=10), Ticket("c3", "somebody"))
+
+    asyncio.run(leave_early())
+    abandoned = steps[0].job_numbers[0]
+    assert sum(abandoned in record.job_numbers for record in steps) <= left_at[0] + 2
+    assert jobs.get("a1")[0].state == "cancelled"
+
+
+def test_an_unattended_job_goes_on_when_its_consumer_leaves_and_its_picture_is_kept(engine: Engine, jobs: Jobs) -> None:
+    task = make_task(num_inference_steps=20)
+
+    async def leave_early() -> Picture:
+        runner_jobs = RunnerJobs(engine, jobs, 0)
+        stream = runner_jobs.draw(pack_task(task, UNATTENDED))
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.2)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await stream.aclose()
+        while not (record := jobs.get("b2")[0]).is_ended:
+            await asyncio.sleep(0.01)
+        (line,) = await lines(runner_jobs, task)
+        attended = unpack_news(line)
+        assert isinstance(attended, Picture)
+        assert record.finished().image == attended.image
+        return attended
+
+    asyncio.run(leave_early())
+
+
+def test_a_cancelled_job_ends_within_two_steps_of_being_found_and_its_neighbour_is_drawn(
+    engine: Engine, jobs: Jobs, steps: list[StepRecord]
+) -> None:
+    async def cancel_one() -> None:
+        runner_jobs = RunnerJobs(engine, jobs, 0)
+        cancelled = asyncio.ensure_future(lines(runner_jobs, make_task(num_inference_steps=150)))
+        neighbour = asyncio.ensure_future(lines(runner_jobs, make_task(num_inference_steps=20), Ticket("c3", "somebody else")))
+        while len(steps) < 3:
+            await asyncio.sleep(0.005)
+        began = time.monotonic()
+        jobs.cancel("a1")
+        with pytest.raises(Cancelled):
+            unpack_news((await cancelled)[-1])
+        assert time.monotonic() - began < 1
+        assert isinstance(unpack_news((await neighbour)[-1]), Picture)
+
+    asyncio.run(cancel_one())
+    assert jobs.get("a1")[0].state == "cancelled"
+    assert len(steps) < 100, "the rest of its 150 steps was not taken"
+
+
+def test_pictures_are_drawn_where_nothing_can_be_noted(engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    unwritable = Jobs(lambda: tmp_path / "file")
+    with caplog.at_level(logging.ERROR, logger="stable_diffusion"):
+        (line,) = asyncio.run(lines(RunnerJobs(engine, unwritable, 0), make_task(num_inference_steps=2)))
+    assert isinstance(unpack_news(line), Picture)
+    assert "Where jobs stand cannot be noted" in caplog.text
