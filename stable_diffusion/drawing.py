@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -26,6 +27,7 @@ from stable_diffusion.runnable import pack_task, unpack_news
 logger = logging.getLogger("stable_diffusion")
 
 _LOOK_AGAIN_S = 0.1
+_FETCHED_WITHIN_S = 10.0
 
 
 async def draw(runner: bentoml.Runner, task: Task, ticket: Ticket) -> Picture:
@@ -83,10 +85,20 @@ def draw_unattended(backend: Backend, task: Task, ticket: Ticket) -> None:
                 await draw(backend.runner, task, ticket)
             except Exception as error:
                 await run_in_threadpool(backend.jobs.abandon, ticket.job_id, known_error(error, f"Job {ticket.job_id}"))
+            await _fetched_or_late(backend, ticket.job_id)
 
     holding = asyncio.create_task(hold())
     _held.add(holding)
     holding.add_done_callback(_held.discard)
+
+
+async def _fetched_or_late(backend: Backend, job_id: str) -> None:
+    """A server that stops takes its pictures with it: whoever waited for one has a moment to fetch it."""
+    deadline = time.monotonic() + _FETCHED_WITHIN_S
+    while time.monotonic() < deadline:
+        if backend.unfinished.is_stopping and not await run_in_threadpool(backend.jobs.is_to_be_fetched, job_id):
+            return
+        await asyncio.sleep(_LOOK_AGAIN_S)
 
 
 _held: set[asyncio.Task[None]] = set()  # an event loop alone would let go of them

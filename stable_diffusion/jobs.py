@@ -47,6 +47,7 @@ CREATE TABLE IF NOT EXISTS jobs (
     id TEXT NOT NULL, image_index INTEGER NOT NULL, owner TEXT NOT NULL, unattended INTEGER NOT NULL, task TEXT NOT NULL,
     runner INTEGER, state TEXT NOT NULL, position INTEGER NOT NULL, step INTEGER NOT NULL, steps INTEGER NOT NULL, seconds_left REAL,
     preview BLOB, cancel INTEGER NOT NULL DEFAULT 0, created_at REAL NOT NULL, ended_at REAL, outcome TEXT, picture BLOB,
+    fetched INTEGER NOT NULL DEFAULT 0,
     UNIQUE (id, image_index)
 );
 CREATE INDEX IF NOT EXISTS unfinished ON jobs (owner) WHERE ended_at IS NULL;
@@ -248,6 +249,15 @@ class Jobs:
     def cancel(self, job_id: str) -> None:
         with self._database() as database:
             database.execute("UPDATE jobs SET cancel = 1 WHERE id = ? AND ended_at IS NULL", (job_id,))
+
+    def note_fetched(self, job_id: str) -> None:
+        with self._database() as database:
+            database.execute("UPDATE jobs SET fetched = 1 WHERE id = ? AND fetched = 0", (job_id,))
+
+    def is_to_be_fetched(self, job_id: str) -> bool:
+        """Whether there is a picture that nobody has seen."""
+        with self._database() as database:
+            return bool(database.execute("SELECT 1 FROM jobs WHERE id = ? AND picture IS NOT NULL AND fetched = 0", (job_id,)).fetchone())
 
     def of_owner(self, owner: str) -> list[JobRecord]:
         """The unfinished ones, the oldest first."""

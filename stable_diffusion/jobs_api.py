@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from stable_diffusion import events as server_sent
 from stable_diffusion.answers import (
     answering_errors,
     completed_event,
@@ -28,7 +29,6 @@ from stable_diffusion.backend import Backend
 from stable_diffusion.drawing import follow
 from stable_diffusion.engine.job import Progress
 from stable_diffusion.errors import NotAcceptable
-from stable_diffusion.events import event
 from stable_diffusion.images import MEDIA_TYPES, ImageFormat
 from stable_diffusion.jobs import JobRecord, State
 from stable_diffusion.reading import accepted_types
@@ -89,7 +89,9 @@ async def awaited_picture(backend: Backend, job_id: str, image_format: ImageForm
 
 
 def _picture_answer(backend: Backend, record: JobRecord, image_format: ImageFormat) -> Response:
-    return picture_answer(record.task, record.finished(), backend.model(), image_format)
+    answer = picture_answer(record.task, record.finished(), backend.model(), image_format)
+    backend.jobs.note_fetched(record.id)
+    return answer
 
 
 async def events_of(backend: Backend, job_id: str, image_format: ImageFormat) -> AsyncGenerator[bytes, None]:
@@ -109,7 +111,7 @@ async def events_of(backend: Backend, job_id: str, image_format: ImageFormat) ->
             elif (error := next((record.error for record in records if record.error is not None), None)) is not None:
                 raise error
             elif records[0].picture is None:
-                yield event("completed", {"job": description(records)})
+                yield server_sent.event("completed", {"job": description(records)})
             else:
                 yield await run_in_threadpool(_completed_event, backend, records[0], image_format)
     except Exception as error:
@@ -117,7 +119,9 @@ async def events_of(backend: Backend, job_id: str, image_format: ImageFormat) ->
 
 
 def _completed_event(backend: Backend, record: JobRecord, image_format: ImageFormat) -> bytes:
-    return completed_event(record.task, record.finished(), backend.model(), image_format)
+    event = completed_event(record.task, record.finished(), backend.model(), image_format)
+    backend.jobs.note_fetched(record.id)
+    return event
 
 
 def description(records: Sequence[JobRecord]) -> dict[str, Any]:

@@ -28,6 +28,10 @@ run "many_machines_behind_a_load_balancer" {
     error_message = "A request goes to the machine with the fewest, and only where pictures can be made."
   }
   assert {
+    condition     = aws_lb_target_group.machine[0].stickiness[0].type == "app_cookie" && aws_lb_target_group.machine[0].stickiness[0].cookie_name == "job_server"
+    error_message = "Questions about a job come to the machine that has it."
+  }
+  assert {
     condition     = tonumber(aws_lb_target_group.machine[0].deregistration_delay) == 3600 && aws_lb.balancer[0].idle_timeout == 3600
     error_message = "A machine that goes, and a client that waits, have as long as the longest request."
   }

@@ -80,6 +80,9 @@ backend pictures
   option httpchk GET /readyz
   http-check expect status 200
   http-response set-header served-by %s
+  stick-table type string len 32 size 10k expire 1h
+  stick store-response res.cook(job_server)
+  stick match req.cook(job_server) if {{ path_beg /jobs/ }}
 {servers}
 """
     )
@@ -174,6 +177,28 @@ def from_store(store: Path, port: int) -> Iterator[Server]:
         yield server
 
 
+def assert_jobs_are_found_through(balancer: Balancer) -> None:
+    """A client that keeps cookies finds its job, whatever the balancer does with other requests."""
+    took: set[str] = set()
+    for number in range(6):
+        with httpx.Client(base_url=balancer.url, timeout=REQUEST_TIMEOUT_S, trust_env=False) as client:
+            request = {"prompt": "a red circle", "num_inference_steps": 4, "seed": number}
+            taken = client.post("/txt2img", json=request, headers={"Prefer": "respond-async"})
+            assert taken.status_code == 202
+            took.add(taken.headers["served-by"])
+            deadline = time.monotonic() + TURN_TIMEOUT_S
+            while (asked := client.get(taken.headers["location"])).json().get("state") != "completed":
+                assert asked.status_code == 200
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            assert asked.headers["served-by"] == taken.headers["served-by"]
+            assert client.get(asked.json()["picture"]).headers["seed"] == str(number)
+    assert took == {"a", "b"}
+    # Without the cookie it is a matter of luck.
+    answers = [httpx.get(f"{balancer.url}{taken.headers['location']}", trust_env=False).status_code for _ in range(6)]
+    assert set(answers) == {200, 404}
+
+
 def test_no_accepted_request_is_lost_while_servers_die_drain_and_are_replaced(store: Path, tmp_path: Path) -> None:
     ports = {"a": free_port(), "b": free_port()}
     table: list[tuple[str, Load]] = []
@@ -191,6 +216,8 @@ def test_no_accepted_request_is_lost_while_servers_die_drain_and_are_replaced(st
 
         with load("both serve") as clients:
             clients.wait_for(40)
+
+        assert_jobs_are_found_through(balancer)
 
         with load("a is killed") as clients:
             clients.wait_for(10)

@@ -517,6 +517,13 @@ resource "aws_lb_target_group" "machine" {
     unhealthy_threshold = 10 # long enough for a container that failed to be started again
   }
 
+  # A server sets this cookie when it names a job that is going on: questions about the job have to come to the same machine.
+  stickiness {
+    type            = "app_cookie"
+    cookie_name     = "job_server"
+    cookie_duration = 3600
+  }
+
   lifecycle {
     create_before_destroy = true
   }
