@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stable_diffusion import events
+from stable_diffusion import events, jobs_docs
 from stable_diffusion.images import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MEDIA_TYPES
 from stable_diffusion.requests import GenerationRequest, ImageToImageRequest, TextToImageRequest
 
@@ -24,6 +24,7 @@ _ANSWER_HEADERS = {
     "safety_check": "Whether a safety check was asked for.",
     "safety_flagged": "true: the picture was flagged and is blank. false: it was not. unchecked: nobody looked.",
     "model": "The model; `demo` is the embedded demo model.",
+    "Job-Id": "The id of this request's job.",
 }
 _ERRORS = {
     "400": "A field or a part is missing, malformed or out of range.",
@@ -47,7 +48,7 @@ def document(title: str, version: str) -> dict[str, Any]:
             "description": "Stable Diffusion: text to image, image to image and inpainting. The answer is the image itself.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
-        "tags": [{"name": "images", "description": "Draw"}, {"name": "operation", "description": "Run"}],
+        "tags": [{"name": "images", "description": "Draw"}, jobs_docs.TAG, {"name": "operation", "description": "Run"}],
         "paths": {
             "/txt2img": _draws(
                 "txt2img",
@@ -65,12 +66,15 @@ def document(title: str, version: str) -> dict[str, Any]:
                     }
                 ),
             ),
+            **jobs_docs.paths(),
             "/livez": _probe("livez", "Is the server process alive?"),
             "/readyz": _probe("readyz", "Is the model loaded?"),
             "/metrics": _probe("metrics", "Prometheus metrics"),
         },
         "components": {
-            "schemas": {model.__name__: _schema(model) for model in (TextToImageRequest, ImageToImageRequest)} | {"Error": _ERROR_SCHEMA}
+            "schemas": {model.__name__: _schema(model) for model in (TextToImageRequest, ImageToImageRequest)}
+            | jobs_docs.schemas()
+            | {"Error": _ERROR_SCHEMA}
         },
     }
 
@@ -137,6 +141,7 @@ def _draws(name: str, summary: str, content: dict[str, Any]) -> dict[str, Any]:
             "content": {media_type: {} for media_type in (*MEDIA_TYPES.values(), events.MEDIA_TYPE)},
         }
     }
+    answers |= {"202": jobs_docs.ACCEPTED, **jobs_docs.ERRORS}
     for status, text in _ERRORS.items():
         answers[status] = {"description": text, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
     return {
@@ -144,6 +149,7 @@ def _draws(name: str, summary: str, content: dict[str, Any]) -> dict[str, Any]:
             "operationId": name,
             "summary": summary,
             "tags": ["images"],
+            "parameters": jobs_docs.REQUEST_HEADERS,
             "requestBody": {"required": True, "content": content},
             "responses": answers,
         }

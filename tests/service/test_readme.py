@@ -23,7 +23,13 @@ CURL_COMMANDS = [
 
 
 def test_there_is_a_curl_line_for_each_endpoint() -> None:
-    assert [re.search(r":3000(/\w+)", command)[1] for command in CURL_COMMANDS] == ["/txt2img", "/img2img", "/inpaint", "/txt2img"]  # type: ignore[index]
+    assert [re.search(r":3000(/\w+)", command)[1] for command in CURL_COMMANDS] == [
+        "/txt2img",
+        "/img2img",
+        "/inpaint",
+        "/txt2img",
+        "/txt2img",
+    ]  # type: ignore[index]
 
 
 @pytest.mark.parametrize("command", CURL_COMMANDS[:3], ids=["txt2img", "img2img", "inpaint"])
@@ -45,6 +51,16 @@ def test_the_curl_line_for_progress_tells_the_steps_and_gets_the_picture(server:
     told = subprocess.run(["bash", "-c", f"{here} --silent --fail"], capture_output=True, text=True, check=True, timeout=120).stdout
     assert told.startswith("event: progress\ndata: {")
     assert re.search(r'event: completed\ndata: {"media_type": "image/jpeg", "image": "', told)
+
+
+def test_the_curl_line_for_a_job_gets_its_address(server: Server) -> None:
+    here = CURL_COMMANDS[4].replace("http://127.0.0.1:3000", server.url)
+    told = subprocess.run(["bash", "-c", f"{here} --silent"], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert told.startswith("HTTP/1.1 202 Accepted")
+    location = re.search(r"location: (/jobs/\w+)", told)
+    assert location
+    with server.client() as client:
+        assert client.get(location[1]).json()["kind"] == "txt2img"
 
 
 def test_make_serve_starts_a_server_whose_printed_curl_line_makes_a_picture(tmp_path: Path) -> None:
