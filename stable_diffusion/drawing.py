@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 
 import aiohttp
@@ -20,7 +20,7 @@ from starlette.concurrency import run_in_threadpool
 from stable_diffusion.answers import known_error
 from stable_diffusion.backend import Backend
 from stable_diffusion.engine.job import Picture, Progress, Task
-from stable_diffusion.errors import ModelUnavailable
+from stable_diffusion.errors import JobsUnavailable, ModelUnavailable
 from stable_diffusion.jobs import JobRecord, Ticket
 from stable_diffusion.runnable import pack_task, unpack_news
 
@@ -80,7 +80,7 @@ def draw_unattended(backend: Backend, task: Task, ticket: Ticket) -> None:
     """
 
     async def hold() -> None:
-        with backend.unfinished.piece_of_work():
+        with backend.unfinished.piece_of_work(), suppress(JobsUnavailable):
             try:
                 await draw(backend.runner, task, ticket)
             except Exception as error:

@@ -14,6 +14,7 @@ ServiceError
 ├── Cancelled                 499  somebody asked for the job's cancellation
 ├── GenerationFailed          500  this job could not be finished; its neighbours were not harmed
 ├── InternalError             500  a defect of ours
+├── JobsUnavailable           503  where jobs stand cannot be read or written
 └── ModelUnavailable          503  the model process cannot be reached
 ModelFolderError                   at start only: the weights are missing, broken or of another kind
 """
@@ -114,6 +115,11 @@ class GenerationFailed(ServiceError):
 class InternalError(ServiceError):
     status = 500
     type = "internal_error"
+
+
+class JobsUnavailable(ServiceError):
+    status = 503
+    type = "jobs_unavailable"
 
 
 class ModelUnavailable(ServiceError):

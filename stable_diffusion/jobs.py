@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import secrets
 import sqlite3
 import time
@@ -24,6 +25,7 @@ from stable_diffusion.engine.job import Picture, Progress, Task
 from stable_diffusion.errors import (
     GenerationFailed,
     IdempotencyMismatch,
+    JobsUnavailable,
     PictureExpired,
     PictureNotKept,
     ServiceError,
@@ -31,6 +33,8 @@ from stable_diffusion.errors import (
     UnknownJob,
     error_of_type,
 )
+
+logger = logging.getLogger("stable_diffusion")
 
 PICTURES_KEPT_S = 3600
 PICTURES_KEPT = 100
@@ -118,7 +122,7 @@ def new_job_id() -> str:
 class Jobs:
     """The store. Processes and threads may use it at once; every call opens the file for itself.
 
-    Raises OSError or sqlite3.Error where the file cannot be read or written.
+    Raises JobsUnavailable where the file cannot be read or written; why is in the log.
     """
 
     def __init__(self, folder: Callable[[], Path]) -> None:
@@ -127,15 +131,19 @@ class Jobs:
 
     @contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
-        with closing(sqlite3.connect(self._folder() / "jobs.sqlite", timeout=_BUSY_TIMEOUT_S)) as database:
-            database.row_factory = sqlite3.Row
-            # What is in it does not outlive the server, so nothing has to be safe from a power cut.
-            database.execute("PRAGMA synchronous = OFF")
-            if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'idempotency_keys'").fetchone():
-                database.execute("PRAGMA journal_mode = WAL")
-                database.executescript(_SCHEMA)
-            with database:
-                yield database
+        try:
+            with closing(sqlite3.connect(self._folder() / "jobs.sqlite", timeout=_BUSY_TIMEOUT_S)) as database:
+                database.row_factory = sqlite3.Row
+                # What is in it does not outlive the server, so nothing has to be safe from a power cut.
+                database.execute("PRAGMA synchronous = OFF")
+                if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'idempotency_keys'").fetchone():
+                    database.execute("PRAGMA journal_mode = WAL")
+                    database.executescript(_SCHEMA)
+                with database:
+                    yield database
+        except (OSError, sqlite3.Error) as error:
+            logger.error("Where jobs stand cannot be read or written: %s", error)
+            raise JobsUnavailable("where jobs stand cannot be read or written; pictures can be drawn while somebody waits") from None
 
     # --- the model process ---------------------------------------------------------------------------
 

@@ -42,7 +42,10 @@ ERRORS: dict[str, dict[str, Any]] = {
     },
     "499": {"description": "The job was cancelled.", "content": _ERROR},
 }
-_UNKNOWN = {"404": {"description": "No such job, or its picture was sent in the answer and is not kept.", "content": _ERROR}}
+_UNKNOWN = {
+    "404": {"description": "No such job, or its picture was sent in the answer and is not kept.", "content": _ERROR},
+    "503": {"description": "Where jobs stand cannot be read, or the model process could not be reached.", "content": _ERROR},
+}
 _JOB_ID = {
     "name": "job_id",
     "in": "path",
@@ -92,7 +95,6 @@ def paths() -> dict[str, Any]:
                     "410": {"description": "It was kept and is gone.", "content": _ERROR},
                     "499": ERRORS["499"],
                     "500": {"description": "It could not be drawn.", "content": _ERROR},
-                    "503": {"description": "The model process could not be reached.", "content": _ERROR},
                 },
             ),
         },
@@ -100,7 +102,7 @@ def paths() -> dict[str, Any]:
 
 
 def _operation(name: str, summary: str, answers: dict[str, Any]) -> dict[str, Any]:
-    return {"operationId": name, "summary": summary, "tags": [TAG["name"]], "responses": answers | _UNKNOWN}
+    return {"operationId": name, "summary": summary, "tags": [TAG["name"]], "responses": _UNKNOWN | answers}
 
 
 def schemas() -> dict[str, Any]:

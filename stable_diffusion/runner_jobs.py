@@ -6,23 +6,20 @@ Knows nothing of HTTP. What is noted is for who asks; where noting fails, drawin
 from __future__ import annotations
 
 import asyncio
-import logging
-import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from stable_diffusion.engine.job import Job, Picture, Progress, Task
-from stable_diffusion.errors import Cancelled, ServiceError
+from stable_diffusion.errors import Cancelled, JobsUnavailable, ServiceError
 from stable_diffusion.images import keep_outside_mask
 from stable_diffusion.jobs import Jobs, Ticket
 from stable_diffusion.runnable import pack_outcome, pack_progress, unpack_task
 
 if TYPE_CHECKING:
     from stable_diffusion.engine.engine import Engine
-
-logger = logging.getLogger("stable_diffusion")
 
 _LOOK_FOR_CANCELLATIONS_S = 0.05  # a step at full size on a GPU takes longer
 _NOTE_S = 0.5  # a place in the queue changes for all who wait whenever one job ends: they are noted together
@@ -51,10 +48,8 @@ class RunnerJobs:
         self._attending: set[asyncio.Task[None]] = set()
         self._to_note: dict[Ticket, Progress] = {}
         self._keeping: asyncio.Task[None] | None = None
-        try:
+        with suppress(JobsUnavailable):
             jobs.fail_what_was_left(runner)
-        except (OSError, sqlite3.Error) as error:
-            _complain(error)
 
     async def draw(self, packed: dict[str, Any]) -> AsyncGenerator[str, None]:
         """Run one task and yield its outcome, before that its progress if that is followed.
@@ -127,16 +122,9 @@ class RunnerJobs:
 
 
 async def _noted(call: Callable[..., Any], *arguments: Any) -> Any:
-    """A call of the store, on a thread. A store that fails is the followers' problem, not the drawing's."""
-    try:
+    """A call of the store, on a thread. A store that fails is the followers' problem, not the drawing's; it says so in the log."""
+    with suppress(JobsUnavailable):
         return await asyncio.to_thread(call, *arguments)
-    except (OSError, sqlite3.Error) as error:
-        _complain(error)
-        return None
-
-
-def _complain(error: Exception) -> None:
-    logger.error("Where jobs stand cannot be noted: %s", error)
 
 
 def _finished(task: Task, outcome: Picture | ServiceError) -> Picture | ServiceError:

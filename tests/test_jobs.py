@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 import threading
 import time
 from dataclasses import replace
@@ -17,6 +16,7 @@ from stable_diffusion.errors import (
     Cancelled,
     GenerationFailed,
     IdempotencyMismatch,
+    JobsUnavailable,
     PictureExpired,
     PictureNotKept,
     TooManyJobs,
@@ -211,5 +211,5 @@ def test_a_folder_that_was_removed_is_no_reason_to_stop(tmp_path: Path) -> None:
 
 def test_a_broken_file_is_an_error_that_callers_know(tmp_path: Path) -> None:
     (tmp_path / "jobs.sqlite").write_text("not a database" * 100)
-    with pytest.raises(sqlite3.Error):
+    with pytest.raises(JobsUnavailable):
         Jobs(lambda: tmp_path).get("a1")

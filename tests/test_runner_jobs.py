@@ -136,4 +136,4 @@ def test_pictures_are_drawn_where_nothing_can_be_noted(engine: Engine, tmp_path:
     with caplog.at_level(logging.ERROR, logger="stable_diffusion"):
         (line,) = asyncio.run(lines(RunnerJobs(engine, unwritable, 0), make_task(num_inference_steps=2)))
     assert isinstance(unpack_news(line), Picture)
-    assert "Where jobs stand cannot be noted" in caplog.text
+    assert "Where jobs stand cannot be read or written" in caplog.text
