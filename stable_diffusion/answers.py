@@ -9,7 +9,7 @@ import base64
 import functools
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -17,7 +17,7 @@ from PIL import Image
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from stable_diffusion import events, images
+from stable_diffusion import events, images, infotext
 from stable_diffusion.engine.job import Picture, Progress, Task
 from stable_diffusion.errors import ClientGone, FieldError, InternalError, ServiceError
 from stable_diffusion.images import MEDIA_TYPES, ImageFormat
@@ -76,11 +76,19 @@ def _sendable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def picture_answer(task: Task, picture: Picture, model: ModelFolder, image_format: ImageFormat) -> Response:
-    """Encodes: takes up to a second."""
-    headers = parameter_headers(task, picture, model)
+def image_file(task: Task, picture: Picture, model: ModelFolder, image_format: ImageFormat) -> bytes:
+    """The picture encoded, with what determines it where that is wanted. Of a blank picture, one that was flagged, nothing is told."""
+    description = infotext.write(task, picture, model) if task.metadata and not picture.flagged else None
+    return images.encode(picture.image, image_format, description)
+
+
+def picture_answer(
+    task: Task, picture: Picture, model: ModelFolder, image_format: ImageFormat, remarks: Mapping[str, Any] | None = None
+) -> Response:
+    """Encodes: takes up to a second. `remarks` are told beside the parameters."""
+    headers = parameter_headers(task, picture, model) | as_headers(remarks or {})
     headers["content-disposition"] = f'inline; filename="{task.kind}-{task.seed}.{image_format}"'
-    return Response(images.encode(picture.image, image_format), media_type=MEDIA_TYPES[image_format], headers=headers)
+    return Response(image_file(task, picture, model, image_format), media_type=MEDIA_TYPES[image_format], headers=headers)
 
 
 def event_stream(pieces: AsyncGenerator[bytes, None]) -> Response:
@@ -105,10 +113,13 @@ def preview_event(step: int, preview: Image.Image, task: Task) -> bytes:
     return events.event("preview", {"step": step, **_as_data(content, "jpeg")})
 
 
-def completed_event(task: Task, picture: Picture, model: ModelFolder, image_format: ImageFormat) -> bytes:
-    """Encodes: not for an event loop."""
-    content = images.encode(picture.image, image_format)
-    return events.event("completed", {**_as_data(content, image_format), "parameters": parameters_of(task, picture, model)})
+def completed_event(
+    task: Task, picture: Picture, model: ModelFolder, image_format: ImageFormat, remarks: Mapping[str, Any] | None = None
+) -> bytes:
+    """Encodes: not for an event loop. `remarks` are told beside the parameters."""
+    parameters = {**parameters_of(task, picture, model), **(remarks or {})}
+    content = image_file(task, picture, model, image_format)
+    return events.event("completed", {**_as_data(content, image_format), "parameters": parameters})
 
 
 def error_event(error: Exception, where: str) -> bytes:
@@ -143,8 +154,11 @@ def parameters_of(task: Task, picture: Picture, model: ModelFolder) -> dict[str,
 
 
 def parameter_headers(task: Task, picture: Picture, model: ModelFolder) -> dict[str, str]:
-    parameters = parameters_of(task, picture, model)
-    return {name: _header_text(value if isinstance(value, str) else json.dumps(value)) for name, value in parameters.items()}
+    return as_headers(parameters_of(task, picture, model))
+
+
+def as_headers(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: _header_text(value if isinstance(value, str) else json.dumps(value)) for name, value in values.items()}
 
 
 def _header_text(text: str) -> str:

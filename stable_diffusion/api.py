@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_diffusion import jobs_api, openapi, plain_api
+from stable_diffusion import __version__, jobs_api, openapi, plain_api, reproduce_api
 from stable_diffusion.answers import refusal
 from stable_diffusion.backend import Backend
 from stable_diffusion.draining import Draining, Unfinished
@@ -35,7 +35,7 @@ logger = logging.getLogger("stable_diffusion")
 # Services with runners are "legacy" to BentoML 1.4 and on purpose here: docs/architecture.md says why.
 warnings.filterwarnings("ignore", category=BentoMLDeprecationWarning)
 
-API_VERSION = "1.0.0"
+API_VERSION = __version__
 
 
 def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[], ModelFolder]) -> Service:
@@ -65,7 +65,7 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
 
 
 def _routes(backend: Backend) -> list[Route]:
-    return [*plain_api.routes(backend), *jobs_api.routes(backend)]
+    return [*plain_api.routes(backend), *jobs_api.routes(backend), *reproduce_api.routes(backend)]
 
 
 class _FrontDoor:

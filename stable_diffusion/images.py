@@ -1,17 +1,19 @@
 """Bytes to a safe PIL image, and a PIL image to PNG, JPEG or WebP. No other decoder can be reached by an upload.
 
-Knows nothing of HTTP, of the model or of torch.
+Puts a description into a file and finds it again without decoding the picture. Knows nothing of what the description says, nor of HTTP,
+of the model or of torch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import struct
 import zlib
-from typing import Literal
+from typing import Any, Literal
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from stable_diffusion.errors import InvalidRequest, TooLarge
 from stable_diffusion.requests import MAX_SIDE, MIN_SIDE, SIDE_MULTIPLE
@@ -38,27 +40,86 @@ def read_mask(content: bytes, field: str) -> Image.Image:
     return _decode(content, field, "L", "black")
 
 
-def _decode(content: bytes, field: str, mode: str, backdrop: str) -> Image.Image:
+def read_description(content: bytes, field: str) -> str | None:
+    """What a picture's file says of it: A1111's PNG text "parameters", else the EXIF comment. None if neither is there.
+
+    Reads no pixel. Raises InvalidRequest or TooLarge, naming `field`: for what `read_picture` refuses too, and for text that is damaged
+    or too long once it is unpacked (Pillow stops at 1 MiB of each compressed text).
+    """
+    picture = _open(content, field)
+    text = picture.info.get(_PNG_TEXT)
+    if isinstance(text, str):
+        return str(text)
+    block = picture.info.get("exif", b"")
+    if len(block) > _MAX_EXIF_BYTES:
+        raise TooLarge(f"{field}: its EXIF block has {len(block)} bytes, at most {_MAX_EXIF_BYTES} are allowed", field=field)
+    try:
+        return _exif_comment(picture) if block else None
+    except _BROKEN_DATA:
+        raise InvalidRequest(f"{field}: its EXIF block is damaged", field=field) from None
+
+
+_PNG_TEXT = "parameters"
+_MAX_EXIF_BYTES = 2**20
+_EXIF_FOLDER, _USER_COMMENT = 0x8769, 0x9286
+_UTF_16 = b"UNICODE\0"
+
+
+def _exif_comment(picture: Image.Image) -> str | None:
+    """EXIF 2.32, 4.6.5, UserComment: eight bytes that name the character code, then the text in the block's byte order."""
+    exif = picture.getexif()
+    comment = exif.get_ifd(_EXIF_FOLDER).get(_USER_COMMENT)
+    if not isinstance(comment, bytes):
+        return None
+    code, text = comment[:8], comment[8:]
+    if code == _UTF_16:
+        return text.decode("utf-16-le" if exif.endian == "<" else "utf-16-be")
+    return text.decode("ascii") if code == b"ASCII\0\0\0" else None
+
+
+def _as_exif(description: str) -> Image.Exif:
+    """Big-endian as Pillow writes it, in which A1111's readers expect the text."""
+    exif = Image.Exif()
+    exif.get_ifd(_EXIF_FOLDER)[_USER_COMMENT] = _UTF_16 + description.encode("utf-16-be")
+    return exif
+
+
+def _as_png_text(description: str) -> PngImagePlugin.PngInfo:
+    """As tEXt, or as iTXt where Latin-1 cannot say it."""
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text(_PNG_TEXT, description)
+    return chunks
+
+
+def _open(content: bytes, field: str) -> Image.Image:
+    """Read only the header: a bomb is refused before anything is decoded."""
     if not content:
         raise InvalidRequest(f"{field}: the file is empty, send a PNG, JPEG or WebP image", field=field)
     if len(content) > MAX_UPLOAD_BYTES:
         raise TooLarge(f"{field}: the file has {len(content)} bytes, at most {MAX_UPLOAD_BYTES} are allowed", field=field)
     try:
         picture: Image.Image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP"))
-        # Only the header has been read so far: refuse a bomb before anything is decoded.
-        if picture.width * picture.height > MAX_UPLOAD_PIXELS:
-            raise TooLarge(
-                f"{field}: the image has {picture.width} x {picture.height} pixels, at most {MAX_UPLOAD_PIXELS} in all are allowed",
-                field=field,
-            )
-        picture.load()
-        turn = _turn(picture)
-        flat = _flatten(_to_8_bit(picture), backdrop).convert(mode)
-        return flat if turn is None else flat.transpose(turn)
     except UnidentifiedImageError:
         raise InvalidRequest(f"{field}: not a PNG, JPEG or WebP image", field=field) from None
     except Image.DecompressionBombError:
         raise TooLarge(f"{field}: the image has more than {MAX_UPLOAD_PIXELS} pixels", field=field) from None
+    except _BROKEN_DATA:
+        raise InvalidRequest(f"{field}: the image is damaged or cut short, or holds too much text", field=field) from None
+    if picture.width * picture.height > MAX_UPLOAD_PIXELS:
+        raise TooLarge(
+            f"{field}: the image has {picture.width} x {picture.height} pixels, at most {MAX_UPLOAD_PIXELS} in all are allowed",
+            field=field,
+        )
+    return picture
+
+
+def _decode(content: bytes, field: str, mode: str, backdrop: str) -> Image.Image:
+    picture = _open(content, field)
+    try:
+        picture.load()
+        turn = _turn(picture)
+        flat = _flatten(_to_8_bit(picture), backdrop).convert(mode)
+        return flat if turn is None else flat.transpose(turn)
     except _BROKEN_DATA:
         raise InvalidRequest(f"{field}: the image is damaged or cut short", field=field) from None
 
@@ -150,6 +211,11 @@ def scale_mask(mask: Image.Image, size: tuple[int, int], field: str) -> Image.Im
     return mask.resize(size, Image.Resampling.BILINEAR)
 
 
+def digest(picture: Image.Image) -> str:
+    """Ten hexadecimal digits that tell one picture from another by its pixels."""
+    return hashlib.sha256(f"{picture.mode} {picture.width}x{picture.height} ".encode() + picture.tobytes()).hexdigest()[:10]
+
+
 def keep_outside_mask(repainted: Image.Image, original: Image.Image, mask: Image.Image) -> Image.Image:
     """The original where the mask is black, the repainted picture where it is white, a blend in between.
 
@@ -158,15 +224,17 @@ def keep_outside_mask(repainted: Image.Image, original: Image.Image, mask: Image
     return Image.composite(repainted, original, mask)
 
 
-def encode(picture: Image.Image, image_format: ImageFormat) -> bytes:
-    """Encode RGB: JPEG and WebP with quality 95, PNG without loss."""
+def encode(picture: Image.Image, image_format: ImageFormat, description: str | None = None) -> bytes:
+    """Encode RGB: JPEG and WebP with quality 95, PNG without loss. The description goes where A1111 has it; pixels are the same without."""
     buffer = io.BytesIO()
+    if image_format == "png":
+        picture.save(buffer, "PNG", compress_level=4, pnginfo=None if description is None else _as_png_text(description))
+        return buffer.getvalue()
+    exif: dict[str, Any] = {} if description is None else {"exif": _as_exif(description)}
     if image_format == "jpeg":
-        picture.save(buffer, "JPEG", quality=_QUALITY, subsampling=0)
-    elif image_format == "webp":
-        picture.save(buffer, "WEBP", quality=_QUALITY)
+        picture.save(buffer, "JPEG", quality=_QUALITY, subsampling=0, **exif)
     else:
-        picture.save(buffer, "PNG", compress_level=4)
+        picture.save(buffer, "WEBP", quality=_QUALITY, **exif)
     return buffer.getvalue()
 
 

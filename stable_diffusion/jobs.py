@@ -110,9 +110,7 @@ class JobRecord:
         if self.picture is None:
             raise PictureExpired(f"the picture is gone: the last {PICTURES_KEPT} are kept, for {PICTURES_KEPT_S // 60} minutes")
 
-        return Picture(
-            _image(self.picture), self.outcome["flagged"], self.outcome["dropped_prompt"], self.outcome["dropped_negative_prompt"]
-        )
+        return Picture(_image(self.picture), **self.outcome)
 
 
 def new_job_id() -> str:
@@ -182,6 +180,8 @@ class Jobs:
                 "flagged": outcome.flagged,
                 "dropped_prompt": outcome.dropped_prompt,
                 "dropped_negative_prompt": outcome.dropped_negative_prompt,
+                "device": outcome.device,
+                "dtype": outcome.dtype,
             }
         else:
             state = "cancelled" if outcome.type == "cancelled" else "failed"

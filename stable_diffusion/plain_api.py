@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
+from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -23,7 +24,7 @@ from stable_diffusion.answers import (
 )
 from stable_diffusion.backend import Backend
 from stable_diffusion.drawing import draw, draw_unattended, news_of
-from stable_diffusion.engine.job import Progress, Task
+from stable_diffusion.engine.job import Picture, Progress, Task
 from stable_diffusion.errors import InvalidRequest, NotAcceptable
 from stable_diffusion.images import MEDIA_TYPES, ImageFormat
 from stable_diffusion.jobs import Ticket, fingerprint
@@ -44,13 +45,13 @@ from stable_diffusion.tasks import image_task, text_task
 def routes(backend: Backend) -> list[Route]:
     async def txt2img(request: Request) -> Response:
         parameters = parse_text_to_image(await read_json_body(request))
-        return await _answer(request, backend, text_task(parameters, backend.model()), parameters)
+        return await answer(request, backend, text_task(parameters, backend.model()), parameters)
 
     async def img2img(request: Request) -> Response:
         parameters, files = await read_form(request, "img")
         model = backend.model()
         task = await backend.decode(lambda: image_task(parameters, model, images.read_picture(files["img"], "img")))
-        return await _answer(request, backend, task, parameters)
+        return await answer(request, backend, task, parameters)
 
     async def inpaint(request: Request) -> Response:
         parameters, files = await read_form(request, "img", "mask")
@@ -58,13 +59,30 @@ def routes(backend: Backend) -> list[Route]:
         task = await backend.decode(
             lambda: image_task(parameters, model, images.read_picture(files["img"], "img"), images.read_mask(files["mask"], "mask"))
         )
-        return await _answer(request, backend, task, parameters)
+        return await answer(request, backend, task, parameters)
 
     endpoints = {"/txt2img": txt2img, "/img2img": img2img, "/inpaint": inpaint}
     return [Route(path, answering_errors(endpoint), methods=["POST"]) for path, endpoint in endpoints.items()]
 
 
-async def _answer(request: Request, backend: Backend, task: Task, parameters: GenerationRequest) -> Response:
+Remarks = Callable[[Picture], dict[str, Any]]
+
+
+def _no_remarks(_: Picture) -> dict[str, Any]:
+    return {}
+
+
+async def answer(
+    request: Request,
+    backend: Backend,
+    task: Task,
+    parameters: GenerationRequest,
+    remarks: Remarks = _no_remarks,
+) -> Response:
+    """Have `task` drawn and answer as the client asked: at once, with events, or with the place where the picture will be.
+
+    `remarks` has what is told beside the parameters of a picture that is not kept.
+    """
     accepted, ticket = accepted_types(request), ticket_of(request)
     image_format = parameters.output_format or accepted.image_format
     key, is_asynchronous = idempotency_key(request), prefers_no_waiting(request)
@@ -81,10 +99,10 @@ async def _answer(request: Request, backend: Backend, task: Task, parameters: Ge
         assert image_format is not None
         return await while_connected(request, awaited_picture(backend, job_id, image_format))
     if accepted.events:
-        return event_stream(_events(backend, task, ticket, image_format or "jpeg"))
+        return event_stream(_events(backend, task, ticket, image_format or "jpeg", remarks))
     assert image_format is not None
     picture = await while_connected(request, draw(backend.runner, task, ticket))
-    return await run_in_threadpool(picture_answer, task, picture, backend.model(), image_format)
+    return await run_in_threadpool(picture_answer, task, picture, backend.model(), image_format, remarks(picture))
 
 
 async def _accept(backend: Backend, task: Task, ticket: Ticket, key: str | None, seed: int | None) -> str:
@@ -96,7 +114,7 @@ async def _accept(backend: Backend, task: Task, ticket: Ticket, key: str | None,
     return job_id
 
 
-async def _events(backend: Backend, task: Task, ticket: Ticket, image_format: ImageFormat) -> AsyncGenerator[bytes, None]:
+async def _events(backend: Backend, task: Task, ticket: Ticket, image_format: ImageFormat, remarks: Remarks) -> AsyncGenerator[bytes, None]:
     """queued, progress and preview while it is being drawn, then completed with the picture, or error."""
     try:
         async with aclosing(news_of(backend.runner, task, ticket, follow=True)) as news:
@@ -106,6 +124,6 @@ async def _events(backend: Backend, task: Task, ticket: Ticket, image_format: Im
                     if one.preview is not None:
                         yield await run_in_threadpool(preview_event, one.step, one.preview, task)
                 else:
-                    yield await run_in_threadpool(completed_event, task, one, backend.model(), image_format)
+                    yield await run_in_threadpool(completed_event, task, one, backend.model(), image_format, remarks(one))
     except Exception as error:
         yield error_event(error, f"The stream of events of a {task.kind}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,11 +21,10 @@ from stable_diffusion import events, images
 from stable_diffusion.errors import ClientGone, InvalidRequest, TooLarge, UnsupportedMediaType
 from stable_diffusion.images import MEDIA_TYPES, ImageFormat
 from stable_diffusion.jobs import Ticket
-from stable_diffusion.requests import ImageToImageRequest, parse_image_to_image, parse_json
+from stable_diffusion.requests import ImageToImageRequest, ReproductionRequest, parse_image_to_image, parse_json, parse_reproduction
 
 _MAX_JSON_BYTES = 2**20
 _MAX_KEY_CHARACTERS = 255
-_MAX_FORM_BYTES = 2 * images.MAX_UPLOAD_BYTES + 2 * _MAX_JSON_BYTES
 
 T = TypeVar("T")
 
@@ -37,16 +36,31 @@ async def read_json_body(request: Request) -> dict[str, Any]:
 
 async def read_form(request: Request, *files: str) -> tuple[ImageToImageRequest, dict[str, bytes]]:
     """The `data` part, validated, and the bytes of the named file parts."""
+    contents, data = await _read_parts(request, files, ())
+    if data is None:
+        raise InvalidRequest('data: the part is missing, send JSON (curl: -F data=\'{"prompt":"a red circle"}\')', field="data")
+    return parse_image_to_image(parse_json(data, "data")), contents
+
+
+async def read_reproduction_form(request: Request) -> tuple[ReproductionRequest, dict[str, bytes]]:
+    """The `data` part, validated; it may be left out. The bytes of the part `picture`, and of `img` and `mask` where they are there."""
+    contents, data = await _read_parts(request, ("picture",), ("img", "mask"))
+    return parse_reproduction({} if data is None else parse_json(data, "data")), contents
+
+
+async def _read_parts(request: Request, required: Sequence[str], optional: Sequence[str]) -> tuple[dict[str, bytes], bytes | str | None]:
+    """The files by their names, and what the part `data` holds."""
     require_content_type(request, "multipart/form-data")
+    files = (*required, *optional)
+    max_bytes = max(2, len(files)) * images.MAX_UPLOAD_BYTES + 2 * _MAX_JSON_BYTES
     try:
-        async with limited(request, _MAX_FORM_BYTES).form(max_files=8, max_fields=8, max_part_size=_MAX_JSON_BYTES) as form:
+        async with limited(request, max_bytes).form(max_files=8, max_fields=8, max_part_size=_MAX_JSON_BYTES) as form:
             _refuse_unknown_parts(form, (*files, "data"))
-            contents = {name: await file_part(form, name) for name in files}
-            parameters = parse_image_to_image(parse_json(await _data_part(form), "data"))
+            contents = {name: await file_part(form, name) for name in files if name in required or name in form}
+            return contents, await _data_part(form)
     except (MultiPartException, HTTPException) as error:
         reason = error.message if isinstance(error, MultiPartException) else error.detail
         raise InvalidRequest(f"body: not a readable multipart form: {reason}", field="body") from None
-    return parameters, contents
 
 
 def require_content_type(request: Request, expected: str) -> None:
@@ -91,10 +105,8 @@ async def file_part(form: FormData, name: str) -> bytes:
     return await part.read()
 
 
-async def _data_part(form: FormData) -> bytes | str:
+async def _data_part(form: FormData) -> bytes | str | None:
     part = form.get("data")
-    if part is None:
-        raise InvalidRequest('data: the part is missing, send JSON (curl: -F data=\'{"prompt":"a red circle"}\')', field="data")
     if isinstance(part, UploadFile):
         if part.size is not None and part.size > _MAX_JSON_BYTES:
             raise TooLarge(f"data: at most {_MAX_JSON_BYTES} bytes are allowed", field="data")

@@ -47,7 +47,8 @@ def _spelling(name: str) -> str:
 _SCHEDULER_BY_SPELLING = {_spelling(name): scheduler for scheduler, short_names in SCHEDULERS.items() for name in (scheduler, *short_names)}
 
 
-def _known_scheduler(name: str) -> str:
+def known_scheduler(name: str) -> str:
+    """The key in SCHEDULERS of a scheduler by any of its names. Raises ValueError that lists what is known."""
     try:
         return _SCHEDULER_BY_SPELLING[_spelling(name)]
     except KeyError:
@@ -115,7 +116,7 @@ class GenerationRequest(BaseModel):
         lt=SEED_LIMIT,
         description="The same seed draws the same picture. By default random; the header `seed` says which.",
     )
-    scheduler: Annotated[str, AfterValidator(_known_scheduler)] | None = Field(
+    scheduler: Annotated[str, AfterValidator(known_scheduler)] | None = Field(
         None,
         description="Noise scheduler: "
         + ", ".join(short_names[0] for short_names in SCHEDULERS.values())
@@ -126,6 +127,7 @@ class GenerationRequest(BaseModel):
     output_format: Literal["jpeg", "png", "webp"] | None = Field(
         None, description="Image format of the answer. By default what the Accept header prefers, else jpeg."
     )
+    metadata: bool = Field(True, description="Write into the image file how it was drawn, as A1111 does. POST /reproduce reads it.")
 
 
 class TextToImageRequest(GenerationRequest):
@@ -148,7 +150,19 @@ class ImageToImageRequest(GenerationRequest):
         return self
 
 
-Model = TypeVar("Model", bound=GenerationRequest)
+class ReproductionRequest(BaseModel):
+    """The `data` part of POST /reproduce."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    dry_run: bool = Field(False, description="Only say, as JSON, what would be drawn and what would differ.")
+    output_format: Literal["jpeg", "png", "webp"] | None = Field(
+        None, description="Image format of the answer. By default what the Accept header prefers, else jpeg."
+    )
+    metadata: bool = Field(True, description="Write into the image file how it was drawn.")
+
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 def random_seed() -> int:
@@ -195,6 +209,10 @@ def parse_image_to_image(document: dict[str, Any]) -> ImageToImageRequest:
     return _validated(ImageToImageRequest, document)
 
 
+def parse_reproduction(document: dict[str, Any]) -> ReproductionRequest:
+    return _validated(ReproductionRequest, document)
+
+
 def _validated(model: type[Model], document: dict[str, Any]) -> Model:
     try:
         return model.model_validate(document)
@@ -204,7 +222,7 @@ def _validated(model: type[Model], document: dict[str, Any]) -> Model:
         raise InvalidRequest(message, problems=problems) from None
 
 
-def _problem(detail: Any, model: type[GenerationRequest]) -> FieldError:
+def _problem(detail: Any, model: type[BaseModel]) -> FieldError:
     """A pydantic error in words that name the field and the limit."""
     # A check over the whole model has no place in it; the one that there is is about strength.
     is_about_strength = detail["type"] == "value_error" and not detail["loc"]

@@ -149,6 +149,8 @@ def pack_outcome(outcome: Picture | ServiceError) -> str:
             "flagged": outcome.flagged,
             "dropped_prompt": outcome.dropped_prompt,
             "dropped_negative_prompt": outcome.dropped_negative_prompt,
+            "device": outcome.device,
+            "dtype": outcome.dtype,
         }
         pixels = base64.b64encode(outcome.image.tobytes()).decode("ascii")
     return f"{json.dumps(content)}\t{pixels}\n"
@@ -183,4 +185,6 @@ def unpack_news(line: str) -> Progress | Picture:
         flagged=content["flagged"],
         dropped_prompt=content["dropped_prompt"],
         dropped_negative_prompt=content["dropped_negative_prompt"],
+        device=content["device"],
+        dtype=content["dtype"],
     )

@@ -65,10 +65,13 @@ def _task(
         guidance_scale=parameters.guidance_scale,
         guidance_end=parameters.guidance_end,
         preview_every_steps=parameters.preview_every_steps,
+        metadata=parameters.metadata,
         seed=random_seed() if parameters.seed is None else parameters.seed,
         scheduler=parameters.scheduler or model.scheduler,
         safety_check=parameters.safety_check,
         strength=parameters.strength if isinstance(parameters, ImageToImageRequest) else 1.0,
         image=image,
         mask=mask,
+        image_hash=None if image is None else images.digest(image),
+        mask_hash=None if mask is None else images.digest(mask),
     )

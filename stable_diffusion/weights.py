@@ -5,9 +5,11 @@ Loads neither torch nor diffusers, because API workers ask it too. What the tens
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,8 @@ _COMPONENTS_WITH_WEIGHTS = {
 }
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _HALF_PRECISION = ".fp16"
+_HASH_DIGITS = 10  # as A1111 shows them
+_SAMPLE_BYTES = 4096  # of each tensor
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,25 @@ class ModelFolder:
     scheduler: str  # diffusers' class name
     only_inpaints: bool  # a UNet with 9 input channels, which needs a mask
     variant: str | None  # "fp16" where only half-precision files are there under the hub's names
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Ten hexadecimal digits that tell this model's pictures from another's. Read once, when it is first asked for.
+
+        A SHA-256 over name, dtype, shape and the middle 4 KiB of every tensor that draws, and over the noise scheduler's configuration.
+        Training changes all values of the tensors that it trains, so a sample of each shows it without reading gigabytes; and
+        what is saved again, in other files or other shards, keeps its hash. The safety checker draws nothing and does not count.
+        Not the hash that A1111 or the hub show, which is of one file's bytes.
+        """
+        digest = hashlib.sha256()
+        for component, stem in _COMPONENTS_WITH_WEIGHTS.items():
+            if component != "safety_checker":
+                files, _ = _find_weights(self.path / component, stem)
+                for described, sample in sorted(sample for file in files for sample in _samples(file)):
+                    digest.update(f"{component} {described}\n".encode() + sample)
+        scheduler = _read_json(self.path / "scheduler" / "scheduler_config.json", "the noise scheduler's configuration")
+        digest.update(json.dumps({name: scheduler[name] for name in scheduler if name != "_diffusers_version"}, sort_keys=True).encode())
+        return digest.hexdigest()[:_HASH_DIGITS]
 
 
 def choose_model(weights: Path, environment: Mapping[str, str], *, in_bento: bool) -> ModelFolder:
@@ -142,6 +165,14 @@ def _read_json(file: Path, meaning: str) -> dict[str, Any]:
 def _check_weights(component: Path, stem: str) -> str | None:
     """Check one component's weights. Returns the variant ("fp16" or None) that has to be asked of diffusers."""
     _read_json(component / "config.json", "a component's configuration")
+    files, variant = _find_weights(component, stem)
+    for file in files:
+        _check_safetensors(file)
+    return variant
+
+
+def _find_weights(component: Path, stem: str) -> tuple[list[Path], str | None]:
+    """The files of one component's weights, and the variant that they are."""
     for suffix in ("", _HALF_PRECISION):
         single = component / f"{stem}{suffix}.safetensors"
         index = component / f"{stem}.safetensors.index{suffix}.json"
@@ -151,9 +182,7 @@ def _check_weights(component: Path, stem: str) -> str | None:
             shards = [single.name]
         else:
             continue
-        for shard in shards:
-            _check_safetensors(component / shard)
-        return suffix.removeprefix(".") or None
+        return [component / shard for shard in shards], suffix.removeprefix(".") or None
     pickles = [file.name for pattern in ("*.bin", "*.ckpt", "*.pt", "*.pth") for file in sorted(component.glob(pattern))]
     if pickles:
         raise ModelFolderError(f"{component / pickles[0]}: a pickle can run code when it is loaded, only safetensors are served")
@@ -165,14 +194,30 @@ def _check_safetensors(file: Path) -> None:
     if not file.is_file():
         raise ModelFolderError(f"{file}: missing")
     size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        header_bytes = stream.read(header_size) if 0 < header_size <= min(size, 100_000_000) else b""
     try:
-        header = json.loads(header_bytes)
-        data_size = max((tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0)
+        tensors, header_size = _read_tensor_list(file)
+        data_size = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
     except (ValueError, TypeError, LookupError, AttributeError):
         raise ModelFolderError(f"{file}: not a safetensors file, perhaps half downloaded or a Git LFS pointer") from None
     if size != 8 + header_size + data_size:
         raise ModelFolderError(f"{file}: has {size} bytes, {8 + header_size + data_size} are expected, perhaps half downloaded")
+
+
+def _read_tensor_list(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of each tensor by its name, and the length of that header. Raises what broken JSON raises."""
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        header_bytes = stream.read(header_size) if 0 < header_size <= min(file.stat().st_size, 100_000_000) else b""
+    return {name: tensor for name, tensor in json.loads(header_bytes).items() if name != "__metadata__"}, header_size
+
+
+def _samples(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Of each tensor: its name, dtype and shape, and the bytes in its middle."""
+    tensors, header_size = _read_tensor_list(file)
+    with file.open("rb") as stream:
+        for name, tensor in tensors.items():
+            start, end = tensor["data_offsets"]
+            length = min(end - start, _SAMPLE_BYTES)
+            stream.seek(8 + header_size + start + (end - start - length) // 2)
+            yield f"{name} {tensor['dtype']} {tensor['shape']}", stream.read(length)

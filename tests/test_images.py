@@ -191,3 +191,73 @@ def test_pictures_are_written_in_the_format_asked_for(image_format: images.Image
     assert content.startswith(signature)
     again = Image.open(io.BytesIO(content)).convert("RGB")
     assert np.abs(np.asarray(again).astype(int) - np.asarray(halves(RED, BLUE))).max() <= (0 if image_format == "png" else 60)
+
+
+DESCRIPTIONS = ["a red circle\nSteps: 1, Sampler: Euler, Seed: 1", "\u8d64\u3044\u4e38 \U0001f534 caf\u00e9\nSteps: 1"]
+
+
+@pytest.mark.parametrize("description", DESCRIPTIONS)
+@pytest.mark.parametrize("image_format", ["jpeg", "png", "webp"])
+def test_a_description_comes_back_and_changes_no_pixel(image_format: images.ImageFormat, description: str) -> None:
+    picture = halves(RED, BLUE)
+    plain, described = images.encode(picture, image_format), images.encode(picture, image_format, description)
+    assert images.read_description(described, "picture") == description
+    assert images.read_description(plain, "picture") is None
+    assert images.read_picture(described, "img") == images.read_picture(plain, "img")
+
+
+@pytest.mark.parametrize("description", DESCRIPTIONS)
+def test_a_description_is_where_a1111_has_it(description: str) -> None:
+    assert Image.open(io.BytesIO(images.encode(halves(RED, BLUE), "png", description))).info["parameters"] == description
+    for image_format in ("jpeg", "webp"):
+        content = images.encode(halves(RED, BLUE), image_format, description)
+        # Both byte orders are big-endian, as piexif reads and writes them.
+        assert b"MM\0*" in content
+        assert b"UNICODE\0" + description.encode("utf-16-be") in content
+
+
+def test_a_comment_in_the_other_byte_order_or_in_ascii_is_read_too() -> None:
+    for endian, comment in (("<", b"UNICODE\0" + "a\u732b".encode("utf-16-le")), (">", b"ASCII\0\0\0a castle")):
+        exif = Image.Exif()
+        exif.endian = endian
+        exif.get_ifd(0x8769)[0x9286] = comment
+        assert images.read_description(as_file(halves(RED, BLUE), "JPEG", exif=exif), "picture") in ("a\u732b", "a castle")
+
+
+def png_with(*chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG with more chunks before its pixels."""
+    content = as_file(halves(RED, BLUE))
+    at = content.index(b"IDAT") - 4
+    packed = b"".join(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
+    return content[:at] + packed + content[at:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"), [(b"zTXt", b"parameters\0\0"), (b"iTXt", b"parameters\0\1\0\0\0"), (b"zTXt", b"other\0\0")], ids=str
+)
+def test_a_bomb_of_text_is_refused_by_name(kind: bytes, head: bytes) -> None:
+    bomb = png_with((kind, head + zlib.compress(b"x" * 50_000_000)))
+    with pytest.raises(InvalidRequest, match="picture: .*holds too much text"):
+        images.read_description(bomb, "picture")
+    many = png_with(*[(kind, head + zlib.compress(b"x" * 1_000_000))] * 100)
+    with pytest.raises(InvalidRequest, match="picture: .*holds too much text"):
+        images.read_description(many, "picture")
+
+
+def test_a_huge_exif_block_is_refused_by_name() -> None:
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + b"\0x" * 2**20
+    with pytest.raises(TooLarge, match="picture: its EXIF block has 2097.* bytes, at most 1048576 are allowed"):
+        images.read_description(as_file(halves(RED, BLUE), "WEBP", exif=exif), "picture")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")
+@pytest.mark.parametrize("image_format", ["jpeg", "png", "webp"])
+def test_damaged_descriptions_never_raise_anything_but_a_service_error(image_format: images.ImageFormat) -> None:
+    random = np.random.default_rng(3)
+    content = np.frombuffer(images.encode(halves(RED, BLUE), image_format, DESCRIPTIONS[1]), np.uint8)
+    for _ in range(300):
+        damaged = content.copy()
+        damaged[random.integers(0, len(damaged), 4)] = random.integers(0, 256, 4)
+        with suppress(ServiceError):
+            images.read_description(damaged.tobytes(), "picture")

@@ -23,6 +23,7 @@ def test_only_a_prompt_is_needed() -> None:
         "scheduler": None,
         "safety_check": True,
         "output_format": None,
+        "metadata": True,
     }
     assert parse_image_to_image({"prompt": "a red circle"}).strength == 0.8
 

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from stable_diffusion.errors import ModelFolderError
 from stable_diffusion.weights import DEMO_FOLDER, check_model, choose_model
@@ -129,3 +132,34 @@ def test_what_api_workers_import_loads_no_torch() -> None:
     program = "import sys, stable_diffusion.api; print(*{'torch', 'diffusers', 'transformers'} & set(sys.modules))"
     finished = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
     assert finished.stdout.split() == []
+
+
+def test_the_hash_is_of_the_weights_and_not_of_their_place(folder: Path) -> None:
+    known = check_model(DEMO_FOLDER).hash
+    assert len(known) == 10
+    for file in folder.glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    assert check_model(folder).hash == known
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_the_hash_differs_where_one_tensor_was_trained_on(folder: Path, component: str) -> None:
+    known = check_model(folder).hash
+    (file,) = (folder / component).glob("*.safetensors")
+    with safe_open(file, "np") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    smallest = min(tensors, key=lambda name: tensors[name].nbytes)
+    trained = {name: tensor * np.float32(1.001) if name == smallest else tensor for name, tensor in tensors.items()}
+    save_file(tensors, file)
+    assert check_model(folder).hash == known  # saved again, without the old header's remarks
+    save_file(trained, file)
+    assert check_model(folder).hash != known
+
+
+def test_the_hash_differs_where_the_noise_is_another(folder: Path) -> None:
+    known = check_model(folder).hash
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_diffusers_version": "9.9"}))
+    assert check_model(folder).hash == known
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
+    assert check_model(folder).hash != known

@@ -43,6 +43,7 @@ class Denoiser:
         self._images = VaeImageProcessor(vae_scale_factor=pixels_per_latent)
         self._masks = VaeImageProcessor(vae_scale_factor=pixels_per_latent, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
         self._pixels_per_latent = pixels_per_latent
+        self._device_name = torch.cuda.get_device_name(parts.device) if parts.device.type == "cuda" else parts.device.type
         # Above all for the empty negative prompt, which nearly every request has.
         self._encode_text = lru_cache(maxsize=_KEPT_TEXTS)(self._encode_new_text)
         self.call_unet = RecordedCalls(self._run_unet)
@@ -281,7 +282,14 @@ class Denoiser:
         if job.task.safety_check and self._parts.safety_checker is not None:
             pixels, flagged = self._check_safety(pixels)
         (image,) = self._images.postprocess(pixels, output_type="pil", do_denormalize=[not flagged])
-        return Picture(image, flagged, state.dropped_prompt, state.dropped_negative_prompt)
+        return Picture(
+            image,
+            flagged,
+            state.dropped_prompt,
+            state.dropped_negative_prompt,
+            device=self._device_name,
+            dtype=str(self._parts.dtype).removeprefix("torch."),
+        )
 
     def _check_safety(self, pixels: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """What is flagged comes back blank from the checker itself."""

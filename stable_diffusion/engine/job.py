@@ -35,9 +35,12 @@ class Task:
     safety_check: bool
     guidance_end: float = 1.0  # the share of the steps that are guided
     preview_every_steps: int = 0  # 0: none
+    metadata: bool = True  # whether the image file says how it was drawn
     strength: float = 1.0  # img2img and inpaint
     image: Image.Image | None = None  # RGB; img2img and inpaint
     mask: Image.Image | None = None  # L, white is repainted; inpaint
+    image_hash: str | None = None  # what tells one input picture from another where the picture itself is not kept
+    mask_hash: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Picture:
     flagged: bool | None
     dropped_prompt: str  # what did not fit into the text encoder's tokens, "" if nothing
     dropped_negative_prompt: str
+    device: str = ""  # "cpu", or the GPU's name; "" where it was not told
+    dtype: str = ""  # what it was computed in, such as "float32"
 
 
 @dataclass

@@ -24,7 +24,7 @@ CURL_COMMANDS = [
 
 def test_there_is_a_curl_line_for_each_endpoint() -> None:
     paths = [re.findall(r":3000(/\w+)", command) for command in CURL_COMMANDS]
-    assert paths == [["/txt2img"], ["/img2img"], ["/inpaint"], ["/txt2img"], ["/txt2img"]]
+    assert paths == [["/txt2img"], ["/img2img"], ["/inpaint"], ["/txt2img"], ["/reproduce"], ["/txt2img"]]
 
 
 @pytest.mark.parametrize("command", CURL_COMMANDS[:3], ids=["txt2img", "img2img", "inpaint"])
@@ -48,8 +48,18 @@ def test_the_curl_line_for_progress_tells_the_steps_and_gets_the_picture(server:
     assert re.search(r'event: completed\ndata: {"media_type": "image/jpeg", "image": "', told)
 
 
+def test_the_curl_line_for_a_picture_that_was_drawn_draws_it_again(server: Server, tmp_path: Path) -> None:
+    for command in (CURL_COMMANDS[0], CURL_COMMANDS[4]):
+        here = command.replace("http://127.0.0.1:3000", server.url).replace('background"}', 'background","num_inference_steps":2}')
+        told = subprocess.run(
+            ["bash", "-c", f"{here} --silent --fail"], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+    assert "differs: nothing" in told
+    assert (tmp_path / "again.jpg").read_bytes() == (tmp_path / "output.jpg").read_bytes()
+
+
 def test_the_curl_line_for_a_job_gets_its_address(server: Server) -> None:
-    here = CURL_COMMANDS[4].replace("http://127.0.0.1:3000", server.url)
+    here = CURL_COMMANDS[5].replace("http://127.0.0.1:3000", server.url)
     told = subprocess.run(["bash", "-c", f"{here} --silent"], capture_output=True, text=True, check=True, timeout=60).stdout
     assert told.startswith("HTTP/1.1 202 Accepted")
     location = re.search(r"location: (/jobs/\w+)", told)

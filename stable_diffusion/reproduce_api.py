@@ -1,0 +1,111 @@
+"""POST /reproduce: a picture whose file says how it was drawn is drawn again, and what differs is said.
+
+Answers like the plain endpoints.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from stable_diffusion import images, infotext
+from stable_diffusion.answers import answering_errors, as_headers
+from stable_diffusion.backend import Backend
+from stable_diffusion.engine.job import Kind, Picture, Task
+from stable_diffusion.errors import InvalidRequest
+from stable_diffusion.plain_api import answer
+from stable_diffusion.reading import read_reproduction_form
+from stable_diffusion.reproduction import Reproduction, differs_in_computing, differs_in_input, reproduction_of
+from stable_diffusion.requests import (
+    ImageToImageRequest,
+    ReproductionRequest,
+    TextToImageRequest,
+    parse_image_to_image,
+    parse_text_to_image,
+)
+from stable_diffusion.tasks import image_task, text_task
+from stable_diffusion.weights import ModelFolder
+
+_INPUTS: dict[Kind, tuple[str, ...]] = {"txt2img": (), "img2img": ("img",), "inpaint": ("img", "mask")}
+
+
+def routes(backend: Backend) -> list[Route]:
+    async def reproduce(request: Request) -> Response:
+        wishes, files = await read_reproduction_form(request)
+        model = backend.model()
+        reproduction = await run_in_threadpool(_read, files["picture"], model)
+        parameters = _parameters(reproduction, wishes)
+        missing = _missing(reproduction.kind, files)
+        if wishes.dry_run and missing:
+            return _description(reproduction, missing, reproduction.differs)
+        if missing:
+            raise _missing_input(missing[0], reproduction.kind)
+        task = await backend.decode(lambda: _task(parameters, model, files))
+        differs = [*reproduction.differs, *differs_in_input(reproduction.infotext, task)]
+        if wishes.dry_run:
+            return _description(reproduction, [], differs)
+
+        def remarks(picture: Picture) -> dict[str, Any]:
+            return {"differs": _as_text([*differs, *differs_in_computing(reproduction.infotext, picture)])}
+
+        answered = await answer(request, backend, task, parameters, remarks)
+        # Of a picture that is kept for later, and of a stream, what is known now.
+        answered.headers.setdefault("differs", as_headers({"differs": _as_text(differs)})["differs"])
+        return answered
+
+    return [Route("/reproduce", answering_errors(reproduce), methods=["POST"])]
+
+
+def _read(content: bytes, model: ModelFolder) -> Reproduction:
+    text = images.read_description(content, "picture")
+    if text is None:
+        raise InvalidRequest(
+            "picture: its file does not say how it was drawn: no PNG text named parameters, no EXIF comment. Many programs drop them.",
+            field="picture",
+        )
+    return reproduction_of(infotext.read(text, "picture"), model)
+
+
+def _parameters(reproduction: Reproduction, wishes: ReproductionRequest) -> TextToImageRequest | ImageToImageRequest:
+    fields = reproduction.fields | {"output_format": wishes.output_format, "metadata": wishes.metadata}
+    try:
+        text_only = reproduction.kind == "txt2img"
+        parsed: TextToImageRequest | ImageToImageRequest = parse_text_to_image(fields) if text_only else parse_image_to_image(fields)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"picture: it cannot be drawn here: {error.message}", field="picture") from None
+    if not reproduction.is_ours:
+        return parsed
+    # Ours were cleaned before they were drawn; cleaning once more could change them.
+    return parsed.model_copy(update={name: fields[name] for name in ("prompt", "negative_prompt")})
+
+
+def _missing(kind: Kind, files: dict[str, bytes]) -> list[str]:
+    """The inputs that are not there. Raises InvalidRequest for one that the picture was not drawn from."""
+    for name in files:
+        if name not in ("picture", *_INPUTS[kind]):
+            raise InvalidRequest(f"{name}: the picture is a {kind}, which starts from no such part", field=name)
+    return [name for name in _INPUTS[kind] if name not in files]
+
+
+def _missing_input(name: str, kind: Kind) -> InvalidRequest:
+    what = "the picture that it was drawn from" if name == "img" else "the mask under which it was drawn"
+    return InvalidRequest(f"{name}: the part is missing; an {kind} does not hold {what} (curl: -F {name}=@input.jpg)", field=name)
+
+
+def _task(parameters: TextToImageRequest | ImageToImageRequest, model: ModelFolder, files: dict[str, bytes]) -> Task:
+    if isinstance(parameters, TextToImageRequest):
+        return text_task(parameters, model)
+    mask = images.read_mask(files["mask"], "mask") if "mask" in files else None
+    return image_task(parameters, model, images.read_picture(files["img"], "img"), mask)
+
+
+def _description(reproduction: Reproduction, missing: list[str], differs: list[str]) -> Response:
+    return JSONResponse({"kind": reproduction.kind, "parameters": reproduction.fields, "missing": missing, "differs": differs})
+
+
+def _as_text(differs: list[str]) -> str:
+    return "; ".join(differs) or "nothing"

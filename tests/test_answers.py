@@ -1,0 +1,25 @@
+"""Pictures as answers."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from stable_diffusion import images, infotext
+from stable_diffusion.answers import image_file
+from stable_diffusion.engine.job import Picture
+from stable_diffusion.weights import DEMO_FOLDER, check_model
+from tests.conftest import make_task
+
+MODEL = check_model(DEMO_FOLDER)
+
+
+@pytest.mark.parametrize(
+    ("flagged", "metadata", "is_told"), [(None, True, True), (False, True, True), (True, True, False), (False, False, False)]
+)
+def test_the_file_says_how_it_was_drawn_unless_it_is_blank_or_that_is_not_wanted(
+    flagged: bool | None, metadata: bool, is_told: bool
+) -> None:
+    task, picture = make_task(metadata=metadata), Picture(Image.new("RGB", (64, 64)), flagged, "", "")
+    text = images.read_description(image_file(task, picture, MODEL, "png"), "picture")
+    assert text == (infotext.write(task, picture, MODEL) if is_told else None)
