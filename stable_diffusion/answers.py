@@ -33,17 +33,22 @@ _MAX_HEADER_CHARACTERS = 1024  # of a text in a header; proxies allow 4 KB for a
 _PLAIN_IN_HEADERS = " !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"
 
 
-def answering_errors(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """The one place where errors become answers."""
+def error_answer(error: ServiceError) -> Response:
+    headers = None if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    return error_response(error.status, error.type, error.message, error.problems, headers)
+
+
+def answering_errors(
+    endpoint: Callable[[Request], Awaitable[Response]], answer_of: Callable[[ServiceError], Response] = error_answer
+) -> Callable[[Request], Awaitable[Response]]:
+    """The one place where errors become answers; a door whose clients know another form of them brings its own `answer_of`."""
 
     @functools.wraps(endpoint)
     async def answer(request: Request) -> Response:
         try:
             return await endpoint(request)
         except Exception as error:
-            known = known_error(error, request.url.path)
-            headers = None if known.retry_after_s is None else {"Retry-After": str(known.retry_after_s)}
-            return error_response(known.status, known.type, known.message, known.problems, headers)
+            return answer_of(known_error(error, request.url.path))
 
     return answer
 

@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_diffusion import __version__, jobs_api, openapi, plain_api, reproduce_api
+from stable_diffusion import __version__, a1111_api, jobs_api, openapi, plain_api, reproduce_api
 from stable_diffusion.answers import refusal
 from stable_diffusion.backend import Backend
 from stable_diffusion.draining import Draining, Unfinished
@@ -65,7 +65,7 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
 
 
 def _routes(backend: Backend) -> list[Route]:
-    return [*plain_api.routes(backend), *jobs_api.routes(backend), *reproduce_api.routes(backend)]
+    return [*plain_api.routes(backend), *jobs_api.routes(backend), *reproduce_api.routes(backend), *a1111_api.routes(backend)]
 
 
 class _FrontDoor:

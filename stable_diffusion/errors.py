@@ -2,6 +2,7 @@
 
 ServiceError
 ├── InvalidRequest            400  a field or a part is missing, malformed or out of range
+├── NotFound                  404  a sampler, a model or a picture that the request names is not there
 ├── UnknownJob                404  no job of that id
 ├── PictureNotKept            404  the job's picture was sent in the answer and is not kept
 ├── PictureExpired            410  the job's picture was kept and is gone
@@ -55,6 +56,11 @@ class ServiceError(Exception):
 class InvalidRequest(ServiceError):
     status = 400
     type = "invalid_request"
+
+
+class NotFound(ServiceError):
+    status = 404
+    type = "not_found"
 
 
 class UnknownJob(ServiceError):

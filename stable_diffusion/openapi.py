@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stable_diffusion import events, jobs_docs, reproduce_docs
+from stable_diffusion import a1111_docs, events, jobs_docs, reproduce_docs
 from stable_diffusion.images import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MEDIA_TYPES
 from stable_diffusion.requests import GenerationRequest, ImageToImageRequest, TextToImageRequest
 
@@ -48,7 +48,13 @@ def document(title: str, version: str) -> dict[str, Any]:
             "description": "Stable Diffusion: text to image, image to image and inpainting. The answer is the image itself.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
-        "tags": [{"name": "images", "description": "Draw"}, reproduce_docs.TAG, jobs_docs.TAG, {"name": "operation", "description": "Run"}],
+        "tags": [
+            {"name": "images", "description": "Draw"},
+            reproduce_docs.TAG,
+            jobs_docs.TAG,
+            a1111_docs.TAG,
+            {"name": "operation", "description": "Run"},
+        ],
         "paths": {
             "/txt2img": _draws(
                 "txt2img",
@@ -68,6 +74,7 @@ def document(title: str, version: str) -> dict[str, Any]:
             ),
             "/reproduce": reproduce_docs.added_to(_draws("reproduce", "Draw a picture again", reproduce_docs.form(_PICTURE))),
             **jobs_docs.paths(),
+            **a1111_docs.paths(),
             "/livez": _probe("livez", "Is the server process alive?"),
             "/readyz": _probe("readyz", "Is the model loaded?"),
             "/metrics": _probe("metrics", "Prometheus metrics"),
@@ -76,6 +83,7 @@ def document(title: str, version: str) -> dict[str, Any]:
             "schemas": {model.__name__: _schema(model) for model in (TextToImageRequest, ImageToImageRequest)}
             | reproduce_docs.SCHEMAS
             | jobs_docs.schemas()
+            | a1111_docs.schemas()
             | {"Error": _ERROR_SCHEMA}
         },
     }

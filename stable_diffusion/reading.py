@@ -11,6 +11,7 @@ from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
@@ -21,17 +22,25 @@ from stable_diffusion import events, images
 from stable_diffusion.errors import ClientGone, InvalidRequest, TooLarge, UnsupportedMediaType
 from stable_diffusion.images import MEDIA_TYPES, ImageFormat
 from stable_diffusion.jobs import Ticket
-from stable_diffusion.requests import ImageToImageRequest, ReproductionRequest, parse_image_to_image, parse_json, parse_reproduction
+from stable_diffusion.requests import (
+    MAX_NAMES,
+    ImageToImageRequest,
+    ReproductionRequest,
+    parse_image_to_image,
+    parse_json,
+    parse_reproduction,
+)
 
-_MAX_JSON_BYTES = 2**20
+MAX_JSON_BYTES = 2**20
 _MAX_KEY_CHARACTERS = 255
 
 T = TypeVar("T")
 
 
-async def read_json_body(request: Request) -> dict[str, Any]:
+async def read_json_body(request: Request, *, max_bytes: int = MAX_JSON_BYTES, max_names: int = MAX_NAMES) -> dict[str, Any]:
     require_content_type(request, "application/json")
-    return parse_json(await limited(request, _MAX_JSON_BYTES).body(), "body")
+    body = await limited(request, max_bytes).body()
+    return await run_in_threadpool(parse_json, body, "body", max_names)  # with pictures in it that takes a while
 
 
 async def read_form(request: Request, *files: str) -> tuple[ImageToImageRequest, dict[str, bytes]]:
@@ -52,9 +61,9 @@ async def _read_parts(request: Request, required: Sequence[str], optional: Seque
     """The files by their names, and what the part `data` holds."""
     require_content_type(request, "multipart/form-data")
     files = (*required, *optional)
-    max_bytes = max(2, len(files)) * images.MAX_UPLOAD_BYTES + 2 * _MAX_JSON_BYTES
+    max_bytes = max(2, len(files)) * images.MAX_UPLOAD_BYTES + 2 * MAX_JSON_BYTES
     try:
-        async with limited(request, max_bytes).form(max_files=8, max_fields=8, max_part_size=_MAX_JSON_BYTES) as form:
+        async with limited(request, max_bytes).form(max_files=8, max_fields=8, max_part_size=MAX_JSON_BYTES) as form:
             _refuse_unknown_parts(form, (*files, "data"))
             contents = {name: await file_part(form, name) for name in files if name in required or name in form}
             return contents, await _data_part(form)
@@ -108,8 +117,8 @@ async def file_part(form: FormData, name: str) -> bytes:
 async def _data_part(form: FormData) -> bytes | str | None:
     part = form.get("data")
     if isinstance(part, UploadFile):
-        if part.size is not None and part.size > _MAX_JSON_BYTES:
-            raise TooLarge(f"data: at most {_MAX_JSON_BYTES} bytes are allowed", field="data")
+        if part.size is not None and part.size > MAX_JSON_BYTES:
+            raise TooLarge(f"data: at most {MAX_JSON_BYTES} bytes are allowed", field="data")
         return await part.read()
     return part
 
@@ -122,6 +131,8 @@ def ticket_of(request: Request) -> Ticket:
 def owner_of(request: Request) -> str:
     """Who asks, as far as that can be told: by the Authorization that was sent, else by the address. Not readable for anybody."""
     authorization = request.headers.get("authorization", "")
+    if not authorization.partition(" ")[2]:  # clients without a password send an empty one, or a scheme with nothing behind it
+        authorization = ""
     address = request.client.host if request.client else ""
     return hashlib.sha256(f"{authorization}\n{'' if authorization else address}".encode()).hexdigest()[:32]
 

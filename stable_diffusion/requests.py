@@ -23,7 +23,7 @@ MAX_GUIDANCE_SCALE = 30.0
 MAX_PROMPT_CHARACTERS = 2000
 MAX_IMAGES = 10  # of one request, in the doors that take several
 SEED_LIMIT = 2**32  # every client's language keeps such a number exactly
-_MAX_NAMES = 64  # of a JSON object; a request has about a dozen
+MAX_NAMES = 64  # of a JSON object; a request has about a dozen
 
 # diffusers' class name -> the usual short names. "Karras" is DPM++ 2M with other noise levels, not a class of its own.
 SCHEDULERS: dict[str, tuple[str, ...]] = {
@@ -169,15 +169,18 @@ def random_seed() -> int:
     return secrets.randbelow(SEED_LIMIT)
 
 
-def parse_json(body: bytes | str, where: str) -> dict[str, Any]:
-    """Read a JSON object strictly: no NaN, no Infinity, no duplicate names. `where` names the body or part in errors."""
+def parse_json(body: bytes | str, where: str, max_names: int = MAX_NAMES) -> dict[str, Any]:
+    """Read a JSON object strictly: no NaN, no Infinity, no duplicate names. `where` names the body or part in errors.
+
+    No object in it may have more than `max_names`.
+    """
 
     def no_constant(name: str) -> Any:
         raise InvalidRequest(f"{where}: {name} is not a number in JSON", field=where)
 
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(pairs) > _MAX_NAMES:
-            raise InvalidRequest(f"{where}: {len(pairs)} names, at most {_MAX_NAMES} are allowed", field=where)
+        if len(pairs) > max_names:
+            raise InvalidRequest(f"{where}: {len(pairs)} names, at most {max_names} are allowed", field=where)
         document: dict[str, Any] = {}
         for name, value in pairs:
             if name in document:
@@ -202,18 +205,19 @@ def parse_json(body: bytes | str, where: str) -> dict[str, Any]:
 
 
 def parse_text_to_image(document: dict[str, Any]) -> TextToImageRequest:
-    return _validated(TextToImageRequest, document)
+    return validated(TextToImageRequest, document)
 
 
 def parse_image_to_image(document: dict[str, Any]) -> ImageToImageRequest:
-    return _validated(ImageToImageRequest, document)
+    return validated(ImageToImageRequest, document)
 
 
 def parse_reproduction(document: dict[str, Any]) -> ReproductionRequest:
-    return _validated(ReproductionRequest, document)
+    return validated(ReproductionRequest, document)
 
 
-def _validated(model: type[Model], document: dict[str, Any]) -> Model:
+def validated(model: type[Model], document: dict[str, Any]) -> Model:
+    """Raises InvalidRequest, which names each field that is wrong and what is allowed."""
     try:
         return model.model_validate(document)
     except ValidationError as error:

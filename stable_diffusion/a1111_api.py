@@ -1,0 +1,137 @@
+"""A1111's API, the part that clients use: /sdapi/v1/txt2img and img2img, the options, and the lists that clients ask for at start."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from stable_diffusion import images
+from stable_diffusion.a1111_answers import (
+    EMPTY_LISTS,
+    UPSCALERS,
+    error_response,
+    json_response,
+    models_answer,
+    options_answer,
+    pictures_answer,
+    progress_answer,
+    samplers_answer,
+    schedules_answer,
+)
+from stable_diffusion.a1111_pictures import read_mask, read_picture, resize
+from stable_diffusion.a1111_requests import (
+    MAX_NAMES,
+    Asked,
+    GenerationBody,
+    ImageToImageBody,
+    Options,
+    read_image_to_image,
+    read_options,
+    read_text_to_image,
+)
+from stable_diffusion.answers import answering_errors
+from stable_diffusion.backend import Backend
+from stable_diffusion.drawing import draw_all
+from stable_diffusion.engine.job import Task
+from stable_diffusion.errors import NotFound
+from stable_diffusion.reading import MAX_JSON_BYTES, owner_of, read_json_body, ticket_of, while_connected
+from stable_diffusion.requests import ImageToImageRequest
+from stable_diffusion.tasks import image_task, one_of_several, text_task
+from stable_diffusion.weights import ModelFolder
+
+# A picture and a mask in base64 with line breaks, and everything else.
+_MAX_PICTURES_BYTES = 2 * images.MAX_UPLOAD_BYTES * 3 // 2 + MAX_JSON_BYTES
+
+
+def routes(backend: Backend) -> list[Route]:
+    async def txt2img(request: Request) -> Response:
+        asked = read_text_to_image(await read_json_body(request, max_names=MAX_NAMES))
+        model = backend.model()
+        _require_served(asked.body.override_settings, model)
+        return await _answer(request, backend, asked.body, text_task(asked.parameters, model), asked.count)
+
+    async def img2img(request: Request) -> Response:
+        asked = read_image_to_image(await read_json_body(request, max_bytes=_MAX_PICTURES_BYTES, max_names=MAX_NAMES))
+        model = backend.model()
+        _require_served(asked.body.override_settings, model)
+        task = await backend.decode(lambda: _image_task(asked, model))
+        return await _answer(request, backend, asked.body, task, asked.count)
+
+    async def options(request: Request) -> Response:
+        return json_response(options_answer(backend.model()))
+
+    async def set_options(request: Request) -> Response:
+        _require_served(read_options(await read_json_body(request, max_names=MAX_NAMES)), backend.model())
+        return json_response(None)
+
+    async def models(request: Request) -> Response:
+        return json_response(await run_in_threadpool(models_answer, backend.model()))
+
+    async def progress(request: Request) -> Response:
+        with_picture = request.query_params.get("skip_current_image", "").lower() not in ("true", "1")
+        return await run_in_threadpool(
+            lambda: json_response(progress_answer(backend.jobs.of_owner(owner_of(request)), with_picture=with_picture))
+        )
+
+    async def interrupt(request: Request) -> Response:
+        await run_in_threadpool(backend.jobs.cancel_of_owner, owner_of(request))
+        return json_response({})
+
+    get: dict[str, Callable[[Request], Awaitable[Response]]] = {
+        "/sdapi/v1/options": options,
+        "/sdapi/v1/sd-models": models,
+        "/sdapi/v1/progress": progress,
+        "/sdapi/v1/samplers": _always(samplers_answer()),
+        "/sdapi/v1/schedulers": _always(schedules_answer()),
+        "/sdapi/v1/upscalers": _always(UPSCALERS),
+        **{path: _always(content) for path, content in EMPTY_LISTS.items()},
+    }
+    post: dict[str, Callable[[Request], Awaitable[Response]]] = {
+        "/sdapi/v1/txt2img": txt2img,
+        "/sdapi/v1/img2img": img2img,
+        "/sdapi/v1/options": set_options,
+        "/sdapi/v1/interrupt": interrupt,
+    }
+    return [
+        Route(path, answering_errors(endpoint, error_response), methods=[method])
+        for method, endpoints in (("GET", get), ("POST", post))
+        for path, endpoint in endpoints.items()
+    ]
+
+
+async def _answer(request: Request, backend: Backend, body: GenerationBody, task: Task, count: int) -> Response:
+    tasks = [one_of_several(task, index) for index in range(count)]
+    pictures = await while_connected(request, draw_all(backend.runner, tasks, ticket_of(request)))
+    return await run_in_threadpool(lambda: json_response(pictures_answer(body, tasks, pictures, backend.model())))
+
+
+def _image_task(asked: Asked[ImageToImageBody, ImageToImageRequest], model: ModelFolder) -> Task:
+    """Resized as A1111's mode says, which leaves nothing to be fitted."""
+    picture = read_picture(asked.body)
+    mask = read_mask(asked.body, picture.size)
+    native = model.native_width, model.native_height
+    width, height = images.output_size(picture.size, native, asked.parameters.width, asked.parameters.height)
+    parameters = asked.parameters.model_copy(update={"width": width, "height": height})
+    picture = resize(picture, width, height, asked.body.resize_mode)
+    return image_task(parameters, model, picture, None if mask is None else resize(mask, width, height, asked.body.resize_mode))
+
+
+def _require_served(options: Options, model: ModelFolder) -> None:
+    """With or without the hash behind the name, as A1111's own titles have it."""
+    name = options.sd_model_checkpoint
+    if name and name not in (model.name, f"{model.name} [{model.hash}]"):
+        raise NotFound(
+            f"sd_model_checkpoint: there is no model {name[:60]!r}, this server has only {model.name!r}", field="sd_model_checkpoint"
+        )
+
+
+def _always(content: Any) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        return json_response(content)
+
+    return answer
