@@ -72,19 +72,19 @@ def error_response(status: int, kind: str, message: str, problems: list[FieldErr
 
 
 def error_body(kind: str, message: str, problems: list[FieldError]) -> dict[str, Any]:
-    listed = [{"field": problem.field and _sendable(problem.field), "message": _sendable(problem.message)} for problem in problems]
-    return {"error": {"type": kind, "message": _sendable(message), "problems": listed}}
+    listed = [{"field": problem.field and sendable(problem.field), "message": sendable(problem.message)} for problem in problems]
+    return {"error": {"type": kind, "message": sendable(message), "problems": listed}}
 
 
-def _sendable(text: str) -> str:
+def sendable(text: str) -> str:
     """A name that a client sent may hold half of a surrogate pair, which UTF-8 cannot say."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def image_file(task: Task, picture: Picture, model: ModelFolder, image_format: ImageFormat) -> bytes:
+def image_file(task: Task, picture: Picture, model: ModelFolder, image_format: ImageFormat, quality: int = images.QUALITY) -> bytes:
     """The picture encoded, with what determines it where that is wanted. Of a blank picture, one that was flagged, nothing is told."""
     description = infotext.write(task, picture, model) if task.metadata and not picture.flagged else None
-    return images.encode(picture.image, image_format, description)
+    return images.encode(picture.image, image_format, description, quality)
 
 
 def picture_answer(

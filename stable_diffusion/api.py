@@ -21,8 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_diffusion import __version__, a1111_api, jobs_api, openapi, plain_api, reproduce_api
-from stable_diffusion.answers import refusal
+from stable_diffusion import __version__, a1111_api, answers, jobs_api, openai_api, openapi, plain_api, reproduce_api
 from stable_diffusion.backend import Backend
 from stable_diffusion.draining import Draining, Unfinished
 from stable_diffusion.errors import ModelFolderError
@@ -58,14 +57,19 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
     unfinished = Unfinished()
     routes = _routes(Backend(runner, choose_model, Jobs(shared_folder), unfinished))
     service.mount_asgi_app(Starlette(routes=routes), path="/")
-    stopping = refusal(503, "shutting_down", "the server is shutting down, try again in a minute", {"Connection": "close"})
-    service.add_asgi_middleware(Draining, unfinished=unfinished, refusal=stopping)
+    service.add_asgi_middleware(Draining, unfinished=unfinished, refusal=_stopping)
     service.add_asgi_middleware(_FrontDoor, routes=routes, document=openapi.document(name, API_VERSION))
     return service
 
 
 def _routes(backend: Backend) -> list[Route]:
-    return [*plain_api.routes(backend), *jobs_api.routes(backend), *reproduce_api.routes(backend), *a1111_api.routes(backend)]
+    return [
+        *plain_api.routes(backend),
+        *reproduce_api.routes(backend),
+        *jobs_api.routes(backend),
+        *openai_api.routes(backend),
+        *a1111_api.routes(backend),
+    ]
 
 
 class _FrontDoor:
@@ -89,11 +93,11 @@ class _FrontDoor:
         path, method = scope["path"], scope["method"]
         template, path_values = self._template_of(path)
         if template not in self._methods:
-            return await refusal(404, "not_found", f"no such path: {path[:200]}")(scope, receive, send)
+            return await _refusal(path, 404, "not_found", f"no such path: {path[:200]}")(scope, receive, send)
         allowed = self._methods[template]
         # A browser's question before a request from another site is answered by BentoML's CORS setting.
         if method != "OPTIONS" and method not in allowed:
-            return await _not_allowed(method, sorted(allowed))(scope, receive, send)
+            return await _not_allowed(path, method, sorted(allowed))(scope, receive, send)
         if template in self._pages and method != "OPTIONS":
             return await self._pages[template](scope, receive, send)
         inner = {**scope, "path": template, "raw_path": template.encode(), "path_values": path_values, "job_id": new_job_id()}
@@ -120,9 +124,21 @@ def _naming(job_id: str, send: Send) -> Send:
     return named
 
 
-def _not_allowed(method: str, allowed: list[str]) -> Response:
+def _not_allowed(path: str, method: str, allowed: list[str]) -> Response:
     named = " or ".join(one for one in allowed if one != "HEAD")
-    return refusal(405, "method_not_allowed", f"{method} is not allowed here, use {named}", {"Allow": ", ".join(allowed)})
+    message = f"{method} is not allowed here, use {named}"
+    return _refusal(path, 405, "method_not_allowed", message, {"Allow": ", ".join(allowed)})
+
+
+async def _stopping(scope: Scope, receive: Receive, send: Send) -> None:
+    message = "the server is shutting down, try again in a minute"
+    await _refusal(scope["path"], 503, "shutting_down", message, {"Connection": "close"})(scope, receive, send)
+
+
+def _refusal(path: str, status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
+    """What is refused before it reaches a door, in the form of the door that it was meant for."""
+    refuse = openai_api.refusal if path.startswith(openai_api.PREFIX) else answers.refusal
+    return refuse(status, kind, message, headers)
 
 
 _BENTOML_PATHS = ("/livez", "/readyz", "/healthz", "/metrics", *(f"/static_content/{name}" for name in openapi.PAGE_ASSETS))

@@ -1,8 +1,10 @@
-"""What can go wrong, as a tree. Each error carries its HTTP status; only `answers.py` turns it into an answer.
+"""What can go wrong, as a tree. Each error carries its HTTP status; only doors turn it into an answer.
 
 ServiceError
 ├── InvalidRequest            400  a field or a part is missing, malformed or out of range
-├── NotFound                  404  a sampler, a model or a picture that the request names is not there
+│   └── UnknownParameter      400  a field that does not exist, where a door tells these apart
+├── NotFound                  404  a sampler or a picture that the request names is not there
+├── ModelNotFound             404  another model was asked for than the one that is served
 ├── UnknownJob                404  no job of that id
 ├── PictureNotKept            404  the job's picture was sent in the answer and is not kept
 ├── PictureExpired            410  the job's picture was kept and is gone
@@ -58,9 +60,18 @@ class InvalidRequest(ServiceError):
     type = "invalid_request"
 
 
+class UnknownParameter(InvalidRequest):
+    type = "unknown_parameter"
+
+
 class NotFound(ServiceError):
     status = 404
     type = "not_found"
+
+
+class ModelNotFound(ServiceError):
+    status = 404
+    type = "model_not_found"
 
 
 class UnknownJob(ServiceError):

@@ -11,9 +11,10 @@ import io
 import math
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Any, Literal
 
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from stable_diffusion.errors import InvalidRequest, TooLarge
 from stable_diffusion.requests import MAX_SIDE, MIN_SIDE, SIDE_MULTIPLE
@@ -23,7 +24,7 @@ MEDIA_TYPES: dict[ImageFormat, str] = {"jpeg": "image/jpeg", "png": "image/png",
 
 MAX_UPLOAD_BYTES = 20 * 2**20
 MAX_UPLOAD_PIXELS = 4096 * 4096
-_QUALITY = 95
+QUALITY = 95
 _SAME_PROPORTIONS = 0.02  # a mask drawn on a scaled down picture is off by a pixel
 
 
@@ -32,12 +33,27 @@ def read_picture(content: bytes, field: str) -> Image.Image:
 
     Raises InvalidRequest or TooLarge, naming `field`.
     """
-    return _decode(content, field, "RGB", "white")
+    return _decode(content, field, lambda picture: _flatten(picture, "white").convert("RGB"))
 
 
 def read_mask(content: bytes, field: str) -> Image.Image:
     """Decode a mask to upright greyscale: white is repainted, black is kept. What is transparent counts as black."""
-    return _decode(content, field, "L", "black")
+    return _decode(content, field, lambda picture: _flatten(picture, "black").convert("L"))
+
+
+def read_transparency_as_mask(content: bytes, field: str) -> Image.Image:
+    """Decode a mask that says by its transparency what is repainted, to upright greyscale as `read_mask` gives it.
+
+    Raises InvalidRequest if nothing is transparent: a mask in black and white would otherwise repaint nothing.
+    """
+
+    def transparency(picture: Image.Image) -> Image.Image:
+        alpha = picture.convert("RGBA").getchannel("A")
+        if alpha.getextrema() == (255, 255):
+            raise InvalidRequest(f"{field}: nothing in it is transparent; what is to be repainted must have alpha 0", field=field)
+        return ImageChops.invert(alpha)
+
+    return _decode(content, field, transparency)
 
 
 def read_description(content: bytes, field: str) -> str | None:
@@ -113,13 +129,13 @@ def _open(content: bytes, field: str) -> Image.Image:
     return picture
 
 
-def _decode(content: bytes, field: str, mode: str, backdrop: str) -> Image.Image:
+def _decode(content: bytes, field: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     picture = _open(content, field)
     try:
         picture.load()
         turn = _turn(picture)
-        flat = _flatten(_to_8_bit(picture), backdrop).convert(mode)
-        return flat if turn is None else flat.transpose(turn)
+        converted = convert(_to_8_bit(picture))
+        return converted if turn is None else converted.transpose(turn)
     except _BROKEN_DATA:
         raise InvalidRequest(f"{field}: the image is damaged or cut short", field=field) from None
 
@@ -224,20 +240,23 @@ def keep_outside_mask(repainted: Image.Image, original: Image.Image, mask: Image
     return Image.composite(repainted, original, mask)
 
 
-def encode(picture: Image.Image, image_format: ImageFormat, description: str | None = None) -> bytes:
-    """Encode RGB: JPEG and WebP with quality 95, PNG without loss. The description goes where A1111 has it; pixels are the same without."""
+def encode(picture: Image.Image, image_format: ImageFormat, description: str | None = None, quality: int = QUALITY) -> bytes:
+    """Encode RGB: JPEG and WebP with a quality of 0 to 100, PNG without loss.
+
+    The description goes where A1111 has it; pixels are the same without.
+    """
     buffer = io.BytesIO()
     if image_format == "png":
         picture.save(buffer, "PNG", compress_level=4, pnginfo=None if description is None else _as_png_text(description))
         return buffer.getvalue()
-    exif: dict[str, Any] = {} if description is None else {"exif": _as_exif(description)}
+    options: dict[str, Any] = {"quality": quality} | ({} if description is None else {"exif": _as_exif(description)})
     if image_format == "jpeg":
-        picture.save(buffer, "JPEG", quality=_QUALITY, subsampling=0, **exif)
+        picture.save(buffer, "JPEG", subsampling=0, **options)
     else:
-        picture.save(buffer, "WEBP", quality=_QUALITY, **exif)
+        picture.save(buffer, "WEBP", **options)
     return buffer.getvalue()
 
 
-def encode_preview(preview: Image.Image, size: tuple[int, int]) -> bytes:
-    """A preview, an eighth of the picture's `size`, as a JPEG of that size."""
-    return encode(preview.resize(size, Image.Resampling.BICUBIC), "jpeg")
+def encode_preview(preview: Image.Image, size: tuple[int, int], image_format: ImageFormat = "jpeg") -> bytes:
+    """A preview, an eighth of the picture's `size`, encoded in that size."""
+    return encode(preview.resize(size, Image.Resampling.BICUBIC), image_format)

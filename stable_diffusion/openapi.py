@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stable_diffusion import a1111_docs, events, jobs_docs, reproduce_docs
+from stable_diffusion import a1111_docs, events, jobs_docs, openai_docs, reproduce_docs
 from stable_diffusion.images import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MEDIA_TYPES
 from stable_diffusion.requests import GenerationRequest, ImageToImageRequest, TextToImageRequest
 
@@ -52,6 +52,7 @@ def document(title: str, version: str) -> dict[str, Any]:
             {"name": "images", "description": "Draw"},
             reproduce_docs.TAG,
             jobs_docs.TAG,
+            openai_docs.TAG,
             a1111_docs.TAG,
             {"name": "operation", "description": "Run"},
         ],
@@ -74,6 +75,7 @@ def document(title: str, version: str) -> dict[str, Any]:
             ),
             "/reproduce": reproduce_docs.added_to(_draws("reproduce", "Draw a picture again", reproduce_docs.form(_PICTURE))),
             **jobs_docs.paths(),
+            **openai_docs.paths(),
             **a1111_docs.paths(),
             "/livez": _probe("livez", "Is the server process alive?"),
             "/readyz": _probe("readyz", "Is the model loaded?"),
@@ -84,6 +86,7 @@ def document(title: str, version: str) -> dict[str, Any]:
             | reproduce_docs.SCHEMAS
             | jobs_docs.schemas()
             | a1111_docs.schemas()
+            | openai_docs.schemas()
             | {"Error": _ERROR_SCHEMA}
         },
     }

@@ -43,7 +43,7 @@ def one_of_several(task: Task, index: int) -> Task:
 
 def _require_whole_pictures(model: ModelFolder) -> None:
     if model.only_inpaints:
-        raise InvalidRequest(f"the model {model.name} only inpaints, use /inpaint")
+        raise InvalidRequest(f"the model {model.name} only inpaints: it needs a picture and a mask")
 
 
 def _task(

@@ -261,3 +261,28 @@ def test_damaged_descriptions_never_raise_anything_but_a_service_error(image_for
         damaged[random.integers(0, len(damaged), 4)] = random.integers(0, 256, 4)
         with suppress(ServiceError):
             images.read_description(damaged.tobytes(), "picture")
+
+
+def test_what_is_transparent_in_a_mask_is_repainted_and_what_is_half_transparent_blends() -> None:
+    mask = halves((255, 255, 255, 0), (0, 0, 0, 191), "RGBA")
+    read = images.read_transparency_as_mask(as_file(mask), "mask")
+    assert (read.mode, read.getpixel((0, 0)), read.getpixel((19, 9))) == ("L", 255, 64)
+    palette = halves(0, 1, "P")
+    palette.putpalette([*RED, *GREEN])
+    read = images.read_transparency_as_mask(as_file(palette, transparency=0), "mask")
+    assert (read.getpixel((0, 0)), read.getpixel((19, 9))) == (255, 0)
+
+
+@pytest.mark.parametrize("mask", [Image.new("L", (8, 8)), Image.new("RGBA", (8, 8), "black")], ids=["no alpha", "opaque"])
+def test_a_mask_without_anything_transparent_is_refused(mask: Image.Image) -> None:
+    with pytest.raises(InvalidRequest, match="^mask: nothing in it is transparent"):
+        images.read_transparency_as_mask(as_file(mask), "mask")
+
+
+def test_a_quality_makes_jpeg_and_webp_smaller_and_means_nothing_to_png() -> None:
+    noise = Image.effect_noise((64, 64), 80).convert("RGB")
+    assert (
+        len(images.encode(noise, "jpeg", quality=10)) < len(images.encode(noise, "jpeg")) < len(images.encode(noise, "jpeg", quality=100))
+    )
+    assert len(images.encode(noise, "webp", quality=0)) < len(images.encode(noise, "webp"))
+    assert images.encode(noise, "png", quality=0) == images.encode(noise, "png")

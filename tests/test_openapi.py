@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from openapi_spec_validator import validate
 
+from stable_diffusion.openai_requests import parse_generation
 from stable_diffusion.openapi import PAGE, document
 from stable_diffusion.requests import ImageToImageRequest, TextToImageRequest, parse_image_to_image, parse_text_to_image
 
@@ -31,6 +32,14 @@ def test_the_examples_are_valid_requests() -> None:
     for path in ("/img2img", "/inpaint"):
         form = paths[path]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
         parse_image_to_image(form["properties"]["data"]["example"])
+
+
+def test_openais_parameters_are_described_and_their_example_is_a_valid_request() -> None:
+    made = document("name", "1")
+    for name in ("OpenaiGeneration", "OpenaiEdit"):
+        assert all(text["description"] for text in made["components"]["schemas"][name]["properties"].values())
+    assert "strength" not in made["components"]["schemas"]["OpenaiGeneration"]["properties"]
+    parse_generation(made["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]["example"])
 
 
 def test_the_page_loads_nothing_from_elsewhere() -> None:

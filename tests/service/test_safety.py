@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from pathlib import Path
 
@@ -18,7 +19,11 @@ def test_a_flagged_picture_is_blank_and_a_header_says_so(tmp_path: Path) -> None
         flagged = client.post("/txt2img", json=request)
         unchecked = client.post("/txt2img", json=request | {"safety_check": False})
         again = client.post("/txt2img", json=request)
+        both = client.post("/v1/images/generations", json=request | {"n": 2}).json()["data"]
     assert [answer.headers["safety_flagged"] for answer in (flagged, unchecked, again)] == ["true", "unchecked", "true"]
     assert Image.open(io.BytesIO(flagged.content)).convert("L").getextrema() == (0, 0)
     assert Image.open(io.BytesIO(unchecked.content)).convert("L").getextrema() != (0, 0)
     assert flagged.headers["model"] == "strict"
+    # OpenAI's API: the blank pictures keep their places.
+    assert [one["safety_flagged"] for one in both] == [True, True]
+    assert Image.open(io.BytesIO(base64.b64decode(both[0]["b64_json"]))).convert("L").getextrema() == (0, 0)

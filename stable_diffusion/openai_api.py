@@ -1,0 +1,204 @@
+"""OpenAI's images API: its paths, its answers, its errors. What is drawn is the same as at the plain endpoints.
+
+Knows nothing of validation, and does not know the model's limits.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, Literal
+
+from PIL import Image
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from stable_diffusion import events, images
+from stable_diffusion.answers import answering_errors, event_stream, image_file, known_error, sendable
+from stable_diffusion.backend import Backend
+from stable_diffusion.drawing import draw_all, news_of
+from stable_diffusion.engine.job import Picture, Progress, Task
+from stable_diffusion.errors import InvalidRequest, ModelNotFound, ModelUnavailable, ServiceError
+from stable_diffusion.jobs import Ticket
+from stable_diffusion.openai_requests import OpenaiParameters, parse_edit, parse_generation, read_texts
+from stable_diffusion.reading import file_part, opened_form, read_json_body, ticket_of, while_connected
+from stable_diffusion.tasks import image_task, one_of_several, text_task
+from stable_diffusion.weights import ModelFolder
+
+PREFIX = "/v1/"
+_RETRY_AFTER_S = 60
+_MAX_PICTURES_READ = 16  # OpenAI's limit; so many are read only to say that there may be one
+_PARAMS = {"width": "size", "height": "size"}  # our field, OpenAI's parameter
+
+Event = Literal["image_generation", "image_edit"]
+
+
+def routes(backend: Backend) -> list[Route]:
+    async def generations(request: Request) -> Response:
+        own, parameters = parse_generation(await read_json_body(request))
+        model = _served(backend, own)
+        return await _answer(request, backend, "image_generation", text_task(parameters, model), own)
+
+    async def edits(request: Request) -> Response:
+        texts, content, mask_content = await _read_edit(request)
+        own, parameters = parse_edit(read_texts(texts))
+        model = _served(backend, own)
+
+        def decoded() -> Task:
+            picture = images.read_picture(content, "image")
+            mask = None if mask_content is None else _mask_for(picture, mask_content)
+            return image_task(parameters, model, picture, mask)
+
+        return await _answer(request, backend, "image_edit", await backend.decode(decoded), own)
+
+    async def models(request: Request) -> Response:
+        model = backend.model()
+        created = int(model.path.stat().st_mtime)
+        listed = {"id": model.name, "object": "model", "created": created, "owned_by": "stable-diffusion"}
+        return JSONResponse({"object": "list", "data": [listed]})
+
+    return [
+        Route("/v1/images/generations", answering_errors(generations, error_answer), methods=["POST"]),
+        Route("/v1/images/edits", answering_errors(edits, error_answer), methods=["POST"]),
+        Route("/v1/models", answering_errors(models, error_answer), methods=["GET"]),
+    ]
+
+
+async def _read_edit(request: Request) -> tuple[dict[str, str], bytes, bytes | None]:
+    """The text fields, the image and the mask if there is one."""
+    async with opened_form(request, max_files=_MAX_PICTURES_READ + 1, max_fields=64) as form:
+        count = len(form.getlist("image")) + len(form.getlist("image[]"))
+        if count > 1:
+            raise InvalidRequest(f"image: {count} were sent, exactly one can be edited", field="image")
+        content = await file_part(form, "image[]" if "image[]" in form else "image")
+        mask = await file_part(form, "mask") if "mask" in form else None
+        return _texts(form), content, mask
+
+
+def _texts(form: FormData) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for name, value in form.multi_items():
+        if name in ("image", "image[]", "mask"):
+            continue
+        if name in texts:
+            raise InvalidRequest(f"{name[:60]}: is given more than once", field=name[:60])
+        if not isinstance(value, str):
+            raise InvalidRequest(f"{name[:60]}: must be text, not a file", field=name[:60])
+        texts[name] = value
+    return texts
+
+
+def _mask_for(picture: Image.Image, content: bytes) -> Image.Image:
+    mask = images.read_transparency_as_mask(content, "mask")
+    if mask.size != picture.size:
+        raise InvalidRequest(
+            f"mask: {mask.width} x {mask.height}, it must have the image's size, {picture.width} x {picture.height}", field="mask"
+        )
+    return mask
+
+
+def _served(backend: Backend, own: OpenaiParameters) -> ModelFolder:
+    model = backend.model()
+    if own.model and own.model != model.name:
+        raise ModelNotFound(f"model: there is no {own.model[:60]!r} here, this server has {model.name!r}", field="model")
+    return model
+
+
+async def _answer(request: Request, backend: Backend, event: Event, task: Task, own: OpenaiParameters) -> Response:
+    ticket = ticket_of(request)
+    if own.stream:
+        return event_stream(_events(backend, event, task, ticket, own))
+    tasks = [one_of_several(task, index) for index in range(own.n)]
+    pictures = await while_connected(request, draw_all(backend.runner, tasks, ticket))
+    data = [await _described(one, picture, backend.model(), own) for one, picture in zip(tasks, pictures, strict=True)]
+    return JSONResponse({"created": int(time.time()), "data": data, **_look(task, own)})
+
+
+async def _events(backend: Backend, event: Event, task: Task, ticket: Ticket, own: OpenaiParameters) -> AsyncGenerator[bytes, None]:
+    """partial_image as often as asked for, then completed, or an error, which the official clients raise."""
+    sent = 0
+    task = replace(task, preview_every_steps=_steps_between(own.partial_images, task))
+    try:
+        async with aclosing(news_of(backend.runner, task, ticket, follow=own.partial_images > 0)) as news:
+            async for one in news:
+                # One more than asked for may fall on the last steps.
+                if isinstance(one, Progress) and one.preview is not None and sent < own.partial_images:
+                    content = await run_in_threadpool(images.encode_preview, one.preview, (task.width, task.height), own.output_format)
+                    yield _event(f"{event}.partial_image", task, own, {"b64_json": _base64(content), "partial_image_index": sent})
+                    sent += 1
+                elif isinstance(one, Picture):
+                    yield _event(f"{event}.completed", task, own, {**await _described(task, one, backend.model(), own), "usage": _NO_USAGE})
+    except Exception as error:
+        known = known_error(error, f"The stream of events of an {event}")
+        yield events.event("error", {"type": "error", **_error_body(known.status, known.type, known.message, _param(known))})
+
+
+def _steps_between(partial_images: int, task: Task) -> int:
+    """How many steps lie between previews, so that they are spread evenly over all steps; 0: none.
+
+    A noise scheduler that calls the UNet twice for most steps (Heun) has them all in the first half.
+    """
+    if not partial_images:
+        return 0
+    return max(1, int(task.num_inference_steps * task.strength) // (partial_images + 1))
+
+
+def _event(name: str, task: Task, own: OpenaiParameters, data: dict[str, Any]) -> bytes:
+    return events.event(name, {"type": name, "created_at": int(time.time()), "quality": "auto", **_look(task, own), **data})
+
+
+# Nothing is counted or paid for; typed clients expect the numbers in a stream.
+_NO_USAGE = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0, "input_tokens_details": {"text_tokens": 0, "image_tokens": 0}}
+
+
+def _look(task: Task, own: OpenaiParameters) -> dict[str, str]:
+    return {"size": f"{task.width}x{task.height}", "output_format": own.output_format, "background": "opaque"}
+
+
+async def _described(task: Task, picture: Picture, model: ModelFolder, own: OpenaiParameters) -> dict[str, Any]:
+    """A finished picture and what OpenAI's clients do not ask for but keep. `safety_flagged` is null where nobody looked."""
+    quality = images.QUALITY if own.output_compression is None else own.output_compression
+    content = await run_in_threadpool(image_file, task, picture, model, own.output_format, quality)
+    dropped = {"prompt_dropped": picture.dropped_prompt, "negative_prompt_dropped": picture.dropped_negative_prompt}
+    return {
+        "b64_json": _base64(content),
+        "seed": task.seed,
+        "safety_flagged": picture.flagged,
+        **{name: text for name, text in dropped.items() if text},
+    }
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
+
+
+def error_answer(error: ServiceError) -> Response:
+    """An error in OpenAI's form."""
+    headers: dict[str, str] = {}
+    retry_after_s = _RETRY_AFTER_S if isinstance(error, ModelUnavailable) else error.retry_after_s
+    if retry_after_s is not None:
+        headers["Retry-After"] = str(retry_after_s)
+    elif error.status >= 500:
+        headers["x-should-retry"] = "false"  # the official clients would pay for the same failure three times
+    return JSONResponse(_error_body(error.status, error.type, error.message, _param(error)), error.status, headers)
+
+
+def refusal(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
+    """What never reached an endpoint, in OpenAI's form."""
+    return JSONResponse(_error_body(status, kind, message, None), status, headers)
+
+
+def _error_body(status: int, code: str, message: str, param: str | None) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": sendable(message), "type": kind, "param": param and sendable(param), "code": code}}
+
+
+def _param(error: ServiceError) -> str | None:
+    field = error.problems[0].field
+    return field and _PARAMS.get(field, field)

@@ -1,0 +1,79 @@
+"""Failures behind OpenAI's images API, as the official client sees them: a runner that fails, no server."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import openai
+import pytest
+from bentoml.exceptions import ServiceUnavailable
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+from starlette.types import Receive, Scope, Send
+
+from stable_diffusion.backend import Backend
+from stable_diffusion.draining import Unfinished
+from stable_diffusion.errors import GenerationFailed
+from stable_diffusion.jobs import Jobs, new_job_id
+from stable_diffusion.openai_api import routes
+from stable_diffusion.runnable import pack_outcome
+from stable_diffusion.shared_folder import shared_folder
+from stable_diffusion.weights import DEMO_FOLDER, check_model
+
+
+@pytest.fixture(autouse=True)
+def _shared_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SD_SHARED_FOLDER", str(tmp_path / "shared"))
+
+
+Fails = Callable[[dict[str, Any]], AsyncGenerator[str, None]]
+
+
+async def out_of_memory(_: dict[str, Any]) -> AsyncGenerator[str, None]:
+    yield pack_outcome(GenerationFailed("not enough memory for 64x64"))
+
+
+async def no_process(_: dict[str, Any]) -> AsyncGenerator[str, None]:
+    raise ServiceUnavailable("refused")
+    yield ""
+
+
+def client_of(fails: Fails, requests: list[str]) -> openai.OpenAI:
+    def draw(packed: dict[str, Any]) -> AsyncGenerator[str, None]:
+        requests.append(packed["task"]["prompt"])
+        return fails(packed)
+
+    runner = SimpleNamespace(draw=SimpleNamespace(async_stream=draw))
+    backend = Backend(runner, lambda: check_model(DEMO_FOLDER), Jobs(shared_folder), Unfinished())
+    door = Starlette(routes=routes(backend))
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        await door({**scope, "job_id": new_job_id()}, receive, send)
+
+    return openai.OpenAI(base_url="http://testserver/v1", api_key="unused", http_client=TestClient(application))
+
+
+def test_a_picture_that_failed_is_a_server_error_that_the_client_does_not_pay_for_again() -> None:
+    requests: list[str] = []
+    with pytest.raises(openai.InternalServerError, match="not enough memory") as caught:
+        client_of(out_of_memory, requests).images.generate(prompt="a red circle")
+    assert (caught.value.type, caught.value.code, caught.value.param) == ("server_error", "generation_failed", None)
+    assert len(requests) == 1
+
+
+def test_a_model_process_that_is_gone_is_a_503_that_says_when_to_try_again() -> None:
+    client = client_of(no_process, []).with_options(max_retries=0)
+    with pytest.raises(openai.InternalServerError) as caught:
+        client.images.generate(prompt="a red circle", n=2)
+    assert (caught.value.status_code, caught.value.code) == (503, "model_unavailable")
+    assert caught.value.response.headers["retry-after"] == "60"
+
+
+def test_an_error_in_the_middle_of_a_stream_is_raised_by_the_client() -> None:
+    stream = client_of(out_of_memory, []).images.generate(prompt="a red circle", stream=True, partial_images=1)
+    with pytest.raises(openai.APIError, match="not enough memory") as caught:
+        list(stream)
+    assert (caught.value.type, caught.value.code) == ("server_error", "generation_failed")
