@@ -8,6 +8,8 @@ from PIL import Image
 from stable_diffusion import images, infotext
 from stable_diffusion.answers import image_file
 from stable_diffusion.engine.job import Picture
+from stable_diffusion.images import MEDIA_TYPES, ImageFormat
+from stable_diffusion.requests import MAX_PROMPT_CHARACTERS
 from stable_diffusion.weights import DEMO_FOLDER, check_model
 from tests.conftest import make_task
 
@@ -23,3 +25,15 @@ def test_the_file_says_how_it_was_drawn_unless_it_is_blank_or_that_is_not_wanted
     task, picture = make_task(metadata=metadata), Picture(Image.new("RGB", (64, 64)), flagged, "", "")
     text = images.read_description(image_file(task, picture, MODEL, "png"), "picture")
     assert text == (infotext.write(task, picture, MODEL) if is_told else None)
+
+
+@pytest.mark.parametrize("image_format", MEDIA_TYPES)
+@pytest.mark.parametrize("character", ["\U0001f534", '"', "ffi"])
+def test_the_longest_prompts_fit_into_every_format(image_format: ImageFormat, character: str) -> None:
+    """An EXIF block in a JPEG has at most 64 KB. A ligature, of which the cleaned prompt has three characters, is the worst."""
+    prompt = character * MAX_PROMPT_CHARACTERS + "\n"
+    task, picture = make_task(prompt=prompt, negative_prompt=prompt), Picture(Image.new("RGB", (64, 64)), None, "", "")
+    text = images.read_description(image_file(task, picture, MODEL, image_format), "picture")
+    assert text is not None
+    read = infotext.read(text)
+    assert (read.prompt, read.negative_prompt) == (prompt, prompt)
