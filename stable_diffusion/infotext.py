@@ -147,9 +147,10 @@ def _unquoted(value: str) -> str:
     if not (len(value) > 2 and value[0] == value[-1] == '"'):
         return value
     try:
-        return str(json.loads(value))
+        text = str(json.loads(value))
     except ValueError:
         return value
+    return text.encode("utf-8", "replace").decode("utf-8")  # JSON can say half of a surrogate pair, headers and prompts cannot
 
 
 def _number(value: float) -> str:

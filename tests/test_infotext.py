@@ -129,6 +129,11 @@ def test_a_text_of_a1111_is_read() -> None:
     assert (read.values["Clip skip"], read.values["Version"]) == ("2", "v1.10.1")
 
 
+def test_half_a_surrogate_pair_is_replaced() -> None:
+    read = infotext.read('Steps: 1, Seed: 2, Model: "\\ud800", Exact prompt: "a\\udfff \\ud83d\\udd34"')
+    assert (read.values["Model"], read.prompt) == ("?", "a? \U0001f534")
+
+
 @pytest.mark.parametrize("text", ["", "a red circle", "Steps: 1, Seed: 2", "a\n\n\n", "Comment: made, with: care", ",,,,:::"])
 def test_another_text_is_refused_by_name(text: str) -> None:
     with pytest.raises(InvalidRequest, match="picture: no infotext") as caught:
