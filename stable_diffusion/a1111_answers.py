@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from stable_diffusion import __version__, images, infotext
 from stable_diffusion.a1111_requests import SCHEDULES, GenerationBody, ImageToImageBody
+from stable_diffusion.answers import image_file
 from stable_diffusion.engine.job import Picture, Task
 from stable_diffusion.errors import InvalidRequest, ServiceError
 from stable_diffusion.jobs import JobRecord
@@ -28,13 +29,11 @@ _LEAST_PROGRESS, _MOST_PROGRESS = 0.01, 0.99  # 0 is an idle server, 1 a picture
 
 def pictures_answer(body: GenerationBody, tasks: Sequence[Task], pictures: Sequence[Picture], model: ModelFolder) -> dict[str, Any]:
     """The answer of txt2img and img2img. Encodes the pictures, which takes a while."""
-    infotexts = [infotext.write(task, picture, model) for task, picture in zip(tasks, pictures, strict=True)]
-    # Of a blank picture, one that was flagged, the file says nothing.
-    encoded = (
-        images.encode(picture.image, "png", None if picture.flagged else text) for picture, text in zip(pictures, infotexts, strict=True)
-    )
+    drawn = list(zip(tasks, pictures, strict=True))
+    infotexts = [infotext.write(task, picture, model) for task, picture in drawn]
+    files = (image_file(task, picture, model, "png") for task, picture in drawn)
     return {
-        "images": [base64.b64encode(content).decode("ascii") for content in encoded] if body.send_images else [],
+        "images": [base64.b64encode(file).decode("ascii") for file in files] if body.send_images else [],
         "parameters": _echo(body),
         "info": json.dumps(_info(body, tasks, pictures, model, infotexts)),
     }
