@@ -81,7 +81,7 @@ def sendable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def image_file(task: Task, picture: Picture, model: ModelFolder, image_format: ImageFormat, quality: int = images.QUALITY) -> bytes:
+def image_file(task: Task, picture: Picture, model: ModelFolder, image_format: ImageFormat, quality: int | None = None) -> bytes:
     """The picture encoded, with what determines it where that is wanted. Of a blank picture, one that was flagged, nothing is told."""
     description = infotext.write(task, picture, model) if task.metadata and not picture.flagged else None
     return images.encode(picture.image, image_format, description, quality)

@@ -63,13 +63,8 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
 
 
 def _routes(backend: Backend) -> list[Route]:
-    return [
-        *plain_api.routes(backend),
-        *reproduce_api.routes(backend),
-        *jobs_api.routes(backend),
-        *openai_api.routes(backend),
-        *a1111_api.routes(backend),
-    ]
+    doors = (plain_api, jobs_api, reproduce_api, openai_api, a1111_api)
+    return [route for door in doors for route in door.routes(backend)]
 
 
 class _FrontDoor:

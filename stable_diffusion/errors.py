@@ -3,8 +3,8 @@
 ServiceError
 ├── InvalidRequest            400  a field or a part is missing, malformed or out of range
 │   └── UnknownParameter      400  a field that does not exist, where a door tells these apart
-├── NotFound                  404  a sampler or a picture that the request names is not there
-├── ModelNotFound             404  another model was asked for than the one that is served
+├── NotFound                  404  a sampler, a model or a picture that the request names is not there
+│   └── ModelNotFound         404  another model was asked for than the one that is served, where a door tells these apart
 ├── UnknownJob                404  no job of that id
 ├── PictureNotKept            404  the job's picture was sent in the answer and is not kept
 ├── PictureExpired            410  the job's picture was kept and is gone
@@ -69,8 +69,7 @@ class NotFound(ServiceError):
     type = "not_found"
 
 
-class ModelNotFound(ServiceError):
-    status = 404
+class ModelNotFound(NotFound):
     type = "model_not_found"
 
 

@@ -24,7 +24,7 @@ MEDIA_TYPES: dict[ImageFormat, str] = {"jpeg": "image/jpeg", "png": "image/png",
 
 MAX_UPLOAD_BYTES = 20 * 2**20
 MAX_UPLOAD_PIXELS = 4096 * 4096
-QUALITY = 95
+_QUALITY = 95
 _SAME_PROPORTIONS = 0.02  # a mask drawn on a scaled down picture is off by a pixel
 
 
@@ -240,20 +240,21 @@ def keep_outside_mask(repainted: Image.Image, original: Image.Image, mask: Image
     return Image.composite(repainted, original, mask)
 
 
-def encode(picture: Image.Image, image_format: ImageFormat, description: str | None = None, quality: int = QUALITY) -> bytes:
-    """Encode RGB: JPEG and WebP with a quality of 0 to 100, PNG without loss.
+def encode(picture: Image.Image, image_format: ImageFormat, description: str | None = None, quality: int | None = None) -> bytes:
+    """Encode RGB: JPEG and WebP with a quality of 0 to 100 (None: 95), PNG without loss.
 
     The description goes where A1111 has it; pixels are the same without.
     """
+    quality = _QUALITY if quality is None else quality
     buffer = io.BytesIO()
     if image_format == "png":
         picture.save(buffer, "PNG", compress_level=4, pnginfo=None if description is None else _as_png_text(description))
         return buffer.getvalue()
-    options: dict[str, Any] = {"quality": quality} | ({} if description is None else {"exif": _as_exif(description)})
+    exif: dict[str, Any] = {} if description is None else {"exif": _as_exif(description)}
     if image_format == "jpeg":
-        picture.save(buffer, "JPEG", subsampling=0, **options)
+        picture.save(buffer, "JPEG", quality=quality, subsampling=0, **exif)
     else:
-        picture.save(buffer, "WEBP", **options)
+        picture.save(buffer, "WEBP", quality=quality, **exif)
     return buffer.getvalue()
 
 

@@ -33,7 +33,6 @@ from stable_diffusion.weights import ModelFolder
 
 PREFIX = "/v1/"
 _RETRY_AFTER_S = 60
-_MAX_PICTURES_READ = 16  # OpenAI's limit; so many are read only to say that there may be one
 _PARAMS = {"width": "size", "height": "size"}  # our field, OpenAI's parameter
 
 Event = Literal["image_generation", "image_edit"]
@@ -72,7 +71,7 @@ def routes(backend: Backend) -> list[Route]:
 
 async def _read_edit(request: Request) -> tuple[dict[str, str], bytes, bytes | None]:
     """The text fields, the image and the mask if there is one."""
-    async with opened_form(request, max_files=_MAX_PICTURES_READ + 1, max_fields=64) as form:
+    async with opened_form(request, max_pictures=2, max_parts=64) as form:
         count = len(form.getlist("image")) + len(form.getlist("image[]"))
         if count > 1:
             raise InvalidRequest(f"image: {count} were sent, exactly one can be edited", field="image")
@@ -116,7 +115,8 @@ async def _answer(request: Request, backend: Backend, event: Event, task: Task, 
         return event_stream(_events(backend, event, task, ticket, own))
     tasks = [one_of_several(task, index) for index in range(own.n)]
     pictures = await while_connected(request, draw_all(backend.runner, tasks, ticket))
-    data = [await _described(one, picture, backend.model(), own) for one, picture in zip(tasks, pictures, strict=True)]
+    model = backend.model()
+    data = [await _described(one, picture, model, own) for one, picture in zip(tasks, pictures, strict=True)]
     return JSONResponse({"created": int(time.time()), "data": data, **_look(task, own)})
 
 
@@ -163,8 +163,7 @@ def _look(task: Task, own: OpenaiParameters) -> dict[str, str]:
 
 async def _described(task: Task, picture: Picture, model: ModelFolder, own: OpenaiParameters) -> dict[str, Any]:
     """A finished picture and what OpenAI's clients do not ask for but keep. `safety_flagged` is null where nobody looked."""
-    quality = images.QUALITY if own.output_compression is None else own.output_compression
-    content = await run_in_threadpool(image_file, task, picture, model, own.output_format, quality)
+    content = await run_in_threadpool(image_file, task, picture, model, own.output_format, own.output_compression)
     dropped = {"prompt_dropped": picture.dropped_prompt, "negative_prompt_dropped": picture.dropped_negative_prompt}
     return {
         "b64_json": _base64(content),

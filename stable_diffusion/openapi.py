@@ -85,8 +85,8 @@ def document(title: str, version: str) -> dict[str, Any]:
             "schemas": {model.__name__: _schema(model) for model in (TextToImageRequest, ImageToImageRequest)}
             | reproduce_docs.SCHEMAS
             | jobs_docs.schemas()
-            | a1111_docs.schemas()
             | openai_docs.schemas()
+            | a1111_docs.schemas()
             | {"Error": _ERROR_SCHEMA}
         },
     }

@@ -61,19 +61,19 @@ async def read_reproduction_form(request: Request) -> tuple[ReproductionRequest,
 async def _read_parts(request: Request, required: Sequence[str], optional: Sequence[str]) -> tuple[dict[str, bytes], bytes | str | None]:
     """The files by their names, and what the part `data` holds."""
     files = (*required, *optional)
-    async with opened_form(request, max_files=8, max_fields=8, most_pictures=max(2, len(files))) as form:
+    async with opened_form(request, max_pictures=max(2, len(files)), max_parts=8) as form:
         _refuse_unknown_parts(form, (*files, "data"))
         contents = {name: await file_part(form, name) for name in files if name in required or name in form}
         return contents, await _data_part(form)
 
 
 @asynccontextmanager
-async def opened_form(request: Request, *, max_files: int, max_fields: int, most_pictures: int = 2) -> AsyncIterator[FormData]:
-    """The parts of a multipart body, whose files can be read until the block ends. `most_pictures`: for how many there is room."""
+async def opened_form(request: Request, *, max_pictures: int, max_parts: int) -> AsyncIterator[FormData]:
+    """The parts of a multipart body, whose files can be read until the block ends. `max_pictures` of the largest size fit into it."""
     require_content_type(request, "multipart/form-data")
-    whole = limited(request, most_pictures * images.MAX_UPLOAD_BYTES + 2 * MAX_JSON_BYTES)
+    whole = limited(request, max_pictures * images.MAX_UPLOAD_BYTES + 2 * MAX_JSON_BYTES)
     try:
-        async with whole.form(max_files=max_files, max_fields=max_fields, max_part_size=MAX_JSON_BYTES) as form:
+        async with whole.form(max_files=max_parts, max_fields=max_parts, max_part_size=MAX_JSON_BYTES) as form:
             yield form
     except (MultiPartException, HTTPException) as error:
         reason = error.message if isinstance(error, MultiPartException) else error.detail
