@@ -49,7 +49,7 @@ serve: precision $(INSTALLED)
 	@echo "When the server is ready, try:"
 	@echo "  curl -X POST http://$(HOST):$(PORT)/txt2img -H 'Content-Type: application/json' \\"
 	@echo "       -d '{\"prompt\":\"a small red circle on a blue background\"}' --output output.jpg"
-	@echo "or open http://$(HOST):$(PORT)/ in a browser. Ctrl+C stops it."
+	@echo "or open http://$(HOST):$(PORT)/ui in a browser. Ctrl+C stops it."
 	@cd $(PRECISION) && BENTOML_CONFIG=configuration.yaml exec $(BIN)/bentoml serve service:svc --production --host $(HOST) --port $(PORT)
 
 test: check $(TOOLS_INSTALLED)

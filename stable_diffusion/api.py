@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_diffusion import __version__, a1111_api, answers, jobs_api, openai_api, openapi, plain_api, reproduce_api
+from stable_diffusion import __version__, a1111_api, answers, jobs_api, openai_api, openapi, plain_api, reproduce_api, ui_page
 from stable_diffusion.backend import Backend
 from stable_diffusion.draining import Draining, Unfinished
 from stable_diffusion.errors import ModelFolderError
@@ -52,6 +52,7 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
             raise SystemExit(f"Not started: {error}") from None
         if model.is_demo:
             logger.warning("Serving the demo model, which draws coloured shapes only. 'make model' downloads Stable Diffusion v1.4.")
+        logger.info("When the server is ready, its address has a page to draw with at /ui, and one to try the API at /.")
 
     service.on_deployment(check_weights)
     unfinished = Unfinished()
@@ -64,7 +65,7 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
 
 def _routes(backend: Backend) -> list[Route]:
     doors = (plain_api, jobs_api, reproduce_api, openai_api, a1111_api)
-    return [route for door in doors for route in door.routes(backend)]
+    return [*(route for door in doors for route in door.routes(backend)), *ui_page.routes()]
 
 
 class _FrontDoor:

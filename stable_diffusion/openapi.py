@@ -188,6 +188,7 @@ PAGE = """<!DOCTYPE html>
     <link rel="stylesheet" href="./static_content/swagger-ui.css">
   </head>
   <body>
+    <p style="max-width: 1420px; margin: 1rem auto 0; padding: 0 20px; font: 1rem sans-serif"><a href="./ui/">A page to draw with</a></p>
     <div id="swagger-ui"></div>
     <script src="./static_content/swagger-ui-bundle.js"></script>
     <script>

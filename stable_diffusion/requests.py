@@ -121,7 +121,7 @@ class GenerationRequest(BaseModel):
         description="Noise scheduler: "
         + ", ".join(short_names[0] for short_names in SCHEDULERS.values())
         + ", or diffusers' class name. By default the model's own.",
-        examples=["PNDM"],
+        examples=[short_names[0] for short_names in SCHEDULERS.values()],
     )
     safety_check: bool = Field(True, description="Run the safety checker on this picture, where the model has one.")
     output_format: Literal["jpeg", "png", "webp"] | None = Field(

@@ -1,0 +1,260 @@
+/** The page: connects the form, the drawing, the results and the history. */
+
+import { applyLimits, capitalised, clearProblems, notNumbers, readSettings, showProblems, writeSettings } from "./form.js";
+import { openHistory } from "./history.js";
+import { openInput } from "./input.js";
+import { element, inWords, openCard } from "./results.js";
+import { blobOf, describeFields, draw, Refused } from "./service.js";
+
+const TEXT_FIELDS = ["prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "scheduler", "seed"];
+const PREVIEWS = 20; // of a picture
+const ANNOUNCE_EVERY_MS = 5000; // a screen reader would otherwise speak without end
+const ONE_COLUMN = "(max-width: 55rem)"; // what is drawn is below the form, as style.css has it
+
+const part = (id) => document.getElementById(id);
+const form = part("form");
+const input = openInput(form, showInputProblem);
+const past = await openHistory();
+const stillDrawing = new Set(); // an AbortController for each picture
+let isBusy = false;
+let seedLimit = 2 ** 32;
+let cards = [];
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  startDrawing();
+});
+part("cancel").addEventListener("click", cancelAll);
+document.addEventListener("keydown", (event) => {
+  if (event.isComposing || event.repeat) return;
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) startDrawing();
+  else if (event.key === "Escape") cancelAll();
+});
+form.elements.strength.addEventListener("input", showStrength);
+part("clear-history").addEventListener("click", async () => {
+  if (!confirm("Forget all pictures that this browser has drawn?")) return;
+  await past.clear();
+  listHistory();
+  part("prompt").focus();
+});
+
+listHistory();
+await readLimits();
+showStrength();
+part("draw").disabled = false;
+
+async function readLimits() {
+  try {
+    const { fields, example } = await describeFields();
+    applyLimits(form, fields, example);
+    seedLimit = fields.seed.exclusiveMaximum;
+  } catch (error) {
+    alertTo(`The limits and the noise schedulers could not be read from the server (docs.json: ${error.message}). Reload the page to try again.`);
+  }
+}
+
+async function startDrawing() {
+  if (isBusy) return;
+  isBusy = true;
+  try {
+    await drawWhatTheFormSays();
+  } finally {
+    isBusy = false;
+  }
+}
+
+async function drawWhatTheFormSays() {
+  clearProblems(form);
+  alertTo("");
+  const start = await input.read();
+  const settings = readSettings(form, start.picture ? [...TEXT_FIELDS, "strength"] : TEXT_FIELDS);
+  const problems = notNumbers(form);
+  const count = Number(part("count").value);
+  if (!(count >= 1 && count <= part("count").max)) problems.push({ field: "count", message: `From 1 to ${part("count").max}.` });
+  if (start.kind === "inpaint" && !start.mask) problems.push({ field: "mask", message: "Paint what is to be repainted." });
+  if (problems.length) tell(problems, "");
+  else await drawAll(settings, start, count);
+}
+
+/** Each picture is a request of its own with the next seed; the server draws them together. */
+async function drawAll(settings, start, count) {
+  const firstSeed = settings.seed ?? crypto.getRandomValues(new Uint32Array(1))[0] % seedLimit;
+  const before = cards;
+  cards = [];
+  const requests = Array.from({ length: count }, (_, index) => {
+    const seed = index ? (firstSeed + index) % seedLimit : firstSeed; // the first as it is, for the server to judge
+    return { ...settings, seed, preview_every_steps: previewEverySteps(settings.num_inference_steps) };
+  });
+  const drawing = requests.map((request) => drawOne(request, start));
+  showCards();
+  showDrawing(true);
+  announce("Drawing.", true);
+  const outcomes = await Promise.all(drawing);
+  showDrawing(false);
+  const done = outcomes.filter((outcome) => outcome === "done").length;
+  const refused = outcomes.find((outcome) => outcome instanceof Error);
+  replaceCards(before, refused && !done ? before : cards);
+  if (refused) showError(refused);
+  else announce(done === 0 ? "Cancelled." : done === 1 ? "The picture is there." : `${done} pictures are there.`, true);
+}
+
+function previewEverySteps(steps) {
+  const { defaultValue, max } = form.elements.num_inference_steps;
+  return Math.max(1, Math.round(Math.min(steps ?? defaultValue, max) / PREVIEWS)); // too many steps are to be one problem, not two
+}
+
+/** Returns "done", "cancelled" or the error. */
+async function drawOne(request, start) {
+  const controller = new AbortController();
+  const ratio = request.width && request.height ? request.width / request.height : start.picture ? inputRatio() : 1;
+  const card = openCard({ prompt: request.prompt ?? "", ratio, onCancel: () => controller.abort() });
+  cards.push(card);
+  stillDrawing.add(controller);
+  try {
+    for await (const { name, data } of draw(request, start, controller.signal)) {
+      if (name === "queued") card.queued(data);
+      else if (name === "preview") card.preview(blobOf(data));
+      else if (name === "progress") {
+        card.progress(data);
+        announce(`Step ${data.step} of ${data.steps}, ${inWords(data.seconds_left)}.`);
+      } else if (name === "completed") {
+        const { preview_every_steps, ...settings } = request;
+        await finish(card, { settings, ...start, picture: blobOf(data), start: start.picture, parameters: data.parameters });
+      }
+    }
+    return "done";
+  } catch (error) {
+    if (controller.signal.aborted) {
+      card.cancelled();
+      return "cancelled";
+    }
+    card.failed("Not drawn");
+    return error;
+  } finally {
+    stillDrawing.delete(controller);
+  }
+}
+
+async function finish(card, entry) {
+  showFinished(card, entry);
+  await past.add(entry);
+  listHistory();
+}
+
+function showFinished(card, entry) {
+  card.finished(entry, [
+    { label: "Use as input", act: () => useAsInput(entry) },
+    { label: "Use settings", act: () => useSettings(entry) },
+  ]);
+}
+
+async function useAsInput({ picture }) {
+  await input.set(picture);
+  part("img").focus();
+  part("img").scrollIntoView({ block: "nearest" });
+  announce("The picture is what the next one starts from.", true);
+}
+
+async function useSettings({ settings, kind, start, mask }) {
+  clearProblems(form);
+  alertTo("");
+  await input.write({ kind, picture: start, mask });
+  writeSettings(form, [...TEXT_FIELDS, "strength"], settings);
+  part("prompt").focus();
+  announce(`Its settings are in the form, seed ${settings.seed}.`, true);
+}
+
+function listHistory() {
+  const list = part("history-list");
+  for (const image of list.querySelectorAll("img")) URL.revokeObjectURL(image.src);
+  list.replaceChildren(...past.entries.map(historyItem));
+  part("history").hidden = past.entries.length === 0;
+  if (!past.isKept()) part("history-note").textContent = "This browser keeps nothing: these are gone when the page is closed.";
+}
+
+function historyItem(entry) {
+  const image = element("img", { alt: "", src: URL.createObjectURL(entry.picture), loading: "lazy" });
+  const button = element("button", { type: "button", title: entry.settings.prompt }, image);
+  button.setAttribute("aria-label", `${entry.settings.prompt}, seed ${entry.settings.seed}`);
+  button.addEventListener("click", async () => {
+    if (!isBusy) {
+      const card = openCard({ prompt: entry.settings.prompt, ratio: 1, onCancel: () => {} });
+      showFinished(card, entry);
+      replaceCards(cards, [card]);
+    }
+    await useSettings(entry);
+  });
+  return element("li", {}, button);
+}
+
+/** `old` cards that are not among the new ones are let go. */
+function replaceCards(old, kept) {
+  for (const card of [...old, ...cards]) if (!kept.includes(card)) card.forget();
+  cards = kept;
+  showCards();
+}
+
+function showCards() {
+  part("cards").replaceChildren(...cards.map((card) => card.element));
+  part("cards").classList.toggle("several", cards.length > 1);
+  part("empty").hidden = cards.length > 0;
+}
+
+/** Draw and Cancel take turns; who used one of them by keyboard finds the other in its place. */
+function showDrawing(isDrawing) {
+  const [before, after] = isDrawing ? [part("draw"), part("cancel")] : [part("cancel"), part("draw")];
+  const hadFocus = [before, document.body].includes(document.activeElement); // the body where a card's own button is gone
+  before.hidden = true;
+  after.hidden = false;
+  if (hadFocus) after.focus({ preventScroll: true });
+  if (isDrawing && matchMedia(ONE_COLUMN).matches) part("result").scrollIntoView();
+}
+
+function cancelAll() {
+  for (const controller of stillDrawing) controller.abort();
+}
+
+function showError(error) {
+  if (error instanceof Refused) tell(error.problems, error.message);
+  else if (error instanceof TypeError) tell([], "The server cannot be reached. Is it still running?");
+  else {
+    tell([], "Something went wrong in this page.");
+    throw error;
+  }
+}
+
+/** At the fields where they are in the form; the rest, or the whole where nothing names a field, in the alert. */
+function tell(problems, message) {
+  const elsewhere = showProblems(form, problems);
+  const count = problems.length - elsewhere.length;
+  const atFields = count === 0 ? [] : [count === 1 ? "Please look at the marked field." : "Please look at the marked fields."];
+  const rest = elsewhere.length ? elsewhere : count ? [] : [message];
+  alertTo([...rest.map(capitalised), ...atFields].join(" "));
+  if (!count) part("alert").focus();
+}
+
+function alertTo(text) {
+  part("alert").textContent = text;
+}
+
+function showInputProblem(message) {
+  if (message) showProblems(form, [{ field: "img", message }]);
+  else clearProblems(form);
+}
+
+function showStrength() {
+  part("strength-value").textContent = Number(form.elements.strength.value).toFixed(2);
+}
+
+function inputRatio() {
+  const { naturalWidth, naturalHeight } = part("input-picture");
+  return naturalWidth / naturalHeight || 1;
+}
+
+let lastAnnounced = 0;
+
+function announce(text, isImportant = false) {
+  if (!isImportant && Date.now() - lastAnnounced < ANNOUNCE_EVERY_MS) return;
+  lastAnnounced = Date.now();
+  part("status").textContent = text;
+}

@@ -1,0 +1,90 @@
+/** The fields: their limits, their values, and what is wrong with them. Knows nothing of drawing. */
+
+/** Limits, defaults and choices as the server has described them. */
+export function applyLimits(form, fields, example) {
+  form.elements.prompt.placeholder = example.prompt;
+  for (const [name, schema] of Object.entries(fields)) {
+    const control = form.elements[name];
+    if (!control) continue;
+    if (schema.maxLength) control.maxLength = schema.maxLength;
+    const isNumber = schema.type === "integer" || schema.type === "number";
+    if (isNumber) setRange(control, schema);
+    if (isNumber && schema.default !== null && schema.default !== undefined) control.value = control.defaultValue = schema.default;
+  }
+  for (const name of fields.scheduler.examples) form.elements.scheduler.add(new Option(name, name));
+}
+
+function setRange(control, { type, minimum, maximum, exclusiveMinimum, exclusiveMaximum, multipleOf }) {
+  const step = multipleOf ?? (type === "integer" ? 1 : 0.05);
+  control.step = type === "integer" ? step : control.type === "range" ? step : "any";
+  control.min = minimum ?? exclusiveMinimum + step;
+  control.max = maximum ?? exclusiveMaximum - step;
+}
+
+/** The fields that were filled in, as the server wants them; what is left out takes its default. */
+export function readSettings(form, names) {
+  const settings = {};
+  for (const name of names) {
+    const { type, value } = form.elements[name];
+    if (value.trim() !== "") settings[name] = type === "number" || type === "range" ? Number(value) : value;
+  }
+  return settings;
+}
+
+export function writeSettings(form, names, settings) {
+  for (const name of names) {
+    const control = form.elements[name];
+    control.value = settings[name] ?? control.defaultValue ?? "";
+    control.dispatchEvent(new Event("input", { bubbles: true }));
+  }
+}
+
+/** Fields that hold what is no number at all, which a browser tells nobody but us. */
+export function notNumbers(form) {
+  const wrong = [...form.querySelectorAll("input[type=number]")].filter((control) => control.validity.badInput);
+  return wrong.map(({ id }) => ({ field: id, message: "This is not a number." }));
+}
+
+/** Show each problem at its field and go to the first one. Returns those whose field is not in the form. */
+export function showProblems(form, problems) {
+  clearProblems(form);
+  const elsewhere = [];
+  let first = null;
+  for (const { field, message } of problems) {
+    const control = field && document.getElementById(field);
+    if (!control || !form.contains(control)) {
+      elsewhere.push(message);
+      continue;
+    }
+    showProblem(control, message.replace(`${field}: `, ""));
+    first ??= control;
+  }
+  const target = first?.id === "mask" ? document.getElementById("mask-all") : first;
+  target?.closest("details")?.setAttribute("open", "");
+  target?.focus();
+  return elsewhere;
+}
+
+function showProblem(control, message) {
+  const id = `${control.id}-problem`;
+  const text = document.getElementById(id) ?? document.createElement("p");
+  text.id = id;
+  text.className = "problem";
+  text.textContent = [text.textContent, capitalised(message)].filter(Boolean).join(" ");
+  const box = control.id === "mask" ? document.getElementById("mask-tools") : control.closest(".drop, .field");
+  box.append(text);
+  control.setAttribute("aria-invalid", "true");
+  control.setAttribute("aria-describedby", id);
+}
+
+export function clearProblems(form) {
+  for (const control of form.querySelectorAll("[aria-invalid]")) {
+    control.removeAttribute("aria-invalid");
+    control.removeAttribute("aria-describedby");
+  }
+  for (const text of form.querySelectorAll(".problem")) text.remove();
+}
+
+export function capitalised(text) {
+  return text.charAt(0).toUpperCase() + text.slice(1);
+}

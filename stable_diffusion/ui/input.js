@@ -1,0 +1,124 @@
+/** The picture to start from: chosen, dropped or taken from a result, with the mask over it. Knows nothing of drawing. */
+
+import { openMask } from "./mask.js";
+
+const SENT_AS_THEY_ARE = ["image/png", "image/jpeg", "image/webp"];
+// What is larger is redrawn here first: nothing of it would be seen, a phone sends it sooner, and the history can keep it.
+const MAX_BYTES = 4 * 2 ** 20;
+const LONGEST_SIDE = 2048;
+
+/** `onProblem(message)` is told what was wrong with a file, null where it was taken. */
+export function openInput(form, onProblem) {
+  const part = (id) => document.getElementById(id);
+  const panel = part("input");
+  const shown = part("input-picture");
+  const mask = openMask(part("mask"), () => {});
+  let picture = null;
+
+  const kind = () => form.elements.kind.value;
+  const showKind = () => {
+    part("mask-tools").hidden = part("mask").hidden = kind() !== "inpaint";
+  };
+  const show = () => {
+    panel.hidden = !picture;
+    part("choose-label").textContent = picture ? "Choose another picture" : "Choose a picture";
+    showKind();
+  };
+  const set = async (blob) => {
+    try {
+      const { blob: taken, width, height } = await readPicture(blob);
+      picture = taken;
+      URL.revokeObjectURL(shown.src);
+      shown.src = URL.createObjectURL(taken);
+      part("input-frame").style.setProperty("--ratio", width / height);
+      part("input-frame").classList.toggle("small", Math.max(width, height) < 256);
+      mask.reset(width, height);
+      show();
+      onProblem(null);
+    } catch (error) {
+      onProblem(error.message);
+    }
+  };
+  const remove = () => {
+    picture = null;
+    URL.revokeObjectURL(shown.src);
+    shown.removeAttribute("src");
+    show();
+  };
+
+  part("img").addEventListener("change", async ({ target }) => {
+    if (target.files[0]) await set(target.files[0]);
+    target.value = ""; // so that the same file can be chosen again
+  });
+  part("remove-input").addEventListener("click", () => {
+    remove();
+    part("img").focus();
+  });
+  for (const radio of form.elements.kind) radio.addEventListener("change", showKind);
+  for (const radio of form.elements.brush) radio.addEventListener("change", () => mask.setErasing(form.elements.brush.value === "erase"));
+  part("brush-size").addEventListener("input", ({ target }) => mask.setBrush(target.value / 100));
+  part("mask-all").addEventListener("click", () => mask.paintRectangle(0, 0, 1, 1));
+  part("mask-clear").addEventListener("click", () => mask.clear());
+  part("mask-rectangle").addEventListener("click", () => {
+    mask.paintRectangle(...["left", "top", "right", "bottom"].map((id) => part(id).value / 100));
+  });
+  acceptDrops(set);
+
+  return {
+    set,
+    /** {kind, picture, mask, isMaskEmpty}: what is to be sent. */
+    async read() {
+      if (!picture) return { kind: "txt2img", picture: null, mask: null };
+      if (kind() === "img2img") return { kind: "img2img", picture, mask: null };
+      return { kind: "inpaint", picture, mask: mask.isEmpty() ? null : await mask.toBlob() };
+    },
+    async write({ kind, picture, mask: painted }) {
+      if (!picture) return remove();
+      form.elements.kind.value = kind;
+      await set(picture);
+      if (painted) await mask.load(painted);
+    },
+  };
+}
+
+/** Anywhere on the page: what is dropped beside the field would otherwise be opened in its place. */
+function acceptDrops(take) {
+  const drop = document.querySelector(".drop");
+  const holdsFiles = (event) => event.dataTransfer?.types.includes("Files");
+  window.addEventListener("dragover", (event) => {
+    if (!holdsFiles(event)) return;
+    event.preventDefault();
+    drop.classList.add("over");
+  });
+  window.addEventListener("dragleave", (event) => {
+    if (!event.relatedTarget) drop.classList.remove("over");
+  });
+  window.addEventListener("drop", (event) => {
+    if (!holdsFiles(event)) return;
+    event.preventDefault();
+    drop.classList.remove("over");
+    if (event.dataTransfer.files[0]) take(event.dataTransfer.files[0]);
+  });
+}
+
+async function readPicture(blob) {
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(blob);
+  } catch {
+    throw new Error("This browser cannot read that file as a picture.");
+  }
+  const { width, height } = bitmap;
+  const longest = Math.max(width, height);
+  if (SENT_AS_THEY_ARE.includes(blob.type) && blob.size <= MAX_BYTES && longest <= 2 * LONGEST_SIDE) return { blob, width, height };
+  const scale = Math.min(1, LONGEST_SIDE / longest);
+  const canvas = document.createElement("canvas");
+  canvas.width = Math.max(1, Math.round(width * scale));
+  canvas.height = Math.max(1, Math.round(height * scale));
+  const context = canvas.getContext("2d");
+  context.fillStyle = "white";
+  context.fillRect(0, 0, canvas.width, canvas.height);
+  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
+  const redrawn = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.95));
+  return { blob: redrawn, width: canvas.width, height: canvas.height };
+}

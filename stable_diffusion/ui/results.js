@@ -1,0 +1,88 @@
+/** A card for each picture: its progress, its previews, the picture and what can be done with it. Knows nothing of requests. */
+
+const SMALL = 256; // pixels: pictures below are shown with their pixels as they are
+
+/** `ratio` is width / height, as far as it is known; `onCancel` is called by the card's button. */
+export function openCard({ prompt, ratio, onCancel }) {
+  const image = element("img", { alt: "" });
+  const bar = element("progress", { max: 1 });
+  bar.setAttribute("aria-label", "Progress");
+  const state = element("span", { textContent: "Sent" });
+  const cancel = element("button", { type: "button", className: "plain", textContent: "Cancel" });
+  cancel.addEventListener("click", onCancel);
+  const frame = element("div", { className: "frame" }, image);
+  const footer = element("div", { className: "drawing" }, bar, element("div", { className: "row apart" }, state, cancel));
+  const card = element("figure", { className: "card" }, frame, footer);
+  card.style.setProperty("--ratio", ratio);
+  image.hidden = true;
+
+  const show = (blob) => {
+    URL.revokeObjectURL(image.src);
+    image.src = URL.createObjectURL(blob);
+    image.hidden = false;
+  };
+  image.addEventListener("load", () => {
+    card.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
+    frame.classList.toggle("small", Math.max(image.naturalWidth, image.naturalHeight) < SMALL);
+  });
+  const end = (message) => {
+    bar.remove();
+    cancel.remove();
+    state.textContent = message;
+    frame.classList.add("ended");
+  };
+  return {
+    element: card,
+    queued({ position, seconds_left }) {
+      state.textContent = `Waiting, place ${position}, ${inWords(seconds_left)}`;
+    },
+    progress({ step, steps, seconds_left }) {
+      bar.max = steps;
+      bar.value = step;
+      state.textContent = `Step ${step} of ${steps}, ${inWords(seconds_left)}`;
+    },
+    preview: show,
+    cancelled: () => end("Cancelled"),
+    failed: (message) => end(message),
+    /** `actions` are [{label, act}]. */
+    finished({ picture, settings, parameters, kind }, actions) {
+      show(picture);
+      image.alt = prompt;
+      footer.replaceWith(caption({ settings, parameters, url: image.src, type: picture.type, kind }, actions));
+    },
+    forget: () => URL.revokeObjectURL(image.src),
+  };
+}
+
+/** "about 12 s left" */
+export function inWords(seconds) {
+  return seconds < 90 ? `about ${Math.max(1, Math.round(seconds))} s left` : `about ${Math.round(seconds / 60)} min left`;
+}
+
+function caption({ settings, parameters, url, type, kind }, actions) {
+  const { prompt, seed, width, height, num_inference_steps, scheduler, safety_flagged, prompt_dropped } = parameters;
+  const chosen = settings.scheduler ?? scheduler.replace("Scheduler", ""); // by its short name, where a person chose it
+  const facts = [`Seed ${seed}`, `${width} × ${height}`, `${num_inference_steps} steps`, chosen];
+  const save = element("a", { className: "plain button", href: url, textContent: "Download" });
+  save.download = `${fileName(prompt, kind)}-${seed}.${type.replace("image/", "").replace("jpeg", "jpg")}`;
+  const buttons = actions.map(({ label, act }) => {
+    const button = element("button", { type: "button", className: "plain", textContent: label });
+    button.addEventListener("click", act);
+    return button;
+  });
+  const parts = [element("p", { className: "prompt", textContent: prompt }), element("p", { className: "aside", textContent: facts.join(" · ") })];
+  if (safety_flagged === true) parts.push(element("p", { className: "problem", textContent: "The safety checker flagged this picture: it is blank." }));
+  if (prompt_dropped) parts.push(element("p", { className: "problem", textContent: `Too long, not used: ${prompt_dropped}` }));
+  return element("figcaption", {}, ...parts, element("div", { className: "row" }, save, ...buttons));
+}
+
+function fileName(prompt, kind) {
+  const words = prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? [kind];
+  return words.join("-").slice(0, 60).replace(/-$/, "");
+}
+
+export function element(name, properties, ...children) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+}

@@ -1,0 +1,68 @@
+/** What is asked of the server: the limits of the fields, and pictures. Knows nothing of the page. */
+
+import { eventsOf } from "./events.js";
+
+/** What the server has refused or failed to do. `problems` name the fields: [{field, message}]. */
+export class Refused extends Error {
+  constructor({ message, problems }) {
+    super(message);
+    this.problems = problems ?? [];
+  }
+}
+
+/** Each field's JSON schema by name, from the server's own description, and an example of a prompt. */
+export async function describeFields() {
+  const answer = await fetch("../docs.json");
+  if (!answer.ok) throw new Error(`status ${answer.status}`);
+  const document = await answer.json();
+  const { properties } = document.components.schemas.ImageToImageRequest;
+  const { example } = document.paths["/txt2img"].post.requestBody.content["application/json"];
+  const fields = Object.entries(properties).map(([name, { anyOf, ...schema }]) => [name, { ...anyOf?.[0], ...schema }]);
+  return { fields: Object.fromEntries(fields), example };
+}
+
+/**
+ * Have one picture drawn: from text, from `picture` (Blob), or where there is a `mask` (Blob) in that part of it.
+ * Yields {name, data} of the server's events until the picture is there; ending `signal` ends the drawing.
+ * Raises Refused, TypeError where the server cannot be reached, or AbortError.
+ */
+export async function* draw(settings, { picture, mask }, signal) {
+  const headers = { Accept: "text/event-stream, image/png" };
+  let path = "../txt2img";
+  let body = JSON.stringify(settings);
+  if (picture) {
+    path = mask ? "../inpaint" : "../img2img";
+    const form = new FormData();
+    form.append("img", picture, "picture");
+    if (mask) form.append("mask", mask, "mask.png");
+    form.append("data", body);
+    body = form;
+  } else {
+    headers["Content-Type"] = "application/json";
+  }
+  const answer = await fetch(path, { method: "POST", headers, body, signal });
+  if (!answer.ok) throw await refusalIn(answer);
+  for await (const { name, data } of eventsOf(answer.body)) {
+    const content = JSON.parse(data);
+    if (name === "error") throw new Refused(content.error);
+    yield { name, data: content };
+    if (name === "completed") return;
+  }
+  throw new Refused({ message: "The connection ended before the picture was there." });
+}
+
+async function refusalIn(answer) {
+  try {
+    return new Refused((await answer.json()).error);
+  } catch { // a proxy on the way, which has errors of its own
+    return new Refused({ message: `The server answered ${answer.status} ${answer.statusText}`.trim() + "." });
+  }
+}
+
+/** A picture as events carry it. */
+export function blobOf({ image, media_type }) {
+  const bytes = atob(image);
+  const content = new Uint8Array(bytes.length);
+  for (let i = 0; i < bytes.length; i++) content[i] = bytes.charCodeAt(i);
+  return new Blob([content], { type: media_type });
+}
