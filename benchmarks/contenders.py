@@ -96,7 +96,7 @@ def plain_diffusers(connection: Connection, setup: Setup) -> None:
 
 def engine(connection: Connection, setup: Setup) -> None:
     """This project's engine as the runner starts it, cap measured, without HTTP."""
-    from stable_diffusion.engine.engine import StepRecord
+    from stable_diffusion.engine.records import StepRecord
     from stable_diffusion.runnable import CUDA_GRAPHS_VARIABLE, start_engine
     from stable_diffusion.weights import check_model
 

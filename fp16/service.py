@@ -35,8 +35,9 @@ class StableDiffusionRunnable(bentoml.Runnable):
     SUPPORTS_CPU_MULTI_THREADING = True
 
     def __init__(self, max_batch_size: int) -> None:
-        engine = start_engine(model(), precision="fp16", max_batch_size=max_batch_size)
-        self._jobs = RunnerJobs(engine, Jobs(shared_folder), bentoml.server_context.worker_index or 0)
+        index = bentoml.server_context.worker_index or 0
+        engine = start_engine(model(), precision="fp16", max_batch_size=max_batch_size, runner_index=index)
+        self._jobs = RunnerJobs(engine, Jobs(shared_folder), index)
 
     # An async generator is the one kind of method that BentoML calls again while it is still running,
     # so that a request can join the others at their next step.

@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_diffusion import __version__, a1111_api, answers, jobs_api, openai_api, openapi, plain_api, reproduce_api, ui_page
+from stable_diffusion import __version__, a1111_api, answers, jobs_api, openai_api, openapi, plain_api, reproduce_api, status_api, ui_page
 from stable_diffusion.backend import Backend
 from stable_diffusion.draining import Draining, Unfinished
 from stable_diffusion.errors import ModelFolderError
@@ -64,12 +64,12 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
 
 
 def _routes(backend: Backend) -> list[Route]:
-    doors = (plain_api, jobs_api, reproduce_api, openai_api, a1111_api)
+    doors = (plain_api, jobs_api, reproduce_api, openai_api, a1111_api, status_api)
     return [*(route for door in doors for route in door.routes(backend)), *ui_page.routes()]
 
 
 class _FrontDoor:
-    """Gives each request that makes or changes something an id, and answers `/` and `/docs.json` in place of BentoML's routes.
+    """Gives each request that makes or changes something an id, and answers `/`, `/docs.json` and `/metrics` in place of BentoML's routes.
 
     Refuses what is no path of ours before BentoML's metrics see it, and has them see `/jobs/{job_id}` instead of each job:
     they keep a series for every path that is tried.
@@ -77,7 +77,11 @@ class _FrontDoor:
 
     def __init__(self, app: ASGIApp, routes: Sequence[Route], document: dict[str, Any]) -> None:
         self._app = app
-        self._pages: dict[str, Response] = {"/": HTMLResponse(openapi.PAGE), "/docs.json": JSONResponse(document)}
+        self._pages: dict[str, ASGIApp] = {
+            "/": HTMLResponse(openapi.PAGE),
+            "/docs.json": JSONResponse(document),
+            "/metrics": status_api.show_metrics,
+        }
         self._methods: dict[str, set[str]] = {path: {"GET", "HEAD"} for path in (*self._pages, *_BENTOML_PATHS)}
         for route in routes:
             self._methods.setdefault(route.path, set()).update(route.methods or ())
@@ -137,4 +141,4 @@ def _refusal(path: str, status: int, kind: str, message: str, headers: dict[str,
     return refuse(status, kind, message, headers)
 
 
-_BENTOML_PATHS = ("/livez", "/readyz", "/healthz", "/metrics", *(f"/static_content/{name}" for name in openapi.PAGE_ASSETS))
+_BENTOML_PATHS = ("/livez", "/readyz", "/healthz", *(f"/static_content/{name}" for name in openapi.PAGE_ASSETS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stable_diffusion import a1111_docs, events, jobs_docs, openai_docs, reproduce_docs
+from stable_diffusion import a1111_docs, events, jobs_docs, openai_docs, reproduce_docs, status_docs
 from stable_diffusion.images import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MEDIA_TYPES
 from stable_diffusion.requests import GenerationRequest, ImageToImageRequest, TextToImageRequest
 
@@ -54,7 +54,7 @@ def document(title: str, version: str) -> dict[str, Any]:
             jobs_docs.TAG,
             openai_docs.TAG,
             a1111_docs.TAG,
-            {"name": "operation", "description": "Run"},
+            status_docs.TAG,
         ],
         "paths": {
             "/txt2img": _draws(
@@ -79,7 +79,7 @@ def document(title: str, version: str) -> dict[str, Any]:
             **a1111_docs.paths(),
             "/livez": _probe("livez", "Is the server process alive?"),
             "/readyz": _probe("readyz", "Is the model loaded?"),
-            "/metrics": _probe("metrics", "Prometheus metrics"),
+            **status_docs.paths(),
         },
         "components": {
             "schemas": {model.__name__: _schema(model) for model in (TextToImageRequest, ImageToImageRequest)}
@@ -173,7 +173,7 @@ def _probe(name: str, summary: str) -> dict[str, Any]:
     answers: dict[str, Any] = {"200": {"description": "Yes.", "content": {"text/plain": {"schema": {"type": "string"}}}}}
     if name == "readyz":
         answers["503"] = {"description": "Not yet."}
-    return {"get": {"operationId": name, "summary": summary, "tags": ["operation"], "responses": answers}}
+    return {"get": {"operationId": name, "summary": summary, "tags": [status_docs.TAG["name"]], "responses": answers}}
 
 
 PAGE_ASSETS = ("swagger-ui.css", "swagger-ui-bundle.js")

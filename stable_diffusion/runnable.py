@@ -7,27 +7,30 @@ outcome as one JSON line with the pixels in base64. Knows nothing of HTTP; loads
 from __future__ import annotations
 
 import base64
-import functools
 import hashlib
 import json
 import logging
 import os
+import platform
 from collections.abc import Callable
 from dataclasses import asdict, fields
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-import prometheus_client
 from PIL import Image
 
 from stable_diffusion.engine.job import Picture, Progress, Task
+from stable_diffusion.engine.records import CapRecord, Record, StepRecord
 from stable_diffusion.errors import ServiceError, error_of_type
 from stable_diffusion.jobs import Ticket
 from stable_diffusion.kept_caps import keep, recall
+from stable_diffusion.metrics import counting
+from stable_diffusion.runner_state import Placement, RunnerState, StepCap
 
 if TYPE_CHECKING:
     from stable_diffusion.engine.calibration import Cap
     from stable_diffusion.engine.denoiser import Denoiser
-    from stable_diffusion.engine.engine import Engine, StepRecord
+    from stable_diffusion.engine.engine import Engine
     from stable_diffusion.pipelines import Parts, Precision
     from stable_diffusion.weights import ModelFolder
 
@@ -38,9 +41,16 @@ CUDA_GRAPHS_VARIABLE = "SD_CUDA_GRAPHS"
 
 
 def start_engine(
-    model: ModelFolder, precision: Precision, max_batch_size: int, on_step: Callable[[StepRecord], None] | None = None
+    model: ModelFolder,
+    precision: Precision,
+    max_batch_size: int,
+    on_step: Callable[[StepRecord], None] | None = None,
+    runner_index: int | None = None,
 ) -> Engine:
-    """Load the model, find out how many pictures should share a step, and start the engine; returns when it can draw."""
+    """Load the model, find out how many pictures should share a step, and start the engine; returns when it can draw.
+
+    `runner_index`: BentoML's number of this process, under which it says how far it is; None if nobody would read that.
+    """
     # Imported here because API workers import this module too and must stay without torch.
     from stable_diffusion.engine.calibration import cap_for_size
     from stable_diffusion.engine.denoiser import Denoiser
@@ -49,23 +59,49 @@ def start_engine(
 
     width, height = model.native_width, model.native_height
     caps: list[Cap] = []
+    state = RunnerState(runner_index, precision, model.name)
+    state.enter("starting")
+    count = counting()
 
     def load_and_warm_up() -> Denoiser:
+        state.enter("loading weights")
         parts = load(model, precision)
+        state.placement = _placement(parts)
+        state.enter("warming up")
         denoiser = Denoiser(parts)
         denoiser.warm_up(width, height)
         if os.environ.get(CUDA_GRAPHS_VARIABLE) == "1":
             _record_steps(denoiser, parts, width, height, max_batch_size)
+        state.enter("measuring the cap")
         cap = _recall_or_measure(denoiser, parts, model, max_batch_size)
         logger.info("Up to %d pictures of %dx%d share a step: %s.", cap.jobs, width, height, cap.reason)
-        _export(cap, width, height)
+        state.set_cap(StepCap(width, height, cap.jobs, cap.reason))
         caps.append(cap)
+        state.enter("ready")
         return denoiser
 
     def cap_for(size: tuple[int, int]) -> int:
         return cap_for_size(caps[0], width * height, size[0] * size[1], max_batch_size)
 
-    return Engine(load_and_warm_up, max_batch_size, on_step, cap_for)
+    def note_step(record: StepRecord) -> None:
+        count(record)
+        if on_step is not None:
+            on_step(record)
+
+    def note(record: Record) -> None:
+        count(record)
+        if isinstance(record, CapRecord):
+            state.set_cap(StepCap(record.width, record.height, record.jobs, f"{record.tried} pictures did not fit into memory"))
+
+    return Engine(load_and_warm_up, max_batch_size, note_step, cap_for, note)
+
+
+def _placement(parts: Parts) -> Placement:
+    from stable_diffusion.pipelines import device_name
+
+    versions = {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "bentoml")}
+    versions["python"] = platform.python_version()
+    return Placement(device_name(parts.device), str(parts.dtype).removeprefix("torch."), versions)
 
 
 def _record_steps(denoiser: Denoiser, parts: Parts, width: int, height: int, max_batch_size: int) -> None:
@@ -101,22 +137,6 @@ def _recall_or_measure(denoiser: Denoiser, parts: Parts, model: ModelFolder, max
     if max_batch_size > 1 and not cap.limited_by_memory:
         keep(key, cap)
     return cap
-
-
-def _export(cap: Cap, width: int, height: int) -> None:
-    """As a metric: a cap of 1 must not go unnoticed."""
-    _cap_gauge().labels(width=width, height=height, reason=cap.reason).set(cap.jobs)
-
-
-@functools.cache
-def _cap_gauge() -> Any:
-    # Made late: BentoML sets up the folder through which processes share metrics after it has imported the service.
-    return prometheus_client.Gauge(
-        name="stable_diffusion_step_cap_pictures",
-        documentation="How many pictures of the model's native size may share a step, and why.",
-        labelnames=["width", "height", "reason"],
-        multiprocess_mode="mostrecent",
-    )
 
 
 def pack_task(task: Task, ticket: Ticket, *, follow: bool = False) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Knows nothing of HTTP.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 from PIL import Image
 
@@ -14,6 +15,11 @@ from stable_diffusion.engine.job import Kind, Task
 from stable_diffusion.errors import InvalidRequest
 from stable_diffusion.requests import SEED_LIMIT, GenerationRequest, ImageToImageRequest, TextToImageRequest, random_seed
 from stable_diffusion.weights import ModelFolder
+
+
+def kinds_of(model: ModelFolder) -> tuple[Kind, ...]:
+    """What `model` can draw."""
+    return ("inpaint",) if model.only_inpaints else get_args(Kind)
 
 
 def text_task(parameters: TextToImageRequest, model: ModelFolder) -> Task:

@@ -12,8 +12,9 @@ import pytest
 from PIL import Image, ImageDraw
 
 from stable_diffusion.engine.denoiser import Denoiser
-from stable_diffusion.engine.engine import Engine, StepRecord
+from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.job import Picture, Task
+from stable_diffusion.engine.records import StepRecord
 from stable_diffusion.errors import ServiceError
 from stable_diffusion.pipelines import Parts, load
 from stable_diffusion.weights import DEMO_FOLDER, check_model

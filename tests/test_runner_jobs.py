@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from stable_diffusion.engine.denoiser import Denoiser
-from stable_diffusion.engine.engine import Engine, StepRecord
+from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.job import Picture, Progress, Task
+from stable_diffusion.engine.records import StepRecord
 from stable_diffusion.errors import Cancelled
 from stable_diffusion.jobs import Jobs, Ticket
 from stable_diffusion.pipelines import Parts

@@ -18,6 +18,17 @@ import torch
 
 from stable_diffusion.engine.batching import Batching
 from stable_diffusion.engine.job import Job, Latents, Picture, Progress, Task
+from stable_diffusion.engine.records import (
+    CapRecord,
+    EndRecord,
+    Outcome,
+    OutOfMemoryRecord,
+    Record,
+    StartRecord,
+    StepRecord,
+    SubmitRecord,
+    TurnRecord,
+)
 from stable_diffusion.errors import GenerationFailed, ServiceError
 
 logger = logging.getLogger("stable_diffusion")
@@ -30,14 +41,6 @@ class Steps(Protocol):
     def predict(self, jobs: Sequence[Job]) -> list[torch.Tensor]: ...
     def advance(self, job: Job, predicted: torch.Tensor) -> None: ...
     def decode(self, job: Job) -> Picture: ...
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One UNet call: the numbers of the jobs that shared it, and how many rows it had."""
-
-    job_numbers: tuple[int, ...]
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -63,17 +66,20 @@ class Engine:
         max_batch_size: int,
         on_step: Callable[[StepRecord], None] | None = None,
         cap_for: Callable[[tuple[int, int]], int] | None = None,
+        on_record: Callable[[Record], None] | None = None,
     ) -> None:
         """Start the thread and load the model on it. Returns when it is loaded; raises what loading raised.
 
         `max_batch_size`: how many jobs may share a UNet call. `cap_for`: how many of one batch key, where that is fewer.
-        `on_step` and `cap_for` are called on the engine's thread.
+        `on_step` (each UNet call), `cap_for` and `on_record` (all else that can be counted) are called on the engine's thread,
+        but for a SubmitRecord. They must not raise.
         """
         self._load = load
         self._batching: Batching[Job] = Batching(max_batch_size, cap_for)
         self._to_decode: deque[Job] = deque()
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
         self._on_step = on_step
+        self._on_record = on_record
         self._loaded = threading.Event()
         self._load_error: BaseException | None = None
         self._stopping = False
@@ -95,6 +101,7 @@ class Engine:
         if not self._thread.is_alive():
             raise GenerationFailed("the engine has been stopped")
         job = Job(task, on_end, on_progress)
+        self._tell(SubmitRecord())
         self._inbox.put(_Submit(job))
         return job
 
@@ -106,6 +113,10 @@ class Engine:
         """Stop the thread after the step in hand. Jobs that have not ended fail."""
         self._inbox.put(_Stop())
         self._thread.join()
+
+    def _tell(self, record: Record) -> None:
+        if self._on_record is not None:
+            self._on_record(record)
 
     # --- everything below runs on the engine's thread ------------------------------------------------
 
@@ -144,6 +155,7 @@ class Engine:
     def _note_turn(self, seconds: float) -> None:
         """A moving mean: decoding and preparing others is part of what a step costs a job."""
         self._turn_seconds = seconds if self._turn_seconds is None else 0.8 * self._turn_seconds + 0.2 * seconds
+        self._tell(TurnRecord(seconds))
 
     def _report_progress(self) -> None:
         if self._turn_seconds is None or all(job.on_progress is None for job in self._batching):
@@ -205,7 +217,15 @@ class Engine:
             ready.append(job)
         return ready
 
+    def _note_starts(self, batch: list[Job]) -> None:
+        now = time.perf_counter()
+        for job in batch:
+            if job.started_s is None:
+                job.started_s = now
+                self._tell(StartRecord(now - job.submitted_s))
+
     def _step(self, batch: list[Job]) -> None:
+        self._note_starts(batch)
         for job, predicted in self._predict(batch):
             try:
                 self._denoiser.advance(job, predicted)
@@ -238,11 +258,15 @@ class Engine:
             elif len(jobs) == 1:
                 self._fail(jobs[0], failure)
             else:
-                ran_out_of_memory |= isinstance(failure, torch.OutOfMemoryError)
+                if isinstance(failure, torch.OutOfMemoryError):
+                    ran_out_of_memory = True
+                    self._tell(OutOfMemoryRecord())
                 half = len(jobs) // 2
                 calls.extendleft((jobs[half:], jobs[:half]))
         if ran_out_of_memory:
-            self._batching.lower_cap(batch[0].batch_key, largest_call)
+            height, width = key = batch[0].batch_key
+            self._batching.lower_cap(key, largest_call)
+            self._tell(CapRecord(width, height, self._batching.cap(key), len(batch)))
             logger.warning("Out of memory with %d jobs in a step: at most %d of this size from now on.", len(batch), largest_call)
         return predictions
 
@@ -252,17 +276,20 @@ class Engine:
         except Exception as error:
             self._fail(job, error)
         else:
-            self._end(job, picture)
+            self._end(job, picture, "flagged" if picture.flagged else "completed")
 
     def _fail(self, job: Job, error: Exception) -> None:
         self._batching.remove(job)
+        outcome: Outcome = "failed"
         if not isinstance(error, ServiceError):
             logger.error("Job %d failed.", job.number, exc_info=error)
             if isinstance(error, torch.OutOfMemoryError):
+                outcome = "out_of_memory"
+                self._tell(OutOfMemoryRecord())
                 error = GenerationFailed("the device is out of memory for this picture; ask for a smaller one")
             else:
                 error = GenerationFailed("the picture could not be computed")
-        self._end(job, error)
+        self._end(job, error, outcome)
 
     def _drop(self, job: Job) -> None:
         """A cancelled job leaves wherever it stands; one that has ended is not there any more."""
@@ -273,14 +300,18 @@ class Engine:
             self._to_decode.remove(job)
         done, wanted = (job.tensors.step_index, len(job.tensors.timesteps)) if job.tensors is not None else (0, 0)
         logger.info("Job %d was cancelled after %d of %d steps.", job.number, done, wanted)
-        job.is_ended = True
-        job.tensors = None
+        self._leave(job, "cancelled")
 
-    def _end(self, job: Job, outcome: Picture | ServiceError) -> None:
+    def _leave(self, job: Job, outcome: Outcome) -> None:
         job.is_ended = True
         job.tensors = None
+        drawn_s = None if job.started_s is None else time.perf_counter() - job.started_s
+        self._tell(EndRecord(job.task.kind, outcome, drawn_s))
+
+    def _end(self, job: Job, result: Picture | ServiceError, outcome: Outcome) -> None:
+        self._leave(job, outcome)
         try:
-            job.on_end(outcome)
+            job.on_end(result)
         except Exception:
             # Whoever asked is gone (an event loop that was closed, say). That is no reason to stop drawing for the others.
             logger.exception("The outcome of job %d could not be delivered.", job.number)
@@ -288,5 +319,5 @@ class Engine:
     def _fail_all(self) -> None:
         for job in [*self._to_decode, *self._batching]:
             self._batching.remove(job)
-            self._end(job, GenerationFailed("the engine was stopped before this picture was finished"))
+            self._end(job, GenerationFailed("the engine was stopped before this picture was finished"), "failed")
         self._to_decode.clear()

@@ -6,6 +6,7 @@ Plain data: the tensors in it are made and read by `denoiser.py` only.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -105,6 +106,8 @@ class Job:
     on_progress: Callable[[Progress], None] | None = None
     reported: tuple[int, int] | None = None  # position and step
     number: int = field(default_factory=lambda: next(_numbers))
+    submitted_s: float = field(default_factory=time.perf_counter)
+    started_s: float | None = None  # when its first step began, by the same clock
     is_ended: bool = False
     tensors: Latents | None = None
 

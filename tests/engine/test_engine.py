@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from stable_diffusion.engine.denoiser import Denoiser
-from stable_diffusion.engine.engine import Engine, StepRecord
+from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.job import Job, Latents, Picture, Progress, Task
+from stable_diffusion.engine.records import StepRecord
 from stable_diffusion.errors import GenerationFailed, ServiceError
 from stable_diffusion.pipelines import Parts
 from tests.conftest import RecordingEngine, make_task

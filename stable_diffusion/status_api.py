@@ -1,0 +1,108 @@
+"""What whoever runs or calls the server asks before drawing: how far it is, what it can do, and its metrics.
+
+Draws nothing. Runs in API workers: what only a runner knows is read from what it has written down.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timezone
+from typing import Any
+
+import aiohttp
+import bentoml
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from stable_diffusion import __version__, metrics
+from stable_diffusion.answers import answering_errors
+from stable_diffusion.backend import Backend
+from stable_diffusion.images import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MEDIA_TYPES
+from stable_diffusion.requests import MAX_IMAGES, SCHEDULERS, ImageToImageRequest
+from stable_diffusion.runner_state import STAGES, RunnerState, living_runners
+from stable_diffusion.tasks import kinds_of
+from stable_diffusion.weights import ModelFolder
+
+_CURRENT_STATE = {"Cache-Control": "no-store"}
+# What JSON Schema calls the limits of a field.
+_LIMITS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "default")
+
+
+def routes(backend: Backend) -> list[Route]:
+    async def status(request: Request) -> Response:
+        runners = await run_in_threadpool(living_runners)
+        ready = any(runner.stage == "ready" for runner in runners) and await _answers(backend.runner)
+        model = backend.model()
+        await run_in_threadpool(lambda: model.hash)  # reads the weights when it is first asked for
+        return JSONResponse(_status(model, runners, ready), headers=_CURRENT_STATE)
+
+    async def capabilities(request: Request) -> Response:
+        return JSONResponse(_capabilities(backend.model()))
+
+    endpoints = {"/status": status, "/capabilities": capabilities}
+    return [Route(path, answering_errors(endpoint), methods=["GET"]) for path, endpoint in endpoints.items()]
+
+
+async def show_metrics(scope: Scope, receive: Receive, send: Send) -> None:
+    """`/metrics`, as an application: it stands in place of BentoML's page, which cannot show what is true now of a runner."""
+    content = await run_in_threadpool(metrics.page)
+    await Response(content, media_type=CONTENT_TYPE_LATEST, headers=_CURRENT_STATE)(scope, receive, send)
+
+
+async def _answers(runner: bentoml.Runner) -> bool:
+    """The question that `/readyz` asks."""
+    try:
+        return bool(await runner.runner_handle_is_ready())
+    except aiohttp.ClientError:
+        return False
+
+
+def _status(model: ModelFolder, runners: list[RunnerState], ready: bool) -> dict[str, Any]:
+    return {
+        "ready": ready,
+        "stage": max((runner.stage for runner in runners), key=STAGES.index, default=STAGES[0]),
+        "model": {"name": model.name, "hash": model.hash, "is_demo": model.is_demo},
+        "version": __version__,
+        "runners": [_runner(runner) for runner in runners],
+    }
+
+
+def _runner(runner: RunnerState) -> dict[str, Any]:
+    placement = runner.placement
+    return {
+        "index": runner.index,
+        "stage": runner.stage,
+        "since": datetime.fromtimestamp(runner.since_s, timezone.utc).isoformat(timespec="milliseconds"),
+        "uptime_s": round(time.time() - runner.started_s, 1),
+        "precision": runner.precision,
+        "device": None if placement is None else placement.device,
+        "dtype": None if placement is None else placement.dtype,
+        "caps": [{"width": cap.width, "height": cap.height, "pictures": cap.pictures, "reason": cap.reason} for cap in runner.caps],
+        "versions": {} if placement is None else placement.versions,
+    }
+
+
+def _capabilities(model: ModelFolder) -> dict[str, Any]:
+    fields = ImageToImageRequest.model_json_schema()["properties"]
+    return {
+        "model": model.name,
+        "kinds": kinds_of(model),
+        "native_size": {"width": model.native_width, "height": model.native_height},
+        "fields": {name: limits for name, field in fields.items() if (limits := _limits(field))},
+        "upload": {"max_bytes": MAX_UPLOAD_BYTES, "max_pixels": MAX_UPLOAD_PIXELS},
+        "max_images": MAX_IMAGES,
+        "schedulers": [{"scheduler": scheduler, "names": names} for scheduler, names in SCHEDULERS.items()],
+        "default_scheduler": model.scheduler,
+        "output_formats": list(MEDIA_TYPES),
+        "previews": "preview_every_steps" in fields,
+    }
+
+
+def _limits(field: dict[str, Any]) -> dict[str, Any]:
+    """Of a field that may be left open, those of its value."""
+    value: dict[str, Any] = next((one for one in field.get("anyOf", ()) if one.get("type") != "null"), {})
+    return {name: limit for name, limit in {**value, **field}.items() if name in _LIMITS}

@@ -1,0 +1,61 @@
+"""Counts of several processes add up, and a process that was killed is not counted as working for ever."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+# In processes of their own: prometheus_client decides when it is imported whether it counts for several processes.
+COUNT = """
+import os, sys
+from stable_diffusion.engine.records import *
+from stable_diffusion.metrics import counting
+count = counting()
+for _ in range(3):
+    count(SubmitRecord())
+count(StartRecord(0.5))
+count(StepRecord((1,), 2))
+count(TurnRecord(400.0))
+count(EndRecord("txt2img", "flagged", 300.0))
+count(StartRecord(599.0))
+count(OutOfMemoryRecord())
+sys.stdout.write("counted\\n")
+sys.stdout.flush()
+sys.stdin.read()
+"""
+PAGE = "from stable_diffusion.metrics import page; print(page().decode())"
+
+
+def test_counts_of_two_processes_are_added_up_and_a_dead_ones_gauges_go(tmp_path: Path) -> None:
+    environment = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "SD_SHARED_FOLDER": str(tmp_path / "shared")}
+    start = [sys.executable, "-W", "ignore", "-c"]
+    counting = [
+        subprocess.Popen([*start, COUNT], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+
+    def page() -> dict[str, float]:
+        shown = subprocess.run([*start, PAGE], env=environment, capture_output=True, text=True, check=True).stdout
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in shown.splitlines() if line[:1] not in ("#", ""))}
+
+    for process in counting:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "counted\n"
+    both = page()
+    counting[0].kill()
+    counting[0].communicate()
+    one = page()
+    counting[1].communicate()
+    assert both["stable_diffusion_queue_jobs"] == 2
+    assert both["stable_diffusion_running_jobs"] == 2
+    assert one["stable_diffusion_queue_jobs"] == 1
+    assert one["stable_diffusion_running_jobs"] == 1
+    for shown in (both, one):
+        assert shown['stable_diffusion_images_total{kind="txt2img",outcome="flagged"}'] == 2
+        assert shown['stable_diffusion_images_total{kind="inpaint",outcome="cancelled"}'] == 0
+        assert shown["stable_diffusion_out_of_memory_total"] == 2
+        assert shown['stable_diffusion_queue_wait_seconds_bucket{le="300.0"}'] == 2
+        assert shown['stable_diffusion_queue_wait_seconds_bucket{le="600.0"}'] == 4
+        assert shown['stable_diffusion_image_seconds_sum{kind="txt2img"}'] == 600
+        assert shown["stable_diffusion_unet_rows_sum"] == 4
+        assert shown["stable_diffusion_step_seconds_sum"] == 800

@@ -1,0 +1,74 @@
+"""`/status` before there is a runner that can draw, which a started server shows for a moment only."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from starlette.applications import Starlette
+from starlette.testclient import TestClient
+
+from stable_diffusion.backend import Backend
+from stable_diffusion.draining import Unfinished
+from stable_diffusion.jobs import Jobs
+from stable_diffusion.runner_state import RunnerState
+from stable_diffusion.shared_folder import shared_folder
+from stable_diffusion.status_api import routes
+from stable_diffusion.weights import DEMO_FOLDER, ModelFolder, check_model
+
+
+class Runner:
+    """Answers, does not, or cannot be reached: what `/readyz` asks of BentoML's runner."""
+
+    def __init__(self, answer: bool | Exception) -> None:
+        self.answer = answer
+
+    async def runner_handle_is_ready(self) -> bool:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SD_SHARED_FOLDER", str(tmp_path / "shared"))
+    return tmp_path / "shared"
+
+
+def ask(path: str, answer: bool | Exception = True, model: ModelFolder | None = None) -> Any:
+    backend = Backend(Runner(answer), lambda: model or check_model(DEMO_FOLDER), Jobs(shared_folder), Unfinished())
+    response = TestClient(Starlette(routes=routes(backend))).get(path)
+    assert response.status_code == 200
+    return response.json()
+
+
+def test_before_a_runner_has_said_anything_there_is_none() -> None:
+    status = ask("/status")
+    assert (status["ready"], status["stage"], status["runners"]) == (False, "starting", [])
+    assert status["model"]["name"] == "model"
+
+
+@pytest.mark.parametrize("stage", ["starting", "loading weights", "warming up", "measuring the cap"])
+def test_a_runner_that_loads_says_how_far_it_is(stage: Any) -> None:
+    RunnerState(1, "fp16", "demo").enter(stage)
+    status = ask("/status")
+    assert status["ready"] is False
+    [runner] = status["runners"]
+    assert (runner["stage"], runner["precision"], runner["device"], runner["dtype"], runner["caps"]) == (stage, "fp16", None, None, [])
+
+
+@pytest.mark.parametrize(("answer", "ready"), [(True, True), (False, False), (aiohttp.ClientError(), False)])
+def test_a_server_is_ready_only_if_the_runner_answers_too(answer: bool | Exception, ready: bool) -> None:
+    RunnerState(1, "fp32", "demo").enter("ready")
+    RunnerState(2, "fp32", "demo").enter("warming up")
+    status = ask("/status", answer)
+    assert (status["ready"], status["stage"]) == (ready, "ready")
+    assert [runner["stage"] for runner in status["runners"]] == ["ready", "warming up"]
+
+
+def test_a_model_that_only_inpaints_says_so() -> None:
+    model = dataclasses.replace(check_model(DEMO_FOLDER), only_inpaints=True)
+    assert ask("/capabilities", model=model)["kinds"] == ["inpaint"]
