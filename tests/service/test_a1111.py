@@ -23,6 +23,12 @@ INFOTEXT_PAIRS = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|
 NO_PASSWORD = {"Authorization": "Basic"}  # as SillyTavern sends it where none is set
 
 
+@pytest.fixture
+def server(fp32_server: Server) -> Server:
+    """One precision: `test_doors.py` tries every door in both."""
+    return fp32_server
+
+
 def post(server: Server, path: str, body: object, headers: dict[str, str] | None = None) -> httpx.Response:
     with server.client() as client:
         return client.post(f"/sdapi/v1/{path}", json=body, headers=headers)

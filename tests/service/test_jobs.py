@@ -20,6 +20,12 @@ from tests.service.test_http import PROMPT, as_file, draw, picture_of, redraw, r
 NO_WAITING = {"Prefer": "respond-async"}
 
 
+@pytest.fixture
+def server(fp32_server: Server) -> Server:
+    """One precision: `test_doors.py` tries every door in both."""
+    return fp32_server
+
+
 def start(server: Server, key: str | None = None, **fields: object) -> httpx.Response:
     headers = NO_WAITING | ({} if key is None else {"Idempotency-Key": key})
     with server.client() as client:

@@ -25,6 +25,12 @@ IN_COMPANY = 2  # levels of 255 by which a picture may differ there, as the READ
 
 
 @pytest.fixture
+def server(fp32_server: Server) -> Server:
+    """One precision: `test_doors.py` tries every door in both."""
+    return fp32_server
+
+
+@pytest.fixture
 def client(server: Server) -> Iterator[openai.OpenAI]:
     with openai.DefaultHttpxClient(trust_env=False) as connection:
         yield openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", http_client=connection, timeout=120)

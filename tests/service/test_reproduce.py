@@ -20,6 +20,12 @@ from tests.service.test_http import PROMPT, as_file, draw, picture_of, redraw, r
 HASH = check_model(DEMO_FOLDER).hash
 
 
+@pytest.fixture
+def server(fp32_server: Server) -> Server:
+    """One precision: `test_doors.py` tries every door in both."""
+    return fp32_server
+
+
 def reproduce(
     server: Server, picture: bytes, inputs: dict[str, bytes] | None = None, accept: str = "image/png", **wishes: object
 ) -> httpx.Response:
