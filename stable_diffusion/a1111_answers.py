@@ -13,15 +13,16 @@ from typing import Any
 
 from starlette.responses import Response
 
-from stable_diffusion import __version__, images, infotext
-from stable_diffusion.a1111_requests import SCHEDULES, GenerationBody, ImageToImageBody
+from stable_diffusion import __version__, infotext
+from stable_diffusion.a1111_requests import GenerationBody, ImageToImageBody, missing_schedule
 from stable_diffusion.answers import image_file
 from stable_diffusion.engine.job import Picture, Task
 from stable_diffusion.errors import InvalidRequest, ServiceError
 from stable_diffusion.jobs import JobRecord
-from stable_diffusion.requests import SCHEDULERS
+from stable_diffusion.requests import SCHEDULERS, SCHEDULES, sampler_of
 from stable_diffusion.weights import ModelFolder
 
+PREFIXES = ("/sdapi/", "/internal/")  # of the paths where errors have this form
 _NOT_USED = -1  # A1111's own word for a subseed or a size that is not there
 _TIMESTAMP = "%Y%m%d%H%M%S"
 _LEAST_PROGRESS, _MOST_PROGRESS = 0.01, 0.99  # 0 is an idle server, 1 a picture that is there
@@ -30,7 +31,8 @@ _LEAST_PROGRESS, _MOST_PROGRESS = 0.01, 0.99  # 0 is an idle server, 1 a picture
 def pictures_answer(body: GenerationBody, tasks: Sequence[Task], pictures: Sequence[Picture], model: ModelFolder) -> dict[str, Any]:
     """The answer of txt2img and img2img. Encodes the pictures, which takes a while."""
     drawn = list(zip(tasks, pictures, strict=True))
-    infotexts = [infotext.write(task, picture, model) for task, picture in drawn]
+    # Of a picture that was flagged nothing is told, as in its file.
+    infotexts = ["" if picture.flagged else infotext.write(task, picture, model) for task, picture in drawn]
     files = (image_file(task, picture, model, "png") for task, picture in drawn)
     return {
         "images": [base64.b64encode(file).decode("ascii") for file in files] if body.send_images else [],
@@ -52,7 +54,7 @@ def _info(
 ) -> dict[str, Any]:
     """What was really drawn; the last two are not A1111's."""
     first, count = tasks[0], len(tasks)
-    sampler, schedule = infotext.sampler_of(first.scheduler)
+    sampler, schedule = sampler_of(first.scheduler)
     return {
         "prompt": first.prompt,
         "all_prompts": [task.prompt for task in tasks],
@@ -93,6 +95,8 @@ def _info(
 
 def _extra_parameters(body: GenerationBody, task: Task, schedule: str | None) -> dict[str, Any]:
     extra: dict[str, Any] = {"Schedule type": schedule} if schedule else {}
+    if missing := missing_schedule(body, task.scheduler):
+        extra["Schedule type"] = f"Automatic ({missing} is not there for {sampler_of(task.scheduler)[0]})"
     if task.kind == "inpaint" and isinstance(body, ImageToImageBody):
         extra |= {"Mask blur": body.mask_blur, "Masked content": "original"}
     return extra
@@ -114,9 +118,7 @@ def samplers_answer() -> list[dict[str, Any]]:
 
 
 def schedules_answer() -> list[dict[str, Any]]:
-    return [
-        {"name": name, "label": label, "aliases": None, "default_rho": None, "need_inner_model": None} for name, label in SCHEDULES.items()
-    ]
+    return [{"name": label.lower(), "label": label, "aliases": None, "default_rho": None, "need_inner_model": None} for label in SCHEDULES]
 
 
 UPSCALERS: list[dict[str, Any]] = [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 1}]
@@ -134,7 +136,7 @@ EMPTY_LISTS: dict[str, Any] = {
 }
 
 
-def progress_answer(jobs: Sequence[JobRecord], *, with_picture: bool) -> dict[str, Any]:
+def progress_answer(jobs: Sequence[JobRecord]) -> dict[str, Any]:
     """Over one caller's unfinished pictures. Idle is exactly progress 0 and job_count 0: clients wait for that."""
     stands = [job.progress for job in jobs]
     done, steps = sum(stand.step for stand in stands), sum(stand.steps for stand in stands)
@@ -152,25 +154,26 @@ def progress_answer(jobs: Sequence[JobRecord], *, with_picture: bool) -> dict[st
             "sampling_step": furthest.step if furthest else 0,
             "sampling_steps": furthest.steps if furthest else 0,
         },
-        "current_image": _preview(jobs) if with_picture else None,
+        "current_image": None,
         "textinfo": None,
     }
 
 
-def _preview(jobs: Sequence[JobRecord]) -> str | None:
-    """Of the oldest job that has one; those of this API do not ask for any."""
-    for job in jobs:
-        if job.preview is not None:
-            return base64.b64encode(images.encode_preview(job.preview, (job.task.width, job.task.height))).decode("ascii")
-    return None
-
-
-def json_response(content: Any, status: int = 200) -> Response:
+def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """In ASCII: what a client sent may hold half of a surrogate pair, which UTF-8 cannot say."""
-    return Response(json.dumps(content), status, media_type="application/json")
+    return Response(json.dumps(content), status, headers, media_type="application/json")
 
 
 def error_response(error: ServiceError) -> Response:
     """A1111's form. It has 422 for what is wrong with a field; subclasses of InvalidRequest have a status of their own."""
     status = 422 if type(error) is InvalidRequest else error.status
-    return json_response({"error": type(error).__name__, "detail": error.message, "body": "", "errors": error.message}, status)
+    return json_response(_error_body(type(error).__name__, error.message), status)
+
+
+def refusal(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
+    """What never reached an endpoint, in A1111's form."""
+    return json_response(_error_body("".join(word.capitalize() for word in kind.split("_")), message), status, headers)
+
+
+def _error_body(name: str, message: str) -> dict[str, str]:
+    return {"error": name, "detail": message, "body": "", "errors": message}

@@ -26,9 +26,7 @@ from stable_diffusion.a1111_answers import (
 from stable_diffusion.a1111_pictures import read_mask, read_picture, resize
 from stable_diffusion.a1111_requests import (
     MAX_NAMES,
-    Asked,
     GenerationBody,
-    ImageToImageBody,
     Options,
     read_image_to_image,
     read_options,
@@ -39,8 +37,8 @@ from stable_diffusion.backend import Backend
 from stable_diffusion.drawing import draw_all
 from stable_diffusion.engine.job import Task
 from stable_diffusion.errors import NotFound
-from stable_diffusion.reading import MAX_JSON_BYTES, owner_of, read_json_body, ticket_of, while_connected
-from stable_diffusion.requests import ImageToImageRequest
+from stable_diffusion.reading import MAX_JSON_BYTES, json_content, owner_of, read_json_body, ticket_of, while_connected
+from stable_diffusion.requests import parse_json
 from stable_diffusion.tasks import image_task, one_of_several, text_task
 from stable_diffusion.weights import ModelFolder
 
@@ -52,31 +50,27 @@ def routes(backend: Backend) -> list[Route]:
     async def txt2img(request: Request) -> Response:
         asked = read_text_to_image(await read_json_body(request, max_names=MAX_NAMES))
         model = backend.model()
-        _require_served(asked.body.override_settings, model)
+        await run_in_threadpool(_require_served, asked.body.override_settings, model)
         return await _answer(request, backend, asked.body, text_task(asked.parameters, model), asked.count)
 
     async def img2img(request: Request) -> Response:
-        asked = read_image_to_image(await read_json_body(request, max_bytes=_MAX_PICTURES_BYTES, max_names=MAX_NAMES))
-        model = backend.model()
-        _require_served(asked.body.override_settings, model)
-        task = await backend.decode(lambda: _image_task(asked, model))
-        return await _answer(request, backend, asked.body, task, asked.count)
+        content = await json_content(request, _MAX_PICTURES_BYTES)
+        body, task, count = await backend.decode(lambda: _read_image_task(content, backend.model()))
+        return await _answer(request, backend, body, task, count)
 
     async def options(request: Request) -> Response:
         return json_response(options_answer(backend.model()))
 
     async def set_options(request: Request) -> Response:
-        _require_served(read_options(await read_json_body(request, max_names=MAX_NAMES)), backend.model())
+        asked = read_options(await read_json_body(request, max_names=MAX_NAMES))
+        await run_in_threadpool(_require_served, asked, backend.model())
         return json_response(None)
 
     async def models(request: Request) -> Response:
         return json_response(await run_in_threadpool(models_answer, backend.model()))
 
     async def progress(request: Request) -> Response:
-        with_picture = request.query_params.get("skip_current_image", "").lower() not in ("true", "1")
-        return await run_in_threadpool(
-            lambda: json_response(progress_answer(backend.jobs.of_owner(owner_of(request)), with_picture=with_picture))
-        )
+        return json_response(progress_answer(await run_in_threadpool(backend.jobs.of_owner, owner_of(request))))
 
     async def interrupt(request: Request) -> Response:
         await run_in_threadpool(backend.jobs.cancel_of_owner, owner_of(request))
@@ -110,21 +104,24 @@ async def _answer(request: Request, backend: Backend, body: GenerationBody, task
     return await run_in_threadpool(lambda: json_response(pictures_answer(body, tasks, pictures, backend.model())))
 
 
-def _image_task(asked: Asked[ImageToImageBody, ImageToImageRequest], model: ModelFolder) -> Task:
-    """Resized as A1111's mode says, which leaves nothing to be fitted."""
+def _read_image_task(content: bytes, model: ModelFolder) -> tuple[GenerationBody, Task, int]:
+    """The body, the first picture's task and how many are asked for. Resized as A1111's mode says, which leaves nothing to be fitted."""
+    asked = read_image_to_image(parse_json(content, "body", MAX_NAMES))
+    _require_served(asked.body.override_settings, model)
     picture = read_picture(asked.body)
     mask = read_mask(asked.body, picture.size)
     native = model.native_width, model.native_height
     width, height = images.output_size(picture.size, native, asked.parameters.width, asked.parameters.height)
     parameters = asked.parameters.model_copy(update={"width": width, "height": height})
     picture = resize(picture, width, height, asked.body.resize_mode)
-    return image_task(parameters, model, picture, None if mask is None else resize(mask, width, height, asked.body.resize_mode))
+    task = image_task(parameters, model, picture, None if mask is None else resize(mask, width, height, asked.body.resize_mode))
+    return asked.body, task, asked.count
 
 
 def _require_served(options: Options, model: ModelFolder) -> None:
-    """With or without the hash behind the name, as A1111's own titles have it."""
+    """With or without the hash behind the name, as A1111's own titles have it. The hash takes a moment when it is first asked for."""
     name = options.sd_model_checkpoint
-    if name and name not in (model.name, f"{model.name} [{model.hash}]"):
+    if name and name != model.name and name != f"{model.name} [{model.hash}]":
         raise NotFound(
             f"sd_model_checkpoint: there is no model {name[:60]!r}, this server has only {model.name!r}", field="sd_model_checkpoint"
         )

@@ -7,7 +7,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from stable_diffusion.a1111_answers import EMPTY_LISTS, UPSCALERS, samplers_answer, schedules_answer
-from stable_diffusion.a1111_requests import ImageToImageBody, Options, TextToImageBody
+from stable_diffusion.a1111_requests import A1111_NAMES, ImageToImageBody, Options, TextToImageBody
+from stable_diffusion.requests import ImageToImageRequest
 
 TAG = {"name": "a1111", "description": "A1111's API, for its clients. Unknown fields are ignored, null is as good as a missing field."}
 _REFERENCES = "#/components/schemas/A1111{model}"
@@ -54,16 +55,11 @@ def paths() -> dict[str, Any]:
         "/sdapi/v1/schedulers": {"get": _gets("a1111Schedulers", "The noise levels", _list("The noise levels.", schedules_answer()))},
         "/sdapi/v1/upscalers": {"get": _gets("a1111Upscalers", "No upscalers", _list("None.", UPSCALERS))},
         "/sdapi/v1/progress": {
-            "get": {
-                **_asks_for_jobs(
-                    "a1111Progress",
-                    "How far the caller's own jobs are",
-                    _object("Idle is exactly progress 0 and job_count 0.", ["progress", "eta_relative", "state", "current_image"]),
-                ),
-                "parameters": [
-                    {"name": "skip_current_image", "in": "query", "schema": {"type": "boolean"}, "description": "true: without a preview."}
-                ],
-            }
+            "get": _asks_for_jobs(
+                "a1111Progress",
+                "How far the caller's own jobs are",
+                _object("Idle is exactly progress 0 and job_count 0.", ["progress", "eta_relative", "state", "current_image"]),
+            )
         },
         "/sdapi/v1/interrupt": {
             "post": _asks_for_jobs("a1111Interrupt", "Cancel the caller's own jobs", _object("They are ended before their next step."))
@@ -89,8 +85,24 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
     schema["description"] = schema["description"].splitlines()[0]
     for name, field in schema["properties"].items():
         described = {key: field.pop(key) for key in ("description", "default", "title") if key in field}
-        schema["properties"][name] = {"anyOf": [*field.get("anyOf", [field]), {"type": "null"}], **described}
+        kinds = [kind for kind in field.get("anyOf", [field]) if kind != {"type": "null"}]
+        kinds[0] |= _LIMITS.get(name, {})
+        schema["properties"][name] = {"anyOf": [*kinds, {"type": "null"}], **described}
     return schema
+
+
+def _limits() -> dict[str, dict[str, Any]]:
+    """By A1111's names, the limits of the fields that these become. Sides are rounded, and -1 is a seed too."""
+    limits = {}
+    for name, field in ImageToImageRequest.model_json_schema()["properties"].items():
+        numbers = field.get("anyOf", [field])[0]
+        limits[A1111_NAMES.get(name, name)] = {key: numbers[key] for key in _LIMIT_KEYS if key in numbers}
+    limits["seed"]["minimum"] = -1
+    return limits
+
+
+_LIMIT_KEYS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_LIMITS = _limits()
 
 
 _PICTURES_SCHEMA = {

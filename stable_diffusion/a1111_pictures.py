@@ -13,9 +13,11 @@ from PIL import Image, ImageFilter, ImageOps
 
 from stable_diffusion import images
 from stable_diffusion.a1111_requests import ImageToImageBody
-from stable_diffusion.errors import InvalidRequest
+from stable_diffusion.errors import InvalidRequest, TooLarge
 
 T = TypeVar("T")
+
+_WHITE_SPACE = b" \t\r\n\v\f"
 
 
 class UnreadablePicture(InvalidRequest):
@@ -30,16 +32,20 @@ def read_picture(body: ImageToImageBody) -> Image.Image:
 def read_mask(body: ImageToImageBody, picture_size: tuple[int, int]) -> Image.Image | None:
     """The mask as it counts: inverted and blurred as asked for, of its picture's size.
 
-    Raises UnreadablePicture, TooLarge, or InvalidRequest for other proportions than the picture's.
+    Raises UnreadablePicture, TooLarge, or InvalidRequest for other proportions than the picture's, or if it repaints nothing.
     """
     if not body.mask:
         return None
-    mask = _decoded(body.mask, "mask", images.read_mask)
+    mask = _decoded(body.mask, "mask", images.read_mask_or_opacity)
     if body.inpainting_mask_invert:
         mask = ImageOps.invert(mask)
     if body.mask_blur:
         mask = mask.filter(ImageFilter.GaussianBlur(body.mask_blur))
-    return images.scale_mask(mask, picture_size, "mask")
+    mask = images.scale_mask(mask, picture_size, "mask")
+    if mask.getextrema() == (0, 0):
+        repainted = "black" if body.inpainting_mask_invert else "white"
+        raise InvalidRequest(f"mask: it repaints nothing: none of it is {repainted} (inpainting_mask_invert turns it around)", field="mask")
+    return mask
 
 
 def resize(picture: Image.Image, width: int, height: int, resize_mode: int) -> Image.Image:
@@ -80,6 +86,9 @@ def _bytes_of(text: str, field: str) -> bytes:
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        encoded = text.encode("ascii").translate(None, _WHITE_SPACE)
+        if len(encoded) * 3 // 4 > images.MAX_UPLOAD_BYTES + 2:  # of padding
+            raise TooLarge(f"{field}: the file has more than {images.MAX_UPLOAD_BYTES} bytes", field=field)
+        return base64.b64decode(encoded, validate=True)
     except ValueError:
         raise InvalidRequest(f"{field}: not base64 (nothing is fetched from addresses)", field=field) from None

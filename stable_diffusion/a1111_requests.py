@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from stable_diffusion.errors import FieldError, InvalidRequest, NotFound
 from stable_diffusion.requests import (
@@ -23,30 +23,30 @@ from stable_diffusion.requests import (
     GenerationRequest,
     ImageToImageRequest,
     TextToImageRequest,
-    known_scheduler,
+    known_schedule,
     parse_image_to_image,
     parse_text_to_image,
+    sampler_of,
+    scheduler_of,
     validated,
 )
 
 MAX_NAMES = 1024  # of an object; a whole set of A1111's options has some 400
 MAX_MASK_BLUR = 64
-_KARRAS = "Karras"
-# Noise levels by A1111's names: those that every sampler has, and Karras (2022), which have a noise scheduler of their own here.
-SCHEDULES = {"automatic": "Automatic", "normal": "Normal", "karras": _KARRAS}
-_USUAL_SCHEDULES = ("", "automatic", "normal", "uniform")
 
 # Our fields, as errors name them -> A1111's.
-_A1111_NAMES = {
+A1111_NAMES = {
     "num_inference_steps": "steps",
     "guidance_scale": "cfg_scale",
     "strength": "denoising_strength",
     "scheduler": "sampler_name",
 }
-_OUR_NAMES = re.compile(rf"\b({'|'.join(_A1111_NAMES)})\b")
+_OUR_NAMES = re.compile(rf"\b({'|'.join(A1111_NAMES)})\b")
 
 _SIDE = f"Rounded down to a multiple of {SIDE_MULTIPLE}; {MIN_SIDE} to {MAX_SIDE}."
 _WITHOUT_EFFECT = "Has no effect."
+# One wrong item tells enough: a list may have thousands.
+_Texts = Annotated[list[str], FailFast()]
 
 
 class Options(BaseModel):
@@ -55,9 +55,10 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     sd_model_checkpoint: str | None = Field(None, description="The title or model_name of the served model; another one is refused.")
+    enable_pnginfo: bool | None = Field(None, description="In override_settings, false: the file does not say how it was drawn.")
 
 
-_NO_OPTIONS = Options(sd_model_checkpoint=None)
+_NO_OPTIONS = Options(sd_model_checkpoint=None, enable_pnginfo=None)
 
 
 class GenerationBody(BaseModel):
@@ -70,14 +71,17 @@ class GenerationBody(BaseModel):
     seed: int = Field(-1, description="-1: random. Picture i is drawn with seed + i.")
     sampler_name: str = Field("", description="A name from /sdapi/v1/samplers. By default the model's own.")
     sampler_index: str = Field("", description="Another name of sampler_name.")
-    scheduler: str = Field("", description="Noise levels, a name or label from /sdapi/v1/schedulers.")
+    scheduler: str = Field(
+        "",
+        description="Noise levels, a name or label from /sdapi/v1/schedulers; the sampler's own where it does not have them.",
+    )
     steps: int = Field(50, description=f"Denoising steps, 1 to {MAX_STEPS}.")
     cfg_scale: float = Field(7.0, description="How closely to follow the prompt, 0 to 30.")
     width: int | None = Field(None, description=f"{_SIDE} By default the model's native width, or as the picture asks for.")
     height: int | None = Field(None, description=f"{_SIDE} By default the model's native height, or as the picture asks for.")
     batch_size: int = Field(1, ge=1, le=MAX_IMAGES, description=f"batch_size * n_iter pictures are drawn, at most {MAX_IMAGES}.")
     n_iter: int = Field(1, ge=1, le=MAX_IMAGES, description="See batch_size.")
-    override_settings: Options = Field(_NO_OPTIONS, description="Only sd_model_checkpoint is looked at: it must be the served model.")
+    override_settings: Options = Field(_NO_OPTIONS, description="Of these only two are looked at.")
     send_images: bool = Field(True, description="false: the answer has no pictures.")
     alwayson_scripts: dict[str, Any] = Field({}, description="There are no scripts: any name is refused.")
     script_name: str = Field("", description="There are no scripts: any name is refused.")
@@ -85,7 +89,7 @@ class GenerationBody(BaseModel):
     restore_faces: bool = Field(False, description=_WITHOUT_EFFECT)
     tiling: bool = Field(False, description=_WITHOUT_EFFECT)
     save_images: bool = Field(False, description="Has no effect: nothing is kept on the server.")
-    styles: list[str] = Field([], description=_WITHOUT_EFFECT)
+    styles: _Texts = Field([], description=_WITHOUT_EFFECT)
 
 
 class TextToImageBody(GenerationBody):
@@ -97,8 +101,12 @@ class TextToImageBody(GenerationBody):
 class ImageToImageBody(GenerationBody):
     """The body of POST /sdapi/v1/img2img."""
 
-    init_images: list[str] = Field([], description="One PNG, JPEG or WebP in base64, with or without data:...,")
-    mask: str = Field("", description="A picture in base64: white is repainted, black is kept, grey blends. Of the picture's proportions.")
+    init_images: _Texts = Field([], description="One PNG, JPEG or WebP in base64, with or without data:...,")
+    mask: str = Field(
+        "",
+        description="A picture in base64: white is repainted, black is kept, grey blends. Where something in it is transparent, what is "
+        "opaque is repainted. Of the picture's proportions.",
+    )
     mask_blur: float = Field(4, ge=0, le=MAX_MASK_BLUR, description="How far the mask's edge is blurred: the deviation, in its pixels.")
     inpainting_mask_invert: int = Field(0, description="1: black is repainted instead.")
     inpainting_fill: int = Field(
@@ -178,7 +186,8 @@ def _fields(body: GenerationBody) -> dict[str, Any]:
         "num_inference_steps": body.steps,
         "guidance_scale": body.cfg_scale,
         "seed": None if body.seed == -1 else body.seed,
-        "scheduler": scheduler_of(body.sampler_name or body.sampler_index, body.scheduler),
+        "scheduler": scheduler_asked_for(body.sampler_name or body.sampler_index, body.scheduler),
+        "metadata": body.override_settings.enable_pnginfo is not False,
     }
 
 
@@ -186,27 +195,28 @@ def _rounded_down(side: int | None) -> int | None:
     return None if side is None else side - side % SIDE_MULTIPLE
 
 
-def scheduler_of(sampler: str, schedule: str) -> str | None:
-    """Our noise scheduler for A1111's sampler and schedule; None: the model's own.
+def scheduler_asked_for(sampler: str, schedule: str) -> str | None:
+    """Our noise scheduler for A1111's sampler and noise levels; None: the model's own. A sampler without these levels has its own ones.
 
-    Raises NotFound for an unknown sampler, InvalidRequest for a schedule that the sampler does not have here.
+    Noise levels of which only one sampler has any are that sampler's where none is named.
+    Raises NotFound for an unknown sampler, InvalidRequest for unknown noise levels.
     """
     try:
-        scheduler = known_scheduler(sampler) if sampler else None
+        levels = known_schedule(schedule)
+    except ValueError as error:
+        raise InvalidRequest(f"scheduler: {error}", field="scheduler") from None
+    if not sampler:
+        return None if levels is None else next(one for one in SCHEDULERS if sampler_of(one)[1] == levels)
+    try:
+        return scheduler_of(sampler, schedule)[0]
     except ValueError as error:
         raise NotFound(f"sampler_name: {error}", field="sampler_name") from None
-    if schedule.lower() in _USUAL_SCHEDULES:
-        return scheduler
-    if schedule.lower() == _KARRAS.lower() and scheduler is not None:
-        with_karras = f"{scheduler.removesuffix(f' {_KARRAS}')} {_KARRAS}"
-        if with_karras in SCHEDULERS:
-            return with_karras
-    having = ", ".join(names[0].removesuffix(f" {_KARRAS}") for name, names in SCHEDULERS.items() if name.endswith(_KARRAS))
-    raise InvalidRequest(
-        f"scheduler: {schedule[:60]!r} is not there for the sampler {sampler[:60] or 'of the model'}, "
-        f"allowed are Automatic, Normal, and with {having} also {_KARRAS}",
-        field="scheduler",
-    )
+
+
+def missing_schedule(body: GenerationBody, scheduler: str) -> str | None:
+    """The noise levels that `body` asks for, if `scheduler`, with which it was drawn, does not have them."""
+    levels = known_schedule(body.scheduler)
+    return levels if levels != sampler_of(scheduler)[1] else None
 
 
 def _in_a1111_words(parse: Callable[[], Parameters]) -> Parameters:
@@ -218,4 +228,4 @@ def _in_a1111_words(parse: Callable[[], Parameters]) -> Parameters:
 
 
 def _renamed(text: str) -> str:
-    return _OUR_NAMES.sub(lambda match: _A1111_NAMES[match.group()], text)
+    return _OUR_NAMES.sub(lambda match: A1111_NAMES[match.group()], text)

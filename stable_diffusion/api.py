@@ -13,15 +13,29 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import bentoml
+from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.utils import BentoMLDeprecationWarning
 from bentoml.legacy import Service
 from starlette.applications import Starlette
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_diffusion import __version__, a1111_api, answers, jobs_api, openai_api, openapi, plain_api, reproduce_api, status_api, ui_page
+from stable_diffusion import (
+    __version__,
+    a1111_answers,
+    a1111_api,
+    answers,
+    jobs_api,
+    openai_api,
+    openapi,
+    plain_api,
+    reproduce_api,
+    status_api,
+    ui_page,
+)
 from stable_diffusion.backend import Backend
 from stable_diffusion.draining import Draining, Unfinished
 from stable_diffusion.errors import ModelFolderError
@@ -72,11 +86,12 @@ class _FrontDoor:
     """Gives each request that makes or changes something an id, and answers `/`, `/docs.json` and `/metrics` in place of BentoML's routes.
 
     Refuses what is no path of ours before BentoML's metrics see it, and has them see `/jobs/{job_id}` instead of each job:
-    they keep a series for every path that is tried.
+    they keep a series for every path that is tried. Refuses what a page of another site would have started or changed.
     """
 
     def __init__(self, app: ASGIApp, routes: Sequence[Route], document: dict[str, Any]) -> None:
         self._app = app
+        self._is_allowed_origin = _allowed_origins()
         self._pages: dict[str, ASGIApp] = {
             "/": HTMLResponse(openapi.PAGE),
             "/docs.json": JSONResponse(document),
@@ -98,10 +113,17 @@ class _FrontDoor:
         # A browser's question before a request from another site is answered by BentoML's CORS setting.
         if method != "OPTIONS" and method not in allowed:
             return await _not_allowed(path, method, sorted(allowed))(scope, receive, send)
+        if method not in _READING_METHODS and self._is_from_elsewhere(Headers(scope=scope)):
+            message = "pages of other sites cannot do this, unless BentoML's api_server.http.cors allows their origin"
+            return await _refusal(path, 403, "cross_site", message)(scope, receive, send)
         if template in self._pages and method != "OPTIONS":
             return await self._pages[template](scope, receive, send)
         inner = {**scope, "path": template, "raw_path": template.encode(), "path_values": path_values, "job_id": new_job_id()}
         await self._app(inner, receive, _naming(inner["job_id"], send) if method == "POST" else send)
+
+    def _is_from_elsewhere(self, headers: Headers) -> bool:
+        """Browsers say so by a header that pages cannot set; whatever is no browser does not send it."""
+        return headers.get("sec-fetch-site") == "cross-site" and not self._is_allowed_origin(headers.get("origin", ""))
 
     def _template_of(self, path: str) -> tuple[str, dict[str, str]]:
         for pattern, template in self._templates:
@@ -110,6 +132,18 @@ class _FrontDoor:
         return path, {}
 
 
+def _allowed_origins() -> Callable[[str], bool]:
+    """Whether pages of an origin may send requests, as BentoML's configuration says and its middleware understands it."""
+    if not BentoMLContainer.http.cors.enabled.get():
+        return lambda origin: False
+    return CORSMiddleware(_no_app, **BentoMLContainer.access_control_options.get()).is_allowed_origin
+
+
+async def _no_app(scope: Scope, receive: Receive, send: Send) -> None:
+    raise NotImplementedError
+
+
+_READING_METHODS = ("GET", "HEAD", "OPTIONS")
 _TEMPLATE_NAME = re.compile(r"{(\w+)}")
 
 
@@ -137,8 +171,15 @@ async def _stopping(scope: Scope, receive: Receive, send: Send) -> None:
 
 def _refusal(path: str, status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
     """What is refused before it reaches a door, in the form of the door that it was meant for."""
-    refuse = openai_api.refusal if path.startswith(openai_api.PREFIX) else answers.refusal
+    refuse = next((form for prefix, form in _FORMS.items() if path.startswith(prefix)), answers.refusal)
     return refuse(status, kind, message, headers)
+
+
+# What a path starts with, where clients know another form of errors than ours.
+_FORMS = {
+    **dict.fromkeys(openai_api.PREFIXES, openai_api.refusal),
+    **dict.fromkeys(a1111_answers.PREFIXES, a1111_answers.refusal),
+}
 
 
 _BENTOML_PATHS = ("/livez", "/readyz", "/healthz", *(f"/static_content/{name}" for name in openapi.PAGE_ASSETS))

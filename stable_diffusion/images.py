@@ -56,6 +56,16 @@ def read_transparency_as_mask(content: bytes, field: str) -> Image.Image:
     return _decode(content, field, transparency)
 
 
+def read_mask_or_opacity(content: bytes, field: str) -> Image.Image:
+    """Decode a mask as `read_mask`, but where something in it is transparent, what is opaque counts as white, whatever its colour."""
+
+    def opacity(picture: Image.Image) -> Image.Image:
+        alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
+        return picture.convert("L") if alpha is None or alpha.getextrema() == (255, 255) else alpha
+
+    return _decode(content, field, opacity)
+
+
 def read_description(content: bytes, field: str) -> str | None:
     """What a picture's file says of it: A1111's PNG text "parameters", else the EXIF comment. None if neither is there.
 

@@ -15,14 +15,13 @@ from importlib import metadata
 from stable_diffusion import __version__
 from stable_diffusion.engine.job import Picture, Task
 from stable_diffusion.errors import InvalidRequest
-from stable_diffusion.requests import SCHEDULERS
+from stable_diffusion.requests import sampler_of
 from stable_diffusion.weights import ModelFolder
 
 PROGRAM = "stable-diffusion-bentoml"  # with the version behind it; A1111 takes a bare number for a version of its own
 LIBRARIES = ("torch", "diffusers")  # whose versions may change a picture
 MAX_CHARACTERS = 2**16  # of an infotext; two prompts of the largest size, written twice, take half of it
 _NEGATIVE = "Negative prompt:"
-_KARRAS = " Karras"
 _FEWEST_PAIRS = 3  # on the last line; with fewer A1111 takes it for a line of the prompt
 # A name, and a value that is a JSON string or goes to the next comma. What A1111 finds with its own expression.
 _PAIR = re.compile(r'\s*(?P<name>\w[\w \-/]+):\s*(?P<value>"(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -92,12 +91,6 @@ def read(text: str, field: str = "infotext") -> Infotext:
     if "Exact prompt" in values:
         prompt, negative_prompt = values.pop("Exact prompt"), values.pop("Exact negative prompt", "")
     return Infotext(prompt, negative_prompt, values)
-
-
-def sampler_of(scheduler: str) -> tuple[str, str | None]:
-    """A noise scheduler as A1111 names it: the sampler, and the type of its noise levels where that is not the usual one."""
-    name = SCHEDULERS.get(scheduler, (scheduler,))[0]  # the model's own may be one that has no short name
-    return (name.removesuffix(_KARRAS), _KARRAS.strip()) if name.endswith(_KARRAS) else (name, None)
 
 
 def program_version() -> str:

@@ -31,7 +31,7 @@ from stable_diffusion.reading import file_part, opened_form, read_json_body, tic
 from stable_diffusion.tasks import image_task, one_of_several, text_task
 from stable_diffusion.weights import ModelFolder
 
-PREFIX = "/v1/"
+PREFIXES = ("/v1/",)
 _RETRY_AFTER_S = 60
 _PARAMS = {"width": "size", "height": "size"}  # our field, OpenAI's parameter
 

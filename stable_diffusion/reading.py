@@ -39,9 +39,14 @@ T = TypeVar("T")
 
 
 async def read_json_body(request: Request, *, max_bytes: int = MAX_JSON_BYTES, max_names: int = MAX_NAMES) -> dict[str, Any]:
+    """Raises InvalidRequest, TooLarge or UnsupportedMediaType."""
+    return await run_in_threadpool(parse_json, await json_content(request, max_bytes), "body", max_names)
+
+
+async def json_content(request: Request, max_bytes: int) -> bytes:
+    """A JSON body as it was sent. Raises TooLarge or UnsupportedMediaType."""
     require_content_type(request, "application/json")
-    body = await limited(request, max_bytes).body()
-    return await run_in_threadpool(parse_json, body, "body", max_names)  # with pictures in it that takes a while
+    return await limited(request, max_bytes).body()
 
 
 async def read_form(request: Request, *files: str) -> tuple[ImageToImageRequest, dict[str, bytes]]:

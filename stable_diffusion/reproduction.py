@@ -11,14 +11,13 @@ from typing import Any, TypeVar
 
 from stable_diffusion.engine.job import Kind, Picture, Task
 from stable_diffusion.errors import InvalidRequest
-from stable_diffusion.infotext import LIBRARIES, PROGRAM, Infotext, library_versions, program_version, sampler_of
-from stable_diffusion.requests import known_scheduler
+from stable_diffusion.infotext import LIBRARIES, PROGRAM, Infotext, library_versions, program_version
+from stable_diffusion.requests import sampler_of, scheduler_of
 from stable_diffusion.weights import ModelFolder
 
 _KINDS: tuple[Kind, ...] = ("txt2img", "img2img", "inpaint")
 _MAX_SHOWN_CHARACTERS = 40  # of a value that somebody else wrote
 _MAX_SHOWN_NAMES = 8
-_PLAIN_SCHEDULES = ("", "Automatic", "Uniform")  # the sampler's own noise levels
 # What `infotext.write` writes, all of which is drawn again or compared.
 _KNOWN_NAMES = {
     "Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model hash", "Model", "Denoising strength", "Guidance end", "Kind",
@@ -95,16 +94,13 @@ def _kind(values: Mapping[str, str]) -> Kind:
 def _scheduler(values: Mapping[str, str], model: ModelFolder) -> tuple[str | None, list[str]]:
     """The noise scheduler, None for the model's own, and what is not known here."""
     sampler, schedule = values.get("Sampler", ""), values.get("Schedule type", "")
-    if schedule in _PLAIN_SCHEDULES:
-        schedule = ""
-    if (sampler, schedule or None) == sampler_of(model.scheduler):
-        return None, []
-    for name, differs in ((f"{sampler} {schedule}".strip(), []), (sampler, [f"Schedule type: {_shown(schedule)} is not known here"])):
-        try:
-            return known_scheduler(name), differs
-        except ValueError:
-            continue
-    return None, [f"Sampler: {_shown(f'{sampler} {schedule}'.strip() or 'not said')} is not known here, {model.scheduler} is used"]
+    if (sampler, schedule) == (sampler_of(model.scheduler)[0], sampler_of(model.scheduler)[1] or ""):
+        return None, []  # it may be one that has no other name
+    try:
+        scheduler, has_schedule = scheduler_of(sampler, schedule)
+    except ValueError:
+        return None, [f"Sampler: {_shown(f'{sampler} {schedule}'.strip() or 'not said')} is not known here, {model.scheduler} is used"]
+    return scheduler, [] if has_schedule else [f"Schedule type: {_shown(schedule)} is not known here"]
 
 
 def _program_differs(program: str, is_ours: bool) -> list[str]:

@@ -24,6 +24,8 @@ MAX_PROMPT_CHARACTERS = 2000
 MAX_IMAGES = 10  # of one request, in the doors that take several
 SEED_LIMIT = 2**32  # every client's language keeps such a number exactly
 MAX_NAMES = 64  # of a JSON object; a request has about a dozen
+MAX_VALUES = 2**14  # of a JSON body, at all depths: reading millions of them would hold up every other request
+_MAX_PROBLEMS = 20  # that are told of one request
 
 # diffusers' class name -> the usual short names. "Karras" is DPM++ 2M with other noise levels, not a class of its own.
 SCHEDULERS: dict[str, tuple[str, ...]] = {
@@ -54,6 +56,42 @@ def known_scheduler(name: str) -> str:
     except KeyError:
         allowed = ", ".join(short_names[0] for short_names in SCHEDULERS.values())
         raise ValueError(f"unknown scheduler {name[:60]!r}, allowed are {allowed} or diffusers' class names") from None
+
+
+KARRAS = "Karras"
+# Noise levels by A1111's names; None: those that the sampler has of its own. Karras (2022) is a noise scheduler of its own here.
+SCHEDULES: dict[str, str | None] = {"Automatic": None, "Normal": None, "Uniform": None, KARRAS: KARRAS}
+_SCHEDULE_BY_SPELLING = {"": None, **{_spelling(name): schedule for name, schedule in SCHEDULES.items()}}
+
+
+def known_schedule(name: str) -> str | None:
+    """Noise levels by A1111's name, None for the sampler's own. Raises ValueError that lists what is known."""
+    try:
+        return _SCHEDULE_BY_SPELLING[_spelling(name)]
+    except KeyError:
+        raise ValueError(f"unknown noise levels {name[:60]!r}, allowed are {', '.join(SCHEDULES)}") from None
+
+
+def sampler_of(scheduler: str) -> tuple[str, str | None]:
+    """A noise scheduler as A1111 names it: the sampler, and its noise levels where they are not its own."""
+    name = SCHEDULERS.get(scheduler, (scheduler,))[0]  # a model's own may be one that has no short name
+    return (name.removesuffix(f" {KARRAS}"), KARRAS) if name.endswith(f" {KARRAS}") else (name, None)
+
+
+def scheduler_of(sampler: str, schedule: str) -> tuple[str, bool]:
+    """The key in SCHEDULERS for a sampler and its noise levels as A1111 names them, and whether it has these: else it has its own.
+
+    Raises ValueError for an unknown sampler.
+    """
+    scheduler = known_scheduler(sampler)
+    try:
+        levels = known_schedule(schedule)
+    except ValueError:
+        return scheduler, False
+    if levels is None:
+        return scheduler, True
+    found = next((one for one in SCHEDULERS if sampler_of(one) == (sampler_of(scheduler)[0], levels)), None)
+    return found or scheduler, found is not None
 
 
 def _clean_text(text: str) -> str:
@@ -172,7 +210,7 @@ def random_seed() -> int:
 def parse_json(body: bytes | str, where: str, max_names: int = MAX_NAMES) -> dict[str, Any]:
     """Read a JSON object strictly: no NaN, no Infinity, no duplicate names. `where` names the body or part in errors.
 
-    No object in it may have more than `max_names`.
+    No object in it may have more than `max_names`, nor the whole more than MAX_VALUES values.
     """
 
     def no_constant(name: str) -> Any:
@@ -190,6 +228,7 @@ def parse_json(body: bytes | str, where: str, max_names: int = MAX_NAMES) -> dic
 
     try:
         text = body.decode("utf-8") if isinstance(body, bytes) else body
+        _require_few_values(text, where)
         document = json.loads(text, parse_constant=no_constant, object_pairs_hook=no_duplicates)
     except UnicodeDecodeError:
         raise InvalidRequest(f"{where}: not UTF-8", field=where) from None
@@ -202,6 +241,13 @@ def parse_json(body: bytes | str, where: str, max_names: int = MAX_NAMES) -> dic
     if not isinstance(document, dict):
         raise InvalidRequest(f'{where}: must be a JSON object, such as {{"prompt": "a red circle"}}', field=where)
     return document
+
+
+def _require_few_values(text: str, where: str) -> None:
+    """Each value but the first stands behind one of these. What is within strings counts too; base64 has none of them."""
+    count = sum(text.count(mark) for mark in ",[{")
+    if count > MAX_VALUES:
+        raise InvalidRequest(f"{where}: some {count} values, at most {MAX_VALUES} are allowed", field=where)
 
 
 def parse_text_to_image(document: dict[str, Any]) -> TextToImageRequest:
@@ -221,7 +267,8 @@ def validated(model: type[Model], document: dict[str, Any]) -> Model:
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        problems = [_problem(detail, model) for detail in error.errors(include_url=False, include_context=True)]
+        details = error.errors(include_url=False, include_input=False)[:_MAX_PROBLEMS]
+        problems = [_problem(detail, model) for detail in details]
         message = "; ".join(problem.message for problem in problems[:5])
         raise InvalidRequest(message, problems=problems) from None
 

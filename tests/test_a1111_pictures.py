@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from stable_diffusion import images
 from stable_diffusion.a1111_pictures import UnreadablePicture, read_mask, read_picture, resize
 from stable_diffusion.a1111_requests import ImageToImageBody
-from stable_diffusion.errors import InvalidRequest
+from stable_diffusion.errors import InvalidRequest, TooLarge
 
 
 def encoded(picture: Image.Image) -> str:
@@ -68,6 +69,29 @@ def test_white_is_repainted_and_inversion_turns_that_around() -> None:
     assert white_right[:, 32:].min() == 255
     for inverted in (masked(inpainting_mask_invert=1), masked(inpainting_mask_invert=True)):
         assert np.array_equal(inverted, 255 - white_right)
+
+
+def test_of_a_mask_with_transparency_the_opaque_is_repainted_whatever_its_colour() -> None:
+    for colour in ("black", "white"):
+        mask = Image.new("RGBA", (64, 64), colour)
+        mask.putalpha(half_white())
+        assert np.array_equal(masked(mask=encoded(mask)), np.asarray(half_white()))
+    opaque = half_white().convert("RGBA")
+    assert np.array_equal(masked(mask=encoded(opaque)), np.asarray(half_white()))
+
+
+def test_a_mask_that_repaints_nothing_is_refused() -> None:
+    for colour, invert, missing in ((0, 0, "white"), (255, 1, "black")):
+        with pytest.raises(InvalidRequest, match=f"mask: it repaints nothing: none of it is {missing}") as caught:
+            masked(mask=encoded(Image.new("L", (64, 64), colour)), inpainting_mask_invert=invert)
+        assert not isinstance(caught.value, UnreadablePicture)
+
+
+def test_what_is_too_large_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "MAX_UPLOAD_BYTES", 300)
+    monkeypatch.setattr("base64.b64decode", None)
+    with pytest.raises(TooLarge, match="init_images: the file has more than 300 bytes"):
+        read_picture(ImageToImageBody.model_validate({"init_images": ["AAAA\n" * 102]}))
 
 
 def test_blur_is_gaussian_with_that_deviation() -> None:

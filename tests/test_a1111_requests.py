@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stable_diffusion.a1111_pictures import read_picture
-from stable_diffusion.a1111_requests import read_image_to_image, read_options, read_text_to_image, scheduler_of
+from stable_diffusion.a1111_requests import read_image_to_image, read_options, read_text_to_image, scheduler_asked_for
 from stable_diffusion.errors import InvalidRequest, NotFound
 from stable_diffusion.openapi import document
 from stable_diffusion.requests import SCHEDULERS
@@ -33,25 +33,28 @@ DRAWN = {"prompt": "a red circle"}
         ("UniPC", "", "UniPCMultistepScheduler"),
         ("LMS", "", "LMSDiscreteScheduler"),
         ("Heun", "", "HeunDiscreteScheduler"),
+        ("Euler", "Karras", "EulerDiscreteScheduler"),
+        ("Euler a", "karras", "EulerAncestralDiscreteScheduler"),
+        ("", "Karras", "DPMSolverMultistepScheduler Karras"),
     ],
 )
 def test_a_sampler_and_its_noise_levels_are_one_noise_scheduler_here(sampler: str, schedule: str, scheduler: str | None) -> None:
     assert scheduler is None or scheduler in SCHEDULERS
-    assert scheduler_of(sampler, schedule) == scheduler
+    assert scheduler_asked_for(sampler, schedule) == scheduler
 
 
 def test_an_unknown_sampler_is_a_404_that_lists_the_known_ones() -> None:
     with pytest.raises(
         NotFound, match=r"sampler_name: unknown scheduler 'DPM fast', allowed are PNDM, DDIM, Euler, Euler a, DPM\+\+ 2M"
     ) as caught:
-        scheduler_of("DPM fast", "Automatic")
+        scheduler_asked_for("DPM fast", "Automatic")
     assert caught.value.status == 404
 
 
-@pytest.mark.parametrize(("sampler", "schedule"), [("Euler", "Karras"), ("", "Karras"), ("DPM++ 2M", "Exponential"), ("DDIM", "DDIM")])
-def test_noise_levels_that_a_sampler_does_not_have_are_refused(sampler: str, schedule: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"^scheduler: .* allowed are Automatic, Normal, and with DPM\+\+ 2M also Karras"):
-        scheduler_of(sampler, schedule)
+@pytest.mark.parametrize(("sampler", "schedule"), [("", "Exponential"), ("DPM++ 2M", "Exponential"), ("DDIM", "DDIM"), ("Euler", "a")])
+def test_unknown_noise_levels_are_refused(sampler: str, schedule: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^scheduler: unknown noise levels .* allowed are Automatic, Normal, Uniform, Karras$"):
+        scheduler_asked_for(sampler, schedule)
 
 
 def test_a_missing_field_has_a1111s_default_but_the_size_is_the_models() -> None:
@@ -97,7 +100,7 @@ def test_as_many_pictures_as_both_counts_say() -> None:
         ({"height": 2048}, "height: must be less than or equal to 1024"),
         ({"seed": -2}, "seed: must be greater than or equal to 0"),
         ({"seed": 2**32}, "seed: must be less than 4294967296"),
-        ({"sampler_name": "Euler", "scheduler": "Karras"}, "scheduler: 'Karras' is not there for the sampler Euler, allowed are"),
+        ({"sampler_name": "Euler", "scheduler": "SGM Uniform"}, "scheduler: unknown noise levels 'SGM Uniform', allowed are"),
         ({"batch_size": 0}, "batch_size: must be greater than or equal to 1"),
         ({"batch_size": 11}, "batch_size: must be less than or equal to 10"),
         ({"batch_size": 4, "n_iter": 3}, "batch_size: batch_size * n_iter must be at most 10, not 12"),
@@ -131,6 +134,31 @@ def test_what_is_wrong_is_told_in_a1111s_words(changes: dict[str, object], told:
 def test_a_missing_picture_is_a_404(changes: dict[str, object]) -> None:
     with pytest.raises(NotFound, match="init_images: the picture is missing"):
         read_image_to_image({**DRAWN, **changes})
+
+
+def test_a_list_of_wrong_items_is_refused_at_the_first() -> None:
+    for read, field in ((read_image_to_image, "init_images"), (read_text_to_image, "styles")):
+        with pytest.raises(InvalidRequest) as caught:
+            read({**DRAWN, field: [0] * 10_000})
+        assert caught.value.message == f"{field}: must be a valid string"
+
+
+def test_enable_pnginfo_false_leaves_the_text_out_of_the_file() -> None:
+    for said, metadata in ((False, False), (True, True), (None, True)):
+        assert read_text_to_image({**DRAWN, "override_settings": {"enable_pnginfo": said}}).parameters.metadata is metadata
+    assert read_text_to_image(DRAWN).parameters.metadata
+
+
+def test_the_documented_limits_are_those_that_are_kept() -> None:
+    fields = document("name", "1")["components"]["schemas"]["A1111ImageToImageBody"]["properties"]
+    for name in ("steps", "cfg_scale", "width", "height"):
+        for limit, beyond in (("minimum", -8), ("maximum", 8)):
+            value = fields[name]["anyOf"][0][limit]
+            read_text_to_image({**DRAWN, name: value})
+            with pytest.raises(InvalidRequest, match=f"^{name}: must be"):
+                read_text_to_image({**DRAWN, name: value + beyond})
+    strength = fields["denoising_strength"]["anyOf"][0]
+    assert (strength["exclusiveMinimum"], strength["maximum"]) == (0, 1)
 
 
 def test_of_options_only_the_model_counts() -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from stable_diffusion import infotext
 from stable_diffusion.engine.job import Picture
 from stable_diffusion.errors import InvalidRequest
-from stable_diffusion.requests import SCHEDULERS
+from stable_diffusion.requests import SCHEDULERS, sampler_of
 from stable_diffusion.weights import DEMO_FOLDER, check_model
 from tests.conftest import make_task
 
@@ -113,8 +113,8 @@ def test_a1111_reads_the_same(prompt: str) -> None:
 
 @pytest.mark.parametrize("scheduler", [*SCHEDULERS, "DEISMultistepScheduler"])
 def test_every_scheduler_has_a_name_of_its_own(scheduler: str) -> None:
-    others = [infotext.sampler_of(other) for other in SCHEDULERS if other != scheduler]
-    assert infotext.sampler_of(scheduler) not in others
+    others = [sampler_of(other) for other in SCHEDULERS if other != scheduler]
+    assert sampler_of(scheduler) not in others
 
 
 def test_a_text_of_a1111_is_read() -> None:

@@ -101,6 +101,12 @@ def test_all_problems_are_told_at_once() -> None:
     assert {problem.field for problem in caught.value.problems} == {"prompt", "height", "foo"}
 
 
+def test_few_of_many_problems_are_told() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        parse_text_to_image({str(number): number for number in range(1000)})
+    assert len(caught.value.problems) == 20
+
+
 @pytest.mark.parametrize(
     ("name", "known_as"),
     [
@@ -132,8 +138,9 @@ def test_schedulers_go_by_class_name_and_by_short_name(name: str, known_as: str)
         (b'{"guidance_scale": NaN}', "body: NaN is not a number in JSON"),
         (b'{"guidance_scale": -Infinity}', "body: -Infinity is not a number in JSON"),
         (b'{"seed": 1, "seed": 2}', "seed is given more than once"),
-        (b"{" + b",".join(b'"%d": 1' % number for number in range(60_000)) + b"}", "body: 60000 names, at most 64 are allowed"),
-        (b"[" * 100_000, "body: JSON is nested too deeply or has a number that is too long"),
+        (b"{" + b",".join(b'"%d": 1' % number for number in range(5000)) + b"}", "body: 5000 names, at most 64 are allowed"),
+        (b"[" * 10_000, "body: JSON is nested too deeply or has a number that is too long"),
+        (b'{"prompt": [' + b"0," * 20_000 + b"0]}", "body: some 20002 values, at most 16384 are allowed"),
         (b'{"seed": ' + b"9" * 5000 + b"}", "body: JSON is nested too deeply or has a number that is too long"),
     ],
     ids=lambda value: value[:20] if isinstance(value, bytes) else "",
