@@ -15,12 +15,18 @@ PYTHON ?= python3
 
 UV_VERSION := 0.13.9
 BIN := $(CURDIR)/.venv/bin
+# Python compiles what is imported when it is imported; compiling all of it here takes longer.
+INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet --no-compile
+INSTALL_TOOLS := .venv/tools/bin/pip install --disable-pip-version-check --quiet --no-compile
 INSTALLED := .venv/installed
 TOOLS_INSTALLED := .venv/tools/installed
 # The schema of the AWS provider that bentoctl/aws-ec2 is written for (6.25), as text: tests hold our Terraform against it.
 AWS_PROVIDER_SCHEMA := cdktf-cdktf-provider-aws==21.22.1
 WEIGHTS := $(if $(filter fp16,$(PRECISION)),fp16/models/v1_4_fp16,fp32/models/v1_4)
 CODE := stable_diffusion fp32/service.py fp16/service.py tests benchmarks bentoctl/aws-ec2
+
+# The checks run while the tools of the tests are installed.
+MAKEFLAGS += --jobs=2
 
 # BentoML and the hub's client report usage to their makers unless told not to.
 export BENTOML_DO_NOT_TRACK := True
@@ -33,12 +39,12 @@ export PYTHONWARNINGS := ignore:pkg_resources is deprecated:UserWarning
 $(INSTALLED): requirements.txt requirements-runtime.txt requirements.lock bentoctl/aws-ec2/requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check --quiet --requirement requirements.txt --constraint requirements.lock
+	$(INSTALL) --requirement requirements.txt --constraint requirements.lock
 	@touch $@
 
 $(TOOLS_INSTALLED): requirements-tools.txt requirements-tools.lock $(INSTALLED)
 	$(PYTHON) -m venv .venv/tools
-	.venv/tools/bin/pip install --disable-pip-version-check --quiet --requirement requirements-tools.txt --constraint requirements-tools.lock
+	$(INSTALL_TOOLS) --requirement requirements-tools.txt --constraint requirements-tools.lock
 	$(BIN)/pip download --disable-pip-version-check --quiet --no-deps --dest .venv/aws-provider-schema $(AWS_PROVIDER_SCHEMA)
 	@touch $@
 

@@ -53,7 +53,7 @@ def answering_errors(
     return answer
 
 
-def known_error(error: Exception, where: str) -> ServiceError:
+def known_error(error: BaseException, where: str) -> ServiceError:
     """What is told of an error. One that nobody foresaw goes to the log, with `where`."""
     if isinstance(error, ServiceError):
         return error
@@ -133,7 +133,11 @@ def error_event(error: Exception, where: str) -> bytes:
 
 
 def _as_data(content: bytes, image_format: ImageFormat) -> dict[str, str]:
-    return {"media_type": MEDIA_TYPES[image_format], "image": base64.b64encode(content).decode("ascii")}
+    return {"media_type": MEDIA_TYPES[image_format], "image": as_base64(content)}
+
+
+def as_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
 
 
 def parameters_of(task: Task, picture: Picture, model: ModelFolder) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import bentoml
@@ -118,8 +119,8 @@ class _FrontDoor:
             return await _refusal(path, 403, "cross_site", message)(scope, receive, send)
         if template in self._pages and method != "OPTIONS":
             return await self._pages[template](scope, receive, send)
-        inner = {**scope, "path": template, "raw_path": template.encode(), "path_values": path_values, "job_id": new_job_id()}
-        await self._app(inner, receive, _naming(inner["job_id"], send) if method == "POST" else send)
+        inner = {**scope, "path": template, "raw_path": template.encode(), "path_values": path_values, "job": _NamedJob(new_job_id())}
+        await self._app(inner, receive, _naming(inner["job"], send) if method == "POST" else send)
 
     def _is_from_elsewhere(self, headers: Headers) -> bool:
         """Browsers say so by a header that pages cannot set; whatever is no browser does not send it."""
@@ -147,12 +148,19 @@ _READING_METHODS = ("GET", "HEAD", "OPTIONS")
 _TEMPLATE_NAME = re.compile(r"{(\w+)}")
 
 
-def _naming(job_id: str, send: Send) -> Send:
-    """Add the header Job-Id to the answer, unless that names another job."""
+@dataclass
+class _NamedJob:
+    """The job that a request is for; a door may find that it is one that was there before."""
+
+    id: str
+
+
+def _naming(job: _NamedJob, send: Send) -> Send:
+    """Add the header Job-Id to the answer."""
 
     async def named(message: Message) -> None:
         if message["type"] == "http.response.start":
-            MutableHeaders(scope=message).setdefault("Job-Id", job_id)
+            MutableHeaders(scope=message)["Job-Id"] = job.id
         await send(message)
 
     return named

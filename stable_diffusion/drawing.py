@@ -20,14 +20,15 @@ from starlette.concurrency import run_in_threadpool
 from stable_diffusion.answers import known_error
 from stable_diffusion.backend import Backend
 from stable_diffusion.engine.job import Picture, Progress, Task
-from stable_diffusion.errors import JobsUnavailable, ModelUnavailable
+from stable_diffusion.errors import GenerationFailed, JobsUnavailable, ModelUnavailable
 from stable_diffusion.jobs import JobRecord, Ticket
 from stable_diffusion.runnable import pack_task, unpack_news
 
 logger = logging.getLogger("stable_diffusion")
 
 _LOOK_AGAIN_S = 0.1
-_FETCHED_WITHIN_S = 10.0
+_TIME_TO_FETCH_S = 10.0
+_HELD_AGAIN_S = 20.0
 
 
 async def draw(runner: bentoml.Runner, task: Task, ticket: Ticket) -> Picture:
@@ -64,7 +65,9 @@ async def news_of(runner: bentoml.Runner, task: Task, ticket: Ticket, *, follow:
                     one = await run_in_threadpool(unpack_news, line)
                     has_picture = isinstance(one, Picture)
                     yield one
-    except (BentoMLException, aiohttp.ClientError, asyncio.TimeoutError) as error:
+    except asyncio.TimeoutError:
+        raise GenerationFailed("the picture was not finished within the time that the server's configuration allows") from None
+    except (BentoMLException, aiohttp.ClientError) as error:
         logger.error("The runner did not answer: %s", error)
         raise ModelUnavailable("the model process cannot be reached, try again in a minute") from None
     finally:
@@ -81,20 +84,22 @@ def draw_unattended(backend: Backend, task: Task, ticket: Ticket) -> None:
 
     async def hold() -> None:
         with backend.unfinished.piece_of_work(), suppress(JobsUnavailable):
-            try:
-                await draw(backend.runner, task, ticket)
-            except Exception as error:
-                await run_in_threadpool(backend.jobs.abandon, ticket.job_id, known_error(error, f"Job {ticket.job_id}"))
-            await _fetched_or_late(backend, ticket.job_id)
+            drawing = asyncio.ensure_future(draw(backend.runner, task, ticket))
+            while not (await asyncio.wait({drawing}, timeout=_HELD_AGAIN_S))[0]:
+                await run_in_threadpool(backend.jobs.note_held, ticket.job_id)
+            error = drawing.exception() or GenerationFailed("the picture was drawn and could not be kept")
+            # Nothing happens to a job that has its end already.
+            await run_in_threadpool(backend.jobs.abandon, ticket.job_id, known_error(error, f"Job {ticket.job_id}"))
+            await _time_to_fetch(backend, ticket.job_id)
 
     holding = asyncio.create_task(hold())
     _held.add(holding)
     holding.add_done_callback(_held.discard)
 
 
-async def _fetched_or_late(backend: Backend, job_id: str) -> None:
+async def _time_to_fetch(backend: Backend, job_id: str) -> None:
     """A server that stops takes its pictures with it: whoever waited for one has a moment to fetch it."""
-    deadline = time.monotonic() + _FETCHED_WITHIN_S
+    deadline = time.monotonic() + _TIME_TO_FETCH_S
     while time.monotonic() < deadline:
         if backend.unfinished.is_stopping and not await run_in_threadpool(backend.jobs.is_to_be_fetched, job_id):
             return

@@ -40,6 +40,7 @@ class ServiceError(Exception):
 
     status = 500
     type = "internal_error"
+    retry_after_s: int | None = None
 
     def __init__(
         self,
@@ -51,7 +52,8 @@ class ServiceError(Exception):
     ) -> None:
         super().__init__(message)
         self.message = message
-        self.retry_after_s = retry_after_s
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
         self.problems = problems if problems is not None else [FieldError(field, message)]
 
 
@@ -136,11 +138,13 @@ class InternalError(ServiceError):
 class JobsUnavailable(ServiceError):
     status = 503
     type = "jobs_unavailable"
+    retry_after_s = 10
 
 
 class ModelUnavailable(ServiceError):
     status = 503
     type = "model_unavailable"
+    retry_after_s = 60
 
 
 def error_of_type(type: str, message: str) -> ServiceError:

@@ -24,6 +24,7 @@ MEDIA_TYPES: dict[ImageFormat, str] = {"jpeg": "image/jpeg", "png": "image/png",
 
 MAX_UPLOAD_BYTES = 20 * 2**20
 MAX_UPLOAD_PIXELS = 4096 * 4096
+UPLOADS_IN_WORDS = f"PNG, JPEG or WebP of at most {MAX_UPLOAD_BYTES // 2**20} MiB and {MAX_UPLOAD_PIXELS // 10**6} million pixels."
 _QUALITY = 95
 _SAME_PROPORTIONS = 0.02  # a mask drawn on a scaled down picture is off by a pixel
 

@@ -23,6 +23,7 @@ from PIL import Image
 
 from stable_diffusion.engine.job import Picture, Progress, Task
 from stable_diffusion.errors import (
+    Cancelled,
     GenerationFailed,
     IdempotencyMismatch,
     JobsUnavailable,
@@ -33,6 +34,7 @@ from stable_diffusion.errors import (
     UnknownJob,
     error_of_type,
 )
+from stable_diffusion.images import ImageFormat
 
 logger = logging.getLogger("stable_diffusion")
 
@@ -41,7 +43,8 @@ PICTURES_KEPT = 100
 MAX_UNATTENDED = 64  # that are not finished; each holds one of BentoML's connections to the runner, of which there are 800
 _JOBS_REMEMBERED_S = 24 * 3600
 _JOBS_REMEMBERED = 10_000
-_UNCLAIMED_S = 60  # an API worker that died before it handed the job to a runner
+_HELD_FOR_S = 60  # without word from the API worker that is to hand the job to a runner, it is taken for dead
+_GIVEN_UP_S = 10
 _BUSY_TIMEOUT_S = 5
 
 State = Literal["queued", "running", "completed", "failed", "cancelled"]
@@ -51,10 +54,11 @@ CREATE TABLE IF NOT EXISTS jobs (
     id TEXT NOT NULL, image_index INTEGER NOT NULL, owner TEXT NOT NULL, unattended INTEGER NOT NULL, task TEXT NOT NULL,
     runner INTEGER, state TEXT NOT NULL, position INTEGER NOT NULL, step INTEGER NOT NULL, steps INTEGER NOT NULL, seconds_left REAL,
     preview BLOB, cancel INTEGER NOT NULL DEFAULT 0, created_at REAL NOT NULL, ended_at REAL, outcome TEXT, picture BLOB,
-    fetched INTEGER NOT NULL DEFAULT 0,
+    fetched INTEGER NOT NULL DEFAULT 0, held_at REAL, image_format TEXT,
     UNIQUE (id, image_index)
 );
 CREATE INDEX IF NOT EXISTS unfinished ON jobs (owner) WHERE ended_at IS NULL;
+CREATE INDEX IF NOT EXISTS to_cancel ON jobs (runner) WHERE cancel = 1;
 CREATE INDEX IF NOT EXISTS ended ON jobs (ended_at) WHERE ended_at IS NOT NULL;
 CREATE INDEX IF NOT EXISTS kept ON jobs (ended_at) WHERE picture IS NOT NULL;
 CREATE TABLE IF NOT EXISTS idempotency_keys (
@@ -75,7 +79,7 @@ class Ticket:
 
 @dataclass(frozen=True)
 class JobRecord:
-    """What is known of one picture of a job. Times in seconds since 1970; `progress.preview` is not in it."""
+    """What is known of one picture of a job. Times in seconds since 1970; the preview is not in `progress`."""
 
     id: str
     index: int
@@ -83,7 +87,9 @@ class JobRecord:
     unattended: bool
     state: State
     progress: Progress
-    preview: Image.Image | None
+    is_estimated: bool  # else its place and the seconds that are left are not known yet
+    preview_png: bytes | None
+    image_format: ImageFormat | None  # that was asked for
     created_at: float
     ended_at: float | None
     outcome: dict[str, Any]
@@ -92,6 +98,10 @@ class JobRecord:
     @property
     def is_ended(self) -> bool:
         return self.ended_at is not None
+
+    @property
+    def preview(self) -> Image.Image | None:
+        return None if self.preview_png is None else _image(self.preview_png)
 
     @property
     def kept_until(self) -> float | None:
@@ -109,7 +119,6 @@ class JobRecord:
             raise PictureNotKept("the picture of this job was sent to the client that asked for it and is not kept")
         if self.picture is None:
             raise PictureExpired(f"the picture is gone: the last {PICTURES_KEPT} are kept, for {PICTURES_KEPT_S // 60} minutes")
-
         return Picture(_image(self.picture), **self.outcome)
 
 
@@ -184,8 +193,7 @@ class Jobs:
                 "dtype": outcome.dtype,
             }
         else:
-            state = "cancelled" if outcome.type == "cancelled" else "failed"
-            described = {"type": outcome.type, "message": outcome.message}
+            state, described = _state_of(outcome), {"type": outcome.type, "message": outcome.message}
         now = time.time()
         with self._database() as database:
             database.execute(
@@ -196,9 +204,12 @@ class Jobs:
             _forget(database, now)
 
     def to_cancel(self, runner: int) -> list[tuple[str, int]]:
-        """The (id, index) of the jobs of this runner whose cancellation was asked for."""
+        """The (id, index) of the jobs of this runner whose cancellation was asked for, or that were given up elsewhere a moment ago."""
         with self._database() as database:
-            rows = database.execute("SELECT id, image_index FROM jobs WHERE ended_at IS NULL AND cancel = 1 AND runner = ?", (runner,))
+            rows = database.execute(
+                "SELECT id, image_index FROM jobs WHERE runner = ? AND cancel = 1 AND (ended_at IS NULL OR ended_at > ?)",
+                (runner, time.time() - _GIVEN_UP_S),
+            )
             return [(row["id"], row["image_index"]) for row in rows]
 
     def fail_what_was_left(self, runner: int) -> None:
@@ -208,7 +219,9 @@ class Jobs:
 
     # --- API workers ---------------------------------------------------------------------------------
 
-    def accept(self, ticket: Ticket, task: Task, idempotency_key: str | None, fingerprint: str) -> str:
+    def accept(
+        self, ticket: Ticket, task: Task, idempotency_key: str | None, fingerprint: str, image_format: ImageFormat | None = None
+    ) -> str:
         """Take on a job that nobody waits for; the caller has to hand it to a runner. Returns its id.
 
         That is another one than the ticket's if `idempotency_key` was used by this owner before: then there is nothing to hand over.
@@ -221,14 +234,16 @@ class Jobs:
                 if known["fingerprint"] != fingerprint:
                     raise IdempotencyMismatch("Idempotency-Key: was used for another request", field="Idempotency-Key")
                 return str(known["job_id"])
+            _fail(database, _UNCLAIMED, (time.time() - _HELD_FOR_S,))
             (unfinished,) = database.execute("SELECT count(*) FROM jobs WHERE ended_at IS NULL AND unattended = 1").fetchone()
             if unfinished >= MAX_UNATTENDED:
                 (soonest,) = database.execute("SELECT min(seconds_left) FROM jobs WHERE ended_at IS NULL AND unattended = 1").fetchone()
                 raise TooManyJobs(
-                    f"{unfinished} jobs that nobody waits for are not finished, more are not accepted",
+                    f"{unfinished} jobs with Prefer: respond-async or an Idempotency-Key are not finished, more are not accepted",
                     retry_after_s=max(1, round(soonest or 1)),
                 )
             _insert(database, ticket, task, None)
+            database.execute("UPDATE jobs SET held_at = ?, image_format = ? WHERE id = ?", (time.time(), image_format, ticket.job_id))
             if key is not None:
                 database.execute(
                     "INSERT OR REPLACE INTO idempotency_keys VALUES (?, ?, ?, ?)", (key, fingerprint, ticket.job_id, time.time())
@@ -247,9 +262,12 @@ class Jobs:
     def get(self, job_id: str) -> list[JobRecord]:
         """A record for each picture of the job. Raises UnknownJob."""
         now = time.time()
+        find = "SELECT * FROM jobs WHERE id = ? ORDER BY image_index"
         with self._database() as database:
-            _fail(database, "id = ? AND runner IS NULL AND created_at < ?", (job_id, now - _UNCLAIMED_S))
-            rows = database.execute("SELECT * FROM jobs WHERE id = ? ORDER BY image_index", (job_id,)).fetchall()
+            rows = database.execute(find, (job_id,)).fetchall()
+            if any(row["ended_at"] is None and row["runner"] is None and row["held_at"] < now - _HELD_FOR_S for row in rows):
+                _fail(database, _UNCLAIMED, (now - _HELD_FOR_S,))
+                rows = database.execute(find, (job_id,)).fetchall()
         if not rows:
             raise UnknownJob("no such job; a finished one is forgotten after a day, and another server knows nothing of it")
         return [_record(row, now) for row in rows]
@@ -257,6 +275,11 @@ class Jobs:
     def cancel(self, job_id: str) -> None:
         with self._database() as database:
             database.execute("UPDATE jobs SET cancel = 1 WHERE id = ? AND ended_at IS NULL", (job_id,))
+
+    def note_held(self, job_id: str) -> None:
+        """The API worker that hands the job to a runner lives, and waits for the runner to take it."""
+        with self._database() as database:
+            database.execute("UPDATE jobs SET held_at = ? WHERE id = ? AND runner IS NULL", (time.time(), job_id))
 
     def note_fetched(self, job_id: str) -> None:
         with self._database() as database:
@@ -278,7 +301,7 @@ class Jobs:
             database.execute("UPDATE jobs SET cancel = 1 WHERE owner = ? AND ended_at IS NULL", (owner,))
 
     def abandon(self, job_id: str, error: ServiceError) -> None:
-        """The runner could not be reached, or went away: the job's end, if it has none yet."""
+        """The job's end, if it has none yet; a runner that draws it all the same stops."""
         with self._database() as database:
             _fail(database, "id = ?", (job_id,), error)
 
@@ -314,12 +337,20 @@ def _insert(database: sqlite3.Connection, ticket: Ticket, task: Task, runner: in
     )
 
 
+_UNCLAIMED = "runner IS NULL AND held_at < ?"
+
+
 def _fail(database: sqlite3.Connection, which: str, values: tuple[object, ...], error: ServiceError | None = None) -> None:
     error = error or GenerationFailed("the model process stopped before the picture was finished")
     database.execute(
-        f"UPDATE jobs SET state = 'failed', outcome = ?, ended_at = ?, preview = NULL WHERE {which} AND ended_at IS NULL",
-        (json.dumps({"type": error.type, "message": error.message}), time.time(), *values),
+        "UPDATE jobs SET state = ?, outcome = ?, ended_at = ?, cancel = 1, position = 0, seconds_left = 0, preview = NULL"
+        f" WHERE {which} AND ended_at IS NULL",
+        (_state_of(error), json.dumps({"type": error.type, "message": error.message}), time.time(), *values),
     )
+
+
+def _state_of(error: ServiceError) -> State:
+    return "cancelled" if isinstance(error, Cancelled) else "failed"
 
 
 def _forget(database: sqlite3.Connection, now: float) -> None:
@@ -343,7 +374,9 @@ def _record(row: sqlite3.Row, now: float) -> JobRecord:
         unattended=bool(row["unattended"]),
         state=row["state"],
         progress=Progress(row["position"], row["step"], row["steps"], row["seconds_left"] or 0.0),
-        preview=None if row["preview"] is None else _image(row["preview"]),
+        is_estimated=row["seconds_left"] is not None,
+        preview_png=row["preview"],
+        image_format=row["image_format"],
         created_at=row["created_at"],
         ended_at=row["ended_at"],
         outcome=json.loads(row["outcome"] or "{}"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any
 
@@ -28,7 +29,7 @@ from stable_diffusion.answers import (
 from stable_diffusion.backend import Backend
 from stable_diffusion.drawing import follow
 from stable_diffusion.engine.job import Progress
-from stable_diffusion.errors import NotAcceptable
+from stable_diffusion.errors import JobsUnavailable, NotAcceptable
 from stable_diffusion.images import MEDIA_TYPES, ImageFormat
 from stable_diffusion.jobs import JobRecord, State
 from stable_diffusion.reading import accepted_types
@@ -39,7 +40,7 @@ _ASK_AGAIN_S = 1
 
 def routes(backend: Backend) -> list[Route]:
     async def job(request: Request) -> Response:
-        return JSONResponse(description(await _records(request, backend)))
+        return JSONResponse(description(await _records(request, backend)), headers=followed_headers())
 
     async def cancel(request: Request) -> Response:
         job_id = request.scope["path_values"]["job_id"]
@@ -51,21 +52,26 @@ def routes(backend: Backend) -> list[Route]:
 
     async def events(request: Request) -> Response:
         records = await _records(request, backend)
-        return event_stream(events_of(backend, records[0].id, accepted_types(request).image_format or "jpeg"))
+        return event_stream(events_of(backend, records[0].id, records[0].image_format or accepted_types(request).image_format or "jpeg"))
 
     async def picture(request: Request) -> Response:
         records = await _records(request, backend)
-        image_format = accepted_types(request).image_format
+        image_format = records[0].image_format or accepted_types(request).image_format
         if image_format is None:
             raise NotAcceptable(f"Accept allows none of {', '.join(MEDIA_TYPES.values())}", field="Accept")
         if not _is_ended(records):
             return accepted_answer(records)
-        return await run_in_threadpool(_picture_answer, backend, records[0], image_format)
+        answer = await run_in_threadpool(_picture_answer, backend, records[0], image_format)
+        if request.method != "HEAD":
+            await _note_fetched(backend, records[0])
+        return answer
 
+    follow_events = Route("/jobs/{job_id}/events", answering_errors(events), methods=["GET"])
+    follow_events.methods = {"GET"}  # not HEAD, which would wait for the job's end without a word
     return [
         Route("/jobs/{job_id}", answering_errors(job), methods=["GET"]),
         Route("/jobs/{job_id}", answering_errors(cancel), methods=["DELETE"]),
-        Route("/jobs/{job_id}/events", answering_errors(events), methods=["GET"]),
+        follow_events,
         Route("/jobs/{job_id}/picture", answering_errors(picture), methods=["GET"]),
     ]
 
@@ -76,22 +82,29 @@ async def _records(request: Request, backend: Backend) -> list[JobRecord]:
 
 def accepted_answer(records: Sequence[JobRecord]) -> Response:
     """202: the job is being drawn, and where to ask."""
-    headers = {"Location": f"/jobs/{records[0].id}", "Retry-After": str(_ASK_AGAIN_S), "Job-Id": records[0].id}
+    headers = {"Location": f"/jobs/{records[0].id}", "Retry-After": str(_ASK_AGAIN_S)}
     return JSONResponse(description(records), 202, headers | followed_headers())
 
 
 async def awaited_picture(backend: Backend, job_id: str, image_format: ImageFormat) -> Response:
     """The picture of an unattended job, as soon as it is there."""
-    records = [records async for records in follow(backend, job_id)][-1]
-    answer = await run_in_threadpool(_picture_answer, backend, records[0], image_format)
-    answer.headers.update({"Job-Id": job_id} | followed_headers())
+    last: list[JobRecord] = []
+    async for records in follow(backend, job_id):
+        last = records
+    answer = await run_in_threadpool(_picture_answer, backend, last[0], image_format)
+    await _note_fetched(backend, last[0])
+    answer.headers.update(followed_headers())
     return answer
 
 
 def _picture_answer(backend: Backend, record: JobRecord, image_format: ImageFormat) -> Response:
-    answer = picture_answer(record.task, record.finished(), backend.model(), image_format)
-    backend.jobs.note_fetched(record.id)
-    return answer
+    return picture_answer(record.task, record.finished(), backend.model(), image_format)
+
+
+async def _note_fetched(backend: Backend, record: JobRecord) -> None:
+    """A picture that is here is sent, whether that can be noted or not."""
+    with suppress(JobsUnavailable):
+        await run_in_threadpool(backend.jobs.note_fetched, record.id)
 
 
 async def events_of(backend: Backend, job_id: str, image_format: ImageFormat) -> AsyncGenerator[bytes, None]:
@@ -102,26 +115,32 @@ async def events_of(backend: Backend, job_id: str, image_format: ImageFormat) ->
         async for records in follow(backend, job_id):
             if not _is_ended(records):
                 progress = _progress(records)
+                if not _is_estimated(records):
+                    continue
                 if (now := (progress.position, progress.step)) != told:
                     yield progress_event(progress)
                     told = now
-                if records[0].preview is not None and records[0].preview != preview:
-                    preview = records[0].preview
-                    yield await run_in_threadpool(preview_event, progress.step, preview, records[0].task)
+                if records[0].preview_png is not None and records[0].preview_png != preview:
+                    preview = records[0].preview_png
+                    yield await run_in_threadpool(_preview_event, records[0])
             elif (error := next((record.error for record in records if record.error is not None), None)) is not None:
                 raise error
             elif records[0].picture is None:
                 yield server_sent.event("completed", {"job": description(records)})
             else:
                 yield await run_in_threadpool(_completed_event, backend, records[0], image_format)
+                await _note_fetched(backend, records[0])
     except Exception as error:
         yield error_event(error, "The stream of events of a job")
 
 
 def _completed_event(backend: Backend, record: JobRecord, image_format: ImageFormat) -> bytes:
-    event = completed_event(record.task, record.finished(), backend.model(), image_format)
-    backend.jobs.note_fetched(record.id)
-    return event
+    return completed_event(record.task, record.finished(), backend.model(), image_format)
+
+
+def _preview_event(record: JobRecord) -> bytes:
+    assert record.preview is not None
+    return preview_event(record.progress.step, record.preview, record.task)
 
 
 def description(records: Sequence[JobRecord]) -> dict[str, Any]:
@@ -134,10 +153,10 @@ def description(records: Sequence[JobRecord]) -> dict[str, Any]:
         "state": _state(records),
         "kind": first.task.kind,
         "images": len(records),
-        "position": progress.position,
+        "position": progress.position if _is_estimated(records) else None,
         "step": progress.step,
         "steps": progress.steps,
-        "seconds_left": round(progress.seconds_left, 1),
+        "seconds_left": round(progress.seconds_left, 1) if _is_estimated(records) else None,
         "created_at": _iso(first.created_at),
         "ended_at": _iso(max(ended)) if _is_ended(records) else None,
         "picture": f"/jobs/{first.id}/picture" if first.picture is not None else None,
@@ -148,6 +167,10 @@ def description(records: Sequence[JobRecord]) -> dict[str, Any]:
 
 def _is_ended(records: Sequence[JobRecord]) -> bool:
     return all(record.is_ended for record in records)
+
+
+def _is_estimated(records: Sequence[JobRecord]) -> bool:
+    return all(record.is_estimated for record in records)
 
 
 def _state(records: Sequence[JobRecord]) -> State:

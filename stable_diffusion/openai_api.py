@@ -5,7 +5,6 @@ Knows nothing of validation, and does not know the model's limits.
 
 from __future__ import annotations
 
-import base64
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -20,11 +19,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from stable_diffusion import events, images
-from stable_diffusion.answers import answering_errors, event_stream, image_file, known_error, sendable
+from stable_diffusion.answers import answering_errors, as_base64, event_stream, image_file, known_error, sendable
 from stable_diffusion.backend import Backend
 from stable_diffusion.drawing import draw_all, news_of
 from stable_diffusion.engine.job import Picture, Progress, Task
-from stable_diffusion.errors import InvalidRequest, ModelNotFound, ModelUnavailable, ServiceError
+from stable_diffusion.errors import InvalidRequest, ModelNotFound, ServiceError
 from stable_diffusion.jobs import Ticket
 from stable_diffusion.openai_requests import OpenaiParameters, parse_edit, parse_generation, read_texts
 from stable_diffusion.reading import file_part, opened_form, read_json_body, ticket_of, while_connected
@@ -32,7 +31,6 @@ from stable_diffusion.tasks import image_task, one_of_several, text_task
 from stable_diffusion.weights import ModelFolder
 
 PREFIXES = ("/v1/",)
-_RETRY_AFTER_S = 60
 _PARAMS = {"width": "size", "height": "size"}  # our field, OpenAI's parameter
 
 Event = Literal["image_generation", "image_edit"]
@@ -76,6 +74,8 @@ async def _read_edit(request: Request) -> tuple[dict[str, str], bytes, bytes | N
         if count > 1:
             raise InvalidRequest(f"image: {count} were sent, exactly one can be edited", field="image")
         content = await file_part(form, "image[]" if "image[]" in form else "image")
+        if len(form.getlist("mask")) > 1:
+            raise InvalidRequest("mask: is given more than once", field="mask")
         mask = await file_part(form, "mask") if "mask" in form else None
         return _texts(form), content, mask
 
@@ -115,9 +115,13 @@ async def _answer(request: Request, backend: Backend, event: Event, task: Task, 
         return event_stream(_events(backend, event, task, ticket, own))
     tasks = [one_of_several(task, index) for index in range(own.n)]
     pictures = await while_connected(request, draw_all(backend.runner, tasks, ticket))
-    model = backend.model()
-    data = [await _described(one, picture, model, own) for one, picture in zip(tasks, pictures, strict=True)]
-    return JSONResponse({"created": int(time.time()), "data": data, **_look(task, own)})
+    return await run_in_threadpool(_pictures_answer, tasks, pictures, backend.model(), own)
+
+
+def _pictures_answer(tasks: list[Task], pictures: list[Picture], model: ModelFolder, own: OpenaiParameters) -> Response:
+    """Encodes: not for an event loop."""
+    data = [_described(one, picture, model, own) for one, picture in zip(tasks, pictures, strict=True)]
+    return JSONResponse({"created": int(time.time()), "data": data, **_look(tasks[0], own)})
 
 
 async def _events(backend: Backend, event: Event, task: Task, ticket: Ticket, own: OpenaiParameters) -> AsyncGenerator[bytes, None]:
@@ -129,11 +133,10 @@ async def _events(backend: Backend, event: Event, task: Task, ticket: Ticket, ow
             async for one in news:
                 # One more than asked for may fall on the last steps.
                 if isinstance(one, Progress) and one.preview is not None and sent < own.partial_images:
-                    content = await run_in_threadpool(images.encode_preview, one.preview, (task.width, task.height), own.output_format)
-                    yield _event(f"{event}.partial_image", task, own, {"b64_json": _base64(content), "partial_image_index": sent})
+                    yield await run_in_threadpool(_partial_event, f"{event}.partial_image", task, one.preview, sent, own)
                     sent += 1
                 elif isinstance(one, Picture):
-                    yield _event(f"{event}.completed", task, own, {**await _described(task, one, backend.model(), own), "usage": _NO_USAGE})
+                    yield await run_in_threadpool(_completed_event, f"{event}.completed", task, one, backend.model(), own)
     except Exception as error:
         known = known_error(error, f"The stream of events of an {event}")
         yield events.event("error", {"type": "error", **_error_body(known.status, known.type, known.message, _param(known))})
@@ -149,6 +152,17 @@ def _steps_between(partial_images: int, task: Task) -> int:
     return max(1, int(task.num_inference_steps * task.strength) // (partial_images + 1))
 
 
+def _partial_event(name: str, task: Task, preview: Image.Image, index: int, own: OpenaiParameters) -> bytes:
+    """Encodes: not for an event loop."""
+    content = images.encode_preview(preview, (task.width, task.height), own.output_format)
+    return _event(name, task, own, {"b64_json": as_base64(content), "partial_image_index": index})
+
+
+def _completed_event(name: str, task: Task, picture: Picture, model: ModelFolder, own: OpenaiParameters) -> bytes:
+    """Encodes: not for an event loop."""
+    return _event(name, task, own, {**_described(task, picture, model, own), "usage": _NO_USAGE})
+
+
 def _event(name: str, task: Task, own: OpenaiParameters, data: dict[str, Any]) -> bytes:
     return events.event(name, {"type": name, "created_at": int(time.time()), "quality": "auto", **_look(task, own), **data})
 
@@ -161,28 +175,23 @@ def _look(task: Task, own: OpenaiParameters) -> dict[str, str]:
     return {"size": f"{task.width}x{task.height}", "output_format": own.output_format, "background": "opaque"}
 
 
-async def _described(task: Task, picture: Picture, model: ModelFolder, own: OpenaiParameters) -> dict[str, Any]:
+def _described(task: Task, picture: Picture, model: ModelFolder, own: OpenaiParameters) -> dict[str, Any]:
     """A finished picture and what OpenAI's clients do not ask for but keep. `safety_flagged` is null where nobody looked."""
-    content = await run_in_threadpool(image_file, task, picture, model, own.output_format, own.output_compression)
+    content = image_file(task, picture, model, own.output_format, own.output_compression)
     dropped = {"prompt_dropped": picture.dropped_prompt, "negative_prompt_dropped": picture.dropped_negative_prompt}
     return {
-        "b64_json": _base64(content),
+        "b64_json": as_base64(content),
         "seed": task.seed,
         "safety_flagged": picture.flagged,
         **{name: text for name, text in dropped.items() if text},
     }
 
 
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode("ascii")
-
-
 def error_answer(error: ServiceError) -> Response:
     """An error in OpenAI's form."""
     headers: dict[str, str] = {}
-    retry_after_s = _RETRY_AFTER_S if isinstance(error, ModelUnavailable) else error.retry_after_s
-    if retry_after_s is not None:
-        headers["Retry-After"] = str(retry_after_s)
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(error.retry_after_s)
     elif error.status >= 500:
         headers["x-should-retry"] = "false"  # the official clients would pay for the same failure three times
     return JSONResponse(_error_body(error.status, error.type, error.message, _param(error)), error.status, headers)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from stable_diffusion import events
-from stable_diffusion.images import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS
-from stable_diffusion.openai_requests import OpenaiParameters, drawing_fields
+from stable_diffusion.images import UPLOADS_IN_WORDS
+from stable_diffusion.openai_requests import ALIASES, OpenaiParameters, drawing_fields
 from stable_diffusion.requests import GenerationRequest, ImageToImageRequest, TextToImageRequest
 
 TAG = {"name": "openai", "description": "OpenAI's images API, for its clients"}
-_PICTURE = f"PNG, JPEG or WebP of at most {MAX_UPLOAD_BYTES // 2**20} MiB and {MAX_UPLOAD_PIXELS // 10**6} million pixels."
 _EXAMPLE = {"prompt": "a small red circle on a blue background", "n": 2, "size": "auto", "seed": 1, "num_inference_steps": 20}
 _ERRORS = {
     "400": "A parameter is missing, unknown, malformed or out of range; `param` names it.",
@@ -45,7 +44,7 @@ def schemas() -> dict[str, Any]:
         "image": {
             "type": "string",
             "format": "binary",
-            "description": f"The picture to edit, exactly one; `image[]` is the same. {_PICTURE}",
+            "description": f"The picture to edit, exactly one; `image[]` is the same. {UPLOADS_IN_WORDS}",
         },
         "mask": {
             "type": "string",
@@ -69,10 +68,11 @@ def schemas() -> dict[str, Any]:
 def _parameters(model: type[GenerationRequest]) -> dict[str, Any]:
     ours = model.model_json_schema()["properties"]
     drawing = {name: ours[name] for name in drawing_fields(model)}
+    aliases = {alias: ours[name] | {"description": f"Another name of {name}."} for alias, name in ALIASES.items()}
     return {
         "type": "object",
         "required": ["prompt"],
-        "properties": drawing | OpenaiParameters.model_json_schema()["properties"],
+        "properties": drawing | OpenaiParameters.model_json_schema()["properties"] | aliases,
         "additionalProperties": False,
     }
 

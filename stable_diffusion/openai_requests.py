@@ -19,6 +19,7 @@ MAX_PARTIAL_IMAGES = 3  # OpenAI's limit
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 # These come by other names: `size`, `partial_images`, and `output_format` with OpenAI's default.
 _RENAMED = ("width", "height", "preview_every_steps", "output_format")
+ALIASES = {"steps": "num_inference_steps", "cfg_scale": "guidance_scale"}  # what some clients call our extensions
 
 
 def _known_size(size: str) -> str:
@@ -38,6 +39,7 @@ class OpenaiParameters(BaseModel):
         "auto",
         description="WIDTHxHEIGHT, multiples of 8 from 64 to 1024; auto is the model's native size, or as the input image asks for.",
         examples=["auto"],
+        json_schema_extra={"pattern": f"^(auto|{_SIZE.pattern})$"},
     )
     response_format: Literal["b64_json"] = Field("b64_json", description="Pictures are sent in the answer; there are no URLs.")
     output_format: ImageFormat = Field("png", description="Image format.")
@@ -46,20 +48,20 @@ class OpenaiParameters(BaseModel):
     stream: bool = Field(False, description="Answer with server-sent events. For one picture only.")
     partial_images: int = Field(0, ge=0, le=MAX_PARTIAL_IMAGES, description="With stream: how many coarse looks at the unfinished picture.")
     # What follows makes no difference here and is accepted because clients send it.
-    quality: str = Field("auto", description="Ignored.")
-    style: str | None = Field(None, description="Ignored.")
-    moderation: str | None = Field(None, description="Ignored; see safety_check.")
-    input_fidelity: str | None = Field(None, description="Ignored; see strength.")
-    complexity: str | None = Field(None, description="Ignored.")
-    user: str | None = Field(None, description="Ignored.")
-    safety_identifier: str | None = Field(None, description="Ignored.")
+    quality: Any = Field("auto", description="Ignored.")
+    style: Any = Field(None, description="Ignored.")
+    moderation: Any = Field(None, description="Ignored; see safety_check.")
+    input_fidelity: Any = Field(None, description="Ignored; see strength.")
+    complexity: Any = Field(None, description="Ignored.")
+    user: Any = Field(None, description="Ignored.")
+    safety_identifier: Any = Field(None, description="Ignored.")
 
 
 Drawn = TypeVar("Drawn", bound=GenerationRequest)
 
 
 def parse_generation(document: dict[str, Any]) -> tuple[OpenaiParameters, TextToImageRequest]:
-    """Raises InvalidRequest; a size that is out of range is reported as our `width` or `height`."""
+    """Raises InvalidRequest; a size that is out of range is reported as our `width` or `height`, an alias by our name."""
     return _parsed(document, TextToImageRequest)
 
 
@@ -74,15 +76,22 @@ def drawing_fields(model: type[GenerationRequest]) -> list[str]:
 
 
 def _parsed(document: dict[str, Any], model: type[Drawn]) -> tuple[OpenaiParameters, Drawn]:
-    allowed = [*OpenaiParameters.model_fields, *drawing_fields(model)]
+    allowed = [*OpenaiParameters.model_fields, *drawing_fields(model), *ALIASES]
     for name in document:
         if name not in allowed:
             raise UnknownParameter(f"{name[:60]}: is not a known parameter, allowed are {', '.join(allowed)}", field=name[:60])
-    given = {name: value for name, value in document.items() if value is not None}  # OpenAI's null is the default
+    given = _by_our_names({name: value for name, value in document.items() if value is not None})  # OpenAI's null is the default
     own = validated(OpenaiParameters, {name: value for name, value in given.items() if name in OpenaiParameters.model_fields})
     _check_together(own)
     drawing = {name: value for name, value in given.items() if name not in OpenaiParameters.model_fields}
     return own, validated(model, drawing | _sides(own.size))
+
+
+def _by_our_names(given: dict[str, Any]) -> dict[str, Any]:
+    for alias, name in ALIASES.items():
+        if alias in given and name in given:
+            raise InvalidRequest(f"{alias}: is another name of {name}, only one of them can be given", field=alias)
+    return {ALIASES.get(name, name): value for name, value in given.items()}
 
 
 def _check_together(own: OpenaiParameters) -> None:
@@ -118,4 +127,4 @@ _NUMBERS_AND_FLAGS = {
     for model in (OpenaiParameters, ImageToImageRequest)
     for name, field in model.model_fields.items()
     if {int, float, bool} & {field.annotation, *get_args(field.annotation)}
-}
+} | set(ALIASES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from stable_diffusion import a1111_docs, events, jobs_docs, openai_docs, reproduce_docs, status_docs
-from stable_diffusion.images import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MEDIA_TYPES
+from stable_diffusion.images import MEDIA_TYPES, UPLOADS_IN_WORDS
 from stable_diffusion.requests import GenerationRequest, ImageToImageRequest, TextToImageRequest
 
 _ANSWER_HEADERS = {
@@ -35,7 +35,6 @@ _ERRORS = {
     "503": "The model process cannot be reached.",
 }
 _EXAMPLE = {"prompt": "a small red circle on a blue background", "num_inference_steps": 50, "guidance_scale": 7.5, "seed": 1}
-_PICTURE = f"PNG, JPEG or WebP of at most {MAX_UPLOAD_BYTES // 2**20} MiB and {MAX_UPLOAD_PIXELS // 10**6} million pixels."
 
 
 def document(title: str, version: str) -> dict[str, Any]:
@@ -62,18 +61,20 @@ def document(title: str, version: str) -> dict[str, Any]:
                 "Draw a picture from text",
                 {"application/json": {"schema": _reference(TextToImageRequest), "example": _EXAMPLE}},
             ),
-            "/img2img": _draws("img2img", "Redraw a picture as a text says", _multipart({"img": f"The picture to start from: {_PICTURE}"})),
+            "/img2img": _draws(
+                "img2img", "Redraw a picture as a text says", _multipart({"img": f"The picture to start from: {UPLOADS_IN_WORDS}"})
+            ),
             "/inpaint": _draws(
                 "inpaint",
                 "Repaint a part of a picture",
                 _multipart(
                     {
-                        "img": f"The picture to repaint: {_PICTURE}",
-                        "mask": f"White is repainted, black is kept, grey blends. Of the picture's proportions. {_PICTURE}",
+                        "img": f"The picture to repaint: {UPLOADS_IN_WORDS}",
+                        "mask": f"White is repainted, black is kept, grey blends. Of the picture's proportions. {UPLOADS_IN_WORDS}",
                     }
                 ),
             ),
-            "/reproduce": reproduce_docs.added_to(_draws("reproduce", "Draw a picture again", reproduce_docs.form(_PICTURE))),
+            "/reproduce": reproduce_docs.added_to(_draws("reproduce", "Draw a picture again", reproduce_docs.form(UPLOADS_IN_WORDS))),
             **jobs_docs.paths(),
             **openai_docs.paths(),
             **a1111_docs.paths(),

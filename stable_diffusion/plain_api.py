@@ -35,6 +35,7 @@ from stable_diffusion.reading import (
     prefers_no_waiting,
     read_form,
     read_json_body,
+    rename_job,
     ticket_of,
     while_connected,
 )
@@ -91,9 +92,12 @@ async def answer(
     if image_format is None and not (accepted.events or is_asynchronous):
         raise NotAcceptable(f"Accept allows none of {', '.join((*MEDIA_TYPES.values(), events.MEDIA_TYPE))}", field="Accept")
     if is_asynchronous or key is not None:
-        job_id = await _accept(backend, task, replace(ticket, unattended=True), key, parameters.seed)
+        job_id = await _accept(backend, task, replace(ticket, unattended=True), key, parameters)
+        rename_job(request, job_id)
         if is_asynchronous:
-            return accepted_answer(await run_in_threadpool(backend.jobs.get, job_id))
+            accepted_job = accepted_answer(await run_in_threadpool(backend.jobs.get, job_id))
+            accepted_job.headers["Preference-Applied"] = "respond-async"
+            return accepted_job
         if accepted.events:
             return event_stream(events_of(backend, job_id, image_format or "jpeg"))
         assert image_format is not None
@@ -105,10 +109,10 @@ async def answer(
     return await run_in_threadpool(picture_answer, task, picture, backend.model(), image_format, remarks(picture))
 
 
-async def _accept(backend: Backend, task: Task, ticket: Ticket, key: str | None, seed: int | None) -> str:
+async def _accept(backend: Backend, task: Task, ticket: Ticket, key: str | None, parameters: GenerationRequest) -> str:
     """A job that is drawn to its end, whether anybody waits or not; with a key that was used before, the job of that time."""
-    what = await run_in_threadpool(fingerprint, task, seed)
-    job_id = await run_in_threadpool(backend.jobs.accept, ticket, task, key, what)
+    what = await run_in_threadpool(fingerprint, task, parameters.seed)
+    job_id = await run_in_threadpool(backend.jobs.accept, ticket, task, key, what, parameters.output_format)
     if job_id == ticket.job_id:
         draw_unattended(backend, task, ticket)
     return job_id

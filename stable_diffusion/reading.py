@@ -138,7 +138,12 @@ async def _data_part(form: FormData) -> bytes | str | None:
 
 def ticket_of(request: Request) -> Ticket:
     """The job that the front door made of this request, and for whom it is."""
-    return Ticket(job_id=request.scope["job_id"], owner=owner_of(request))
+    return Ticket(job_id=request.scope["job"].id, owner=owner_of(request))
+
+
+def rename_job(request: Request, job_id: str) -> None:
+    """The request turned out to be for this job: its answer, an error too, names that one."""
+    request.scope["job"].id = job_id
 
 
 def owner_of(request: Request) -> str:

@@ -19,7 +19,7 @@ from stable_diffusion.engine.job import Kind, Picture, Task
 from stable_diffusion.errors import InvalidRequest
 from stable_diffusion.plain_api import answer
 from stable_diffusion.reading import read_reproduction_form
-from stable_diffusion.reproduction import Reproduction, differs_in_computing, differs_in_input, reproduction_of
+from stable_diffusion.reproduction import Reproduction, differs_in_computing, differs_in_input, has_its_mask, reproduction_of
 from stable_diffusion.requests import (
     ImageToImageRequest,
     ReproductionRequest,
@@ -44,7 +44,7 @@ def routes(backend: Backend) -> list[Route]:
             return _description(reproduction, missing, reproduction.differs)
         if missing:
             raise _missing_input(missing[0], reproduction.kind)
-        task = await backend.decode(lambda: _task(parameters, model, files))
+        task = await backend.decode(lambda: _task(parameters, model, files, reproduction.infotext))
         differs = [*reproduction.differs, *differs_in_input(reproduction.infotext, task)]
         if wishes.dry_run:
             return _description(reproduction, [], differs)
@@ -96,11 +96,23 @@ def _missing_input(name: str, kind: Kind) -> InvalidRequest:
     return InvalidRequest(f"{name}: the part is missing; an {kind} does not hold {what} (curl: -F {name}=@input.jpg)", field=name)
 
 
-def _task(parameters: TextToImageRequest | ImageToImageRequest, model: ModelFolder, files: dict[str, bytes]) -> Task:
+def _task(
+    parameters: TextToImageRequest | ImageToImageRequest, model: ModelFolder, files: dict[str, bytes], said: infotext.Infotext
+) -> Task:
     if isinstance(parameters, TextToImageRequest):
         return text_task(parameters, model)
-    mask = images.read_mask(files["mask"], "mask") if "mask" in files else None
-    return image_task(parameters, model, images.read_picture(files["img"], "img"), mask)
+    picture = images.read_picture(files["img"], "img")
+    if "mask" not in files:
+        return image_task(parameters, model, picture)
+    task = image_task(parameters, model, picture, images.read_mask(files["mask"], "mask"))
+    if has_its_mask(said, task):
+        return task
+    # A picture of OpenAI's door: its mask is read by what is transparent in it.
+    try:
+        by_transparency = image_task(parameters, model, picture, images.read_transparency_as_mask(files["mask"], "mask"))
+    except InvalidRequest:  # nothing is
+        return task
+    return by_transparency if has_its_mask(said, by_transparency) else task
 
 
 def _description(reproduction: Reproduction, missing: list[str], differs: list[str]) -> Response:

@@ -71,7 +71,16 @@ def reproduction_of(said: Infotext, model: ModelFolder) -> Reproduction:
 def differs_in_input(said: Infotext, task: Task) -> list[str]:
     """Whether `task` starts from the input picture and the mask that the picture was drawn from."""
     hashes = {"Input hash": task.image_hash, "Mask hash": task.mask_hash}
-    return [_differs(name, said.values[name], here) for name, here in hashes.items() if here and said.values.get(name, here) != here]
+    return [
+        f"{_differs(name, said.values[name], here)} (another one, or prepared as other programs do: blurred, inverted or stretched)"
+        for name, here in hashes.items()
+        if here and said.values.get(name, here) != here
+    ]
+
+
+def has_its_mask(said: Infotext, task: Task) -> bool:
+    """Whether `task` is drawn under the mask that the picture was drawn under, as far as its infotext says."""
+    return said.values.get("Mask hash", task.mask_hash) == task.mask_hash
 
 
 def differs_in_computing(said: Infotext, picture: Picture) -> list[str]:

@@ -6,6 +6,7 @@ Knows nothing of HTTP. What is noted is for who asks; where noting fails, drawin
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from stable_diffusion.engine.job import Job, Picture, Progress, Task
-from stable_diffusion.errors import Cancelled, JobsUnavailable, ServiceError
+from stable_diffusion.errors import Cancelled, GenerationFailed, JobsUnavailable, ServiceError
 from stable_diffusion.images import keep_outside_mask
 from stable_diffusion.jobs import Jobs, Ticket
 from stable_diffusion.runnable import pack_outcome, pack_progress, unpack_task
@@ -21,7 +22,10 @@ from stable_diffusion.runnable import pack_outcome, pack_progress, unpack_task
 if TYPE_CHECKING:
     from stable_diffusion.engine.engine import Engine
 
+logger = logging.getLogger("stable_diffusion")
+
 _LOOK_FOR_CANCELLATIONS_S = 0.05  # a step at full size on a GPU takes longer
+_STORE_FAILED_S = 10.0
 _NOTE_S = 0.5  # a place in the queue changes for all who wait whenever one job ends: they are noted together
 
 News = asyncio.Queue[Progress | Picture | ServiceError]
@@ -91,28 +95,38 @@ class RunnerJobs:
     async def _attend(self, drawing: _Drawing) -> None:
         """Pass on what the engine tells of a job, to the client first, and note it."""
         ticket = drawing.ticket
+        beginning = asyncio.create_task(_noted(self._jobs.begin, ticket, drawing.task, self._runner))  # nobody waits for a store
         try:
-            await _noted(self._jobs.begin, ticket, drawing.task, self._runner)
             while isinstance(what := await drawing.from_engine.get(), Progress):
                 drawing.to_client.put_nowait(what)
                 last = self._to_note.get(ticket)
                 self._to_note[ticket] = what if what.preview or last is None else replace(what, preview=last.preview)
             outcome = await asyncio.to_thread(_finished, drawing.task, what)
-            if not ticket.unattended:
-                drawing.to_client.put_nowait(outcome)
+        except Exception:
+            logger.exception("Job %s was drawn and could not be finished.", ticket.job_id)
+            outcome = GenerationFailed("the picture could not be finished")
+        # Who waits for a picture gets it at once; who fetches an unattended one from the store finds it there once the end is told.
+        if not ticket.unattended:
+            drawing.to_client.put_nowait(outcome)
+        self._to_note.pop(ticket, None)
+        await beginning
+        if not await _noted(self._jobs.end, ticket, outcome) and ticket.unattended:
+            outcome = GenerationFailed("the picture was drawn and could not be kept")
             await _noted(self._jobs.end, ticket, outcome)
-            if ticket.unattended:  # its picture is fetched from the store: who hears of the end finds it there
-                drawing.to_client.put_nowait(outcome)
-        finally:
-            self._to_note.pop(ticket, None)
-            del self._drawings[ticket.job_id, ticket.index]
+        if ticket.unattended:
+            drawing.to_client.put_nowait(outcome)
+        del self._drawings[ticket.job_id, ticket.index]
 
     async def _keep_the_store(self) -> None:
         """While something is drawn: cancel what is to be cancelled, and note now and then how far the jobs are."""
         noted = 0.0
         while self._drawings:
             await asyncio.sleep(_LOOK_FOR_CANCELLATIONS_S)
-            for key in await _noted(self._jobs.to_cancel, self._runner) or ():
+            to_cancel = await _noted(self._jobs.to_cancel, self._runner)
+            if to_cancel is None:
+                await asyncio.sleep(_STORE_FAILED_S)  # the log says each time why
+                continue
+            for key in to_cancel:
                 if (drawing := self._drawings.get(key)) is not None:
                     self._cancel(drawing)
             if self._to_note and time.monotonic() - noted >= _NOTE_S:
@@ -122,9 +136,15 @@ class RunnerJobs:
 
 
 async def _noted(call: Callable[..., Any], *arguments: Any) -> Any:
-    """A call of the store, on a thread. A store that fails is the followers' problem, not the drawing's; it says so in the log."""
-    with suppress(JobsUnavailable):
-        return await asyncio.to_thread(call, *arguments)
+    """A call of the store, on a thread; None if it failed, else what it returned or True.
+
+    A store that fails is the followers' problem, not the drawing's; it says so in the log.
+    """
+    try:
+        returned = await asyncio.to_thread(call, *arguments)
+    except JobsUnavailable:
+        return None
+    return True if returned is None else returned
 
 
 def _finished(task: Task, outcome: Picture | ServiceError) -> Picture | ServiceError:

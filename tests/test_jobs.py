@@ -45,7 +45,7 @@ def completed(jobs: Jobs, job_id: str) -> None:
 def test_a_job_is_queued_then_running_then_completed(jobs: Jobs) -> None:
     jobs.begin(TICKET, make_task(prompt="\u732b"), 0)
     (record,) = jobs.get("a1")
-    assert (record.state, record.task.prompt, record.is_ended) == ("queued", "\u732b", False)
+    assert (record.state, record.task.prompt, record.is_ended, record.is_estimated) == ("queued", "\u732b", False, False)
     jobs.note({TICKET: Progress(3, 0, 50, 12.5)})
     (record,) = jobs.get("a1")
     assert (record.state, record.progress) == ("queued", Progress(3, 0, 50, 12.5))
@@ -108,14 +108,17 @@ def test_an_unknown_job_is_an_error(jobs: Jobs) -> None:
     jobs.cancel("nobody")
 
 
-def test_a_cancellation_is_found_by_the_runner_that_has_the_job_only(jobs: Jobs) -> None:
+def test_a_cancellation_is_found_by_the_runner_that_has_the_job_only(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs.begin(TICKET, make_task(), 1)
     jobs.begin(replace(TICKET, index=1), make_task(), 0)
     jobs.cancel("a1")
     assert jobs.to_cancel(0) == [("a1", 1)]
     assert jobs.to_cancel(1) == [("a1", 0)]
-    jobs.end(TICKET, Cancelled("the job was cancelled"))
-    assert jobs.to_cancel(1) == []
+    jobs.end(replace(TICKET, index=1), Cancelled("the job was cancelled"))
+    later = time.time() + 11
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert jobs.to_cancel(0) == []
+    assert jobs.to_cancel(1) == [("a1", 0)]
 
 
 def test_only_the_callers_own_jobs_are_cancelled(jobs: Jobs) -> None:
@@ -134,12 +137,39 @@ def test_what_a_runner_left_fails_when_it_starts_again(jobs: Jobs) -> None:
     assert jobs.get("b2")[0].state == "queued"
 
 
-def test_a_job_that_no_runner_ever_got_fails_after_a_minute(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_whose_worker_died_before_a_runner_got_it_fails_after_a_minute(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     jobs.accept(UNATTENDED, make_task(), None, "")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 59)
     assert jobs.get("a1")[0].state == "queued"
+    jobs.note_held("a1")
+    monkeypatch.setattr(time, "time", lambda: now + 118)
+    assert jobs.get("a1")[0].state == "queued", "its worker still waits for a runner that loads"
+    monkeypatch.setattr(time, "time", lambda: now + 120)
+    assert jobs.get("a1")[0].state == "failed"
+
+
+def test_jobs_whose_worker_died_do_not_keep_their_places(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(MAX_UNATTENDED):
+        jobs.accept(Ticket(f"job {number}", "somebody", unattended=True), make_task(), None, "")
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 61)
-    assert jobs.get("a1")[0].state == "failed"
+    assert jobs.accept(UNATTENDED, make_task(), None, "") == "a1"
+
+
+def test_a_job_that_was_given_up_is_stopped_where_it_is_drawn(jobs: Jobs) -> None:
+    jobs.begin(UNATTENDED, make_task(), 0)
+    jobs.note({UNATTENDED: Progress(0, 3, 50, 12.5)})
+    jobs.abandon("a1", GenerationFailed("too late"))
+    assert jobs.to_cancel(0) == [("a1", 0)]
+    (record,) = jobs.get("a1")
+    assert (record.state, record.progress.seconds_left) == ("failed", 0.0)
+
+
+def test_a_job_that_was_given_up_because_it_was_cancelled_is_cancelled(jobs: Jobs) -> None:
+    jobs.begin(UNATTENDED, make_task(), 0)
+    jobs.abandon("a1", Cancelled("the job was cancelled"))
+    assert jobs.get("a1")[0].state == "cancelled"
 
 
 def test_a_key_stands_for_the_job_that_it_was_first_sent_with(jobs: Jobs) -> None:

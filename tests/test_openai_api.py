@@ -1,7 +1,9 @@
-"""Failures behind OpenAI's images API, as the official client sees them: a runner that fails, no server."""
+"""OpenAI's images API as the official client sees it, before a runner that does as it is told: no server."""
 
 from __future__ import annotations
 
+import asyncio
+import io
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,16 +12,19 @@ from typing import Any
 import openai
 import pytest
 from bentoml.exceptions import ServiceUnavailable
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
+from stable_diffusion import openai_api
 from stable_diffusion.backend import Backend
 from stable_diffusion.draining import Unfinished
+from stable_diffusion.engine.job import Picture, Progress
 from stable_diffusion.errors import GenerationFailed
 from stable_diffusion.jobs import Jobs, new_job_id
 from stable_diffusion.openai_api import routes
-from stable_diffusion.runnable import pack_outcome
+from stable_diffusion.runnable import pack_outcome, pack_progress
 from stable_diffusion.shared_folder import shared_folder
 from stable_diffusion.weights import DEMO_FOLDER, check_model
 
@@ -29,7 +34,7 @@ def _shared_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SD_SHARED_FOLDER", str(tmp_path / "shared"))
 
 
-Fails = Callable[[dict[str, Any]], AsyncGenerator[str, None]]
+Draws = Callable[[dict[str, Any]], AsyncGenerator[str, None]]
 
 
 async def out_of_memory(_: dict[str, Any]) -> AsyncGenerator[str, None]:
@@ -41,17 +46,22 @@ async def no_process(_: dict[str, Any]) -> AsyncGenerator[str, None]:
     yield ""
 
 
-def client_of(fails: Fails, requests: list[str]) -> openai.OpenAI:
+async def drawn(_: dict[str, Any]) -> AsyncGenerator[str, None]:
+    yield pack_progress(Progress(step=1, steps=2, position=0, seconds_left=1.0, preview=Image.new("RGB", (8, 8))))
+    yield pack_outcome(Picture(Image.new("RGB", (64, 64)), None, "", "", device="cpu", dtype="float32"))
+
+
+def client_of(draws: Draws, requests: list[str]) -> openai.OpenAI:
     def draw(packed: dict[str, Any]) -> AsyncGenerator[str, None]:
         requests.append(packed["task"]["prompt"])
-        return fails(packed)
+        return draws(packed)
 
     runner = SimpleNamespace(draw=SimpleNamespace(async_stream=draw))
     backend = Backend(runner, lambda: check_model(DEMO_FOLDER), Jobs(shared_folder), Unfinished())
     door = Starlette(routes=routes(backend))
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
-        await door({**scope, "job_id": new_job_id()}, receive, send)
+        await door({**scope, "job": SimpleNamespace(id=new_job_id())}, receive, send)
 
     return openai.OpenAI(base_url="http://testserver/v1", api_key="unused", http_client=TestClient(application))
 
@@ -77,3 +87,30 @@ def test_an_error_in_the_middle_of_a_stream_is_raised_by_the_client() -> None:
     with pytest.raises(openai.APIError, match="not enough memory") as caught:
         list(stream)
     assert (caught.value.type, caught.value.code) == ("server_error", "generation_failed")
+
+
+def test_pictures_are_encoded_and_written_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+
+    def as_base64(content: bytes) -> str:
+        with pytest.raises(RuntimeError):
+            asyncio.get_running_loop()
+        written.append(str(Image.open(io.BytesIO(content)).size))
+        return "picture"
+
+    monkeypatch.setattr(openai_api, "as_base64", as_base64)
+    answer = client_of(drawn, []).images.generate(prompt="a red circle", n=2)
+    assert answer.data
+    assert [one.b64_json for one in answer.data] == ["picture"] * 2
+    told = list(client_of(drawn, []).images.generate(prompt="a red circle", stream=True, partial_images=1))
+    assert [event.b64_json for event in told] == ["picture"] * 2
+    assert written == ["(64, 64)"] * 4
+
+
+def test_a_second_mask_is_refused(input_picture: Image.Image) -> None:
+    buffer = io.BytesIO()
+    input_picture.save(buffer, "PNG")
+    body = [(name, (f"{name}.png", buffer.getvalue(), "image/png")) for name in ("image", "mask", "mask")]
+    refused = client_of(drawn, [])._client.post("/v1/images/edits", files=body, data={"prompt": "a red circle"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == "mask: is given more than once"

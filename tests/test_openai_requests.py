@@ -32,10 +32,24 @@ def test_null_stands_for_the_default_of_every_field() -> None:
     assert parse_edit({"prompt": PROMPT, **dict.fromkeys(names)}) == parse_edit({"prompt": PROMPT})
 
 
-@pytest.mark.parametrize("name", ["steps", "width", "preview_every_steps", "svg", "markup"])
+@pytest.mark.parametrize("name", ["sampler", "width", "preview_every_steps", "svg", "markup"])
 def test_what_neither_openai_nor_this_server_can_do_anything_with_is_an_unknown_parameter(name: str) -> None:
     with pytest.raises(UnknownParameter, match=rf"^{name}: is not a known parameter, allowed are model, n, size"):
         parse_edit({"prompt": PROMPT, name: 1})
+
+
+@pytest.mark.parametrize(("alias", "name"), [("steps", "num_inference_steps"), ("cfg_scale", "guidance_scale")])
+def test_other_names_of_our_extensions_are_known(alias: str, name: str) -> None:
+    assert getattr(parse_edit({"prompt": PROMPT} | read_texts({alias: "6"}))[1], name) == 6
+    assert parse_generation({"prompt": PROMPT, alias: None, name: 6}) == parse_generation({"prompt": PROMPT, alias: 6, name: None})
+    with pytest.raises(InvalidRequest, match=f"^{alias}: is another name of {name}, only one"):
+        parse_generation({"prompt": PROMPT, alias: 6, name: 6})
+
+
+@pytest.mark.parametrize("value", [1, True, "x", [], {"type": "auto"}])
+def test_what_makes_no_difference_may_be_anything(value: object) -> None:
+    for name in ("quality", "style", "moderation", "input_fidelity", "complexity", "user", "safety_identifier"):
+        assert parse_generation({"prompt": PROMPT, name: value})[0].n == 1
 
 
 def test_strength_is_for_edits_only() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from openapi_spec_validator import validate
 
 from stable_diffusion.openai_requests import parse_generation
@@ -32,6 +34,13 @@ def test_the_examples_are_valid_requests() -> None:
     for path in ("/img2img", "/inpaint"):
         form = paths[path]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
         parse_image_to_image(form["properties"]["data"]["example"])
+
+
+def test_openais_sizes_have_a_pattern() -> None:
+    size = document("name", "1")["components"]["schemas"]["OpenaiGeneration"]["properties"]["size"]
+    assert [bool(re.search(size["pattern"], one)) for one in ("auto", "512x64", "auto1", "512x", "x64", "large")] == [True] * 2 + [
+        False
+    ] * 4
 
 
 def test_openais_parameters_are_described_and_their_example_is_a_valid_request() -> None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+import stable_diffusion.runner_jobs
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.job import Picture, Progress, Task
 from stable_diffusion.engine.records import StepRecord
-from stable_diffusion.errors import Cancelled
+from stable_diffusion.errors import Cancelled, GenerationFailed, JobsUnavailable, ServiceError
 from stable_diffusion.jobs import Jobs, Ticket
 from stable_diffusion.pipelines import Parts
 from stable_diffusion.runnable import pack_task, unpack_news
@@ -42,6 +43,13 @@ def jobs(tmp_path: Path) -> Jobs:
     return Jobs(lambda: tmp_path)
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
 async def lines(runner_jobs: RunnerJobs, task: Task, ticket: Ticket = TICKET, *, follow: bool = False) -> list[str]:
     return [line async for line in runner_jobs.draw(pack_task(task, ticket, follow=follow))]
 
@@ -52,9 +60,8 @@ def test_drawing_yields_one_line_and_notes_the_end(engine: Engine, jobs: Jobs) -
         picture = unpack_news(line)
         assert isinstance(picture, Picture)
         assert picture.image.size == (64, 64)
-        while (record := jobs.get("a1")[0]).state != "completed":
-            await asyncio.sleep(0.01)
-        assert record.picture is None, "it went to whoever asked"
+        await until(lambda: jobs.get("a1")[0].state == "completed")
+        assert jobs.get("a1")[0].picture is None, "it went to whoever asked"
 
     asyncio.run(draw())
 
@@ -73,8 +80,7 @@ def test_a_consumer_that_leaves_stops_its_job_within_two_steps(engine: Engine, j
         runner_jobs = RunnerJobs(engine, jobs, 0)
         stream = runner_jobs.draw(pack_task(make_task(num_inference_steps=150), TICKET))
         waiting = asyncio.ensure_future(anext(stream))
-        while len(steps) < 3:
-            await asyncio.sleep(0.005)
+        await until(lambda: len(steps) >= 3)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         left_at.append(len(steps))
@@ -99,8 +105,8 @@ def test_an_unattended_job_goes_on_when_its_consumer_leaves_and_its_picture_is_k
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
         await stream.aclose()
-        while not (record := jobs.get("b2")[0]).is_ended:
-            await asyncio.sleep(0.01)
+        await until(lambda: jobs.get("b2")[0].is_ended)
+        record = jobs.get("b2")[0]
         (line,) = await lines(runner_jobs, task)
         attended = unpack_news(line)
         assert isinstance(attended, Picture)
@@ -117,8 +123,7 @@ def test_a_cancelled_job_ends_within_two_steps_of_being_found_and_its_neighbour_
         runner_jobs = RunnerJobs(engine, jobs, 0)
         cancelled = asyncio.ensure_future(lines(runner_jobs, make_task(num_inference_steps=150)))
         neighbour = asyncio.ensure_future(lines(runner_jobs, make_task(num_inference_steps=20), Ticket("c3", "somebody else")))
-        while len(steps) < 3:
-            await asyncio.sleep(0.005)
+        await until(lambda: len(steps) >= 3)
         began = time.monotonic()
         jobs.cancel("a1")
         with pytest.raises(Cancelled):
@@ -138,3 +143,32 @@ def test_pictures_are_drawn_where_nothing_can_be_noted(engine: Engine, tmp_path:
         (line,) = asyncio.run(lines(RunnerJobs(engine, unwritable, 0), make_task(num_inference_steps=2)))
     assert isinstance(unpack_news(line), Picture)
     assert "Where jobs stand cannot be read or written" in caplog.text
+
+
+class _Failing(Jobs):
+    """A store on a disk that is full: a picture cannot be written any more, a few bytes can."""
+
+    def end(self, ticket: Ticket, outcome: Picture | ServiceError) -> None:
+        if isinstance(outcome, Picture):
+            raise JobsUnavailable("no space left")
+        super().end(ticket, outcome)
+
+
+def test_a_picture_that_cannot_be_kept_is_a_job_that_failed(engine: Engine, tmp_path: Path) -> None:
+    jobs = _Failing(lambda: tmp_path)
+    (line,) = asyncio.run(lines(RunnerJobs(engine, jobs, 0), make_task(num_inference_steps=2), UNATTENDED))
+    with pytest.raises(GenerationFailed, match="could not be kept"):
+        unpack_news(line)
+    assert jobs.get("b2")[0].state == "failed"
+
+
+def test_a_picture_that_cannot_be_finished_is_an_error_and_nobody_waits_for_ever(
+    engine: Engine, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(task: Task, outcome: Picture) -> Picture:
+        raise MemoryError
+
+    monkeypatch.setattr(stable_diffusion.runner_jobs, "_finished", broken)
+    (line,) = asyncio.run(lines(RunnerJobs(engine, jobs, 0), make_task(num_inference_steps=2)))
+    with pytest.raises(GenerationFailed, match="could not be finished"):
+        unpack_news(line)

@@ -1,5 +1,6 @@
 /** The page: connects the form, the drawing, the results and the history. */
 
+import { Unreachable } from "./connection.js";
 import { applyLimits, capitalised, clearProblems, notNumbers, readSettings, showProblems, writeSettings } from "./form.js";
 import { openHistory } from "./history.js";
 import { openInput } from "./input.js";
@@ -8,6 +9,7 @@ import { blobOf, describeFields, draw, Refused } from "./service.js";
 
 const TEXT_FIELDS = ["prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "scheduler", "seed"];
 const PREVIEWS = 20; // of a picture
+const DRAWN_AT_ONCE = 4; // a browser has six connections to a server, and each drawing keeps one
 const ANNOUNCE_EVERY_MS = 5000; // a screen reader would otherwise speak without end
 const ONE_COLUMN = "(max-width: 55rem)"; // what is drawn is below the form, as style.css has it
 
@@ -85,11 +87,11 @@ async function drawAll(settings, start, count) {
     const seed = index ? (firstSeed + index) % seedLimit : firstSeed; // the first as it is, for the server to judge
     return { ...settings, seed, preview_every_steps: previewEverySteps(settings.num_inference_steps) };
   });
-  const drawing = requests.map((request) => drawOne(request, start));
+  const drawings = requests.map((request) => prepareDrawing(request, start));
   showCards();
   showDrawing(true);
   announce("Drawing.", true);
-  const outcomes = await Promise.all(drawing);
+  const outcomes = await inTurns(drawings, DRAWN_AT_ONCE);
   showDrawing(false);
   const done = outcomes.filter((outcome) => outcome === "done").length;
   const refused = outcomes.find((outcome) => outcome instanceof Error);
@@ -103,14 +105,36 @@ function previewEverySteps(steps) {
   return Math.max(1, Math.round(Math.min(steps ?? defaultValue, max) / PREVIEWS)); // too many steps are to be one problem, not two
 }
 
-/** Returns "done", "cancelled" or the error. */
-async function drawOne(request, start) {
+/** Calls all `drawings`, `atOnce` of them at a time. Returns their outcomes in order. */
+async function inTurns(drawings, atOnce) {
+  const outcomes = [];
+  const waiting = [...drawings.entries()];
+  const takeTurns = async () => {
+    while (waiting.length) {
+      const [index, draw] = waiting.shift();
+      outcomes[index] = await draw();
+    }
+  };
+  await Promise.all(Array.from({ length: atOnce }, takeTurns));
+  return outcomes;
+}
+
+/** A card that can be cancelled at once. Returns what draws its picture. */
+function prepareDrawing(request, start) {
   const controller = new AbortController();
   const ratio = request.width && request.height ? request.width / request.height : start.picture ? inputRatio() : 1;
-  const card = openCard({ prompt: request.prompt ?? "", ratio, onCancel: () => controller.abort() });
+  const card = openCard({ prompt: request.prompt ?? "", seed: request.seed, ratio, onCancel: () => controller.abort() });
+  controller.signal.addEventListener("abort", card.cancelled);
   cards.push(card);
   stillDrawing.add(controller);
+  return () => drawOne(request, start, card, controller);
+}
+
+/** Returns "done", "cancelled" or the error. */
+async function drawOne(request, start, card, controller) {
   try {
+    controller.signal.throwIfAborted();
+    card.sent();
     for await (const { name, data } of draw(request, start, controller.signal)) {
       if (name === "queued") card.queued(data);
       else if (name === "preview") card.preview(blobOf(data));
@@ -124,10 +148,7 @@ async function drawOne(request, start) {
     }
     return "done";
   } catch (error) {
-    if (controller.signal.aborted) {
-      card.cancelled();
-      return "cancelled";
-    }
+    if (controller.signal.aborted) return "cancelled";
     card.failed("Not drawn");
     return error;
   } finally {
@@ -178,7 +199,7 @@ function historyItem(entry) {
   button.setAttribute("aria-label", `${entry.settings.prompt}, seed ${entry.settings.seed}`);
   button.addEventListener("click", async () => {
     if (!isBusy) {
-      const card = openCard({ prompt: entry.settings.prompt, ratio: 1, onCancel: () => {} });
+      const card = openCard({ prompt: entry.settings.prompt, seed: entry.settings.seed, ratio: 1, onCancel: () => {} });
       showFinished(card, entry);
       replaceCards(cards, [card]);
     }
@@ -216,7 +237,7 @@ function cancelAll() {
 
 function showError(error) {
   if (error instanceof Refused) tell(error.problems, error.message);
-  else if (error instanceof TypeError) tell([], "The server cannot be reached. Is it still running?");
+  else if (error instanceof Unreachable) tell([], "The server cannot be reached. Is it still running?");
   else {
     tell([], "Something went wrong in this page.");
     throw error;

@@ -3,7 +3,9 @@
  * EventSource cannot send a POST. Knows nothing of what the events say.
  */
 
-/** Yields {name, data} of each event, data as text. An event that is cut off at the end is dropped. */
+import { reached } from "./connection.js";
+
+/** Yields {name, data} of each event, data as text. An event that is cut off at the end is dropped. Raises as `reached`. */
 export async function* eventsOf(body) {
   let name = "message";
   let data = [];
@@ -30,7 +32,7 @@ async function* linesOf(body) {
   let afterReturn = false;
   try {
     for (;;) {
-      const { done, value } = await reader.read();
+      const { done, value } = await reached(reader.read());
       if (done) return;
       let text = decoder.decode(value, { stream: true });
       if (!text) continue;

@@ -12,7 +12,7 @@ export function openInput(form, onProblem) {
   const part = (id) => document.getElementById(id);
   const panel = part("input");
   const shown = part("input-picture");
-  const mask = openMask(part("mask"), () => {});
+  const mask = openMask(part("mask"));
   let picture = null;
 
   const kind = () => form.elements.kind.value;
@@ -66,7 +66,7 @@ export function openInput(form, onProblem) {
 
   return {
     set,
-    /** {kind, picture, mask, isMaskEmpty}: what is to be sent. */
+    /** {kind, picture, mask}: what is to be sent. An inpainting without a mask is one where nothing is painted. */
     async read() {
       if (!picture) return { kind: "txt2img", picture: null, mask: null };
       if (kind() === "img2img") return { kind: "img2img", picture, mask: null };

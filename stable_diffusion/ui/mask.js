@@ -5,8 +5,7 @@
 
 const LONGEST_SIDE = 1024; // more is not drawn
 
-/** `onChange` is called after each change that a person makes. */
-export function openMask(canvas, onChange) {
+export function openMask(canvas) {
   const context = canvas.getContext("2d", { willReadFrequently: true });
   let size = 0.15; // of the shorter side
   let isErasing = false;
@@ -14,7 +13,6 @@ export function openMask(canvas, onChange) {
 
   const changed = () => {
     canvas.setAttribute("aria-label", `Mask: ${Math.round(100 * painted())} % of the picture is painted`);
-    onChange();
   };
   const painted = () => {
     const { data } = context.getImageData(0, 0, canvas.width, canvas.height);

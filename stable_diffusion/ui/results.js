@@ -2,13 +2,13 @@
 
 const SMALL = 256; // pixels: pictures below are shown with their pixels as they are
 
-/** `ratio` is width / height, as far as it is known; `onCancel` is called by the card's button. */
-export function openCard({ prompt, ratio, onCancel }) {
+/** `ratio` is width / height, as far as it is known; the `seed` tells its controls from those of others; `onCancel` is called by its button. */
+export function openCard({ prompt, seed, ratio, onCancel }) {
   const image = element("img", { alt: "" });
   const bar = element("progress", { max: 1 });
-  bar.setAttribute("aria-label", "Progress");
-  const state = element("span", { textContent: "Sent" });
-  const cancel = element("button", { type: "button", className: "plain", textContent: "Cancel" });
+  bar.setAttribute("aria-label", `Progress of seed ${seed}`);
+  const state = element("span", { textContent: "Waiting for the others" });
+  const cancel = element("button", { type: "button", className: "plain" }, ...labelled("Cancel", seed));
   cancel.addEventListener("click", onCancel);
   const frame = element("div", { className: "frame" }, image);
   const footer = element("div", { className: "drawing" }, bar, element("div", { className: "row apart" }, state, cancel));
@@ -33,6 +33,9 @@ export function openCard({ prompt, ratio, onCancel }) {
   };
   return {
     element: card,
+    sent() {
+      state.textContent = "Sent";
+    },
     queued({ position, seconds_left }) {
       state.textContent = `Waiting, place ${position}, ${inWords(seconds_left)}`;
     },
@@ -63,10 +66,10 @@ function caption({ settings, parameters, url, type, kind }, actions) {
   const { prompt, seed, width, height, num_inference_steps, scheduler, safety_flagged, prompt_dropped } = parameters;
   const chosen = settings.scheduler ?? scheduler.replace("Scheduler", ""); // by its short name, where a person chose it
   const facts = [`Seed ${seed}`, `${width} × ${height}`, `${num_inference_steps} steps`, chosen];
-  const save = element("a", { className: "plain button", href: url, textContent: "Download" });
+  const save = element("a", { className: "plain button", href: url }, ...labelled("Download", seed));
   save.download = `${fileName(prompt, kind)}-${seed}.${type.replace("image/", "").replace("jpeg", "jpg")}`;
   const buttons = actions.map(({ label, act }) => {
-    const button = element("button", { type: "button", className: "plain", textContent: label });
+    const button = element("button", { type: "button", className: "plain" }, ...labelled(label, seed));
     button.addEventListener("click", act);
     return button;
   });
@@ -74,6 +77,11 @@ function caption({ settings, parameters, url, type, kind }, actions) {
   if (safety_flagged === true) parts.push(element("p", { className: "problem", textContent: "The safety checker flagged this picture: it is blank." }));
   if (prompt_dropped) parts.push(element("p", { className: "problem", textContent: `Too long, not used: ${prompt_dropped}` }));
   return element("figcaption", {}, ...parts, element("div", { className: "row" }, save, ...buttons));
+}
+
+/** What a screen reader tells from the same control of another card. */
+function labelled(label, seed) {
+  return [label, element("span", { className: "unseen", textContent: ` (seed ${seed})` })];
 }
 
 function fileName(prompt, kind) {

@@ -1,5 +1,6 @@
 /** What is asked of the server: the limits of the fields, and pictures. Knows nothing of the page. */
 
+import { reached } from "./connection.js";
 import { eventsOf } from "./events.js";
 
 /** What the server has refused or failed to do. `problems` name the fields: [{field, message}]. */
@@ -24,7 +25,7 @@ export async function describeFields() {
 /**
  * Have one picture drawn: from text, from `picture` (Blob), or where there is a `mask` (Blob) in that part of it.
  * Yields {name, data} of the server's events until the picture is there; ending `signal` ends the drawing.
- * Raises Refused, TypeError where the server cannot be reached, or AbortError.
+ * Raises Refused, Unreachable or AbortError.
  */
 export async function* draw(settings, { picture, mask }, signal) {
   const headers = { Accept: "text/event-stream, image/png" };
@@ -40,7 +41,7 @@ export async function* draw(settings, { picture, mask }, signal) {
   } else {
     headers["Content-Type"] = "application/json";
   }
-  const answer = await fetch(path, { method: "POST", headers, body, signal });
+  const answer = await reached(fetch(path, { method: "POST", headers, body, signal }));
   if (!answer.ok) throw await refusalIn(answer);
   for await (const { name, data } of eventsOf(answer.body)) {
     const content = JSON.parse(data);

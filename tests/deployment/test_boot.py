@@ -352,12 +352,14 @@ def test_stop_gives_the_container_as_long_as_its_longest_request(machine: Machin
 
 
 def metrics(in_progress: int, total: int) -> str:
-    """As the service prints them, with a second line that must not be counted."""
+    """As the service prints them, with lines that must not be counted: health checks go on while nothing is drawn."""
     return (
         f'bentoml_runner_request_in_progress{{endpoint="/draw",runner_name="stable_diffusion_runner"}} {in_progress}.0\n'
         f'bentoml_api_server_request_in_progress{{endpoint="/metrics"}} 1.0\n'
         f'bentoml_runner_request_total{{endpoint="/draw",http_response_code="200"}} {total}.0\n'
         f'bentoml_runner_request_total{{endpoint="/draw",http_response_code="500"}} 1.0\n'
+        f'bentoml_runner_request_in_progress{{endpoint="/readyz",runner_name="stable_diffusion_runner"}} 1.0\n'
+        f'bentoml_runner_request_total{{endpoint="/readyz",http_response_code="200"}} {time.monotonic_ns()}.0\n'
     )
 
 

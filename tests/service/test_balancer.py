@@ -82,7 +82,7 @@ backend pictures
   http-response set-header served-by %s
   stick-table type string len 32 size 10k expire 1h
   stick store-response res.cook(job_server)
-  stick match req.cook(job_server) if {{ path_beg /jobs/ }}
+  stick match req.cook(job_server)
 {servers}
 """
     )

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import re
+import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -75,6 +78,15 @@ def test_a_job_that_nobody_waits_for_is_drawn_and_fetched_from_any_worker(server
     assert ask(server, job["picture"], accept="image/webp").headers["content-type"] == "image/webp"
 
 
+def test_the_format_that_was_asked_for_is_that_of_the_picture_that_is_fetched(server: Server) -> None:
+    taken = start(server, num_inference_steps=1, output_format="webp")
+    assert taken.headers["preference-applied"] == "respond-async"
+    job = ended(server, taken.headers["location"])
+    for method in ("HEAD", "GET"):
+        assert ask(server, job["picture"], method).headers["content-type"] == "image/webp"
+    assert refused(ask(server, f"{taken.headers['location']}/events", "PUT"), 405) == "PUT is not allowed here, use GET"
+
+
 def test_an_inpainted_picture_that_is_fetched_later_keeps_what_was_outside_the_mask(
     server: Server, input_picture: Image.Image, right_half_mask: Image.Image
 ) -> None:
@@ -88,23 +100,24 @@ def test_an_inpainted_picture_that_is_fetched_later_keeps_what_was_outside_the_m
 
 
 def test_a_running_job_says_where_it_is_and_is_cancelled_at_once(server: Server) -> None:
-    job_id = start(server, num_inference_steps=150)
+    location = start(server, num_inference_steps=150, height=128, width=128).headers["location"]
     with ThreadPoolExecutor() as threads:
         neighbour = threads.submit(draw, server, num_inference_steps=20)
-        time.sleep(1)
-        running = ask(server, job_id.headers["location"]).json()
-        assert running["state"] == "running"
-        assert 0 < running["step"] < running["steps"] == 151
-        assert 0 < running["seconds_left"] < 60
-        not_yet = ask(server, f"{job_id.headers['location']}/picture")
+        deadline = time.monotonic() + 30
+        while (running := ask(server, location).json())["step"] < 3:
+            assert time.monotonic() < deadline, running
+            time.sleep(0.1)
+        assert (running["state"], running["steps"]) == ("running", 151)
+        assert 0 < running["seconds_left"] < 120
+        not_yet = ask(server, f"{location}/picture")
         assert (not_yet.status_code, not_yet.headers["retry-after"]) == (202, "1")
         began = time.monotonic()
-        cancelled = ask(server, job_id.headers["location"], "DELETE")
+        cancelled = ask(server, location, "DELETE")
         assert time.monotonic() - began < 1.5
         assert (cancelled.status_code, cancelled.json()["state"]) == (200, "cancelled")
         assert neighbour.result().status_code == 200
-    assert refused(ask(server, f"{job_id.headers['location']}/picture"), 499) == "the job was cancelled"
-    again = ask(server, job_id.headers["location"], "DELETE")
+    assert refused(ask(server, f"{location}/picture"), 499) == "the job was cancelled"
+    again = ask(server, location, "DELETE")
     assert (again.status_code, again.json()["state"]) == (200, "cancelled")
 
 
@@ -144,7 +157,7 @@ def test_a_client_that_vanishes_from_the_events_does_not_end_the_job(server: Ser
 
 def test_a_key_attaches_to_the_job_that_is_running_and_pays_once(server: Server) -> None:
     key = f"key {time.time()}"
-    body = {"prompt": PROMPT, "num_inference_steps": 30}
+    body = {"prompt": PROMPT, "num_inference_steps": 40, "height": 96, "width": 96}
     headers = {"Idempotency-Key": key, "Accept": "image/png"}
 
     def wait() -> httpx.Response:
@@ -152,7 +165,7 @@ def test_a_key_attaches_to_the_job_that_is_running_and_pays_once(server: Server)
             return client.post("/txt2img", json=body, headers=headers)
 
     with server.client() as impatient, pytest.raises(httpx.ReadTimeout):
-        impatient.post("/txt2img", json=body, headers=headers, timeout=0.3)
+        impatient.post("/txt2img", json=body, headers=headers, timeout=0.2)
     with ThreadPoolExecutor() as threads:
         first, second = threads.submit(wait), threads.submit(wait)
         answers = [first.result(), second.result(), wait()]
@@ -163,14 +176,10 @@ def test_a_key_attaches_to_the_job_that_is_running_and_pays_once(server: Server)
         other = client.post("/txt2img", json={**body, "guidance_scale": 3}, headers=headers)
         assert "another request" in refused(other, 422, "Idempotency-Key")
         assert "printable" in refused(client.post("/txt2img", json=body, headers={"Idempotency-Key": "x" * 300}), 400, "Idempotency-Key")
-    streamed = redraw_events(server, body, key)
-    assert streamed[-1][0] == "completed"
-
-
-def redraw_events(server: Server, body: dict[str, object], key: str) -> list[tuple[str, dict[str, Any]]]:
-    headers = {"Idempotency-Key": key, "Accept": "text/event-stream"}
-    with server.client() as client, client.stream("POST", "/txt2img", json=body, headers=headers) as response:
-        return list(events_of(response))
+    streaming = {**headers, "Accept": "text/event-stream"}
+    with server.client() as client, client.stream("POST", "/txt2img", json=body, headers=streaming) as response:
+        assert response.headers["job-id"] == answers[0].headers["job-id"]
+        assert list(events_of(response))[-1][0] == "completed"
 
 
 def test_what_is_no_job_is_not_found_and_costs_no_series_of_metrics(server: Server) -> None:
@@ -201,6 +210,60 @@ def test_a_refused_request_is_no_job_even_if_nobody_would_wait(server: Server, i
     refused(response, 400, "height")
     refused(ask(server, f"/jobs/{response.headers['job-id']}"), 404)
     refused(redraw(server, "/img2img", {"img": b"no picture"}), 400, "img")
+
+
+def store_of(server: Server) -> sqlite3.Connection:
+    """What the server knows of its jobs, to make time pass and places go."""
+    (worker,) = [process for process in family_of(server) if "bentoml_cli.worker.runner" in process.cmdline()]
+    return sqlite3.connect(Path(worker.environ()["SD_SHARED_FOLDER"]) / "jobs.sqlite", timeout=10)
+
+
+def family_of(server: Server) -> list[psutil.Process]:
+    return psutil.Process(server.process.pid).children(recursive=True)
+
+
+def test_a_picture_that_was_kept_long_enough_is_gone(server: Server) -> None:
+    job = ended(server, start(server, num_inference_steps=1).headers["location"])
+    assert ask(server, job["picture"]).status_code == 200
+    with closing(store_of(server)) as store, store:
+        store.execute("UPDATE jobs SET ended_at = ended_at - 3601 WHERE id = ?", (job["id"],))
+    assert "for 60 minutes" in refused(ask(server, job["picture"]), 410)
+    assert ask(server, f"/jobs/{job['id']}").json()["picture"] is None
+
+
+def test_too_many_jobs_that_nobody_waits_for_are_refused_until_there_is_room(server: Server) -> None:
+    with closing(store_of(server)) as store, store:
+        store.executemany(
+            "INSERT INTO jobs (id, image_index, owner, unattended, task, runner, state, position, step, steps, seconds_left, created_at)"
+            " VALUES (?, 0, 'test', 1, '{}', 99, 'running', 0, 1, 2, 7.2, 0)",
+            [(f"in the way {number}",) for number in range(64)],
+        )
+    try:
+        with server.client() as client:
+            full = client.post("/txt2img", json={"prompt": PROMPT}, headers=NO_WAITING)
+        assert "64 jobs" in refused(full, 429)
+        assert full.headers["retry-after"] == "7"
+        assert draw(server, num_inference_steps=1).status_code == 200, "who waits is served"
+    finally:
+        with closing(store_of(server)) as store, store:
+            store.execute("DELETE FROM jobs WHERE owner = 'test'")
+    start(server, num_inference_steps=1)
+
+
+def test_a_job_whose_model_process_dies_fails_and_its_key_may_be_used_again(server: Server) -> None:
+    key = f"key {time.time()}"
+    location = start(server, key, num_inference_steps=150, height=128, width=128).headers["location"]
+    attended = draw(server, num_inference_steps=1).headers["job-id"]
+    (runner,) = [process for process in family_of(server) if "bentoml_cli.worker.runner" in process.cmdline()]
+    runner.kill()
+    runner.wait(10)
+    assert ended(server, location)["state"] == "failed"
+    assert "model process" in refused(ask(server, f"{location}/picture"), 503)
+    wait_until_ready(server)
+    assert ask(server, f"/jobs/{attended}").json()["state"] == "completed", "what is known outlives the process"
+    again = start(server, key, num_inference_steps=150, height=128, width=128).headers["location"]
+    assert again != location
+    assert ask(server, again, "DELETE").status_code == 200
 
 
 def test_a_job_survives_the_workers_that_took_it(server: Server) -> None:

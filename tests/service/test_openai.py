@@ -140,7 +140,6 @@ def test_what_is_wrong_is_a_bad_request_that_names_openais_parameter(client: ope
         ({"output_format": "gif"}, "output_format"),
         ({"output_compression": 50}, "output_compression"),
         ({"background": "transparent"}, "background"),
-        ({"quality": 1}, "quality"),
         ({"partial_images": 2}, "partial_images"),
         ({"stream": True, "n": 2}, "n"),
         ({"scheduler": "magic"}, "scheduler"),
@@ -163,7 +162,7 @@ def test_what_is_wrong_with_an_edit_is_named_too(client: openai.OpenAI, input_pi
         ({"mask": wide}, "mask", "128 x 64, it must have the image's size, 64 x 64"),
         ({"extra_body": {"n": "two"}}, "n", "valid integer"),
         ({"extra_body": {"strength": 0}}, "strength", "greater than 0"),
-        ({"extra_body": {"steps": 4}}, "steps", "not a known parameter"),
+        ({"extra_body": {"sampler": "x"}}, "sampler", "not a known parameter"),
     ]
     for fields, param, told in wrong:
         with pytest.raises(openai.BadRequestError, match=told) as caught:

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,16 @@ def test_the_curl_line_for_a_job_gets_its_address(server: Server) -> None:
     assert location
     with server.client() as client:
         assert client.get(location[1]).json()["kind"] == "txt2img"
+
+
+def test_the_example_in_python_saves_a_picture(fp32_server: Server, tmp_path: Path) -> None:
+    (example,) = re.findall(r"```\n(import httpx\n.*?)```", README, re.DOTALL)
+    here = example.replace("http://127.0.0.1:3000", fp32_server.url)
+    variables = environment(tmp_path, {"NO_PROXY": "127.0.0.1"})
+    told = subprocess.run([sys.executable, "-c", here], cwd=tmp_path, env=variables, capture_output=True, text=True, check=True, timeout=60)
+    assert told.stdout == "PNDMScheduler 50\n"
+    with Image.open(tmp_path / "output.png") as picture:
+        assert (picture.format, picture.size) == ("PNG", (64, 64))
 
 
 def test_make_serve_starts_a_server_whose_printed_curl_line_makes_a_picture(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+import re
 import time
 from typing import Any
 
@@ -78,6 +80,21 @@ def test_pictures_from_pictures_are_drawn_again_with_what_they_were_drawn_from(
         plan = reproduce(server, first.content, dry_run=True).json()
         assert (plan["kind"], plan["missing"], plan["differs"]) == (path[1:], list(inputs), [])
     assert "mask: the part is missing" in refused(reproduce(server, first.content, {"img": wide}), 400, "mask")
+
+
+def test_a_picture_of_openais_edits_is_drawn_again_under_the_same_mask(server: Server, input_picture: Image.Image) -> None:
+    mask = Image.new("RGBA", (64, 64), "white")
+    mask.paste((255, 255, 255, 0), (32, 0, 64, 64))  # read as a plain mask it would have the left half repainted
+    files = {"image": as_file(input_picture), "mask": as_file(mask)}
+    with server.client() as client:
+        edited = client.post("/v1/images/edits", files=files, data={"prompt": PROMPT, "steps": "4", "strength": "1"})
+    first = base64.b64decode(edited.json()["data"][0]["b64_json"])
+    again = reproduce(server, first, {"img": files["image"], "mask": files["mask"]})
+    assert again.headers["differs"] == "nothing"
+    assert again.content == first
+    other = reproduce(server, first, {"img": files["image"], "mask": as_file(Image.new("L", (64, 64), "white"))}, dry_run=True)
+    (told,) = other.json()["differs"]
+    assert re.fullmatch(r"Mask hash: \w{10}, here \w{10} \(another one, or prepared as other programs do: .*\)", told)
 
 
 @pytest.mark.parametrize("image_format", ["jpeg", "webp"])

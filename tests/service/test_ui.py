@@ -283,7 +283,7 @@ def test_cancelled_pictures_are_not_drawn_on(visit: Visit) -> None:
     before = cancelled(visit.server)
     visit.fill(prompt=PROMPT, num_inference_steps=150, count=3, seed=7)
     visit.draw.click()
-    states = visit.page.locator("#cards .drawing span")
+    states = visit.page.locator("#cards .drawing span:not(.unseen)")
     for number in range(3):
         expect(states.nth(number)).to_contain_text(" of 151")
     visit.page.locator("#cards button").first.click()
@@ -295,6 +295,30 @@ def test_cancelled_pictures_are_not_drawn_on(visit: Visit) -> None:
     wait_until(lambda: cancelled(visit.server) == before + 3)
     expect(visit.draw).to_be_visible()
     expect(visit.control("history")).to_be_hidden()
+
+
+def test_four_pictures_are_drawn_at_once_and_the_others_when_there_is_room(visit: Visit) -> None:
+    """A browser has six connections: with six streams nothing else would reach the server."""
+
+    def asked() -> int:
+        return sum(url.endswith("/txt2img") for url in visit.asked)
+
+    visit.fill(prompt=PROMPT, num_inference_steps=150, width=64, height=64, count=6, seed=7)
+    visit.draw.click()
+    states = visit.page.locator("#cards .drawing span:not(.unseen)")
+    for number in range(4):
+        expect(states.nth(number)).to_contain_text(" of 151")
+    for number in (4, 5):
+        expect(states.nth(number)).to_have_text("Waiting for the others")
+    assert asked() == 4
+    visit.page.get_by_role("button", name="Cancel (seed 11)").click()
+    expect(states.nth(4)).to_have_text("Cancelled")
+    visit.page.get_by_role("button", name="Cancel (seed 8)").click()
+    expect(states.nth(5)).to_contain_text(" of 151")
+    assert asked() == 5
+    visit.page.keyboard.press("Escape")
+    expect(visit.draw).to_be_visible()
+    expect(states.filter(has_text="Cancelled")).to_have_count(6)
 
 
 def wait_until(is_so: Callable[[], bool]) -> None:
@@ -373,6 +397,17 @@ def test_a_server_that_is_gone_is_said_to_be(visit: Visit) -> None:
     visit.complaints[:] = [text for text in visit.complaints if "net::ERR_FAILED" not in text]
 
 
+def test_a_mistake_of_the_page_is_not_blamed_on_the_server(visit: Visit) -> None:
+    visit.page.route("**/txt2img", lambda route: route.fulfill(content_type="text/event-stream", body="event: progress\ndata: null\n\n"))
+    visit.fill(prompt=PROMPT)
+    with visit.page.expect_event("pageerror"):
+        visit.draw.click()
+    expect(visit.page.get_by_role("alert")).to_have_text("Something went wrong in this page.")
+    (complaint,) = visit.complaints
+    assert "null" in complaint
+    visit.complaints.clear()
+
+
 def test_events_are_read_wherever_they_are_cut(visit: Visit) -> None:
     pieces = (
         ": hello",
@@ -439,16 +474,38 @@ def everything_shown(visit: Visit, picture: Image.Image) -> Iterator[Page]:
     visit.page.get_by_role("radio", name="Repaint a part").check()
     visit.page.get_by_text("Rectangle by numbers").click()
     visit.control("mask-all").click()
-    visit.fill(prompt=PROMPT, num_inference_steps=2)
+    visit.fill(prompt=PROMPT, num_inference_steps=2, count=2)
     visit.draw.click()
-    visit.pictures()
+    visit.pictures(2)
     yield visit.page
+
+
+def roles_and_names(visit: Visit) -> list[tuple[str, str]]:
+    tree = visit.context.new_cdp_session(visit.page).send("Accessibility.getFullAXTree")["nodes"]
+    return [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node["ignored"]]
+
+
+def test_controls_of_two_pictures_have_names_of_their_own(visit: Visit) -> None:
+    expect(visit.page.get_by_label("Choose a picture or drop one here")).to_have_id("img")
+    visit.fill(prompt=PROMPT, num_inference_steps=150, count=2)
+    visit.draw.click()
+    expect(visit.page.get_by_role("progressbar")).to_have_count(2)
+    assert_unique(roles_and_names(visit), "progressbar", 2)
+    visit.page.keyboard.press("Escape")
+    expect(visit.draw).to_be_visible()
+
+
+def assert_unique(nodes: list[tuple[str, str]], first_role: str, at_least: int) -> None:
+    for role in (first_role, "button"):
+        names = [name for one, name in nodes if one == role]
+        assert len(names) >= at_least
+        assert len(set(names)) == len(names), names
 
 
 def test_every_control_has_a_name(visit: Visit, input_picture: Image.Image) -> None:
     with everything_shown(visit, input_picture) as page:
-        tree = visit.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
-        nodes = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node["ignored"]]
+        nodes = roles_and_names(visit)
+        assert_unique(nodes, "link", 2)
         controls = [
             "button",
             "textbox",

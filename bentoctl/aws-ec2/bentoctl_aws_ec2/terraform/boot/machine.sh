@@ -175,9 +175,9 @@ last_lines() {
   docker logs --tail 5 "$CONTAINER" 2>&1 | tail -c 1500
 }
 
-# metric NAME: the sum over all labels of a metric of the runner, as a whole number.
+# metric NAME: of a metric of the runner, how much of it was drawing, as a whole number. Health checks reach the runner too.
 metric() {
-  awk -v name="$1" 'index($0, name "{") == 1 { sum += $NF } END { printf "%d\n", sum }' <<<"$metrics"
+  awk -v name="$1" 'index($0, name "{") == 1 && index($0, "endpoint=\"/draw\"") { sum += $NF } END { printf "%d\n", sum }' <<<"$metrics"
 }
 
 watch() {
