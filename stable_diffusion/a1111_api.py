@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -31,6 +32,7 @@ from stable_diffusion.a1111_requests import (
     read_image_to_image,
     read_options,
     read_text_to_image,
+    without_pictures,
 )
 from stable_diffusion.answers import answering_errors
 from stable_diffusion.backend import Backend
@@ -54,8 +56,10 @@ def routes(backend: Backend) -> list[Route]:
         return await _answer(request, backend, asked.body, text_task(asked.parameters, model), asked.count)
 
     async def img2img(request: Request) -> Response:
-        content = await json_content(request, _MAX_PICTURES_BYTES)
-        body, task, count = await backend.decode(lambda: _read_image_task(content, backend.model()))
+        # Nothing here keeps the content while the pictures are drawn.
+        reading = partial(_read_image_task, await json_content(request, _MAX_PICTURES_BYTES), backend.model())
+        body, task, count = await backend.decode(reading)
+        del reading
         return await _answer(request, backend, body, task, count)
 
     async def options(request: Request) -> Response:
@@ -115,7 +119,7 @@ def _read_image_task(content: bytes, model: ModelFolder) -> tuple[GenerationBody
     parameters = asked.parameters.model_copy(update={"width": width, "height": height})
     picture = resize(picture, width, height, asked.body.resize_mode)
     task = image_task(parameters, model, picture, None if mask is None else resize(mask, width, height, asked.body.resize_mode))
-    return asked.body, task, asked.count
+    return without_pictures(asked.body), task, asked.count
 
 
 def _require_served(options: Options, model: ModelFolder) -> None:

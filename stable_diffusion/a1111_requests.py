@@ -155,6 +155,11 @@ def read_image_to_image(document: dict[str, Any]) -> Asked[ImageToImageBody, Ima
     return Asked(body, _in_a1111_words(lambda: parse_image_to_image(fields)), _count(body))
 
 
+def without_pictures(body: ImageToImageBody) -> ImageToImageBody:
+    """What the answer needs of it: tens of megabytes less, unless the answer has them."""
+    return body if body.include_init_images else body.model_copy(update={"init_images": [], "mask": ""})
+
+
 def read_options(document: dict[str, Any]) -> Options:
     """Raises InvalidRequest."""
     return validated(Options, document)

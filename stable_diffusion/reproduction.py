@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from stable_diffusion.engine.job import Kind, Picture, Task
 from stable_diffusion.errors import InvalidRequest
 from stable_diffusion.infotext import LIBRARIES, PROGRAM, Infotext, library_versions, program_version
-from stable_diffusion.requests import sampler_of, scheduler_of
+from stable_diffusion.requests import known_schedule, sampler_of, scheduler_of
 from stable_diffusion.weights import ModelFolder
 
 _KINDS: tuple[Kind, ...] = ("txt2img", "img2img", "inpaint")
@@ -103,13 +103,21 @@ def _kind(values: Mapping[str, str]) -> Kind:
 def _scheduler(values: Mapping[str, str], model: ModelFolder) -> tuple[str | None, list[str]]:
     """The noise scheduler, None for the model's own, and what is not known here."""
     sampler, schedule = values.get("Sampler", ""), values.get("Schedule type", "")
-    if (sampler, schedule) == (sampler_of(model.scheduler)[0], sampler_of(model.scheduler)[1] or ""):
-        return None, []  # it may be one that has no other name
+    if (sampler, _levels(schedule)) == sampler_of(model.scheduler):
+        return None, []  # it may be one that is not among ours
     try:
         scheduler, has_schedule = scheduler_of(sampler, schedule)
     except ValueError:
         return None, [f"Sampler: {_shown(f'{sampler} {schedule}'.strip() or 'not said')} is not known here, {model.scheduler} is used"]
     return scheduler, [] if has_schedule else [f"Schedule type: {_shown(schedule)} is not known here"]
+
+
+def _levels(schedule: str) -> str | None:
+    """As `sampler_of` has them; those that are not known here as they are named."""
+    try:
+        return known_schedule(schedule)
+    except ValueError:
+        return schedule
 
 
 def _program_differs(program: str, is_ours: bool) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stable_diffusion.a1111_pictures import read_picture
-from stable_diffusion.a1111_requests import read_image_to_image, read_options, read_text_to_image, scheduler_asked_for
+from stable_diffusion.a1111_requests import read_image_to_image, read_options, read_text_to_image, scheduler_asked_for, without_pictures
 from stable_diffusion.errors import InvalidRequest, NotFound
 from stable_diffusion.openapi import document
 from stable_diffusion.requests import SCHEDULERS
@@ -141,6 +141,13 @@ def test_a_list_of_wrong_items_is_refused_at_the_first() -> None:
         with pytest.raises(InvalidRequest) as caught:
             read({**DRAWN, field: [0] * 10_000})
         assert caught.value.message == f"{field}: must be a valid string"
+
+
+def test_pictures_are_kept_no_longer_than_they_are_needed() -> None:
+    for wanted, init_images, mask in ((False, [], ""), (True, ["x"], "y")):
+        asked = read_image_to_image({**DRAWN, "init_images": ["x"], "mask": "y", "include_init_images": wanted})
+        kept = without_pictures(asked.body)
+        assert (kept.init_images, kept.mask) == (init_images, mask)
 
 
 def test_enable_pnginfo_false_leaves_the_text_out_of_the_file() -> None:

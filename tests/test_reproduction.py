@@ -54,6 +54,8 @@ def test_a_scheduler_of_the_model_that_has_no_short_name_is_found_again() -> Non
     own = replace(MODEL, scheduler="DEISMultistepScheduler")
     said = infotext.read(infotext.write(make_task(scheduler="DEISMultistepScheduler"), DRAWN, own))
     assert "scheduler" not in reproduction_of(said, own).fields
+    named = replace(said, values={**said.values, "Schedule type": "Automatic"})
+    assert not reproduction_of(named, own).differs
     assert reproduction_of(said, own).differs == []
     assert reproduction_of(said, MODEL).differs == ["Sampler: DEISMultistepScheduler is not known here, PNDMScheduler is used"]
 
