@@ -171,11 +171,11 @@ def as_headers(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _header_text(text: str) -> str:
-    """Percent-encoded UTF-8, cut at a whole character."""
+    """Percent-encoded UTF-8, cut at a whole character. A header has no white space at its ends: a server would not send it."""
     encoded = ""
     for character in text:
         piece = quote(character, safe=_PLAIN_IN_HEADERS)
         if len(encoded) + len(piece) > _MAX_HEADER_CHARACTERS:
             break
         encoded += piece
-    return encoded
+    return encoded.strip()

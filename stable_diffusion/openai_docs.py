@@ -54,7 +54,7 @@ def schemas() -> dict[str, Any]:
         },
     }
     edit = _parameters(ImageToImageRequest)
-    edit["properties"] = files | edit["properties"]
+    edit["properties"] = files | {name: _without_null(schema) for name, schema in edit["properties"].items()}
     edit["required"] = ["image", *edit["required"]]
     return {
         "OpenaiGeneration": _parameters(TextToImageRequest),
@@ -75,6 +75,13 @@ def _parameters(model: type[GenerationRequest]) -> dict[str, Any]:
         "properties": drawing | OpenaiParameters.model_json_schema()["properties"] | aliases,
         "additionalProperties": False,
     }
+
+
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """A form has none: what is not given is left out, or empty."""
+    kinds = [kind for kind in schema.get("anyOf", []) if kind != {"type": "null"}]
+    kept = {name: value for name, value in schema.items() if name != "anyOf" and (name, value) != ("default", None)}
+    return {**kept, **kinds[0]} if len(kinds) == 1 else schema
 
 
 def _draws(name: str, summary: str, content: dict[str, Any], event: str) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import h11
 import pytest
 from PIL import Image
 
 from stable_diffusion import images, infotext
-from stable_diffusion.answers import image_file
+from stable_diffusion.answers import as_headers, image_file
 from stable_diffusion.engine.job import Picture
 from stable_diffusion.images import MEDIA_TYPES, ImageFormat
 from stable_diffusion.requests import MAX_PROMPT_CHARACTERS
@@ -37,3 +38,10 @@ def test_the_longest_prompts_fit_into_every_format(image_format: ImageFormat, ch
     assert text is not None
     read = infotext.read(text)
     assert (read.prompt, read.negative_prompt) == (prompt, prompt)
+
+
+def test_a_text_that_is_cut_between_words_is_a_header_that_can_be_sent() -> None:
+    for words in ("0 " * 1000, " 0" * 1000, " "):
+        header = as_headers({"prompt_dropped": words})["prompt_dropped"]
+        h11.Response(status_code=200, headers=[("prompt_dropped", header)])
+        assert header == words[:1024].strip()
