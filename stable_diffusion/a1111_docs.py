@@ -17,6 +17,7 @@ _EXAMPLE = {"prompt": "a small red circle on a blue background", "steps": 20, "s
 # A grey picture of 8 x 8 pixels.
 _EXAMPLE_PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mNsaGhgwAaYGHCAwSkBADAXAZDUexXGAAAAAElFTkSuQmCC"
 _READING_ERRORS = {
+    "403": "A page of another site sent it, in a browser.",
     "404": "No such sampler or model, or the picture is missing.",
     "413": "The body or a picture is too large.",
     "415": "The body is not JSON.",

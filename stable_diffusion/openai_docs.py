@@ -13,6 +13,7 @@ TAG = {"name": "openai", "description": "OpenAI's images API, for its clients"}
 _EXAMPLE = {"prompt": "a small red circle on a blue background", "n": 2, "size": "auto", "seed": 1, "num_inference_steps": 20}
 _ERRORS = {
     "400": "A parameter is missing, unknown, malformed or out of range; `param` names it.",
+    "403": "A page of another site sent it, in a browser.",
     "404": "Another model is served (code `model_not_found`).",
     "413": "The body or an image is too large.",
     "415": "The body is not of the type that the endpoint takes.",
