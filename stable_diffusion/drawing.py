@@ -86,7 +86,8 @@ def draw_unattended(backend: Backend, task: Task, ticket: Ticket) -> None:
         with backend.unfinished.piece_of_work(), suppress(JobsUnavailable):
             drawing = asyncio.ensure_future(draw(backend.runner, task, ticket))
             while not (await asyncio.wait({drawing}, timeout=_HELD_AGAIN_S))[0]:
-                await run_in_threadpool(backend.jobs.note_held, ticket.job_id)
+                with suppress(JobsUnavailable):
+                    await run_in_threadpool(backend.jobs.note_held, ticket.job_id)
             error = drawing.exception() or GenerationFailed("the picture was drawn and could not be kept")
             # Nothing happens to a job that has its end already.
             await run_in_threadpool(backend.jobs.abandon, ticket.job_id, known_error(error, f"Job {ticket.job_id}"))
