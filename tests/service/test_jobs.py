@@ -254,6 +254,8 @@ def test_a_job_whose_model_process_dies_fails_and_its_key_may_be_used_again(serv
     key = f"key {time.time()}"
     location = start(server, key, num_inference_steps=150, height=128, width=128).headers["location"]
     attended = draw(server, num_inference_steps=1).headers["job-id"]
+    # A client gets its picture before that is noted: what was not noted yet dies with the process.
+    assert ended(server, f"/jobs/{attended}")["state"] == "completed"
     (runner,) = [process for process in family_of(server) if "bentoml_cli.worker.runner" in process.cmdline()]
     runner.kill()
     runner.wait(10)
