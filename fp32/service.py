@@ -12,6 +12,7 @@ import bentoml
 
 from stable_diffusion.api import create_service
 from stable_diffusion.jobs import Jobs
+from stable_diffusion.limits import read_limits
 from stable_diffusion.runnable import start_engine
 from stable_diffusion.runner_jobs import RunnerJobs
 from stable_diffusion.shared_folder import shared_folder
@@ -36,7 +37,8 @@ class StableDiffusionRunnable(bentoml.Runnable):
 
     def __init__(self, max_batch_size: int) -> None:
         index = bentoml.server_context.worker_index or 0
-        engine = start_engine(model(), precision="fp32", max_batch_size=max_batch_size, runner_index=index)
+        limits = read_limits(os.environ)
+        engine = start_engine(model(), "fp32", max_batch_size, runner_index=index, limits=limits)
         self._jobs = RunnerJobs(engine, Jobs(shared_folder), index)
 
     # An async generator is the one kind of method that BentoML calls again while it is still running,

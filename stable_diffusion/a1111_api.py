@@ -104,7 +104,7 @@ def routes(backend: Backend) -> list[Route]:
 
 async def _answer(request: Request, backend: Backend, body: GenerationBody, task: Task, count: int) -> Response:
     tasks = [one_of_several(task, index) for index in range(count)]
-    pictures = await while_connected(request, draw_all(backend.runner, tasks, ticket_of(request)))
+    pictures = await while_connected(request, draw_all(backend, tasks, ticket_of(request)))
     return await run_in_threadpool(lambda: json_response(pictures_answer(body, tasks, pictures, backend.model())))
 
 

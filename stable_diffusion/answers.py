@@ -157,6 +157,7 @@ def parameters_of(task: Task, picture: Picture, model: ModelFolder) -> dict[str,
         "strength": None if task.kind == "txt2img" else task.strength,
         "safety_check": task.safety_check,
         "safety_flagged": "unchecked" if picture.flagged is None else picture.flagged,
+        "decoded_again": "float32" if picture.decoded_again else None,
         "model": model.name,
     }
     return {name: value for name, value in parameters.items() if value is not None}

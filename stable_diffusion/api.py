@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
+import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import bentoml
 from bentoml._internal.configuration.containers import BentoMLContainer
@@ -39,8 +40,9 @@ from stable_diffusion import (
 )
 from stable_diffusion.backend import Backend
 from stable_diffusion.draining import Draining, Unfinished
-from stable_diffusion.errors import ModelFolderError
+from stable_diffusion.errors import ConfigurationError, ModelFolderError
 from stable_diffusion.jobs import Jobs, new_job_id
+from stable_diffusion.limits import Limits, read_limits
 from stable_diffusion.shared_folder import name_shared_folder, shared_folder
 from stable_diffusion.weights import ModelFolder
 
@@ -55,6 +57,8 @@ API_VERSION = __version__
 def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[], ModelFolder]) -> Service:
     """The BentoML service `name`: `runner` draws, `choose_model` says which model it has loaded (or raises ModelFolderError)."""
     logger.setLevel(logging.INFO)
+    # In a container BentoML starts no worker again that has died, which would leave a server that answers nothing for ever.
+    os.environ.pop("BENTOML_CONTAINERIZED", None)
     name_shared_folder()  # here, because BentoML copies the environment for the runner before on_deployment
     choose_model = functools.lru_cache(maxsize=1)(choose_model)
     service = Service(name, runners=[runner])
@@ -62,20 +66,36 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
     def check_weights() -> None:
         """Runs once, before any process is started: one clear line instead of workers that die one after the other."""
         try:
+            read_limits(os.environ)
             model = choose_model()
-        except ModelFolderError as error:
+        except (ConfigurationError, ModelFolderError) as error:
             raise SystemExit(f"Not started: {error}") from None
         if model.is_demo:
             logger.warning("Serving the demo model, which draws coloured shapes only. 'make model' downloads Stable Diffusion v1.4.")
         logger.info("When the server is ready, its address has a page to draw with at /ui, and one to try the API at /.")
 
     service.on_deployment(check_weights)
-    unfinished = Unfinished()
-    routes = _routes(Backend(runner, choose_model, Jobs(shared_folder), unfinished))
+    unfinished = Unfinished(_grace_s())
+    backend = Backend(runner, choose_model, Jobs(shared_folder), unfinished)
+    routes = _routes(backend)
     service.mount_asgi_app(Starlette(routes=routes), path="/")
     service.add_asgi_middleware(Draining, unfinished=unfinished, refusal=_stopping)
-    service.add_asgi_middleware(_FrontDoor, routes=routes, document=openapi.document(name, API_VERSION))
+    pages = {
+        "/": HTMLResponse(openapi.PAGE),
+        "/docs.json": JSONResponse(openapi.document(name, API_VERSION)),
+        "/readyz": status_api.readiness_page(backend),
+        "/metrics": status_api.show_metrics,
+    }
+    service.add_asgi_middleware(_FrontDoor, routes=routes, pages=pages)
     return service
+
+
+def _grace_s() -> float:
+    """What cannot be read is said where the server starts, and ends that."""
+    try:
+        return read_limits(os.environ).stop_grace_s
+    except ConfigurationError:
+        return Limits.stop_grace_s
 
 
 def _routes(backend: Backend) -> list[Route]:
@@ -84,20 +104,16 @@ def _routes(backend: Backend) -> list[Route]:
 
 
 class _FrontDoor:
-    """Gives each request that makes or changes something an id, and answers `/`, `/docs.json` and `/metrics` in place of BentoML's routes.
+    """Gives each request that makes or changes something an id, and answers some paths by `pages` in place of BentoML's routes.
 
     Refuses what is no path of ours before BentoML's metrics see it, and has them see `/jobs/{job_id}` instead of each job:
     they keep a series for every path that is tried. Refuses what a page of another site would have started or changed.
     """
 
-    def __init__(self, app: ASGIApp, routes: Sequence[Route], document: dict[str, Any]) -> None:
+    def __init__(self, app: ASGIApp, routes: Sequence[Route], pages: Mapping[str, ASGIApp]) -> None:
         self._app = app
         self._is_allowed_origin = _allowed_origins()
-        self._pages: dict[str, ASGIApp] = {
-            "/": HTMLResponse(openapi.PAGE),
-            "/docs.json": JSONResponse(document),
-            "/metrics": status_api.show_metrics,
-        }
+        self._pages = pages
         self._methods: dict[str, set[str]] = {path: {"GET", "HEAD"} for path in (*self._pages, *_BENTOML_PATHS)}
         for route in routes:
             self._methods.setdefault(route.path, set()).update(route.methods or ())
@@ -153,6 +169,7 @@ class _NamedJob:
     """The job that a request is for; a door may find that it is one that was there before."""
 
     id: str
+    received_s: float = field(default_factory=time.monotonic)
 
 
 def _naming(job: _NamedJob, send: Send) -> Send:
@@ -190,4 +207,4 @@ _FORMS = {
 }
 
 
-_BENTOML_PATHS = ("/livez", "/readyz", "/healthz", *(f"/static_content/{name}" for name in openapi.PAGE_ASSETS))
+_BENTOML_PATHS = ("/livez", "/healthz", *(f"/static_content/{name}" for name in openapi.PAGE_ASSETS))

@@ -20,9 +20,11 @@ _ALWAYS_ANSWERED_UNDER = "/jobs/"
 
 
 class Unfinished:
-    """What an API worker has begun and must end before it may stop."""
+    """What an API worker has begun and must end before it may stop, within a grace period."""
 
-    def __init__(self) -> None:
+    def __init__(self, grace_s: float) -> None:
+        self.grace_is_over = asyncio.Event()
+        self._grace_s = grace_s
         self._count = 0
         self._stop: Callable[[], object] | None = None
 
@@ -41,6 +43,7 @@ class Unfinished:
 
     def stop_when_done(self, stop: Callable[[], object]) -> None:
         self._stop = stop
+        asyncio.get_running_loop().call_later(self._grace_s, self.grace_is_over.set)
         self._stop_if_idle()
 
     def _stop_if_idle(self) -> None:

@@ -13,16 +13,16 @@ from contextlib import aclosing, suppress
 from dataclasses import replace
 
 import aiohttp
-import bentoml
 from bentoml.exceptions import BentoMLException
 from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion.answers import known_error
 from stable_diffusion.backend import Backend
 from stable_diffusion.engine.job import Picture, Progress, Task
-from stable_diffusion.errors import GenerationFailed, JobsUnavailable, ModelUnavailable
+from stable_diffusion.errors import GenerationFailed, JobsUnavailable, ModelUnavailable, ServiceError, ShuttingDown
 from stable_diffusion.jobs import JobRecord, Ticket
-from stable_diffusion.runnable import pack_task, unpack_news
+from stable_diffusion.readiness import require_ready
+from stable_diffusion.runnable import TakenOn, pack_task, unpack_news
 
 logger = logging.getLogger("stable_diffusion")
 
@@ -31,17 +31,16 @@ _TIME_TO_FETCH_S = 10.0
 _HELD_AGAIN_S = 20.0
 
 
-async def draw(runner: bentoml.Runner, task: Task, ticket: Ticket) -> Picture:
-    async with aclosing(news_of(runner, task, ticket, follow=False)) as news:
-        async for one in news:
-            if isinstance(one, Picture):
-                return one
-    raise AssertionError("news end with a picture or an error")
+News = AsyncGenerator[TakenOn | Progress | Picture, None]
 
 
-async def draw_all(runner: bentoml.Runner, tasks: Sequence[Task], ticket: Ticket) -> list[Picture]:
+async def draw(backend: Backend, task: Task, ticket: Ticket) -> Picture:
+    return await _picture_of(await begin(backend, task, ticket, follow=False))
+
+
+async def draw_all(backend: Backend, tasks: Sequence[Task], ticket: Ticket) -> list[Picture]:
     """Several at once, so that they share the engine's steps. The first one that fails ends the others."""
-    drawing = [asyncio.ensure_future(draw(runner, task, replace(ticket, index=index))) for index, task in enumerate(tasks)]
+    drawing = [asyncio.ensure_future(draw(backend, task, replace(ticket, index=index))) for index, task in enumerate(tasks)]
     try:
         return await asyncio.gather(*drawing)
     finally:
@@ -50,21 +49,44 @@ async def draw_all(runner: bentoml.Runner, tasks: Sequence[Task], ticket: Ticket
         await asyncio.gather(*drawing, return_exceptions=True)
 
 
-async def news_of(runner: bentoml.Runner, task: Task, ticket: Ticket, *, follow: bool) -> AsyncGenerator[Progress | Picture, None]:
-    """Have the runner draw, and pass on what it says; a picture comes last. Closing this cancels the job there, if it is attended."""
-    stream = runner.draw.async_stream(pack_task(task, ticket, follow=follow))
+async def begin(backend: Backend, task: Task, ticket: Ticket, *, follow: bool) -> News:
+    """Have a model process take on a task: returns then, or raises why it was not taken on.
+
+    What is returned has what the model process says from then on; a picture comes last. Closing it cancels the job, if it is attended.
+    """
+    await require_ready(backend.runner)
+    news = _news_of(backend, task, ticket, follow=follow)
+    try:
+        await anext(news)
+    except BaseException:
+        await news.aclose()
+        raise
+    return news
+
+
+async def _picture_of(news: News) -> Picture:
+    async with aclosing(news):
+        async for one in news:
+            if isinstance(one, Picture):
+                return one
+    raise AssertionError("news end with a picture or an error")
+
+
+async def _news_of(backend: Backend, task: Task, ticket: Ticket, *, follow: bool) -> News:
+    stream = backend.runner.draw.async_stream(pack_task(task, ticket, follow=follow))
     pieces: list[str] = []
     has_picture = False
     try:
-        async for piece in stream:
-            pieces.append(piece)
-            if "\n" in piece:  # lines are cut anywhere, and the one with the picture is long
-                *lines, rest = "".join(pieces).split("\n")
-                pieces = [rest]
-                for line in lines:
-                    one = await run_in_threadpool(unpack_news, line)
-                    has_picture = isinstance(one, Picture)
-                    yield one
+        async with aclosing(_until(backend.unfinished.grace_is_over, stream)) as timely:
+            async for piece in timely:
+                pieces.append(piece)
+                if "\n" in piece:  # lines are cut anywhere, and the one with the picture is long
+                    *lines, rest = "".join(pieces).split("\n")
+                    pieces = [rest]
+                    for line in lines:
+                        one = await run_in_threadpool(unpack_news, line)
+                        has_picture = isinstance(one, Picture)
+                        yield one
     except asyncio.TimeoutError:
         raise GenerationFailed("the picture was not finished within the time that the server's configuration allows") from None
     except (BentoMLException, aiohttp.ClientError) as error:
@@ -76,26 +98,62 @@ async def news_of(runner: bentoml.Runner, task: Task, ticket: Ticket, *, follow:
         raise ModelUnavailable("the model process stopped before the picture was finished, try again in a minute")
 
 
-def draw_unattended(backend: Backend, task: Task, ticket: Ticket) -> None:
-    """Have the runner draw a job that was accepted; whoever wants to know how far it is asks the store.
+async def _until(end: asyncio.Event, stream: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """The same pieces. Raises ShuttingDown at `end`."""
+    ending = asyncio.ensure_future(end.wait())
+    piece: asyncio.Future[str | None] = ending.get_loop().create_future()
+    try:
+        while True:
+            piece = asyncio.ensure_future(anext(stream, None))
+            await asyncio.wait({piece, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if not piece.done():
+                raise ShuttingDown("the server stops and cannot finish the picture, try again in a minute")
+            if (content := piece.result()) is None:
+                return
+            yield content
+    finally:
+        ending.cancel()
+        piece.cancel()
+        await asyncio.gather(ending, piece, return_exceptions=True)
 
+
+async def draw_unattended(backend: Backend, task: Task, ticket: Ticket) -> None:
+    """Have a model process draw a job that was accepted; whoever wants to know how far it is asks the store.
+
+    Returns once it is taken on; raises why it is not, and that is the job's end.
     A connection to the runner is held until it is done: BentoML stops both processes at once, and each waits for what it has open.
     """
+    refusal: asyncio.Future[ServiceError | None] = asyncio.get_running_loop().create_future()
 
     async def hold() -> None:
         with backend.unfinished.piece_of_work(), suppress(JobsUnavailable):
-            drawing = asyncio.ensure_future(draw(backend.runner, task, ticket))
-            while not (await asyncio.wait({drawing}, timeout=_HELD_AGAIN_S))[0]:
-                with suppress(JobsUnavailable):
-                    await run_in_threadpool(backend.jobs.note_held, ticket.job_id)
-            error = drawing.exception() or GenerationFailed("the picture was drawn and could not be kept")
+            error = await _hold(backend, task, ticket, refusal)
             # Nothing happens to a job that has its end already.
-            await run_in_threadpool(backend.jobs.abandon, ticket.job_id, known_error(error, f"Job {ticket.job_id}"))
+            await run_in_threadpool(backend.jobs.abandon, ticket.job_id, error)
             await _time_to_fetch(backend, ticket.job_id)
 
     holding = asyncio.create_task(hold())
     _held.add(holding)
     holding.add_done_callback(_held.discard)
+    if (error := await asyncio.shield(refusal)) is not None:
+        raise error
+
+
+async def _hold(backend: Backend, task: Task, ticket: Ticket, refusal: asyncio.Future[ServiceError | None]) -> ServiceError:
+    """Wait until a job has ended. Returns what became of it if the model process has not noted that."""
+    where = f"Job {ticket.job_id}"
+    try:
+        news = await begin(backend, task, ticket, follow=False)
+    except Exception as error:
+        known = known_error(error, where)
+        refusal.set_result(known)
+        return known
+    refusal.set_result(None)
+    drawing = asyncio.ensure_future(_picture_of(news))
+    while not (await asyncio.wait({drawing}, timeout=_HELD_AGAIN_S))[0]:
+        with suppress(JobsUnavailable):
+            await run_in_threadpool(backend.jobs.note_held, ticket.job_id)
+    return known_error(drawing.exception() or GenerationFailed("the picture was drawn and could not be kept"), where)
 
 
 async def _time_to_fetch(backend: Backend, job_id: str) -> None:

@@ -10,6 +10,7 @@ ServiceError
 ├── PictureExpired            410  the job's picture was kept and is gone
 ├── IdempotencyMismatch       422  the key was used for another request
 ├── TooManyJobs               429  too many jobs that nobody waits for are not finished
+├── QueueFull                 429  as much work as is allowed has been taken on
 ├── TooLarge                  413  a body or an image has too many bytes or pixels
 ├── UnsupportedMediaType      415  the body is not of the type that the endpoint takes
 ├── NotAcceptable             406  the Accept header allows no image type that we can send
@@ -18,7 +19,11 @@ ServiceError
 ├── GenerationFailed          500  this job could not be finished; its neighbours were not harmed
 ├── InternalError             500  a defect of ours
 ├── JobsUnavailable           503  where jobs stand cannot be read or written
-└── ModelUnavailable          503  the model process cannot be reached
+├── ModelLoading              503  the model process is starting: how far it is
+├── ModelUnavailable          503  the model process cannot be reached
+├── ShuttingDown              503  the server stops, and the picture was not finished within its grace period
+└── DeadlineExceeded          504  the time that the request allows is not enough, or was not
+ConfigurationError                 at start only: an environment variable has a value that it may not have
 ModelFolderError                   at start only: the weights are missing, broken or of another kind
 """
 
@@ -100,6 +105,11 @@ class TooManyJobs(ServiceError):
     type = "too_many_jobs"
 
 
+class QueueFull(ServiceError):
+    status = 429
+    type = "queue_full"
+
+
 class TooLarge(ServiceError):
     status = 413
     type = "too_large"
@@ -141,18 +151,41 @@ class JobsUnavailable(ServiceError):
     retry_after_s = 10
 
 
+class ModelLoading(ServiceError):
+    status = 503
+    type = "model_loading"
+    retry_after_s = 10
+
+
 class ModelUnavailable(ServiceError):
     status = 503
     type = "model_unavailable"
     retry_after_s = 60
 
 
-def error_of_type(type: str, message: str) -> ServiceError:
+class ShuttingDown(ServiceError):
+    status = 503
+    type = "shutting_down"
+    retry_after_s = 60
+
+
+class DeadlineExceeded(ServiceError):
+    status = 504
+    type = "deadline_exceeded"
+
+
+# What may become of a job that a model process was asked to draw.
+_OF_JOBS = (GenerationFailed, Cancelled, QueueFull, DeadlineExceeded, ModelLoading, ModelUnavailable, ShuttingDown)
+
+
+def error_of_type(type: str, message: str, retry_after_s: int | None = None) -> ServiceError:
     """What another process has told of an error, as an error again; of a type that is not known here, GenerationFailed."""
-    for kind in (GenerationFailed, Cancelled, ModelUnavailable):
-        if kind.type == type:
-            return kind(message)
-    return GenerationFailed(message)
+    kind = next((kind for kind in _OF_JOBS if kind.type == type), GenerationFailed)
+    return kind(message, retry_after_s=retry_after_s)
+
+
+class ConfigurationError(Exception):
+    """The server cannot be started as it is told to be. The message names the variable and what is allowed."""
 
 
 class ModelFolderError(Exception):

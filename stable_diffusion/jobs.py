@@ -35,6 +35,7 @@ from stable_diffusion.errors import (
     error_of_type,
 )
 from stable_diffusion.images import ImageFormat
+from stable_diffusion.limits import MAX_TIMEOUT_S
 
 logger = logging.getLogger("stable_diffusion")
 
@@ -69,12 +70,16 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
 
 @dataclass(frozen=True)
 class Ticket:
-    """For whom a task is drawn. `index`: which picture of the job. An unattended one is drawn to its end and its picture is kept."""
+    """For whom a task is drawn. `index`: which picture of the job. An unattended one is drawn to its end and its picture is kept.
+
+    `timeout_s`: how long it may take from now until the picture is there.
+    """
 
     job_id: str
     owner: str
     index: int = 0
     unattended: bool = False
+    timeout_s: float = MAX_TIMEOUT_S
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,7 @@ class Jobs:
                 "dropped_negative_prompt": outcome.dropped_negative_prompt,
                 "device": outcome.device,
                 "dtype": outcome.dtype,
+                "decoded_again": outcome.decoded_again,
             }
         else:
             state, described = _state_of(outcome), {"type": outcome.type, "message": outcome.message}

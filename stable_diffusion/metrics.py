@@ -20,14 +20,18 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 
 from stable_diffusion.engine.job import Kind
 from stable_diffusion.engine.records import (
+    DecodedAgainRecord,
     EndRecord,
     Outcome,
     OutOfMemoryRecord,
     Record,
+    Refusal,
+    RefusalRecord,
     StartRecord,
     StepRecord,
     SubmitRecord,
     TurnRecord,
+    WorkloadRecord,
 )
 from stable_diffusion.runner_state import RunnerState, is_alive, living_runners
 
@@ -40,12 +44,15 @@ _ROWS = (1, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20)
 class _Series:
     queue_jobs: Gauge
     running_jobs: Gauge
+    workload_seconds: Gauge
+    refused: Counter
     queue_wait_seconds: Histogram
     unet_rows: Histogram
     step_seconds: Histogram
     image_seconds: Histogram
     images: Counter
     out_of_memory: Counter
+    decoded_again: Counter
 
 
 @functools.cache
@@ -54,6 +61,12 @@ def _series() -> _Series:
     series = _Series(
         queue_jobs=Gauge("stable_diffusion_queue_jobs", "Pictures that wait for their first step.", multiprocess_mode="livesum"),
         running_jobs=Gauge("stable_diffusion_running_jobs", "Pictures that are being drawn.", multiprocess_mode="livesum"),
+        workload_seconds=Gauge(
+            "stable_diffusion_workload_seconds",
+            "Work that has been taken on and is left, in estimated seconds of the device.",
+            multiprocess_mode="livesum",
+        ),
+        refused=Counter("stable_diffusion_refused", "Pictures that were not taken on, and why.", labelnames=["reason"]),
         queue_wait_seconds=Histogram(
             "stable_diffusion_queue_wait_seconds", "From the arrival of a picture's task to its first step.", buckets=_SECONDS
         ),
@@ -70,8 +83,13 @@ def _series() -> _Series:
         ),
         images=Counter("stable_diffusion_images", "Pictures that have ended, and how.", labelnames=["kind", "outcome"]),
         out_of_memory=Counter("stable_diffusion_out_of_memory", "How often the device had no room for a call, retried or not."),
+        decoded_again=Counter(
+            "stable_diffusion_decoded_again", "Pictures that came out black or as no numbers and were decoded again in float32."
+        ),
     )
     # From the start, so that the first picture is a rise too.
+    for reason in get_args(Refusal):
+        series.refused.labels(reason)
     for kind in get_args(Kind):
         series.image_seconds.labels(kind)
         for outcome in get_args(Outcome):
@@ -94,6 +112,10 @@ def _count(record: Record | StepRecord) -> None:
             series.step_seconds.observe(seconds)
         case SubmitRecord():
             series.queue_jobs.inc()
+        case RefusalRecord(reason):
+            series.refused.labels(reason).inc()
+        case WorkloadRecord(seconds):
+            series.workload_seconds.set(seconds)
         case StartRecord(waited_s):
             series.queue_jobs.dec()
             series.running_jobs.inc()
@@ -105,6 +127,8 @@ def _count(record: Record | StepRecord) -> None:
                 series.image_seconds.labels(kind).observe(drawn_s)
         case OutOfMemoryRecord():
             series.out_of_memory.inc()
+        case DecodedAgainRecord():
+            series.decoded_again.inc()
 
 
 def page() -> bytes:

@@ -21,10 +21,9 @@ from starlette.routing import Route
 from stable_diffusion import events, images
 from stable_diffusion.answers import answering_errors, as_base64, event_stream, image_file, known_error, sendable
 from stable_diffusion.backend import Backend
-from stable_diffusion.drawing import draw_all, news_of
+from stable_diffusion.drawing import News, begin, draw_all
 from stable_diffusion.engine.job import Picture, Progress, Task
 from stable_diffusion.errors import InvalidRequest, ModelNotFound, ServiceError
-from stable_diffusion.jobs import Ticket
 from stable_diffusion.openai_requests import OpenaiParameters, parse_edit, parse_generation, read_texts
 from stable_diffusion.reading import file_part, opened_form, read_json_body, ticket_of, while_connected
 from stable_diffusion.tasks import image_task, one_of_several, text_task
@@ -112,9 +111,11 @@ def _served(backend: Backend, own: OpenaiParameters) -> ModelFolder:
 async def _answer(request: Request, backend: Backend, event: Event, task: Task, own: OpenaiParameters) -> Response:
     ticket = ticket_of(request)
     if own.stream:
-        return event_stream(_events(backend, event, task, ticket, own))
+        task = replace(task, preview_every_steps=_steps_between(own.partial_images, task))
+        news = await while_connected(request, begin(backend, task, ticket, follow=own.partial_images > 0))
+        return event_stream(_events(news, backend, event, task, own))
     tasks = [one_of_several(task, index) for index in range(own.n)]
-    pictures = await while_connected(request, draw_all(backend.runner, tasks, ticket))
+    pictures = await while_connected(request, draw_all(backend, tasks, ticket))
     return await run_in_threadpool(_pictures_answer, tasks, pictures, backend.model(), own)
 
 
@@ -124,12 +125,11 @@ def _pictures_answer(tasks: list[Task], pictures: list[Picture], model: ModelFol
     return JSONResponse({"created": int(time.time()), "data": data, **_look(tasks[0], own)})
 
 
-async def _events(backend: Backend, event: Event, task: Task, ticket: Ticket, own: OpenaiParameters) -> AsyncGenerator[bytes, None]:
+async def _events(news: News, backend: Backend, event: Event, task: Task, own: OpenaiParameters) -> AsyncGenerator[bytes, None]:
     """partial_image as often as asked for, then completed, or an error, which the official clients raise."""
     sent = 0
-    task = replace(task, preview_every_steps=_steps_between(own.partial_images, task))
     try:
-        async with aclosing(news_of(backend.runner, task, ticket, follow=own.partial_images > 0)) as news:
+        async with aclosing(news):
             async for one in news:
                 # One more than asked for may fall on the last steps.
                 if isinstance(one, Progress) and one.preview is not None and sent < own.partial_images:

@@ -23,7 +23,7 @@ from stable_diffusion.answers import (
     progress_event,
 )
 from stable_diffusion.backend import Backend
-from stable_diffusion.drawing import draw, draw_unattended, news_of
+from stable_diffusion.drawing import News, begin, draw, draw_unattended
 from stable_diffusion.engine.job import Picture, Progress, Task
 from stable_diffusion.errors import InvalidRequest, NotAcceptable
 from stable_diffusion.images import MEDIA_TYPES, ImageFormat
@@ -103,9 +103,10 @@ async def answer(
         assert image_format is not None
         return await while_connected(request, awaited_picture(backend, job_id, image_format))
     if accepted.events:
-        return event_stream(_events(backend, task, ticket, image_format or "jpeg", remarks))
+        news = await while_connected(request, begin(backend, task, ticket, follow=True))
+        return event_stream(_events(news, backend, task, image_format or "jpeg", remarks))
     assert image_format is not None
-    picture = await while_connected(request, draw(backend.runner, task, ticket))
+    picture = await while_connected(request, draw(backend, task, ticket))
     return await run_in_threadpool(picture_answer, task, picture, backend.model(), image_format, remarks(picture))
 
 
@@ -114,20 +115,20 @@ async def _accept(backend: Backend, task: Task, ticket: Ticket, key: str | None,
     what = await run_in_threadpool(fingerprint, task, parameters.seed)
     job_id = await run_in_threadpool(backend.jobs.accept, ticket, task, key, what, parameters.output_format)
     if job_id == ticket.job_id:
-        draw_unattended(backend, task, ticket)
+        await draw_unattended(backend, task, ticket)
     return job_id
 
 
-async def _events(backend: Backend, task: Task, ticket: Ticket, image_format: ImageFormat, remarks: Remarks) -> AsyncGenerator[bytes, None]:
+async def _events(news: News, backend: Backend, task: Task, image_format: ImageFormat, remarks: Remarks) -> AsyncGenerator[bytes, None]:
     """queued, progress and preview while it is being drawn, then completed with the picture, or error."""
     try:
-        async with aclosing(news_of(backend.runner, task, ticket, follow=True)) as news:
+        async with aclosing(news):
             async for one in news:
                 if isinstance(one, Progress):
                     yield progress_event(one)
                     if one.preview is not None:
                         yield await run_in_threadpool(preview_event, one.step, one.preview, task)
-                else:
+                elif isinstance(one, Picture):
                     yield await run_in_threadpool(completed_event, task, one, backend.model(), image_format, remarks(one))
     except Exception as error:
         yield error_event(error, f"The stream of events of a {task.kind}")

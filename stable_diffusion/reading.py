@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
+import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,9 +22,10 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from stable_diffusion import events, images
-from stable_diffusion.errors import ClientGone, InvalidRequest, TooLarge, UnsupportedMediaType
+from stable_diffusion.errors import ClientGone, DeadlineExceeded, InvalidRequest, TooLarge, UnsupportedMediaType
 from stable_diffusion.images import MEDIA_TYPES, ImageFormat
 from stable_diffusion.jobs import Ticket
+from stable_diffusion.limits import MAX_TIMEOUT_S
 from stable_diffusion.requests import (
     MAX_NAMES,
     ImageToImageRequest,
@@ -33,6 +36,7 @@ from stable_diffusion.requests import (
 )
 
 MAX_JSON_BYTES = 2**20
+TIMEOUT_HEADER = "Request-Timeout"  # seconds
 _MAX_KEY_CHARACTERS = 255
 
 T = TypeVar("T")
@@ -137,8 +141,27 @@ async def _data_part(form: FormData) -> bytes | str | None:
 
 
 def ticket_of(request: Request) -> Ticket:
-    """The job that the front door made of this request, and for whom it is."""
-    return Ticket(job_id=request.scope["job"].id, owner=owner_of(request))
+    """The job that the front door made of this request, for whom it is, and how long it may still take.
+
+    Raises InvalidRequest, or DeadlineExceeded if reading the request has taken all of that.
+    """
+    job = request.scope["job"]
+    left_s = _timeout_s(request) - (time.monotonic() - job.received_s)
+    if left_s <= 0:
+        raise DeadlineExceeded("the time that the request allows was over before it was read")
+    return Ticket(job_id=job.id, owner=owner_of(request), timeout_s=left_s)
+
+
+def _timeout_s(request: Request) -> float:
+    text = request.headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return MAX_TIMEOUT_S
+    # No exponents, no signs, no names of numbers.
+    timeout_s = float(text) if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text, re.ASCII) else 0.0
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        message = f"{TIMEOUT_HEADER}: must be a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}"
+        raise InvalidRequest(message, field=TIMEOUT_HEADER)
+    return timeout_s
 
 
 def rename_job(request: Request, job_id: str) -> None:

@@ -13,7 +13,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from stable_diffusion.engine.records import CapRecord, Record, StepRecord
 from stable_diffusion.errors import ServiceError, error_of_type
 from stable_diffusion.jobs import Ticket
 from stable_diffusion.kept_caps import keep, recall
+from stable_diffusion.limits import Limits
 from stable_diffusion.metrics import counting
 from stable_diffusion.runner_state import Placement, RunnerState, StepCap
 
@@ -46,19 +47,26 @@ def start_engine(
     max_batch_size: int,
     on_step: Callable[[StepRecord], None] | None = None,
     runner_index: int | None = None,
+    limits: Limits | None = None,
+    make_denoiser: Callable[[Parts], Denoiser] | None = None,
 ) -> Engine:
     """Load the model, find out how many pictures should share a step, and start the engine; returns when it can draw.
 
     `runner_index`: BentoML's number of this process, under which it says how far it is; None if nobody would read that.
+    `limits`: how much work is taken on, and when a step counts as stuck, which ends this process; None: no limits.
+    `make_denoiser`: of tests, which have it fail.
     """
     # Imported here because API workers import this module too and must stay without torch.
     from stable_diffusion.engine.calibration import cap_for_size
     from stable_diffusion.engine.denoiser import Denoiser
     from stable_diffusion.engine.engine import Engine
+    from stable_diffusion.engine.watchdog import Watchdog
+    from stable_diffusion.engine.workload import NO_LIMITS, QueueLimits
     from stable_diffusion.pipelines import load
 
     width, height = model.native_width, model.native_height
     caps: list[Cap] = []
+    step_seconds: list[float] = []
     state = RunnerState(runner_index, precision, model.name)
     state.enter("starting")
     count = counting()
@@ -68,8 +76,8 @@ def start_engine(
         parts = load(model, precision)
         state.placement = _placement(parts)
         state.enter("warming up")
-        denoiser = Denoiser(parts)
-        denoiser.warm_up(width, height)
+        denoiser = (make_denoiser or Denoiser)(parts)
+        step_seconds.append(denoiser.warm_up(width, height))
         if os.environ.get(CUDA_GRAPHS_VARIABLE) == "1":
             _record_steps(denoiser, parts, width, height, max_batch_size)
         state.enter("measuring the cap")
@@ -77,7 +85,6 @@ def start_engine(
         logger.info("Up to %d pictures of %dx%d share a step: %s.", cap.jobs, width, height, cap.reason)
         state.set_cap(StepCap(width, height, cap.jobs, cap.reason))
         caps.append(cap)
-        state.enter("ready")
         return denoiser
 
     def cap_for(size: tuple[int, int]) -> int:
@@ -93,7 +100,12 @@ def start_engine(
         if isinstance(record, CapRecord):
             state.set_cap(StepCap(record.width, record.height, record.jobs, f"{record.tried} pictures did not fit into memory"))
 
-    return Engine(load_and_warm_up, max_batch_size, note_step, cap_for, note)
+    queue = NO_LIMITS if limits is None else QueueLimits(limits.queue_s, limits.queue_pictures)
+    watchdog = None if limits is None else Watchdog(limits.stuck_step_s)
+    engine = Engine(load_and_warm_up, max_batch_size, note_step, cap_for, note, queue, watchdog)
+    engine.assume_step(height, width, step_seconds[0])
+    state.enter("ready")
+    return engine
 
 
 def _placement(parts: Parts) -> Placement:
@@ -161,7 +173,7 @@ def pack_outcome(outcome: Picture | ServiceError) -> str:
     As a JSON string they would be looked through for what has to be escaped, twice.
     """
     if isinstance(outcome, ServiceError):
-        content: dict[str, Any] = {"error": {"type": outcome.type, "message": outcome.message}}
+        content: dict[str, Any] = {"error": {"type": outcome.type, "message": outcome.message, "retry_after_s": outcome.retry_after_s}}
         pixels = ""
     else:
         content = {
@@ -171,6 +183,7 @@ def pack_outcome(outcome: Picture | ServiceError) -> str:
             "dropped_negative_prompt": outcome.dropped_negative_prompt,
             "device": outcome.device,
             "dtype": outcome.dtype,
+            "decoded_again": outcome.decoded_again,
         }
         pixels = base64.b64encode(outcome.image.tobytes()).decode("ascii")
     return f"{json.dumps(content)}\t{pixels}\n"
@@ -188,10 +201,24 @@ def pack_progress(progress: Progress) -> str:
     return json.dumps({"progress": packed}) + "\n"
 
 
-def unpack_news(line: str) -> Progress | Picture:
+@dataclass(frozen=True)
+class TakenOn:
+    """The task is in the engine's queue. What comes before it is no answer to whoever asked."""
+
+
+_TAKEN_ON = "taken on"
+
+
+def pack_taken_on() -> str:
+    return json.dumps({_TAKEN_ON: True}) + "\n"
+
+
+def unpack_news(line: str) -> TakenOn | Progress | Picture:
     """What a runner has sent. Raises the error if it sent one."""
     described, _, pixels = line.partition("\t")
     content = json.loads(described)
+    if _TAKEN_ON in content:
+        return TakenOn()
     if "progress" in content:
         values = content["progress"]
         if values["preview"] is not None:
@@ -207,4 +234,5 @@ def unpack_news(line: str) -> Progress | Picture:
         dropped_negative_prompt=content["dropped_negative_prompt"],
         device=content["device"],
         dtype=content["dtype"],
+        decoded_again=content["decoded_again"],
     )

@@ -17,7 +17,7 @@ from stable_diffusion.engine.job import Job, Picture, Progress, Task
 from stable_diffusion.errors import Cancelled, GenerationFailed, JobsUnavailable, ServiceError
 from stable_diffusion.images import keep_outside_mask
 from stable_diffusion.jobs import Jobs, Ticket
-from stable_diffusion.runnable import pack_outcome, pack_progress, unpack_task
+from stable_diffusion.runnable import pack_outcome, pack_progress, pack_taken_on, unpack_task
 
 if TYPE_CHECKING:
     from stable_diffusion.engine.engine import Engine
@@ -56,13 +56,18 @@ class RunnerJobs:
             jobs.fail_what_was_left(runner)
 
     async def draw(self, packed: dict[str, Any]) -> AsyncGenerator[str, None]:
-        """Run one task and yield its outcome, before that its progress if that is followed.
+        """Run one task: yield that it was taken on, its progress if that is followed, and its outcome.
 
         Closing this generator early cancels the job, unless it is an unattended one.
         """
         task, ticket, follow = unpack_task(packed)
-        drawing = self._start(task, ticket)
         try:
+            drawing = self._start(task, ticket)
+        except ServiceError as refusal:
+            yield pack_outcome(refusal)
+            return
+        try:
+            yield pack_taken_on()
             while isinstance(what := await drawing.to_client.get(), Progress):
                 if follow:
                     yield pack_progress(what)
@@ -78,7 +83,8 @@ class RunnerJobs:
         def tell(what: Progress | Picture | ServiceError) -> None:
             loop.call_soon_threadsafe(from_engine.put_nowait, what)
 
-        drawing = _Drawing(ticket, task, self._engine.submit(task, tell, tell), from_engine, asyncio.Queue())
+        engine_job = self._engine.submit(task, tell, tell, owner=ticket.owner, timeout_s=ticket.timeout_s)
+        drawing = _Drawing(ticket, task, engine_job, from_engine, asyncio.Queue())
         self._drawings[ticket.job_id, ticket.index] = drawing
         attending = asyncio.create_task(self._attend(drawing))
         self._attending.add(attending)

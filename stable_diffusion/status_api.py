@@ -9,21 +9,20 @@ import time
 from datetime import datetime, timezone
 from typing import Any
 
-import aiohttp
-import bentoml
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stable_diffusion import __version__, metrics
 from stable_diffusion.answers import answering_errors
 from stable_diffusion.backend import Backend
 from stable_diffusion.images import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MEDIA_TYPES
+from stable_diffusion.readiness import is_ready, stage
 from stable_diffusion.requests import MAX_IMAGES, SCHEDULERS, ImageToImageRequest
-from stable_diffusion.runner_state import STAGES, RunnerState, living_runners
+from stable_diffusion.runner_state import RunnerState, living_runners
 from stable_diffusion.tasks import kinds_of
 from stable_diffusion.weights import ModelFolder
 
@@ -35,7 +34,7 @@ _LIMITS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multip
 def routes(backend: Backend) -> list[Route]:
     async def status(request: Request) -> Response:
         runners = await run_in_threadpool(living_runners)
-        ready = any(runner.stage == "ready" for runner in runners) and await _answers(backend.runner)
+        ready = await is_ready(backend.runner)
         model = backend.model()
         await run_in_threadpool(lambda: model.hash)  # reads the weights when it is first asked for
         return JSONResponse(_status(model, runners, ready), headers=_CURRENT_STATE)
@@ -53,18 +52,20 @@ async def show_metrics(scope: Scope, receive: Receive, send: Send) -> None:
     await Response(content, media_type=CONTENT_TYPE_LATEST, headers=_CURRENT_STATE)(scope, receive, send)
 
 
-async def _answers(runner: bentoml.Runner) -> bool:
-    """The question that `/readyz` asks."""
-    try:
-        return bool(await runner.runner_handle_is_ready())
-    except aiohttp.ClientError:
-        return False
+def readiness_page(backend: Backend) -> ASGIApp:
+    """`/readyz`, in place of BentoML's, which waits for a model process that has died and takes one that is starting for a slow one."""
+
+    async def show(scope: Scope, receive: Receive, send: Send) -> None:
+        ready = await is_ready(backend.runner)
+        await PlainTextResponse("ready\n" if ready else "not ready\n", 200 if ready else 503, _CURRENT_STATE)(scope, receive, send)
+
+    return show
 
 
 def _status(model: ModelFolder, runners: list[RunnerState], ready: bool) -> dict[str, Any]:
     return {
         "ready": ready,
-        "stage": max((runner.stage for runner in runners), key=STAGES.index, default=STAGES[0]),
+        "stage": "ready" if ready else stage(runners),
         "model": {"name": model.name, "hash": model.hash, "is_demo": model.is_demo},
         "version": __version__,
         "runners": [_runner(runner) for runner in runners],

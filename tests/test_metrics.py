@@ -20,6 +20,9 @@ count(TurnRecord(400.0))
 count(EndRecord("txt2img", "flagged", 300.0))
 count(StartRecord(599.0))
 count(OutOfMemoryRecord())
+count(RefusalRecord("queue_full"))
+count(WorkloadRecord(12.5))
+count(DecodedAgainRecord())
 sys.stdout.write("counted\\n")
 sys.stdout.flush()
 sys.stdin.read()
@@ -50,10 +53,14 @@ def test_counts_of_two_processes_are_added_up_and_a_dead_ones_gauges_go(tmp_path
     assert both["stable_diffusion_running_jobs"] == 2
     assert one["stable_diffusion_queue_jobs"] == 1
     assert one["stable_diffusion_running_jobs"] == 1
+    assert (both["stable_diffusion_workload_seconds"], one["stable_diffusion_workload_seconds"]) == (25, 12.5)
     for shown in (both, one):
         assert shown['stable_diffusion_images_total{kind="txt2img",outcome="flagged"}'] == 2
         assert shown['stable_diffusion_images_total{kind="inpaint",outcome="cancelled"}'] == 0
         assert shown["stable_diffusion_out_of_memory_total"] == 2
+        assert shown["stable_diffusion_decoded_again_total"] == 2
+        assert shown['stable_diffusion_refused_total{reason="queue_full"}'] == 2
+        assert shown['stable_diffusion_refused_total{reason="deadline_exceeded"}'] == 0
         assert shown['stable_diffusion_queue_wait_seconds_bucket{le="300.0"}'] == 2
         assert shown['stable_diffusion_queue_wait_seconds_bucket{le="600.0"}'] == 4
         assert shown['stable_diffusion_image_seconds_sum{kind="txt2img"}'] == 600

@@ -15,10 +15,11 @@ from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.job import Picture, Progress, Task
 from stable_diffusion.engine.records import StepRecord
-from stable_diffusion.errors import Cancelled, GenerationFailed, JobsUnavailable, ServiceError
+from stable_diffusion.engine.workload import QueueLimits
+from stable_diffusion.errors import Cancelled, GenerationFailed, JobsUnavailable, QueueFull, ServiceError, UnknownJob
 from stable_diffusion.jobs import Jobs, Ticket
 from stable_diffusion.pipelines import Parts
-from stable_diffusion.runnable import pack_task, unpack_news
+from stable_diffusion.runnable import TakenOn, pack_task, unpack_news
 from stable_diffusion.runner_jobs import RunnerJobs
 from tests.conftest import make_task
 
@@ -51,7 +52,10 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def lines(runner_jobs: RunnerJobs, task: Task, ticket: Ticket = TICKET, *, follow: bool = False) -> list[str]:
-    return [line async for line in runner_jobs.draw(pack_task(task, ticket, follow=follow))]
+    """What is said after the task was taken on."""
+    taken_on, *others = [line async for line in runner_jobs.draw(pack_task(task, ticket, follow=follow))]
+    assert unpack_news(taken_on) == TakenOn()
+    return others
 
 
 def test_drawing_yields_one_line_and_notes_the_end(engine: Engine, jobs: Jobs) -> None:
@@ -79,6 +83,7 @@ def test_a_consumer_that_leaves_stops_its_job_within_two_steps(engine: Engine, j
     async def leave_early() -> None:
         runner_jobs = RunnerJobs(engine, jobs, 0)
         stream = runner_jobs.draw(pack_task(make_task(num_inference_steps=150), TICKET))
+        await anext(stream)
         waiting = asyncio.ensure_future(anext(stream))
         await until(lambda: len(steps) >= 3)
         waiting.cancel()
@@ -100,6 +105,7 @@ def test_an_unattended_job_goes_on_when_its_consumer_leaves_and_its_picture_is_k
     async def leave_early() -> Picture:
         runner_jobs = RunnerJobs(engine, jobs, 0)
         stream = runner_jobs.draw(pack_task(task, UNATTENDED))
+        await anext(stream)
         waiting = asyncio.ensure_future(anext(stream))
         await asyncio.sleep(0.2)
         waiting.cancel()
@@ -134,6 +140,27 @@ def test_a_cancelled_job_ends_within_two_steps_of_being_found_and_its_neighbour_
     asyncio.run(cancel_one())
     assert jobs.get("a1")[0].state == "cancelled"
     assert len(steps) < 100, "the rest of its 150 steps was not taken"
+
+
+def test_a_task_that_is_not_taken_on_is_refused_in_its_first_line_and_leaves_nothing(demo_parts: Parts, jobs: Jobs) -> None:
+    engine = Engine(lambda: Denoiser(demo_parts), 4, limits=QueueLimits(seconds=600, pictures=1))
+
+    async def fill() -> list[str]:
+        runner_jobs = RunnerJobs(engine, jobs, 0)
+        first = runner_jobs.draw(pack_task(make_task(num_inference_steps=150), TICKET))
+        await anext(first)
+        refused = [line async for line in runner_jobs.draw(pack_task(make_task(), Ticket("c3", "somebody")))]
+        await first.aclose()
+        return refused
+
+    (line,) = asyncio.run(fill())
+    engine.close()
+    with pytest.raises(QueueFull) as refusal:
+        unpack_news(line)
+    assert refusal.value.retry_after_s is not None
+    assert refusal.value.retry_after_s >= 1
+    with pytest.raises(UnknownJob):
+        jobs.get("c3")
 
 
 def test_pictures_are_drawn_where_nothing_can_be_noted(engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -26,7 +26,7 @@ class Runner:
     def __init__(self, answer: bool | Exception) -> None:
         self.answer = answer
 
-    async def runner_handle_is_ready(self) -> bool:
+    async def runner_handle_is_ready(self, timeout: int) -> bool:
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
@@ -39,16 +39,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ask(path: str, answer: bool | Exception = True, model: ModelFolder | None = None) -> Any:
-    backend = Backend(Runner(answer), lambda: model or check_model(DEMO_FOLDER), Jobs(shared_folder), Unfinished())
+    backend = Backend(Runner(answer), lambda: model or check_model(DEMO_FOLDER), Jobs(shared_folder), Unfinished(grace_s=60))
     response = TestClient(Starlette(routes=routes(backend))).get(path)
     assert response.status_code == 200
     return response.json()
 
 
 def test_before_a_runner_has_said_anything_there_is_none() -> None:
-    status = ask("/status")
+    status = ask("/status", answer=False)
     assert (status["ready"], status["stage"], status["runners"]) == (False, "starting", [])
     assert status["model"]["name"] == "model"
+
+
+def test_a_runner_that_answers_is_ready_though_it_could_not_write_down_how_far_it_is() -> None:
+    status = ask("/status")
+    assert (status["ready"], status["stage"], status["runners"]) == (True, "ready", [])
 
 
 @pytest.mark.parametrize("stage", ["starting", "loading weights", "warming up", "measuring the cap"])

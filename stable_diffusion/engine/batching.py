@@ -1,11 +1,15 @@
 """Which jobs share the next step. Pure Python: no torch, no clock, no threads of its own.
 
-Between keys the one that has waited longest for a step is next. Within a key, where there are more jobs than may share
-a step, those with few steps left go first, within bounds: nobody is overtaken by a job that came much later.
+Between keys the one is next in which somebody has waited longest for a step. Within a key, where there are more jobs than may
+share a step, those with few steps left go first, within bounds: nobody is overtaken by a job that came much later. That order
+is each owner's own. Owners get equal shares by start-time fair queueing (Goyal, Vin and Cheng 1996): a job's tag says after
+how much work its owner's share of the device gets to it. So ten pictures of one owner delay another's by one, not by ten.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -21,6 +25,9 @@ class Batchable(Protocol):
 
     @property
     def steps_left(self) -> int: ...
+
+    @property
+    def owner(self) -> str: ...
 
 
 JobT = TypeVar("JobT", bound=Batchable)
@@ -38,6 +45,12 @@ class Standing(Generic[JobT]):
     batches_left: int
 
 
+@dataclass(frozen=True)
+class _Arrival:
+    turn: int  # before which it came
+    tag: float  # how far the shares of all had come by then
+
+
 class Batching(Generic[JobT]):
     """The jobs that still need steps. Its clock is the number of turns that it has given."""
 
@@ -48,9 +61,12 @@ class Batching(Generic[JobT]):
         self._max_batch_size = max_batch_size
         self._cap_for = cap_for
         self._lowered_caps: dict[Hashable, int] = {}
-        # The order of the dictionary is the order of the keys' turns. With each job the number of the turn before which it came.
-        self._queues: dict[Hashable, dict[JobT, int]] = {}
+        self._queues: dict[Hashable, dict[JobT, _Arrival]] = {}
         self._turns_given = 0
+        self._last_turns: dict[Hashable, int] = {}  # of each key that is here
+        self._last_shares: dict[str, int] = {}  # of each owner that is here: when a key had its turn in which it has a job
+        self._tags: dict[JobT, float] = {}  # of jobs that take steps
+        self._next_tags: dict[str, float] = {}  # of each owner that has had a share
 
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._queues.values())
@@ -60,15 +76,40 @@ class Batching(Generic[JobT]):
             yield from queue
 
     def add(self, job: JobT) -> None:
-        self._queues.setdefault(job.batch_key, {})[job] = self._turns_given
+        if not len(self):
+            self._next_tags = {}  # an idle device owes nobody anything
+        arrival = _Arrival(self._turns_given, min(self._tags.values(), default=max(self._next_tags.values(), default=0.0)))
+        self._queues.setdefault(job.batch_key, {})[job] = arrival
+
+    def note_start(self, job: JobT) -> None:
+        """It takes steps from now on, which its owner's next job has to wait for. Nothing happens if that was said before."""
+        if job in self._tags:
+            return
+        tag = max(self._queues[job.batch_key][job].tag, self._next_tags.get(job.owner, 0.0))
+        self._tags[job] = tag
+        self._next_tags[job.owner] = tag + self._turns_of(job)
 
     def remove(self, job: JobT) -> None:
         """Take a job out, wherever it stands. A job that is not here is ignored."""
         queue = self._queues.get(job.batch_key, {})
-        if job in queue:
-            del queue[job]
-            if not queue:
-                del self._queues[job.batch_key]
+        if job not in queue:
+            return
+        del queue[job]
+        if job in self._tags:
+            del self._tags[job]
+            # Steps that it will not take are no debt of its owner.
+            self._next_tags[job.owner] -= self._turns_of(job)
+        if not queue:
+            del self._queues[job.batch_key]
+            self._last_turns.pop(job.batch_key, None)
+        owners = {other.owner for other in self}
+        self._last_shares = {owner: turn for owner, turn in self._last_shares.items() if owner in owners}
+        least = min(self._tags.values(), default=0.0)
+        self._next_tags = {owner: tag for owner, tag in self._next_tags.items() if owner in owners or tag > least}
+
+    def _turns_of(self, job: JobT) -> float:
+        """What the rest of a job is worth, where as many share a step as may."""
+        return job.steps_left / self.cap(job.batch_key)
 
     def next_turn(self) -> tuple[list[JobT], int]:
         """The jobs of the key whose turn it is, in their order, and how many of them may take the next step together.
@@ -77,22 +118,48 @@ class Batching(Generic[JobT]):
         """
         if not self._queues:
             return [], 0
-        key = next(iter(self._queues))
-        queue = self._queues.pop(key)
-        self._queues[key] = queue
+        key = min(self._queues, key=self._waiting_since)
         self._turns_given += 1
-        return self._in_order(queue), self.cap(key)
+        self._last_turns[key] = self._turns_given
+        self._last_shares |= dict.fromkeys((job.owner for job in self._queues[key]), self._turns_given)
+        return self._in_order(key), self.cap(key)
 
-    def _in_order(self, queue: dict[JobT, int]) -> list[JobT]:
+    def _waiting_since(self, key: Hashable) -> tuple[int, int]:
+        """Since which turn an owner has had no share who has a job here, and this key none. An owner of many keys has one share."""
+        waiting = min(max(arrival.turn, self._last_shares.get(job.owner, 0)) for job, arrival in self._queues[key].items())
+        return waiting, self._last_turns.get(key, 0)
+
+    def _in_order(self, key: Hashable) -> list[JobT]:
+        """The owners' jobs, each owner's in its own order, merged."""
+        queue = self._queues[key]
+        owned: dict[str, list[JobT]] = {}
         # Sorting keeps the order in which equals came.
-        return sorted(queue, key=lambda job: queue[job] + _STEPS_LATER * job.steps_left)
+        for job in sorted(queue, key=lambda job: queue[job].turn + _STEPS_LATER * job.steps_left):
+            owned.setdefault(job.owner, []).append(job)
+        return [job for _, job in heapq.merge(*(self._ranked(jobs, queue) for jobs in owned.values()), key=lambda ranked: ranked[0])]
+
+    def _ranked(self, jobs: list[JobT], queue: dict[JobT, _Arrival]) -> list[tuple[float, JobT]]:
+        """An owner's jobs in its own order, each with what it is compared by with those of others; that never falls.
+
+        A short job that goes before those that have started takes the first of their tags: what an owner prefers costs nobody else.
+        """
+        tags: list[float] = []
+        free_from = self._next_tags.get(jobs[0].owner, 0.0)
+        for job in jobs:
+            tag = self._tags.get(job)
+            if tag is None:
+                tag = max(queue[job].tag, free_from)
+                free_from = tag + self._turns_of(job)
+            tags.append(tag)
+        ranks = (tag + _STEPS_LATER * job.steps_left for tag, job in zip(sorted(tags), jobs, strict=True))
+        return list(zip(itertools.accumulate(ranks, max), jobs, strict=True))
 
     def standings(self) -> Iterator[Standing[JobT]]:
         """Where each job stands, as things are now."""
         keys = len(self._queues)
-        for key, queue in self._queues.items():
+        for key in self._queues:
             cap, steps_before = self.cap(key), 0
-            for index, job in enumerate(self._in_order(queue)):
+            for index, job in enumerate(self._in_order(key)):
                 position = max(0, index - cap + 1)
                 # What is before it is done `cap` at a time; the keys take turns.
                 batches_left = keys * (job.steps_left + (steps_before // cap if position else 0))

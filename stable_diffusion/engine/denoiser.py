@@ -6,6 +6,7 @@ job alone gives their pictures bit for bit. Knows nothing of queues, threads or 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import time
@@ -32,6 +33,7 @@ _KEPT_TEXTS = 64
 _TIMED_STEPS = 5
 # A step so slow needs no second look: its time does not depend on the first launch.
 _SLOW_STEP_S = 1.0
+_BLACK = -1 + 1 / 255  # what is not above it has the level 0 of 255
 
 
 class Denoiser:
@@ -63,16 +65,27 @@ class Denoiser:
         rows = (1, *range(2, 2 * most_jobs + 1, 2))
         return self.call_unet.record(record, latents.to(self._parts.device, self._parts.dtype), embeddings, rows)
 
-    def warm_up(self, width: int, height: int) -> None:
-        """Draw a picture in two steps: kernels are chosen and memory is taken now, and a model that cannot draw fails at start."""
+    def warm_up(self, width: int, height: int) -> float:
+        """Draw a picture in two steps: kernels are chosen and memory is taken now, and a model that cannot draw fails at start.
+
+        Returns the seconds that the second step took.
+        """
         blank = Image.new("RGB", (width, height))
         # Inpainting is the one kind that every model can do.
         task = Task("inpaint", "", "", width, height, 2, 7.5, 0, "DDIMScheduler", True, image=blank, mask=blank.convert("L"))
         job = Job(task, on_end=lambda outcome: None)
         job.tensors = self.prepare(task)
         while not job.is_denoised:
+            began = time.perf_counter()
             self.advance(job, self.predict([job])[0])
+            self._wait_for_device()
+            seconds = time.perf_counter() - began
         self.decode(job)
+        return seconds
+
+    def _wait_for_device(self) -> None:
+        if self._parts.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def step_seconds(self, jobs: int, width: int, height: int) -> float | None:
         """How long a step with guidance takes for so many jobs of one size; None if they do not fit into memory."""
@@ -93,8 +106,7 @@ class Denoiser:
             began = time.perf_counter()
             for job, predicted in zip(batch, self.predict(batch), strict=True):
                 self.advance(job, predicted)
-            if self._parts.device.type == "cuda":
-                torch.cuda.synchronize()
+            self._wait_for_device()
             times.append(time.perf_counter() - began)
             if times[-1] > _SLOW_STEP_S:
                 break
@@ -271,13 +283,18 @@ class Denoiser:
     def decode(self, job: Job) -> Picture:
         """Latents to RGB, looked at by the safety checker where there is one and the task does not forbid it.
 
+        A picture that comes out black or as no numbers, as half precision makes some, is decoded once more in float32.
         Raises GenerationFailed when the latents are no numbers: once one is not, it stays so through all later steps.
         """
         state = _tensors_of(job)
         if not torch.isfinite(state.latents).all():
             raise GenerationFailed("the picture turned into values that are no numbers; try another seed or another scheduler")
-        vae = self._parts.vae
-        pixels = vae.decode(state.latents / vae.config.scaling_factor, return_dict=False, generator=state.generator)[0]
+        pixels = self._to_pixels(self._parts.vae, state)
+        decoded_again = not _is_a_picture(pixels)
+        if decoded_again:
+            pixels = self._to_pixels(self._vae_in_float32(), state)
+            if not torch.isfinite(pixels).all():
+                raise GenerationFailed("the picture could not be decoded, in float32 neither; try another seed or another scheduler")
         flagged = None
         if job.task.safety_check and self._parts.safety_checker is not None:
             pixels, flagged = self._check_safety(pixels)
@@ -289,7 +306,18 @@ class Denoiser:
             state.dropped_negative_prompt,
             device=self._device_name,
             dtype=str(self._parts.dtype).removeprefix("torch."),
+            decoded_again=decoded_again,
         )
+
+    def _to_pixels(self, vae: Any, state: Latents) -> torch.Tensor:
+        latents = state.latents.to(vae.dtype) / vae.config.scaling_factor
+        pixels: torch.Tensor = vae.decode(latents, return_dict=False, generator=state.generator)[0]
+        return pixels
+
+    def _vae_in_float32(self) -> Any:
+        """A copy, for the one picture that needs it: the shared one stays as it is, and memory is not held for what is rare."""
+        vae = self._parts.vae
+        return vae if vae.dtype == torch.float32 else copy.deepcopy(vae).to(torch.float32)
 
     def _check_safety(self, pixels: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """What is flagged comes back blank from the checker itself."""
@@ -300,6 +328,11 @@ class Denoiser:
         # The checker writes into the images that it is given, and inference tensors allow that only to a copy.
         pixels, (flagged,) = self._parts.safety_checker(images=pixels.clone(), clip_input=clip_input)
         return pixels, bool(flagged)
+
+
+def _is_a_picture(pixels: torch.Tensor) -> bool:
+    """Whether there is a number that is not black's (-1; pixels are clamped later)."""
+    return bool(torch.isfinite(pixels).all() and pixels.max() > _BLACK)
 
 
 def _tensors_of(job: Job) -> Latents:

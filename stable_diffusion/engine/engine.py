@@ -6,11 +6,13 @@ Knows nothing of BentoML or HTTP; what a step computes is `denoiser.py`'s busine
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,16 +22,21 @@ from stable_diffusion.engine.batching import Batching
 from stable_diffusion.engine.job import Job, Latents, Picture, Progress, Task
 from stable_diffusion.engine.records import (
     CapRecord,
+    DecodedAgainRecord,
     EndRecord,
     Outcome,
     OutOfMemoryRecord,
     Record,
+    RefusalRecord,
     StartRecord,
     StepRecord,
     SubmitRecord,
     TurnRecord,
+    WorkloadRecord,
 )
-from stable_diffusion.errors import GenerationFailed, ServiceError
+from stable_diffusion.engine.watchdog import Watchdog
+from stable_diffusion.engine.workload import NO_LIMITS, QueueLimits, Workload
+from stable_diffusion.errors import DeadlineExceeded, GenerationFailed, ModelUnavailable, QueueFull, ServiceError
 
 logger = logging.getLogger("stable_diffusion")
 
@@ -67,15 +74,20 @@ class Engine:
         on_step: Callable[[StepRecord], None] | None = None,
         cap_for: Callable[[tuple[int, int]], int] | None = None,
         on_record: Callable[[Record], None] | None = None,
+        limits: QueueLimits = NO_LIMITS,
+        watchdog: Watchdog | None = None,
     ) -> None:
         """Start the thread and load the model on it. Returns when it is loaded; raises what loading raised.
 
         `max_batch_size`: how many jobs may share a UNet call. `cap_for`: how many of one batch key, where that is fewer.
         `on_step` (each UNet call), `cap_for` and `on_record` (all else that can be counted) are called on the engine's thread,
-        but for a SubmitRecord. They must not raise.
+        but for what is told when a job is submitted. They must not raise.
+        `limits`: how much work is taken on. `watchdog`: ends the process when a turn hangs or the device has failed for good.
         """
         self._load = load
         self._batching: Batching[Job] = Batching(max_batch_size, cap_for)
+        self._workload = Workload(limits, self._batching.cap)
+        self._watchdog = watchdog
         self._to_decode: deque[Job] = deque()
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
         self._on_step = on_step
@@ -92,18 +104,38 @@ class Engine:
             raise self._load_error
 
     def submit(
-        self, task: Task, on_end: Callable[[Picture | ServiceError], None], on_progress: Callable[[Progress], None] | None = None
+        self,
+        task: Task,
+        on_end: Callable[[Picture | ServiceError], None],
+        on_progress: Callable[[Progress], None] | None = None,
+        *,
+        owner: str = "",
+        timeout_s: float = math.inf,
     ) -> Job:
         """Queue a task. `on_end` is called once with the picture or the error, on the engine's thread, unless it is cancelled.
 
         `on_progress` is called there too, before that, whenever the job's position or step has changed. It must not raise.
+        Owners get equal shares of the device. `timeout_s`: until the picture has to be there.
+        Raises QueueFull or DeadlineExceeded where the job is not taken on.
         """
         if not self._thread.is_alive():
             raise GenerationFailed("the engine has been stopped")
-        job = Job(task, on_end, on_progress)
+        job = Job(task, on_end, on_progress, owner, time.perf_counter() + timeout_s)
+        try:
+            self._workload.take(job, timeout_s)
+        except QueueFull:
+            self._tell(RefusalRecord("queue_full"))
+            raise
+        except DeadlineExceeded:
+            self._tell(RefusalRecord("deadline_exceeded"))
+            raise
         self._tell(SubmitRecord())
         self._inbox.put(_Submit(job))
         return job
+
+    def assume_step(self, height: int, width: int, seconds: float) -> None:
+        """How long a step of one job of this size takes, until steps have been measured."""
+        self._workload.note_step((height, width), 1, seconds)
 
     def cancel(self, job: Job) -> None:
         """Drop a job before its next step; nothing happens if it has ended. `on_end` is not called any more."""
@@ -131,31 +163,53 @@ class Engine:
         while not self._stopping:
             try:
                 self._turn()
+            except torch.AcceleratorError:
+                logger.critical("The device has failed; it stays so until this process ends.", exc_info=True)
+                self._give_up(ModelUnavailable("the model process has failed and is started again, try again in a minute"))
+                if self._watchdog is not None:
+                    self._watchdog.end_process()
             except Exception:
                 # A defect in the loop itself. Whoever waits gets an answer, and the next job a working engine.
                 logger.exception("The engine failed outside of any job; all jobs in it are given up.")
-                self._fail_all()
-        # What was submitted during the last turn has not been read yet.
+                self._fail_all(GenerationFailed("the engine failed before this picture was finished"))
+        self._give_up(GenerationFailed("the engine was stopped before this picture was finished"))
+
+    def _give_up(self, error: ServiceError) -> None:
+        """Also what was submitted during the last turn and has not been read yet."""
         while not self._inbox.empty():
             self._receive(self._inbox.get())
-        self._fail_all()
+        self._fail_all(error)
 
     def _turn(self) -> None:
-        """Take what has come in, decode at most one picture, take one step."""
+        """Take what has come in, drop what is late, decode at most one picture, take one step."""
         self._read_inbox()
         began = time.perf_counter()
-        if self._to_decode:
-            self._decode(self._to_decode.popleft())
-        batch = self._prepared(*self._batching.next_turn())
-        if batch:
-            self._step(batch)
-            self._note_turn(time.perf_counter() - began)
+        self._drop_the_late(began)
+        jobs, cap = self._batching.next_turn()
+        with self._watching(jobs[:cap]):
+            if self._to_decode:
+                self._decode(self._to_decode.popleft())
+            batch = self._prepared(jobs, cap)
+            if batch:
+                self._step(batch)
+                self._note_turn(batch, time.perf_counter() - began)
         self._report_progress()
+        self._tell(WorkloadRecord(self._workload.seconds()))
 
-    def _note_turn(self, seconds: float) -> None:
-        """A moving mean: decoding and preparing others is part of what a step costs a job."""
+    def _watching(self, batch: list[Job]) -> AbstractContextManager[None]:
+        if self._watchdog is None:
+            return nullcontext()
+        return self._watchdog.watching(self._workload.step_seconds(batch[0].batch_key, len(batch)) if batch else 0.0)
+
+    def _note_turn(self, batch: list[Job], seconds: float) -> None:
+        """Moving means: decoding and preparing others is part of what a step costs a job."""
+        self._workload.note_step(batch[0].batch_key, len(batch), seconds)
         self._turn_seconds = seconds if self._turn_seconds is None else 0.8 * self._turn_seconds + 0.2 * seconds
         self._tell(TurnRecord(seconds))
+
+    def _drop_the_late(self, now_s: float) -> None:
+        for job in [job for job in (*self._to_decode, *self._batching) if job.deadline_s < now_s]:
+            self._fail(job, DeadlineExceeded("the picture was not finished in the time that the request allows"))
 
     def _report_progress(self) -> None:
         if self._turn_seconds is None or all(job.on_progress is None for job in self._batching):
@@ -220,6 +274,7 @@ class Engine:
     def _note_starts(self, batch: list[Job]) -> None:
         now = time.perf_counter()
         for job in batch:
+            self._batching.note_start(job)
             if job.started_s is None:
                 job.started_s = now
                 self._tell(StartRecord(now - job.submitted_s))
@@ -255,12 +310,13 @@ class Engine:
                 predictions += zip(jobs, predicted, strict=True)
                 if self._on_step is not None:
                     self._on_step(StepRecord(tuple(job.number for job in jobs), sum(job.rows for job in jobs)))
-            elif len(jobs) == 1:
+            elif len(jobs) == 1 or isinstance(failure, torch.AcceleratorError):
                 self._fail(jobs[0], failure)
             else:
-                if isinstance(failure, torch.OutOfMemoryError):
+                if _is_out_of_memory(failure):
                     ran_out_of_memory = True
                     self._tell(OutOfMemoryRecord())
+                    torch.cuda.empty_cache()  # does nothing without a GPU
                 half = len(jobs) // 2
                 calls.extendleft((jobs[half:], jobs[:half]))
         if ran_out_of_memory:
@@ -276,14 +332,18 @@ class Engine:
         except Exception as error:
             self._fail(job, error)
         else:
+            if picture.decoded_again:
+                self._tell(DecodedAgainRecord())
             self._end(job, picture, "flagged" if picture.flagged else "completed")
 
     def _fail(self, job: Job, error: Exception) -> None:
-        self._batching.remove(job)
-        outcome: Outcome = "failed"
+        """Raises an error of the device, after which nothing can be computed for anybody."""
+        if isinstance(error, torch.AcceleratorError):
+            raise error
+        outcome: Outcome = "deadline_exceeded" if isinstance(error, DeadlineExceeded) else "failed"
         if not isinstance(error, ServiceError):
             logger.error("Job %d failed.", job.number, exc_info=error)
-            if isinstance(error, torch.OutOfMemoryError):
+            if _is_out_of_memory(error):
                 outcome = "out_of_memory"
                 self._tell(OutOfMemoryRecord())
                 error = GenerationFailed("the device is out of memory for this picture; ask for a smaller one")
@@ -295,14 +355,15 @@ class Engine:
         """A cancelled job leaves wherever it stands; one that has ended is not there any more."""
         if job.is_ended:
             return
-        self._batching.remove(job)
-        if job in self._to_decode:
-            self._to_decode.remove(job)
         done, wanted = (job.tensors.step_index, len(job.tensors.timesteps)) if job.tensors is not None else (0, 0)
         logger.info("Job %d was cancelled after %d of %d steps.", job.number, done, wanted)
         self._leave(job, "cancelled")
 
     def _leave(self, job: Job, outcome: Outcome) -> None:
+        self._batching.remove(job)
+        if job in self._to_decode:
+            self._to_decode.remove(job)
+        self._workload.leave(job)
         job.is_ended = True
         job.tensors = None
         drawn_s = None if job.started_s is None else time.perf_counter() - job.started_s
@@ -316,8 +377,11 @@ class Engine:
             # Whoever asked is gone (an event loop that was closed, say). That is no reason to stop drawing for the others.
             logger.exception("The outcome of job %d could not be delivered.", job.number)
 
-    def _fail_all(self) -> None:
+    def _fail_all(self, error: ServiceError) -> None:
         for job in [*self._to_decode, *self._batching]:
-            self._batching.remove(job)
-            self._end(job, GenerationFailed("the engine was stopped before this picture was finished"), "failed")
-        self._to_decode.clear()
+            self._end(job, error, "failed")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """On a CPU torch has no class of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

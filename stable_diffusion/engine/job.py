@@ -6,6 +6,7 @@ Plain data: the tensors in it are made and read by `denoiser.py` only.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class Picture:
     dropped_negative_prompt: str
     device: str = ""  # "cpu", or the GPU's name; "" where it was not told
     dtype: str = ""  # what it was computed in, such as "float32"
+    decoded_again: bool = False  # in float32, because what came out first was black or no numbers
 
 
 @dataclass
@@ -92,6 +94,7 @@ class Progress:
 
 
 _numbers = itertools.count(1)
+_UNET_CALLS_OF_A_STEP = {"HeunDiscreteScheduler": 2}  # a method of second order
 
 
 @dataclass(eq=False)
@@ -104,6 +107,8 @@ class Job:
     task: Task
     on_end: Callable[[Picture | ServiceError], None]
     on_progress: Callable[[Progress], None] | None = None
+    owner: str = ""  # whose it is: the device is shared between owners
+    deadline_s: float = math.inf  # by the clock of submitted_s; a job that has not ended by then is dropped before its next step
     reported: tuple[int, int] | None = None  # position and step
     number: int = field(default_factory=lambda: next(_numbers))
     submitted_s: float = field(default_factory=time.perf_counter)
@@ -125,7 +130,7 @@ class Job:
     def steps_left(self) -> int:
         """UNet calls that it still needs; before it is prepared about so many."""
         if self.tensors is None:
-            return int(self.task.num_inference_steps * self.task.strength)
+            return int(self.task.num_inference_steps * self.task.strength) * _UNET_CALLS_OF_A_STEP.get(self.task.scheduler, 1)
         return len(self.tensors.timesteps) - self.tensors.step_index
 
     @property

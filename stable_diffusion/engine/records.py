@@ -11,7 +11,8 @@ from typing import Literal
 from stable_diffusion.engine.job import Kind
 
 # "flagged" was drawn too, but the safety checker has blanked it.
-Outcome = Literal["completed", "flagged", "failed", "out_of_memory", "cancelled"]
+Outcome = Literal["completed", "flagged", "failed", "out_of_memory", "deadline_exceeded", "cancelled"]
+Refusal = Literal["queue_full", "deadline_exceeded"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,21 @@ class TurnRecord:
 
 @dataclass(frozen=True)
 class SubmitRecord:
-    """A job waits for its first step from now on. The one record that is told on the thread that submits."""
+    """A job waits for its first step from now on. Told on the thread that submits."""
+
+
+@dataclass(frozen=True)
+class RefusalRecord:
+    """A job was not taken on. Told on the thread that submits."""
+
+    reason: Refusal
+
+
+@dataclass(frozen=True)
+class WorkloadRecord:
+    """How much work is left, in estimated seconds of the device."""
+
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -54,6 +69,11 @@ class EndRecord:
 
 
 @dataclass(frozen=True)
+class DecodedAgainRecord:
+    """A picture came out black or as no numbers, and was decoded once more in float32."""
+
+
+@dataclass(frozen=True)
 class OutOfMemoryRecord:
     """The device had no room for a call, whether it could be split or took a job with it."""
 
@@ -68,4 +88,14 @@ class CapRecord:
     tried: int
 
 
-Record = TurnRecord | SubmitRecord | StartRecord | EndRecord | OutOfMemoryRecord | CapRecord
+Record = (
+    TurnRecord
+    | SubmitRecord
+    | RefusalRecord
+    | WorkloadRecord
+    | StartRecord
+    | EndRecord
+    | DecodedAgainRecord
+    | OutOfMemoryRecord
+    | CapRecord
+)

@@ -14,11 +14,14 @@ class Numbered:
     number: int
     batch_key: str = "512x512"
     steps_left: int = 50
+    owner: str = "somebody"
 
 
 def next_batch(batching: Batching[JobT]) -> list[JobT]:
     """As the engine takes it when all jobs are ready."""
     jobs, cap = batching.next_turn()
+    for job in jobs[:cap]:
+        batching.note_start(job)
     return jobs[:cap]
 
 
@@ -35,6 +38,7 @@ class Counting:
 
     steps_left: int
     batch_key: str = "512x512"
+    owner: str = "somebody"
 
 
 def take_a_step(batching: Batching[Counting]) -> None:
@@ -103,6 +107,98 @@ def test_a_long_job_is_finished_however_many_short_ones_keep_coming() -> None:
         steps += 1
     # Those of the first 2 * 50 - 2 * 4 steps may overtake it, none that comes later.
     assert steps <= 100 + 50
+
+
+@pytest.mark.parametrize("cap", [1, 2, 4])
+def test_ten_pictures_of_one_owner_delay_another_ones_by_one_at_most(cap: int) -> None:
+    batching: Batching[Counting] = Batching(cap)
+    for _ in range(10):
+        batching.add(Counting(50, owner="many"))
+    for _ in range(5):
+        take_a_step(batching)
+    one = Counting(50, owner="one")
+    batching.add(one)
+    turns = 0
+    while one.steps_left:
+        take_a_step(batching)
+        turns += 1
+    assert turns <= 50 + 50
+
+
+def test_ten_sizes_of_one_owner_have_no_more_turns_than_the_one_of_another() -> None:
+    batching: Batching[Counting] = Batching(4)
+    for side in range(10):
+        batching.add(Counting(50, f"{side}", "many"))
+    one = Counting(50, "64x64", "one")
+    batching.add(one)
+    for _ in range(101):
+        take_a_step(batching)
+    assert one.steps_left == 0
+
+
+def test_two_owners_with_endless_queues_get_the_same_number_of_steps_though_one_of_them_sends_more_at_once() -> None:
+    batching: Batching[Counting] = Batching(1)
+    taken = {"many": 0, "few": 0}
+    for turn in range(3000):
+        if turn % 400 == 0:
+            for owner, count in (("many", 40), ("few", 4)):
+                for _ in range(count):
+                    batching.add(Counting(50, owner=owner))
+        (job,) = next_batch(batching)
+        taken[job.owner] += 1
+        job.steps_left -= 1
+        if not job.steps_left:
+            batching.remove(job)
+    assert abs(taken["many"] - taken["few"]) <= 100, taken
+
+
+def test_an_owner_who_comes_back_has_no_debt_and_no_credit() -> None:
+    batching: Batching[Counting] = Batching(1)
+    for _ in range(3):
+        batching.add(Counting(50, owner="early"))
+    while len(batching):
+        take_a_step(batching)
+    early, late = Counting(50, owner="early"), Counting(50, owner="late")
+    batching.add(early)
+    batching.add(late)
+    for _ in range(50):
+        take_a_step(batching)
+    assert (early.steps_left, late.steps_left) == (0, 50), "who came first is first"
+
+
+def test_what_an_owner_cancels_is_not_its_debt() -> None:
+    batching: Batching[Counting] = Batching(1)
+    for _ in range(20):
+        cancelled = Counting(50, owner="somebody")
+        batching.add(cancelled)
+        take_a_step(batching)
+        batching.remove(cancelled)
+    again, other = Counting(50, owner="somebody"), Counting(50, owner="other")
+    batching.add(again)
+    batching.add(other)
+    for _ in range(50):
+        take_a_step(batching)
+    assert again.steps_left == 0
+
+
+def test_a_short_job_goes_before_its_owners_long_ones_without_costing_another_owner_anything() -> None:
+    def steps_of_the_other(*, with_a_short_one: bool) -> int:
+        batching: Batching[Counting] = Batching(2)
+        for _ in range(6):
+            batching.add(Counting(50, owner="many"))
+        other = Counting(50, owner="other")
+        batching.add(other)
+        for _ in range(10):
+            take_a_step(batching)
+        short = Counting(4, owner="many")
+        if with_a_short_one:
+            batching.add(short)
+        for _ in range(10):
+            take_a_step(batching)
+        assert not with_a_short_one or short.steps_left == 0
+        return 50 - other.steps_left
+
+    assert steps_of_the_other(with_a_short_one=True) == steps_of_the_other(with_a_short_one=False) == 20
 
 
 def test_a_job_that_leaves_makes_room_for_the_next_one() -> None:

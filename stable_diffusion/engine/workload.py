@@ -1,0 +1,138 @@
+"""How much work the engine has taken on, in seconds of its device, whether more is taken, and whether a deadline can be met.
+
+Estimated from measured steps. Pure Python: no torch, no clock. Used by the thread that submits and by the engine's.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stable_diffusion.engine.job import Job
+from stable_diffusion.errors import DeadlineExceeded, QueueFull
+
+Size = tuple[int, int]  # height and width in pixels: a batch key
+
+_WEIGHT_OF_THE_LAST = 0.2  # in the moving means
+
+
+@dataclass(frozen=True)
+class QueueLimits:
+    """`seconds` of estimated work, and how many pictures. Where they are reached, an owner still gets its share of them."""
+
+    seconds: float
+    pictures: float
+
+
+NO_LIMITS = QueueLimits(math.inf, math.inf)
+# What owners' shares may add to a full queue: there may be many owners.
+_ABOVE_THE_LIMITS = 2
+
+
+class StepTimes:
+    """Seconds of a step by size and by how many jobs share it: moving means of what was measured."""
+
+    def __init__(self) -> None:
+        self._measured: dict[Size, dict[int, float]] = {}
+
+    def note(self, size: Size, jobs: int, seconds: float) -> None:
+        measured = self._measured.setdefault(size, {})
+        last = measured.get(jobs)
+        measured[jobs] = seconds if last is None else last + _WEIGHT_OF_THE_LAST * (seconds - last)
+
+    def is_known(self, size: Size) -> bool:
+        return size in self._measured
+
+    def seconds(self, size: Size, jobs: int) -> float:
+        """Of a number that was not measured, as if sharing gained nothing; of a size that was not, by its pixels; 0 if nothing was."""
+        if not self._measured:
+            return 0.0
+        pixels = size[0] * size[1]
+        nearest = min(self._measured, key=lambda known: abs(math.log(known[0] * known[1] / pixels)))
+        measured = self._measured[nearest]
+        count = min(measured, key=lambda known: abs(known - jobs))
+        return measured[count] * max(1.0, jobs / count) * (pixels / (nearest[0] * nearest[1]))
+
+
+class Workload:
+    """The jobs that have been taken on and have not ended."""
+
+    def __init__(self, limits: QueueLimits, cap: Callable[[Size], int]) -> None:
+        """`cap`: how many jobs of a size may share a step."""
+        self._limits = limits
+        self._cap = cap
+        self._jobs: set[Job] = set()
+        self._times = StepTimes()
+        self._lock = threading.Lock()
+
+    def note_step(self, size: Size, jobs: int, seconds: float) -> None:
+        with self._lock:
+            self._times.note(size, jobs, seconds)
+
+    def step_seconds(self, size: Size, jobs: int) -> float:
+        with self._lock:
+            return self._times.seconds(size, jobs)
+
+    def seconds(self) -> float:
+        """Of work that is left."""
+        with self._lock:
+            return sum(self._by_owner().values())
+
+    def take(self, job: Job, timeout_s: float) -> None:
+        """Count a job among those that have been taken on. `timeout_s`: how long it may take until its picture is there.
+
+        Raises QueueFull, with the seconds after which there should be room, or DeadlineExceeded if the time cannot be enough.
+        """
+        with self._lock:
+            seconds = self._by_owner()
+            self._require_room(job, seconds)
+            self._require_time(job, seconds, timeout_s)
+            self._jobs.add(job)
+
+    def leave(self, job: Job) -> None:
+        with self._lock:
+            self._jobs.discard(job)
+
+    def _by_owner(self) -> defaultdict[str, float]:
+        seconds: defaultdict[str, float] = defaultdict(float)
+        for job in self._jobs:
+            seconds[job.owner] += self._share_of(job)
+        return seconds
+
+    def _share_of(self, job: Job) -> float:
+        """Seconds of the device for the rest of a job, where as many share its steps as may."""
+        cap = self._cap(job.batch_key)
+        return job.steps_left * self._times.seconds(job.batch_key, cap) / cap
+
+    def _require_room(self, job: Job, seconds: defaultdict[str, float]) -> None:
+        total, count = sum(seconds.values()), len(self._jobs)
+        over_s, over = total - self._limits.seconds, count - self._limits.pictures + 1
+        if over_s <= 0 and over <= 0:
+            return
+        owners = len(seconds.keys() | {job.owner})
+        own_count = sum(other.owner == job.owner for other in self._jobs)
+        has_share_left = seconds[job.owner] < self._limits.seconds / owners and own_count < self._limits.pictures / owners
+        if has_share_left and total <= _ABOVE_THE_LIMITS * self._limits.seconds and count < _ABOVE_THE_LIMITS * self._limits.pictures:
+            return
+        retry_after_s = max(1, math.ceil(max(over_s, total / count * over)))
+        raise QueueFull(
+            f"{count} pictures, about {total:.0f} s of work, are waiting or being drawn; more are not taken on",
+            retry_after_s=retry_after_s,
+        )
+
+    def _require_time(self, job: Job, seconds: defaultdict[str, float], timeout_s: float) -> None:
+        """Owners share the device: before a job is done, each of the others has had at most what its own owner has."""
+        if not self._times.is_known(job.batch_key):
+            return
+        own = seconds[job.owner] + self._share_of(job)
+        shared = own + sum(min(other, own) for owner, other in seconds.items() if owner != job.owner)
+        alone = job.steps_left * self._times.seconds(job.batch_key, 1)
+        expected_s = max(alone, shared)
+        if expected_s > timeout_s:
+            raise DeadlineExceeded(
+                f"the picture would take about {expected_s:.1f} s and may take {max(0.0, timeout_s):.1f} s: "
+                "ask for fewer steps, a smaller picture or more time",
+            )

@@ -1,0 +1,47 @@
+"""What whoever runs the server may set of its limits, by environment variables: read and checked in one place.
+
+Knows nothing of what is limited by them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from stable_diffusion.errors import ConfigurationError
+
+MAX_TIMEOUT_S = 3600.0  # of a request; the configuration.yaml of both services has the same number for BentoML
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds, and pictures at once."""
+
+    queue_s: float = 600.0
+    queue_pictures: float = 200.0
+    stuck_step_s: float = 60.0
+    stop_grace_s: float = MAX_TIMEOUT_S
+
+
+VARIABLES = {
+    "queue_s": "SD_MAX_QUEUE_S",
+    "queue_pictures": "SD_MAX_QUEUE_PICTURES",
+    "stuck_step_s": "SD_STUCK_STEP_S",
+    "stop_grace_s": "SD_STOP_GRACE_S",
+}
+
+
+def read_limits(environment: Mapping[str, str]) -> Limits:
+    """Raises ConfigurationError, which names the variable."""
+    return Limits(**{field: _positive(environment[name], name) for field, name in VARIABLES.items() if environment.get(name, "").strip()})
+
+
+def _positive(text: str, name: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (0 < value < math.inf):
+        raise ConfigurationError(f"{name} must be a number above 0, not {text[:60]!r}")
+    return value

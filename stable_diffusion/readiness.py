@@ -1,0 +1,47 @@
+"""Whether a picture can be drawn now, and if not, how far the model process is. Asked by API workers.
+
+A model process is ready once it has drawn a picture; one that has died is not ready from then on.
+"""
+
+from __future__ import annotations
+
+import aiohttp
+import bentoml
+from starlette.concurrency import run_in_threadpool
+
+from stable_diffusion.errors import ModelLoading
+from stable_diffusion.runner_state import STAGES, RunnerState, living_runners
+
+_ANSWERS_WITHIN_S = 5
+
+
+async def is_ready(runner: bentoml.Runner) -> bool:
+    """Whether a model process has loaded its model and answers."""
+    runners = await run_in_threadpool(living_runners)
+    # One that could not write down how far it is, is asked alone.
+    return (not runners or _has_ready(runners)) and await _answers(runner)
+
+
+async def require_ready(runner: bentoml.Runner) -> None:
+    """Raises ModelLoading, which says how far the model process is."""
+    runners = await run_in_threadpool(living_runners)
+    if _has_ready(runners) or (not runners and await _answers(runner)):
+        return
+    raise ModelLoading(f"the model process is not ready: {stage(runners)}")
+
+
+def stage(runners: list[RunnerState]) -> str:
+    """How far the first of them is."""
+    return max((runner.stage for runner in runners), key=STAGES.index, default=STAGES[0])
+
+
+def _has_ready(runners: list[RunnerState]) -> bool:
+    return any(runner.stage == "ready" for runner in runners)
+
+
+async def _answers(runner: bentoml.Runner) -> bool:
+    """BentoML's own question. While a process is being started, connections to it wait."""
+    try:
+        return bool(await runner.runner_handle_is_ready(timeout=_ANSWERS_WITHIN_S))
+    except aiohttp.ClientError:
+        return False
