@@ -12,6 +12,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Literal, get_args
 
+import psutil
+
 from stable_diffusion.shared_folder import shared_folder
 
 logger = logging.getLogger("stable_diffusion")
@@ -114,10 +116,8 @@ def _read(text: str) -> RunnerState:
 
 
 def is_alive(pid: int) -> bool:
+    """A process that has ended is not, though its parent may not have noticed yet."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
-        return True
-    return True

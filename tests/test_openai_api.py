@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import time
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +22,10 @@ from stable_diffusion import openai_api
 from stable_diffusion.backend import Backend
 from stable_diffusion.draining import Unfinished
 from stable_diffusion.engine.job import Picture, Progress
-from stable_diffusion.errors import GenerationFailed
+from stable_diffusion.errors import GenerationFailed, QueueFull
 from stable_diffusion.jobs import Jobs, new_job_id
 from stable_diffusion.openai_api import routes
-from stable_diffusion.runnable import pack_outcome, pack_progress
+from stable_diffusion.runnable import pack_outcome, pack_progress, pack_taken_on
 from stable_diffusion.shared_folder import shared_folder
 from stable_diffusion.weights import DEMO_FOLDER, check_model
 
@@ -38,6 +39,7 @@ Draws = Callable[[dict[str, Any]], AsyncGenerator[str, None]]
 
 
 async def out_of_memory(_: dict[str, Any]) -> AsyncGenerator[str, None]:
+    yield pack_taken_on()
     yield pack_outcome(GenerationFailed("not enough memory for 64x64"))
 
 
@@ -46,7 +48,12 @@ async def no_process(_: dict[str, Any]) -> AsyncGenerator[str, None]:
     yield ""
 
 
+async def full(_: dict[str, Any]) -> AsyncGenerator[str, None]:
+    yield pack_outcome(QueueFull("200 pictures are waiting", retry_after_s=7))
+
+
 async def drawn(_: dict[str, Any]) -> AsyncGenerator[str, None]:
+    yield pack_taken_on()
     yield pack_progress(Progress(step=1, steps=2, position=0, seconds_left=1.0, preview=Image.new("RGB", (8, 8))))
     yield pack_outcome(Picture(Image.new("RGB", (64, 64)), None, "", "", device="cpu", dtype="float32"))
 
@@ -56,12 +63,15 @@ def client_of(draws: Draws, requests: list[str]) -> openai.OpenAI:
         requests.append(packed["task"]["prompt"])
         return draws(packed)
 
-    runner = SimpleNamespace(draw=SimpleNamespace(async_stream=draw))
+    async def is_ready(timeout: int) -> bool:
+        return True
+
+    runner = SimpleNamespace(draw=SimpleNamespace(async_stream=draw), runner_handle_is_ready=is_ready)
     backend = Backend(runner, lambda: check_model(DEMO_FOLDER), Jobs(shared_folder), Unfinished(grace_s=60))
     door = Starlette(routes=routes(backend))
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
-        await door({**scope, "job": SimpleNamespace(id=new_job_id())}, receive, send)
+        await door({**scope, "job": SimpleNamespace(id=new_job_id(), received_s=time.monotonic())}, receive, send)
 
     return openai.OpenAI(base_url="http://testserver/v1", api_key="unused", http_client=TestClient(application))
 
@@ -80,6 +90,14 @@ def test_a_model_process_that_is_gone_is_a_503_that_says_when_to_try_again() -> 
         client.images.generate(prompt="a red circle", n=2)
     assert (caught.value.status_code, caught.value.code) == (503, "model_unavailable")
     assert caught.value.response.headers["retry-after"] == "60"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_queue_that_is_full_is_a_429_before_any_stream_begins(stream: bool) -> None:
+    client = client_of(full, []).with_options(max_retries=0)
+    with pytest.raises(openai.RateLimitError, match="200 pictures are waiting") as caught:
+        client.images.generate(prompt="a red circle", stream=stream)
+    assert (caught.value.code, caught.value.response.headers["retry-after"]) == ("queue_full", "7")
 
 
 def test_an_error_in_the_middle_of_a_stream_is_raised_by_the_client() -> None:
