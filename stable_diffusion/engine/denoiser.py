@@ -317,7 +317,7 @@ class Denoiser:
     def _vae_in_float32(self) -> Any:
         """A copy, for the one picture that needs it: the shared one stays as it is, and memory is not held for what is rare."""
         vae = self._parts.vae
-        return vae if vae.dtype == torch.float32 else copy.deepcopy(vae).to(torch.float32)
+        return vae if vae.dtype == torch.float32 else copy.deepcopy(vae).float()
 
     def _check_safety(self, pixels: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """What is flagged comes back blank from the checker itself."""

@@ -11,7 +11,16 @@ from PIL import Image
 
 from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.job import Job, Latents, Picture, Task
-from stable_diffusion.engine.records import CapRecord, EndRecord, OutOfMemoryRecord, Record, StartRecord, SubmitRecord, TurnRecord, WorkloadRecord
+from stable_diffusion.engine.records import (
+    CapRecord,
+    EndRecord,
+    OutOfMemoryRecord,
+    Record,
+    StartRecord,
+    SubmitRecord,
+    TurnRecord,
+    WorkloadRecord,
+)
 from stable_diffusion.errors import GenerationFailed, ServiceError
 from tests.conftest import make_task
 
@@ -75,7 +84,11 @@ def test_a_job_is_submitted_starts_and_ends_with_its_kind_and_outcome(prompt: st
     counted = Counted(CountingSteps())
     counted.submit(prompt, kind="inpaint")
     counted.finish(1)
-    assert [type(record) for record in counted.records if not isinstance(record, TurnRecord | WorkloadRecord)] == [SubmitRecord, StartRecord, EndRecord]
+    assert [type(record) for record in counted.records if not isinstance(record, TurnRecord | WorkloadRecord)] == [
+        SubmitRecord,
+        StartRecord,
+        EndRecord,
+    ]
     [started], [ended] = counted.of(StartRecord), counted.of(EndRecord)
     assert isinstance(started, StartRecord)
     assert isinstance(ended, EndRecord)

@@ -1,0 +1,182 @@
+"""Mixed load, faults, processes that are killed, a server that is stopped: the ledger of requests against answers comes out even."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests import faults
+from tests.service.ledger import DISTURBED, PROMPT, SOUND_KINDS, Load
+from tests.service.servers import ROOT, Server, serve
+
+STUCK_STEP_S = 3
+# Circus looks for dead processes every ten seconds; then the runner imports torch and loads the model.
+READY_AGAIN_S = 60
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    variables = {
+        "PYTHONPATH": str(ROOT),
+        "BENTOML_CONFIG": str(ROOT / "fp32" / "configuration.yaml"),
+        "SD_STUCK_STEP_S": str(STUCK_STEP_S),
+        # As in a container, where BentoML would not start again what has died.
+        "BENTOML_CONTAINERIZED": "true",
+    }
+    with serve(ROOT / "tests" / "service" / "faulty", "service:svc", tmp_path_factory.mktemp("faulty"), variables) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def load_on(server: Server) -> Callable[[int], Load]:
+    first = Load(server.url, 0)
+    first.draw_alone()
+    return lambda seed: Load(server.url, seed, alone=first.alone)
+
+
+@contextmanager
+def under(load: Load, clients: int, kinds: tuple[str, ...] = ()) -> Iterator[Callable[[Callable[[], bool]], None]]:
+    """The load, on a thread with an event loop of its own, until the block ends; then all of it is answered or Uneven is raised.
+
+    Gives what waits for something to be true while the load goes on.
+    """
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as thread:
+        running: Future[None] = thread.submit(lambda: asyncio.run(load.run(clients, lambda: not stop.is_set(), kinds)))
+
+        def wait_until(condition: Callable[[], bool]) -> None:
+            seconds_until(lambda: running.done() or condition())
+            if running.done():
+                running.result()
+
+        try:
+            yield wait_until
+        finally:
+            stop.set()
+        running.result()
+
+
+def workers(server: Server, what: str) -> list[psutil.Process]:
+    family = psutil.Process(server.process.pid).children(recursive=True)
+    return [process for process in family if what in " ".join(process.cmdline())]
+
+
+def is_ready(server: Server) -> bool:
+    try:
+        return httpx.get(f"{server.url}/readyz", timeout=10, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def seconds_until(condition: Callable[[], bool], at_most_s: float = READY_AGAIN_S) -> float:
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < at_most_s
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+def sums(server: Server) -> dict[str, float]:
+    """Of our metrics, over all labels."""
+    page = httpx.get(f"{server.url}/metrics", trust_env=False).text
+    found: dict[str, float] = {}
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            found[sample.name] = found.get(sample.name, 0) + sample.value
+    return found
+
+
+def require_nothing_left(server: Server) -> None:
+    seconds_until(lambda: sums(server)["stable_diffusion_queue_jobs"] + sums(server)["stable_diffusion_running_jobs"] == 0, 20)
+    assert sums(server)["stable_diffusion_workload_seconds"] == pytest.approx(0, abs=0.01)
+
+
+def test_hundreds_of_requests_with_faults_at_random_moments_are_each_answered_as_they_may_be(
+    server: Server, load_on: Callable[[int], Load]
+) -> None:
+    load = load_on(1)
+    before = sums(server)
+    with under(load, clients=12) as wait_until:
+        wait_until(lambda: len(load.entries) >= 300)
+    print(load.summary())
+    require_nothing_left(server)
+    after = sums(server)
+    ended = after["stable_diffusion_images_total"] - before["stable_diffusion_images_total"]
+    started = after["stable_diffusion_queue_wait_seconds_count"] - before["stable_diffusion_queue_wait_seconds_count"]
+    assert ended >= started > 100
+    assert after["stable_diffusion_decoded_again_total"] > before["stable_diffusion_decoded_again_total"]
+    assert len({entry.asked for entry in load.entries}) == 11
+
+
+def test_a_step_that_hangs_is_an_error_within_seconds_and_the_model_process_starts_again(
+    server: Server, load_on: Callable[[int], Load]
+) -> None:
+    load = load_on(2)
+    load.allowed_besides = DISTURBED
+    with under(load, clients=3, kinds=SOUND_KINDS), server.client() as client:
+        began = time.monotonic()
+        hung = client.post("/txt2img", json={"prompt": f"{PROMPT} {faults.HANGS}", "num_inference_steps": 5, "seed": 2})
+        told = time.monotonic() - began
+        assert (hung.status_code, hung.json()["error"]["type"]) == (503, "model_unavailable")
+        assert not is_ready(server)
+        ready = seconds_until(lambda: is_ready(server))
+        assert client.post("/txt2img", json={"prompt": PROMPT, "num_inference_steps": 2}).status_code == 200
+    print(f"a step that hangs: told after {told:.1f} s, ready again after {ready:.1f} s more; {load.summary()}")
+    assert told < STUCK_STEP_S + 10
+    require_nothing_left(server)
+
+
+def test_a_runner_that_is_killed_under_load_costs_only_what_it_was_drawing(server: Server, load_on: Callable[[int], Load]) -> None:
+    load = load_on(3)
+    load.allowed_besides = DISTURBED - {"broken connection", "refused connection"}
+    with under(load, clients=6, kinds=SOUND_KINDS) as wait_until:
+        wait_until(lambda: len(load.entries) >= 10)
+        [runner] = workers(server, "bentoml_cli.worker.runner")
+        runner.kill()
+        gone = seconds_until(lambda: not is_ready(server), 10)
+        ready = seconds_until(lambda: is_ready(server))
+        drawn = len(load.entries)
+        wait_until(lambda: sum(entry.answered == "picture" for entry in load.entries[drawn:]) >= 10)
+    print(f"a runner that is killed: not ready after {gone:.1f} s, ready again after {ready:.1f} s more; {load.summary()}")
+    require_nothing_left(server)
+
+
+def test_an_api_worker_that_is_killed_under_load_breaks_its_own_connections_only(server: Server, load_on: Callable[[int], Load]) -> None:
+    load = load_on(4)
+    load.allowed_besides = {"broken connection"}
+    with under(load, clients=6, kinds=SOUND_KINDS) as wait_until:
+        wait_until(lambda: len(load.entries) >= 10)
+        victim, *others = workers(server, "bentoml_cli.worker.http_api_server")
+        assert others
+        victim.kill()
+        again = seconds_until(lambda: len([one for one in workers(server, "http_api_server") if one.status() != "zombie"]) == 2)
+        drawn = len(load.entries)
+        wait_until(lambda: len(load.entries) >= drawn + 20)
+    broken = sum(entry.answered == "broken connection" for entry in load.entries)
+    print(f"an API worker that is killed: another one after {again:.1f} s; {load.summary()}")
+    assert broken <= 6
+    require_nothing_left(server)
+
+
+def test_a_server_that_is_stopped_under_load_finishes_what_it_has_accepted_and_ends_with_0(
+    server: Server, load_on: Callable[[int], Load]
+) -> None:
+    load = load_on(5)
+    # Nothing is broken: who is connected is answered.
+    load.allowed_besides = {"shutting_down", "refused connection"}
+    began = 0.0
+    with under(load, clients=6, kinds=SOUND_KINDS) as wait_until:
+        wait_until(lambda: len(load.entries) >= 10)
+        began = time.monotonic()
+        server.process.terminate()
+        assert server.process.wait(60) == 0
+    print(f"a server that is stopped: ended after {time.monotonic() - began:.1f} s; {load.summary()}")
