@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -39,8 +40,9 @@ from stable_diffusion import (
 )
 from stable_diffusion.backend import Backend
 from stable_diffusion.draining import Draining, Unfinished
-from stable_diffusion.errors import ModelFolderError
+from stable_diffusion.errors import ModelFolderError, SettingError
 from stable_diffusion.jobs import Jobs, new_job_id
+from stable_diffusion.safety import SafetyPolicy, safety_policy
 from stable_diffusion.shared_folder import name_shared_folder, shared_folder
 from stable_diffusion.weights import ModelFolder
 
@@ -59,11 +61,16 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
     choose_model = functools.lru_cache(maxsize=1)(choose_model)
     service = Service(name, runners=[runner])
 
+    @functools.cache
+    def policy() -> SafetyPolicy:
+        return safety_policy(os.environ, choose_model())
+
     def check_weights() -> None:
         """Runs once, before any process is started: one clear line instead of workers that die one after the other."""
         try:
             model = choose_model()
-        except ModelFolderError as error:
+            policy()
+        except (ModelFolderError, SettingError) as error:
             raise SystemExit(f"Not started: {error}") from None
         if model.is_demo:
             logger.warning("Serving the demo model, which draws coloured shapes only. 'make model' downloads Stable Diffusion v1.4.")
@@ -71,7 +78,7 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
 
     service.on_deployment(check_weights)
     unfinished = Unfinished()
-    routes = _routes(Backend(runner, choose_model, Jobs(shared_folder), unfinished))
+    routes = _routes(Backend(runner, choose_model, policy, Jobs(shared_folder), unfinished))
     service.mount_asgi_app(Starlette(routes=routes), path="/")
     service.add_asgi_middleware(Draining, unfinished=unfinished, refusal=_stopping)
     service.add_asgi_middleware(_FrontDoor, routes=routes, document=openapi.document(name, API_VERSION))

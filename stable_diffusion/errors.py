@@ -20,6 +20,7 @@ ServiceError
 ├── JobsUnavailable           503  where jobs stand cannot be read or written
 └── ModelUnavailable          503  the model process cannot be reached
 ModelFolderError                   at start only: the weights are missing, broken or of another kind
+SettingError                       at start only: an environment variable says what cannot be done
 """
 
 from __future__ import annotations
@@ -157,3 +158,7 @@ def error_of_type(type: str, message: str) -> ServiceError:
 
 class ModelFolderError(Exception):
     """The weights cannot be served. The message names the file that is wrong and what to do."""
+
+
+class SettingError(Exception):
+    """The server was told something that it cannot do. The message names the environment variable and what is allowed."""

@@ -22,8 +22,9 @@ from stable_diffusion import __version__, metrics
 from stable_diffusion.answers import answering_errors
 from stable_diffusion.backend import Backend
 from stable_diffusion.images import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MEDIA_TYPES
-from stable_diffusion.requests import MAX_IMAGES, SCHEDULERS, ImageToImageRequest
+from stable_diffusion.requests import MAX_IMAGES, MAX_PIXEL_STEPS, SCHEDULERS, ImageToImageRequest
 from stable_diffusion.runner_state import STAGES, RunnerState, living_runners
+from stable_diffusion.safety import SafetyPolicy
 from stable_diffusion.tasks import kinds_of
 from stable_diffusion.weights import ModelFolder
 
@@ -41,7 +42,7 @@ def routes(backend: Backend) -> list[Route]:
         return JSONResponse(_status(model, runners, ready), headers=_CURRENT_STATE)
 
     async def capabilities(request: Request) -> Response:
-        return JSONResponse(_capabilities(backend.model()))
+        return JSONResponse(_capabilities(backend.model(), backend.policy()))
 
     endpoints = {"/status": status, "/capabilities": capabilities}
     return [Route(path, answering_errors(endpoint), methods=["GET"]) for path, endpoint in endpoints.items()]
@@ -86,7 +87,7 @@ def _runner(runner: RunnerState) -> dict[str, Any]:
     }
 
 
-def _capabilities(model: ModelFolder) -> dict[str, Any]:
+def _capabilities(model: ModelFolder, policy: SafetyPolicy) -> dict[str, Any]:
     fields = ImageToImageRequest.model_json_schema()["properties"]
     return {
         "model": model.name,
@@ -95,6 +96,8 @@ def _capabilities(model: ModelFolder) -> dict[str, Any]:
         "fields": {name: limits for name, field in fields.items() if (limits := _limits(field))},
         "upload": {"max_bytes": MAX_UPLOAD_BYTES, "max_pixels": MAX_UPLOAD_PIXELS},
         "max_images": MAX_IMAGES,
+        "max_pixel_steps": MAX_PIXEL_STEPS,
+        "safety": {"policy": policy, "has_checker": model.has_safety_checker},
         "schedulers": [{"scheduler": scheduler, "names": names} for scheduler, names in SCHEDULERS.items()],
         "default_scheduler": model.scheduler,
         "output_formats": list(MEDIA_TYPES),

@@ -57,7 +57,7 @@ def client_of(draws: Draws, requests: list[str]) -> openai.OpenAI:
         return draws(packed)
 
     runner = SimpleNamespace(draw=SimpleNamespace(async_stream=draw))
-    backend = Backend(runner, lambda: check_model(DEMO_FOLDER), Jobs(shared_folder), Unfinished())
+    backend = Backend(runner, lambda: check_model(DEMO_FOLDER), lambda: "default-on", Jobs(shared_folder), Unfinished())
     door = Starlette(routes=routes(backend))
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:

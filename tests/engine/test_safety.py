@@ -46,6 +46,16 @@ def test_unchecked_request_leaves_the_checker_on_for_the_next_one(strict_engine:
     assert following.flagged is True
 
 
+def test_a_neighbour_that_is_flagged_changes_nothing_of_the_others(strict_engine: RecordingEngine) -> None:
+    seeds = range(1, 5)
+    unchecked = strict_engine.draw([make_task(seed=seed, safety_check=False) for seed in seeds])
+    mixed = strict_engine.draw([make_task(seed=seed, safety_check=seed % 2 == 0) for seed in seeds])
+    assert [picture.flagged for picture in mixed] == [None, True, None, True]
+    for alone, together in zip(unchecked[::2], mixed[::2], strict=True):
+        difference = np.abs(np.asarray(alone.image, int) - np.asarray(together.image, int))
+        assert difference.max() <= 2  # the batches may be cut at other places
+
+
 def test_a_picture_that_is_not_flagged_is_not_changed(strict_engine: RecordingEngine, tmp_path: Path) -> None:
     folder = make_checked_model(tmp_path / "model", flags_everything=False)
     engine = RecordingEngine(Engine(lambda: Denoiser(load(check_model(folder), "fp32")), max_batch_size=2), [])
