@@ -29,7 +29,11 @@ MEDIA_TYPES: dict[ImageFormat, str] = {"jpeg": "image/jpeg", "png": "image/png",
 
 MAX_UPLOAD_BYTES = 20 * 2**20
 MAX_UPLOAD_PIXELS = 4096 * 4096
-UPLOADS_IN_WORDS = f"PNG, JPEG or WebP of at most {MAX_UPLOAD_BYTES // 2**20} MiB and {MAX_UPLOAD_PIXELS // 10**6} million pixels."
+MAX_UPLOAD_SIDE = 2**14  # scaling takes 48 bytes for each pixel of a side
+UPLOADS_IN_WORDS = (
+    f"PNG, JPEG or WebP of at most {MAX_UPLOAD_BYTES // 2**20} MiB and {MAX_UPLOAD_PIXELS // 10**6} million pixels, "
+    f"{MAX_UPLOAD_SIDE} a side."
+)
 _QUALITY = 95
 _SAME_PROPORTIONS = 0.02  # a mask drawn on a scaled down picture is off by a pixel
 
@@ -139,6 +143,10 @@ def _open(content: bytes, field: str) -> Image.Image:
         raise TooLarge(
             f"{field}: the image has {picture.width} x {picture.height} pixels, at most {MAX_UPLOAD_PIXELS} in all are allowed",
             field=field,
+        )
+    if max(picture.size) > MAX_UPLOAD_SIDE:
+        raise TooLarge(
+            f"{field}: the image has {picture.width} x {picture.height} pixels, at most {MAX_UPLOAD_SIDE} a side are allowed", field=field
         )
     _require_small_exif(picture, field)
     return picture

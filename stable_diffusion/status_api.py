@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from stable_diffusion import __version__, metrics
 from stable_diffusion.answers import answering_errors
 from stable_diffusion.backend import Backend
-from stable_diffusion.images import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MEDIA_TYPES
+from stable_diffusion.images import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MAX_UPLOAD_SIDE, MEDIA_TYPES
 from stable_diffusion.requests import MAX_IMAGES, MAX_PIXEL_STEPS, SCHEDULERS, ImageToImageRequest
 from stable_diffusion.runner_state import STAGES, RunnerState, living_runners
 from stable_diffusion.safety import SafetyPolicy
@@ -94,7 +94,7 @@ def _capabilities(model: ModelFolder, policy: SafetyPolicy) -> dict[str, Any]:
         "kinds": kinds_of(model),
         "native_size": {"width": model.native_width, "height": model.native_height},
         "fields": {name: limits for name, field in fields.items() if (limits := _limits(field))},
-        "upload": {"max_bytes": MAX_UPLOAD_BYTES, "max_pixels": MAX_UPLOAD_PIXELS},
+        "upload": {"max_bytes": MAX_UPLOAD_BYTES, "max_pixels": MAX_UPLOAD_PIXELS, "max_side": MAX_UPLOAD_SIDE},
         "max_images": MAX_IMAGES,
         "max_pixel_steps": MAX_PIXEL_STEPS,
         "safety": {"policy": policy, "has_checker": model.has_safety_checker},

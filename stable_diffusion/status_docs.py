@@ -59,7 +59,7 @@ _CAPABILITIES = _object(
             "description": "The limits and the default of each field that has them, in the words of JSON Schema.",
             "additionalProperties": {"type": "object"},
         },
-        "upload": _object({"max_bytes": _COUNT, "max_pixels": _COUNT}),
+        "upload": _object({"max_bytes": _COUNT, "max_pixels": _COUNT, "max_side": _COUNT}),
         "max_images": {**_COUNT, "description": "Of one request, where a request may ask for several."},
         "max_pixel_steps": {**_COUNT, "description": "Of one request: width x height x num_inference_steps, summed over its pictures."},
         "safety": _object(

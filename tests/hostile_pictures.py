@@ -43,24 +43,21 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(
-    width: int, height: int, depth: int, colour: int, pixels: bytes, *, before: bytes = b"", after: bytes = b"", interlaced: bool = False
-) -> bytes:
+def png(width: int, height: int, depth: int, colour: int, pixels: bytes, *, before: bytes = b"", after: bytes = b"") -> bytes:
     """A PNG made by hand. `pixels` are rows of samples, each row whole bytes; `before` and `after` are chunks around the pixels."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, int(interlaced))
-    if not interlaced and pixels:
-        row = len(pixels) // height
-        pixels = b"".join(b"\0" + pixels[start : start + row] for start in range(0, len(pixels), row))
-    return _PNG + chunk(b"IHDR", header) + before + chunk(b"IDAT", zlib.compress(pixels, 9)) + after + chunk(b"IEND", b"")
+    row = len(pixels) // height
+    rows = b"".join(b"\0" + pixels[start : start + row] for start in range(0, len(pixels), row))
+    return _png_of_rows(width, height, depth, colour, rows, before=before, after=after)
 
 
 def flat_png(width: int, height: int, depth: int, colour: int, *, before: bytes = b"", after: bytes = b"") -> bytes:
     """All samples 0, so that any size packs into a few kilobytes."""
-    return png(width, height, depth, colour, bytes(height * ((width * _CHANNELS[colour] * depth + 7) // 8)), before=before, after=after)
+    rows = bytes(height * (1 + (width * _CHANNELS[colour] * depth + 7) // 8))
+    return _png_of_rows(width, height, depth, colour, rows, before=before, after=after)
 
 
 def header_only_png(width: int, height: int) -> bytes:
-    return png(width, height, 8, RGB, b"")
+    return _png_of_rows(width, height, 8, RGB, b"")
 
 
 def interlaced_png(side: int) -> bytes:
@@ -69,7 +66,15 @@ def interlaced_png(side: int) -> bytes:
     size = 0
     for left, top, across, down in passes:
         size += len(range(top, side, down)) * (1 + 3 * len(range(left, side, across)))
-    return png(side, side, 8, RGB, bytes(size), interlaced=True)
+    return _png_of_rows(side, side, 8, RGB, bytes(size), interlaced=True)
+
+
+def _png_of_rows(
+    width: int, height: int, depth: int, colour: int, rows: bytes, *, before: bytes = b"", after: bytes = b"", interlaced: bool = False
+) -> bytes:
+    """`rows` as they are packed, a filter's number before each."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, int(interlaced))
+    return _PNG + chunk(b"IHDR", header) + before + chunk(b"IDAT", zlib.compress(rows, 9)) + after + chunk(b"IEND", b"")
 
 
 def file(picture: Image.Image, image_format: str, **options: object) -> bytes:
@@ -217,7 +222,10 @@ def _bombs(whole: dict[str, bytes]) -> Iterator[Case]:
     for colour in (GREY, RGB, RGBA):
         for depth in (8, 16):
             yield Case(f"png, the largest, type {colour} of {depth} bit", flat_png(4096, 4096, depth, colour), "read")
-    yield Case("png, one pixel high", flat_png(2**24, 1, 8, GREY), "read")
+    for width, height in ((2**24, 1), (1, 2**24), (2**14 + 1, 1)):
+        yield Case(f"png of {width} x {height}", flat_png(width, height, 8, GREY), "refused")
+    for width, height in ((2**14, 1024), (1, 2**14)):
+        yield Case(f"png of {width} x {height}, the longest", flat_png(width, height, 8, GREY), "read")
     sizes = whole["jpeg RGB"].index(b"\xff\xc0") + 5
     for width, height in ((65_535, 65_535), (65_500, 1000), (20_000, 20_000), (0, 0)):
         changed = whole["jpeg RGB"][:sizes] + struct.pack(">HH", height, width) + whole["jpeg RGB"][sizes + 4 :]

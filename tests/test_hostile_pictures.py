@@ -90,7 +90,7 @@ def test_no_file_takes_long_or_much_memory(reading: Reading) -> None:
     [
         ("png of 65535 x 65535 in its header", "the image has more than 16777216 pixels"),
         ("png of 10000 x 8000 in its header", "the image has 10000 x 8000 pixels, at most 16777216"),
-        ("webp of 10000 x 10000 in its header", ""),
+        ("png of 16777216 x 1", "the image has 16777216 x 1 pixels, at most 16384 a side are allowed"),
         ("png, a million empty chunks", "the file has more than 16384 chunks"),
         ("jpeg, a million empty segments", "the file has more than 16384 segments"),
         ("jpeg of 4096 pixels, 100,000 scans", "the file has more than 64 scans"),
