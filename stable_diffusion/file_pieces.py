@@ -21,7 +21,8 @@ _EXIF = b"Exif\0\0"
 # ITU-T T.81, B.1.1: a marker, perhaps behind fill bytes. FF 00 is data, and D0 to D7 and 01 stand alone within data.
 _MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
 _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
-_SKIPPED_BY_PILLOW = {0xC4, *range(0xC0, 0xC8), *range(0xC9, 0xF0), 0xFE} - {_START, _END}
+# The others it reads byte by byte, or refuses.
+_READ_AT_ONCE = {*range(0xC0, 0xC8), *range(0xC9, 0xF0), 0xFE}
 
 
 def too_many_pieces(content: bytes) -> str | None:
@@ -49,13 +50,16 @@ def _too_many_segments(content: bytes) -> str | None:
     if content.count(_EXIF) > _MAX_EXIF_SEGMENTS:
         return f"EXIF in more than {_MAX_EXIF_SEGMENTS} segments"
     position, count, scans, between = 2, 0, 0, 0
-    while (marker := _MARKER.search(content, position)) and marker[1][0] != _END:
+    while marker := _MARKER.search(content, position):
         kind = marker[1][0]
-        length = struct.unpack_from(">H", content, marker.end())[0] if marker.end() + 2 <= len(content) and kind != _START else 0
+        if kind == _END and scans:  # one before the first scan is passed over by Pillow
+            return None
+        has_length = kind not in (_START, _END) and marker.end() + 2 <= len(content)
+        length = struct.unpack_from(">H", content, marker.end())[0] if has_length else 0
         count += 1
         scans += kind == _SCAN
         if not scans:
-            between += marker.end() - 2 - position + (0 if kind in _SKIPPED_BY_PILLOW else length)
+            between += marker.end() - 2 - position + (0 if kind in _READ_AT_ONCE else length)
         if count > MAX_PIECES:
             return f"more than {MAX_PIECES} segments"
         if scans > MAX_SCANS:

@@ -254,6 +254,7 @@ def _bombs(whole: dict[str, bytes]) -> Iterator[Case]:
     yield Case("png, a million chunks behind the pixels", flat_png(8, 8, 8, RGB, after=chunk(b"aaAa", b"") * 10**6), "refused")
     jpeg = whole["jpeg RGB"]
     yield Case("jpeg, a million empty segments", with_segments(jpeg, segment(0xE5, b"") * 10**6), "refused")
+    yield Case("jpeg, a million segments behind an end", with_segments(jpeg, b"\xff\xd9", segment(0xE5, b"") * 10**6), "refused")
     yield Case("jpeg, 4 MiB of fill bytes", with_segments(jpeg, b"\xff" * 4 * _MI), "refused")
     yield Case("jpeg, 4 MiB between segments", with_segments(jpeg, segment(0xE5, b""), bytes(4 * _MI)), "refused")
     yield Case("jpeg, 4 MiB in segments of no known kind", with_segments(jpeg, segment(0xF3, bytes(65_000)) * 64), "refused")
