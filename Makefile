@@ -4,6 +4,7 @@
 # make bench      this project against plain diffusers and BentoML's batching on the demo model: about 40 minutes
 # make check      lint, format and types only
 # make format     rewrite the files as the linter wants them
+# make audit      known advisories of what a bento installs (asks pypi.org)
 # make model      download Stable Diffusion v1.4 (PRECISION=fp32 or fp16)
 # make demo       train the demo model again, from nothing
 # make lock       resolve the pinned dependencies again
@@ -34,7 +35,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # PyFilesystem, of which BentoML is made, says so at every start.
 export PYTHONWARNINGS := ignore:pkg_resources is deprecated:UserWarning
 
-.PHONY: serve test image-test bench check format model demo lock precision
+.PHONY: serve test image-test bench check format audit model demo lock precision
 
 $(INSTALLED): requirements.txt requirements-runtime.txt requirements.lock bentoctl/aws-ec2/requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
@@ -77,6 +78,10 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+# --strict: what cannot be looked up is an error, not a package without advisories.
+audit: $(TOOLS_INSTALLED)
+	.venv/tools/bin/pip-audit --strict --no-deps --disable-pip --desc off --requirement requirements-runtime.lock
 
 model: precision $(INSTALLED)
 	$(BIN)/python -m stable_diffusion.download $(PRECISION) $(WEIGHTS)

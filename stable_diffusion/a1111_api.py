@@ -41,7 +41,8 @@ from stable_diffusion.engine.job import Task
 from stable_diffusion.errors import NotFound
 from stable_diffusion.reading import MAX_JSON_BYTES, json_content, owner_of, read_json_body, ticket_of, while_connected
 from stable_diffusion.requests import parse_json
-from stable_diffusion.tasks import image_task, one_of_several, text_task
+from stable_diffusion.safety import SafetyPolicy
+from stable_diffusion.tasks import image_task, several, text_task
 from stable_diffusion.weights import ModelFolder
 
 # A picture and a mask in base64 with line breaks, and everything else.
@@ -53,11 +54,11 @@ def routes(backend: Backend) -> list[Route]:
         asked = read_text_to_image(await read_json_body(request, max_names=MAX_NAMES))
         model = backend.model()
         await run_in_threadpool(_require_served, asked.body.override_settings, model)
-        return await _answer(request, backend, asked.body, text_task(asked.parameters, model), asked.count)
+        return await _answer(request, backend, asked.body, text_task(asked.parameters, model, backend.policy()), asked.count)
 
     async def img2img(request: Request) -> Response:
         # Nothing here keeps the content while the pictures are drawn.
-        reading = partial(_read_image_task, await json_content(request, _MAX_PICTURES_BYTES), backend.model())
+        reading = partial(_read_image_task, await json_content(request, _MAX_PICTURES_BYTES), backend.model(), backend.policy())
         body, task, count = await backend.decode(reading)
         del reading
         return await _answer(request, backend, body, task, count)
@@ -103,12 +104,12 @@ def routes(backend: Backend) -> list[Route]:
 
 
 async def _answer(request: Request, backend: Backend, body: GenerationBody, task: Task, count: int) -> Response:
-    tasks = [one_of_several(task, index) for index in range(count)]
+    tasks = several(task, count)
     pictures = await while_connected(request, draw_all(backend, tasks, ticket_of(request)))
     return await run_in_threadpool(lambda: json_response(pictures_answer(body, tasks, pictures, backend.model())))
 
 
-def _read_image_task(content: bytes, model: ModelFolder) -> tuple[GenerationBody, Task, int]:
+def _read_image_task(content: bytes, model: ModelFolder, policy: SafetyPolicy) -> tuple[GenerationBody, Task, int]:
     """The body, the first picture's task and how many are asked for. Resized as A1111's mode says, which leaves nothing to be fitted."""
     asked = read_image_to_image(parse_json(content, "body", MAX_NAMES))
     _require_served(asked.body.override_settings, model)
@@ -118,7 +119,8 @@ def _read_image_task(content: bytes, model: ModelFolder) -> tuple[GenerationBody
     width, height = images.output_size(picture.size, native, asked.parameters.width, asked.parameters.height)
     parameters = asked.parameters.model_copy(update={"width": width, "height": height})
     picture = resize(picture, width, height, asked.body.resize_mode)
-    task = image_task(parameters, model, picture, None if mask is None else resize(mask, width, height, asked.body.resize_mode))
+    mask = None if mask is None else resize(mask, width, height, asked.body.resize_mode)
+    task = image_task(parameters, model, policy, picture, mask)
     return without_pictures(asked.body), task, asked.count
 
 

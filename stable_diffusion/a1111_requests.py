@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 from stable_diffusion.errors import FieldError, InvalidRequest, NotFound
 from stable_diffusion.requests import (
     MAX_IMAGES,
+    MAX_PIXEL_STEPS,
     MAX_SIDE,
     MAX_STEPS,
     MIN_SIDE,
@@ -79,7 +80,13 @@ class GenerationBody(BaseModel):
     cfg_scale: float = Field(7.0, description="How closely to follow the prompt, 0 to 30.")
     width: int | None = Field(None, description=f"{_SIDE} By default the model's native width, or as the picture asks for.")
     height: int | None = Field(None, description=f"{_SIDE} By default the model's native height, or as the picture asks for.")
-    batch_size: int = Field(1, ge=1, le=MAX_IMAGES, description=f"batch_size * n_iter pictures are drawn, at most {MAX_IMAGES}.")
+    batch_size: int = Field(
+        1,
+        ge=1,
+        le=MAX_IMAGES,
+        description=f"batch_size * n_iter pictures are drawn, at most {MAX_IMAGES}, and together at most "
+        f"{MAX_PIXEL_STEPS // 10**6} million pixel steps: width * height * steps * pictures.",
+    )
     n_iter: int = Field(1, ge=1, le=MAX_IMAGES, description="See batch_size.")
     override_settings: Options = Field(_NO_OPTIONS, description="Of these only two are looked at.")
     send_images: bool = Field(True, description="false: the answer has no pictures.")

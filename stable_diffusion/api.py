@@ -40,9 +40,10 @@ from stable_diffusion import (
 )
 from stable_diffusion.backend import Backend
 from stable_diffusion.draining import Draining, Unfinished
-from stable_diffusion.errors import ConfigurationError, ModelFolderError
+from stable_diffusion.errors import ModelFolderError, SettingError
 from stable_diffusion.jobs import Jobs, new_job_id
 from stable_diffusion.limits import Limits, read_limits
+from stable_diffusion.safety import SafetyPolicy, safety_policy
 from stable_diffusion.shared_folder import name_shared_folder, shared_folder
 from stable_diffusion.weights import ModelFolder
 
@@ -63,12 +64,17 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
     choose_model = functools.lru_cache(maxsize=1)(choose_model)
     service = Service(name, runners=[runner])
 
+    @functools.cache
+    def policy() -> SafetyPolicy:
+        return safety_policy(os.environ, choose_model())
+
     def check_weights() -> None:
         """Runs once, before any process is started: one clear line instead of workers that die one after the other."""
         try:
             read_limits(os.environ)
             model = choose_model()
-        except (ConfigurationError, ModelFolderError) as error:
+            policy()
+        except (ModelFolderError, SettingError) as error:
             raise SystemExit(f"Not started: {error}") from None
         if model.is_demo:
             logger.warning("Serving the demo model, which draws coloured shapes only. 'make model' downloads Stable Diffusion v1.4.")
@@ -76,7 +82,7 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
 
     service.on_deployment(check_weights)
     unfinished = Unfinished(_grace_s())
-    backend = Backend(runner, choose_model, Jobs(shared_folder), unfinished)
+    backend = Backend(runner, choose_model, policy, Jobs(shared_folder), unfinished)
     routes = _routes(backend)
     service.mount_asgi_app(Starlette(routes=routes), path="/")
     service.add_asgi_middleware(Draining, unfinished=unfinished, refusal=_stopping)
@@ -94,7 +100,7 @@ def _grace_s() -> float:
     """What cannot be read is said where the server starts, and ends that."""
     try:
         return read_limits(os.environ).stop_grace_s
-    except ConfigurationError:
+    except SettingError:
         return Limits.stop_grace_s
 
 

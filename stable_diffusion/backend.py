@@ -15,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 
 from stable_diffusion.draining import Unfinished
 from stable_diffusion.jobs import Jobs
+from stable_diffusion.safety import SafetyPolicy
 from stable_diffusion.weights import ModelFolder
 
 _MAX_DECODES = 2  # at once in a worker: a picture of the largest size takes some 300 MB while it is decoded
@@ -24,10 +25,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Backend:
-    """`model` says which model the runner has loaded, or raises ModelFolderError."""
+    """`model` says which model the runner has loaded, or raises ModelFolderError; `policy` what is checked, or raises SettingError."""
 
     runner: bentoml.Runner
     model: Callable[[], ModelFolder]
+    policy: Callable[[], SafetyPolicy]
     jobs: Jobs
     unfinished: Unfinished
     _decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_DECODES))

@@ -23,8 +23,8 @@ ServiceError
 ├── ModelUnavailable          503  the model process cannot be reached
 ├── ShuttingDown              503  the server stops, and the picture was not finished within its grace period
 └── DeadlineExceeded          504  the time that the request allows is not enough, or was not
-ConfigurationError                 at start only: an environment variable has a value that it may not have
 ModelFolderError                   at start only: the weights are missing, broken or of another kind
+SettingError                       at start only: an environment variable says what cannot be done
 """
 
 from __future__ import annotations
@@ -184,9 +184,9 @@ def error_of_type(type: str, message: str, retry_after_s: int | None = None) -> 
     return kind(message, retry_after_s=retry_after_s)
 
 
-class ConfigurationError(Exception):
-    """The server cannot be started as it is told to be. The message names the variable and what is allowed."""
-
-
 class ModelFolderError(Exception):
     """The weights cannot be served. The message names the file that is wrong and what to do."""
+
+
+class SettingError(Exception):
+    """The server was told something that it cannot do. The message names the environment variable and what is allowed."""

@@ -10,6 +10,7 @@ import hashlib
 import io
 import math
 import struct
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any, Literal
@@ -17,14 +18,22 @@ from typing import Any, Literal
 from PIL import Image, ImageChops, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from stable_diffusion.errors import InvalidRequest, TooLarge
+from stable_diffusion.file_pieces import MAX_EXIF_BYTES, too_many_pieces
 from stable_diffusion.requests import MAX_SIDE, MIN_SIDE, SIDE_MULTIPLE
+
+# What Pillow finds odd in a client's file is of no use to whoever runs the server, and anybody could fill the log with it.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 ImageFormat = Literal["jpeg", "png", "webp"]
 MEDIA_TYPES: dict[ImageFormat, str] = {"jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 
 MAX_UPLOAD_BYTES = 20 * 2**20
 MAX_UPLOAD_PIXELS = 4096 * 4096
-UPLOADS_IN_WORDS = f"PNG, JPEG or WebP of at most {MAX_UPLOAD_BYTES // 2**20} MiB and {MAX_UPLOAD_PIXELS // 10**6} million pixels."
+MAX_UPLOAD_SIDE = 2**14  # scaling takes 48 bytes for each pixel of a side
+UPLOADS_IN_WORDS = (
+    f"PNG, JPEG or WebP of at most {MAX_UPLOAD_BYTES // 2**20} MiB and {MAX_UPLOAD_PIXELS // 10**6} million pixels, "
+    f"{MAX_UPLOAD_SIDE} a side."
+)
 _QUALITY = 95
 _SAME_PROPORTIONS = 0.02  # a mask drawn on a scaled down picture is off by a pixel
 
@@ -77,17 +86,13 @@ def read_description(content: bytes, field: str) -> str | None:
     text = picture.info.get(_PNG_TEXT)
     if isinstance(text, str):
         return str(text)
-    block = picture.info.get("exif", b"")
-    if len(block) > _MAX_EXIF_BYTES:
-        raise TooLarge(f"{field}: its EXIF block has {len(block)} bytes, at most {_MAX_EXIF_BYTES} are allowed", field=field)
     try:
-        return _exif_comment(picture) if block else None
+        return _exif_comment(picture) if picture.info.get("exif") else None
     except _BROKEN_DATA:
         raise InvalidRequest(f"{field}: its EXIF block is damaged", field=field) from None
 
 
 _PNG_TEXT = "parameters"
-_MAX_EXIF_BYTES = 2**20
 _EXIF_FOLDER, _USER_COMMENT = 0x8769, 0x9286
 _UTF_16 = b"UNICODE\0"
 
@@ -124,6 +129,8 @@ def _open(content: bytes, field: str) -> Image.Image:
         raise InvalidRequest(f"{field}: the file is empty, send a PNG, JPEG or WebP image", field=field)
     if len(content) > MAX_UPLOAD_BYTES:
         raise TooLarge(f"{field}: the file has {len(content)} bytes, at most {MAX_UPLOAD_BYTES} are allowed", field=field)
+    if reason := too_many_pieces(content):
+        raise TooLarge(f"{field}: the file has {reason}", field=field)
     try:
         picture: Image.Image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP"))
     except UnidentifiedImageError:
@@ -137,13 +144,26 @@ def _open(content: bytes, field: str) -> Image.Image:
             f"{field}: the image has {picture.width} x {picture.height} pixels, at most {MAX_UPLOAD_PIXELS} in all are allowed",
             field=field,
         )
+    if max(picture.size) > MAX_UPLOAD_SIDE:
+        raise TooLarge(
+            f"{field}: the image has {picture.width} x {picture.height} pixels, at most {MAX_UPLOAD_SIDE} a side are allowed", field=field
+        )
+    _require_small_exif(picture, field)
     return picture
+
+
+def _require_small_exif(picture: Image.Image, field: str) -> None:
+    """PNG may also have it as text, and behind the pixels."""
+    size = max(len(picture.info.get(name, b"")) for name in ("exif", "Raw profile type exif"))
+    if size > MAX_EXIF_BYTES:
+        raise TooLarge(f"{field}: its EXIF block has {size} bytes, at most {MAX_EXIF_BYTES} are allowed", field=field)
 
 
 def _decode(content: bytes, field: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     picture = _open(content, field)
     try:
         picture.load()
+        _require_small_exif(picture, field)
         turn = _turn(picture)
         converted = convert(_to_8_bit(picture))
         return converted if turn is None else converted.transpose(turn)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from stable_diffusion.errors import ConfigurationError
+from stable_diffusion.errors import SettingError
 
 MAX_TIMEOUT_S = 3600.0  # of a request; the configuration.yaml of both services has the same number for BentoML
 
@@ -33,7 +33,7 @@ VARIABLES = {
 
 
 def read_limits(environment: Mapping[str, str]) -> Limits:
-    """Raises ConfigurationError, which names the variable."""
+    """Raises SettingError, which names the variable."""
     return Limits(**{field: _positive(environment[name], name) for field, name in VARIABLES.items() if environment.get(name, "").strip()})
 
 
@@ -43,5 +43,5 @@ def _positive(text: str, name: str) -> float:
     except ValueError:
         value = math.nan
     if not (0 < value < math.inf):
-        raise ConfigurationError(f"{name} must be a number above 0, not {text[:60]!r}")
+        raise SettingError(f"{name} must be a number above 0, not {text[:60]!r}")
     return value

@@ -26,7 +26,7 @@ from stable_diffusion.engine.job import Picture, Progress, Task
 from stable_diffusion.errors import InvalidRequest, ModelNotFound, ServiceError
 from stable_diffusion.openai_requests import OpenaiParameters, parse_edit, parse_generation, read_texts
 from stable_diffusion.reading import file_part, opened_form, read_json_body, ticket_of, while_connected
-from stable_diffusion.tasks import image_task, one_of_several, text_task
+from stable_diffusion.tasks import image_task, several, text_task
 from stable_diffusion.weights import ModelFolder
 
 PREFIXES = ("/v1/",)
@@ -39,7 +39,7 @@ def routes(backend: Backend) -> list[Route]:
     async def generations(request: Request) -> Response:
         own, parameters = parse_generation(await read_json_body(request))
         model = _served(backend, own)
-        return await _answer(request, backend, "image_generation", text_task(parameters, model), own)
+        return await _answer(request, backend, "image_generation", text_task(parameters, model, backend.policy()), own)
 
     async def edits(request: Request) -> Response:
         texts, content, mask_content = await _read_edit(request)
@@ -49,7 +49,7 @@ def routes(backend: Backend) -> list[Route]:
         def decoded() -> Task:
             picture = images.read_picture(content, "image")
             mask = None if mask_content is None else _mask_for(picture, mask_content)
-            return image_task(parameters, model, picture, mask)
+            return image_task(parameters, model, backend.policy(), picture, mask)
 
         return await _answer(request, backend, "image_edit", await backend.decode(decoded), own)
 
@@ -114,7 +114,7 @@ async def _answer(request: Request, backend: Backend, event: Event, task: Task, 
         task = replace(task, preview_every_steps=_steps_between(own.partial_images, task))
         news = await while_connected(request, begin(backend, task, ticket, follow=own.partial_images > 0))
         return event_stream(_events(news, backend, event, task, own))
-    tasks = [one_of_several(task, index) for index in range(own.n)]
+    tasks = several(task, own.n)
     pictures = await while_connected(request, draw_all(backend, tasks, ticket))
     return await run_in_threadpool(_pictures_answer, tasks, pictures, backend.model(), own)
 

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from stable_diffusion.errors import InvalidRequest, UnknownParameter
 from stable_diffusion.images import ImageFormat
-from stable_diffusion.requests import MAX_IMAGES, GenerationRequest, ImageToImageRequest, TextToImageRequest, validated
+from stable_diffusion.requests import MAX_IMAGES, MAX_PIXEL_STEPS, GenerationRequest, ImageToImageRequest, TextToImageRequest, validated
 
 MAX_PARTIAL_IMAGES = 3  # OpenAI's limit
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
@@ -34,7 +34,13 @@ class OpenaiParameters(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     model: str | None = Field(None, description="The served model's name, as GET /v1/models lists it. By default that one.")
-    n: int = Field(1, ge=1, le=MAX_IMAGES, description="How many pictures; number i is drawn with seed + i.")
+    n: int = Field(
+        1,
+        ge=1,
+        le=MAX_IMAGES,
+        description="How many pictures; number i is drawn with seed + i. Together at most "
+        f"{MAX_PIXEL_STEPS // 10**6} million pixel steps: width x height x num_inference_steps x n.",
+    )
     size: Annotated[str, AfterValidator(_known_size)] = Field(
         "auto",
         description="WIDTHxHEIGHT, multiples of 8 from 64 to 1024; auto is the model's native size, or as the input image asks for.",

@@ -21,7 +21,7 @@ _ANSWER_HEADERS = {
     "seed": "The seed: send it again to get the same picture.",
     "scheduler": "Noise scheduler.",
     "strength": "Strength (img2img and inpaint only).",
-    "safety_check": "Whether a safety check was asked for.",
+    "safety_check": "Whether the safety checker was to look at the picture, where the model has one.",
     "safety_flagged": "true: the picture was flagged and is blank. false: it was not. unchecked: nobody looked.",
     "model": "The model; `demo` is the embedded demo model.",
     "Job-Id": "The id of this request's job.",

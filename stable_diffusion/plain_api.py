@@ -46,19 +46,19 @@ from stable_diffusion.tasks import image_task, text_task
 def routes(backend: Backend) -> list[Route]:
     async def txt2img(request: Request) -> Response:
         parameters = parse_text_to_image(await read_json_body(request))
-        return await answer(request, backend, text_task(parameters, backend.model()), parameters)
+        return await answer(request, backend, text_task(parameters, backend.model(), backend.policy()), parameters)
 
     async def img2img(request: Request) -> Response:
         parameters, files = await read_form(request, "img")
-        model = backend.model()
-        task = await backend.decode(lambda: image_task(parameters, model, images.read_picture(files["img"], "img")))
+        model, policy = backend.model(), backend.policy()
+        task = await backend.decode(lambda: image_task(parameters, model, policy, images.read_picture(files["img"], "img")))
         return await answer(request, backend, task, parameters)
 
     async def inpaint(request: Request) -> Response:
         parameters, files = await read_form(request, "img", "mask")
-        model = backend.model()
+        model, policy = backend.model(), backend.policy()
         task = await backend.decode(
-            lambda: image_task(parameters, model, images.read_picture(files["img"], "img"), images.read_mask(files["mask"], "mask"))
+            lambda: image_task(parameters, model, policy, images.read_picture(files["img"], "img"), images.read_mask(files["mask"], "mask"))
         )
         return await answer(request, backend, task, parameters)
 

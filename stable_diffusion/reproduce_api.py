@@ -27,6 +27,7 @@ from stable_diffusion.requests import (
     parse_image_to_image,
     parse_text_to_image,
 )
+from stable_diffusion.safety import SafetyPolicy
 from stable_diffusion.tasks import image_task, text_task
 from stable_diffusion.weights import ModelFolder
 
@@ -36,7 +37,7 @@ _INPUTS: dict[Kind, tuple[str, ...]] = {"txt2img": (), "img2img": ("img",), "inp
 def routes(backend: Backend) -> list[Route]:
     async def reproduce(request: Request) -> Response:
         wishes, files = await read_reproduction_form(request)
-        model = backend.model()
+        model, policy = backend.model(), backend.policy()
         reproduction = await run_in_threadpool(_read, files["picture"], model)
         parameters = _parameters(reproduction, wishes)
         missing = _missing(reproduction.kind, files)
@@ -44,7 +45,7 @@ def routes(backend: Backend) -> list[Route]:
             return _description(reproduction, missing, reproduction.differs)
         if missing:
             raise _missing_input(missing[0], reproduction.kind)
-        task = await backend.decode(lambda: _task(parameters, model, files, reproduction.infotext))
+        task = await backend.decode(lambda: _task(parameters, model, policy, files, reproduction.infotext))
         differs = [*reproduction.differs, *differs_in_input(reproduction.infotext, task)]
         if wishes.dry_run:
             return _description(reproduction, [], differs)
@@ -97,19 +98,23 @@ def _missing_input(name: str, kind: Kind) -> InvalidRequest:
 
 
 def _task(
-    parameters: TextToImageRequest | ImageToImageRequest, model: ModelFolder, files: dict[str, bytes], said: infotext.Infotext
+    parameters: TextToImageRequest | ImageToImageRequest,
+    model: ModelFolder,
+    policy: SafetyPolicy,
+    files: dict[str, bytes],
+    said: infotext.Infotext,
 ) -> Task:
     if isinstance(parameters, TextToImageRequest):
-        return text_task(parameters, model)
+        return text_task(parameters, model, policy)
     picture = images.read_picture(files["img"], "img")
     if "mask" not in files:
-        return image_task(parameters, model, picture)
-    task = image_task(parameters, model, picture, images.read_mask(files["mask"], "mask"))
+        return image_task(parameters, model, policy, picture)
+    task = image_task(parameters, model, policy, picture, images.read_mask(files["mask"], "mask"))
     if has_its_mask(said, task):
         return task
     # A picture of OpenAI's door: its mask is read by what is transparent in it.
     try:
-        by_transparency = image_task(parameters, model, picture, images.read_transparency_as_mask(files["mask"], "mask"))
+        by_transparency = image_task(parameters, model, policy, picture, images.read_transparency_as_mask(files["mask"], "mask"))
     except InvalidRequest:  # nothing is
         return task
     return by_transparency if has_its_mask(said, by_transparency) else task

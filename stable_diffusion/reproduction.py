@@ -54,7 +54,6 @@ def reproduction_of(said: Infotext, model: ModelFolder) -> Reproduction:
         "guidance_end": _value(values, "Guidance end", float, "1"),
         "seed": _value(values, "Seed", int),
         "scheduler": scheduler,
-        "safety_check": values.get("Safety check") != "false",
     }
     if kind != "txt2img":
         fields["strength"] = _value(values, "Denoising strength", float)

@@ -22,6 +22,8 @@ MAX_STEPS = 150
 MAX_GUIDANCE_SCALE = 30.0
 MAX_PROMPT_CHARACTERS = 2000
 MAX_IMAGES = 10  # of one request, in the doors that take several
+# Of one request: pixels of a picture x its steps, summed over its pictures. Ten of 512x512 in 150 steps, not three of 1024x1024.
+MAX_PIXEL_STEPS = 400_000_000
 SEED_LIMIT = 2**32  # every client's language keeps such a number exactly
 MAX_NAMES = 64  # of a JSON object; a request has about a dozen
 MAX_VALUES = 2**14  # of a JSON body, at all depths: reading millions of them would hold up every other request
@@ -161,7 +163,11 @@ class GenerationRequest(BaseModel):
         + ", or diffusers' class name. By default the model's own.",
         examples=[short_names[0] for short_names in SCHEDULERS.values()],
     )
-    safety_check: bool = Field(True, description="Run the safety checker on this picture, where the model has one.")
+    safety_check: bool | None = Field(
+        None,
+        description="Whether the safety checker looks at this picture, where the model has one. By default as the server's policy says "
+        "(GET /capabilities); where that is always, false is refused.",
+    )
     output_format: Literal["jpeg", "png", "webp"] | None = Field(
         None, description="Image format of the answer. By default what the Accept header prefers, else jpeg."
     )

@@ -19,10 +19,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from stable_diffusion import __version__, metrics
 from stable_diffusion.answers import answering_errors
 from stable_diffusion.backend import Backend
-from stable_diffusion.images import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MEDIA_TYPES
+from stable_diffusion.images import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MAX_UPLOAD_SIDE, MEDIA_TYPES
 from stable_diffusion.readiness import is_ready, stage
-from stable_diffusion.requests import MAX_IMAGES, SCHEDULERS, ImageToImageRequest
+from stable_diffusion.requests import MAX_IMAGES, MAX_PIXEL_STEPS, SCHEDULERS, ImageToImageRequest
 from stable_diffusion.runner_state import RunnerState, living_runners
+from stable_diffusion.safety import SafetyPolicy
 from stable_diffusion.tasks import kinds_of
 from stable_diffusion.weights import ModelFolder
 
@@ -40,7 +41,7 @@ def routes(backend: Backend) -> list[Route]:
         return JSONResponse(_status(model, runners, ready), headers=_CURRENT_STATE)
 
     async def capabilities(request: Request) -> Response:
-        return JSONResponse(_capabilities(backend.model()))
+        return JSONResponse(_capabilities(backend.model(), backend.policy()))
 
     endpoints = {"/status": status, "/capabilities": capabilities}
     return [Route(path, answering_errors(endpoint), methods=["GET"]) for path, endpoint in endpoints.items()]
@@ -87,15 +88,17 @@ def _runner(runner: RunnerState) -> dict[str, Any]:
     }
 
 
-def _capabilities(model: ModelFolder) -> dict[str, Any]:
+def _capabilities(model: ModelFolder, policy: SafetyPolicy) -> dict[str, Any]:
     fields = ImageToImageRequest.model_json_schema()["properties"]
     return {
         "model": model.name,
         "kinds": kinds_of(model),
         "native_size": {"width": model.native_width, "height": model.native_height},
         "fields": {name: limits for name, field in fields.items() if (limits := _limits(field))},
-        "upload": {"max_bytes": MAX_UPLOAD_BYTES, "max_pixels": MAX_UPLOAD_PIXELS},
+        "upload": {"max_bytes": MAX_UPLOAD_BYTES, "max_pixels": MAX_UPLOAD_PIXELS, "max_side": MAX_UPLOAD_SIDE},
         "max_images": MAX_IMAGES,
+        "max_pixel_steps": MAX_PIXEL_STEPS,
+        "safety": {"policy": policy, "has_checker": model.has_safety_checker},
         "schedulers": [{"scheduler": scheduler, "names": names} for scheduler, names in SCHEDULERS.items()],
         "default_scheduler": model.scheduler,
         "output_formats": list(MEDIA_TYPES),

@@ -8,6 +8,7 @@ from stable_diffusion.engine.job import Kind
 from stable_diffusion.images import MEDIA_TYPES
 from stable_diffusion.requests import SCHEDULERS
 from stable_diffusion.runner_state import STAGES
+from stable_diffusion.safety import SafetyPolicy
 
 TAG = {"name": "operation", "description": "Run"}
 
@@ -58,8 +59,20 @@ _CAPABILITIES = _object(
             "description": "The limits and the default of each field that has them, in the words of JSON Schema.",
             "additionalProperties": {"type": "object"},
         },
-        "upload": _object({"max_bytes": _COUNT, "max_pixels": _COUNT}),
+        "upload": _object({"max_bytes": _COUNT, "max_pixels": _COUNT, "max_side": _COUNT}),
         "max_images": {**_COUNT, "description": "Of one request, where a request may ask for several."},
+        "max_pixel_steps": {**_COUNT, "description": "Of one request: width x height x num_inference_steps, summed over its pictures."},
+        "safety": _object(
+            {
+                "policy": {
+                    **_TEXT,
+                    "enum": list(get_args(SafetyPolicy)),
+                    "description": "always: every picture is checked. default-on: those whose request does not say safety_check: false. "
+                    "off: those whose request says safety_check: true.",
+                },
+                "has_checker": {"type": "boolean", "description": "Whether the model has a safety checker."},
+            }
+        ),
         "schedulers": {
             "type": "array",
             "description": "Noise schedulers: what answers call them, and the names that requests may use as well.",

@@ -28,6 +28,7 @@ _COMPONENTS_WITH_WEIGHTS = {
     "safety_checker": "model",
 }
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 _HALF_PRECISION = ".fp16"
 _HASH_DIGITS = 10  # as A1111 shows them
 _SAMPLE_BYTES = 4096  # of each tensor
@@ -44,6 +45,7 @@ class ModelFolder:
     native_height: int  # pixels
     scheduler: str  # diffusers' class name
     only_inpaints: bool  # a UNet with 9 input channels, which needs a mask
+    has_safety_checker: bool
     variant: str | None  # "fp16" where only half-precision files are there under the hub's names
 
     @functools.cached_property
@@ -99,6 +101,7 @@ def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False)
     """Check that `folder` is a whole SD 1.x or 2.x model in safetensors. Raises ModelFolderError that names the wrong file."""
     if not folder.is_dir():
         raise ModelFolderError(f"{folder}: no such folder")
+    _refuse_pickles(folder)
     index = _read_json(folder / "model_index.json", "not a diffusers model folder")
     pipeline = index.get("_class_name")
     if pipeline not in _PIPELINES:
@@ -137,8 +140,19 @@ def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False)
         native_height=latent_height * pixels_per_latent,
         scheduler=str(scheduler.get("_class_name", "PNDMScheduler")),
         only_inpaints=channels == 9,
+        has_safety_checker=has_checker,
         variant=variants.pop(),
     )
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Wherever they lie, and whatever lies beside them: nothing that can run code is left for a library to find."""
+    for file in sorted({*folder.rglob("*"), *folder.glob("*/*")}):  # a component may be a link, which rglob does not follow
+        if file.suffix.lower() in _PICKLES:
+            raise ModelFolderError(
+                f"{file}: a pickle can run code when it is loaded, only safetensors are served; move it out of the model's folder, "
+                "and get the weights as safetensors if this was the only form of them"
+            )
 
 
 def _check_tokenizer(folder: Path) -> None:
@@ -183,9 +197,6 @@ def _find_weights(component: Path, stem: str) -> tuple[list[Path], str | None]:
         else:
             continue
         return [component / shard for shard in shards], suffix.removeprefix(".") or None
-    pickles = [file.name for pattern in ("*.bin", "*.ckpt", "*.pt", "*.pth") for file in sorted(component.glob(pattern))]
-    if pickles:
-        raise ModelFolderError(f"{component / pickles[0]}: a pickle can run code when it is loaded, only safetensors are served")
     raise ModelFolderError(f"{component / (stem + '.safetensors')}: missing")
 
 

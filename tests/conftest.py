@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import queue
+import tempfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import hypothesis
 import pytest
+from hypothesis.configuration import set_hypothesis_home_dir
 from PIL import Image, ImageDraw
 
 from stable_diffusion.engine.denoiser import Denoiser
@@ -18,6 +21,11 @@ from stable_diffusion.engine.records import StepRecord
 from stable_diffusion.errors import ServiceError
 from stable_diffusion.pipelines import Parts, load
 from stable_diffusion.weights import DEMO_FOLDER, check_model
+
+# The same cases in every run, and nothing of them is kept in the repository.
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 
 
 class RecordingEngine:

@@ -67,7 +67,7 @@ def client_of(draws: Draws, requests: list[str]) -> openai.OpenAI:
         return True
 
     runner = SimpleNamespace(draw=SimpleNamespace(async_stream=draw), runner_handle_is_ready=is_ready)
-    backend = Backend(runner, lambda: check_model(DEMO_FOLDER), Jobs(shared_folder), Unfinished(grace_s=60))
+    backend = Backend(runner, lambda: check_model(DEMO_FOLDER), lambda: "default-on", Jobs(shared_folder), Unfinished(grace_s=60))
     door = Starlette(routes=routes(backend))
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:

@@ -21,7 +21,7 @@ def test_only_a_prompt_is_needed() -> None:
         "preview_every_steps": 0,
         "seed": None,
         "scheduler": None,
-        "safety_check": True,
+        "safety_check": None,
         "output_format": None,
         "metadata": True,
     }

@@ -39,7 +39,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ask(path: str, answer: bool | Exception = True, model: ModelFolder | None = None) -> Any:
-    backend = Backend(Runner(answer), lambda: model or check_model(DEMO_FOLDER), Jobs(shared_folder), Unfinished(grace_s=60))
+    model = model or check_model(DEMO_FOLDER)
+    backend = Backend(Runner(answer), lambda: model, lambda: "default-on", Jobs(shared_folder), Unfinished(grace_s=60))
     response = TestClient(Starlette(routes=routes(backend))).get(path)
     assert response.status_code == 200
     return response.json()
@@ -72,6 +73,12 @@ def test_a_server_is_ready_only_if_the_runner_answers_too(answer: bool | Excepti
     status = ask("/status", answer)
     assert (status["ready"], status["stage"]) == (ready, "ready")
     assert [runner["stage"] for runner in status["runners"]] == ["ready", "warming up"]
+
+
+def test_whoever_asks_is_told_what_is_checked_and_how_much_one_request_may_ask_for() -> None:
+    capabilities = ask("/capabilities")
+    assert capabilities["safety"] == {"policy": "default-on", "has_checker": False}
+    assert capabilities["max_pixel_steps"] == 400_000_000
 
 
 def test_a_model_that_only_inpaints_says_so() -> None:

@@ -81,8 +81,31 @@ def test_a_half_downloaded_weight_file_is_refused_by_its_length(folder: Path) ->
         check_model(folder)
 
 
-def test_a_pickle_is_refused(folder: Path) -> None:
-    (folder / "vae" / "diffusion_pytorch_model.safetensors").rename(folder / "vae" / "diffusion_pytorch_model.bin")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vae/diffusion_pytorch_model.bin",
+        "unet/model.ckpt",
+        "sd-v1-4.ckpt",
+        "text_encoder/pytorch_model.PT",
+        "tokenizer/x/y/z.pth",
+        "scheduler/state.pkl",
+        "notes/state.pickle",
+    ],
+)
+def test_a_pickle_is_refused_wherever_it_lies(folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(b"a pickle")
+    with pytest.raises(ModelFolderError, match=r"a pickle can run code when it is loaded, .* move it out of the model's folder") as caught:
+        check_model(folder)
+    assert str(folder / name) in str(caught.value)
+
+
+def test_a_pickle_is_found_in_a_component_that_is_a_link(folder: Path, tmp_path: Path) -> None:
+    (folder / "vae").rename(tmp_path / "vae")
+    (folder / "vae").symlink_to(tmp_path / "vae")
+    check_model(folder)
+    (tmp_path / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
     with pytest.raises(ModelFolderError, match=r"diffusion_pytorch_model.bin: a pickle can run code"):
         check_model(folder)
 

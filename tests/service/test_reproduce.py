@@ -55,13 +55,13 @@ def test_a_picture_from_text_is_drawn_again_to_the_last_bit(server: Server) -> N
         "scheduler": "DPM++ 2M Karras",
         "width": 72,
     }
-    first = draw(server, prompt=prompt, num_inference_steps=4, safety_check=False, **fields)
+    first = draw(server, prompt=prompt, num_inference_steps=4, **fields)
     again = reproduce(server, first.content)
     assert again.status_code == 200, again.text
     assert again.headers["differs"] == "nothing"
     assert again.content == first.content
     assert again.headers["content-disposition"] == f'inline; filename="txt2img-{first.headers["seed"]}.png"'
-    assert (again.headers["prompt"], again.headers["safety_check"]) == (first.headers["prompt"], "false")
+    assert (again.headers["prompt"], again.headers["safety_check"]) == (first.headers["prompt"], "true")
 
 
 def test_pictures_from_pictures_are_drawn_again_with_what_they_were_drawn_from(
