@@ -5,6 +5,8 @@ ServiceError
 │   └── UnknownParameter      400  a field that does not exist, where a door tells these apart
 ├── NotFound                  404  a sampler, a model or a picture that the request names is not there
 │   └── ModelNotFound         404  another model was asked for than the one that is served, where a door tells these apart
+├── Unauthorized              401  the server has API keys, and the request carries none of them
+├── RateLimited               429  the caller has asked for more pictures than are allowed in a minute
 ├── UnknownJob                404  no job of that id
 ├── PictureNotKept            404  the job's picture was sent in the answer and is not kept
 ├── PictureExpired            410  the job's picture was kept and is gone
@@ -20,6 +22,7 @@ ServiceError
 ├── JobsUnavailable           503  where jobs stand cannot be read or written
 └── ModelUnavailable          503  the model process cannot be reached
 ModelFolderError                   at start only: the weights are missing, broken or of another kind
+SettingsError                      at start only: an environment variable, or the file that it names, is wrong
 """
 
 from __future__ import annotations
@@ -73,6 +76,16 @@ class NotFound(ServiceError):
 
 class ModelNotFound(NotFound):
     type = "model_not_found"
+
+
+class Unauthorized(ServiceError):
+    status = 401
+    type = "unauthorized"
+
+
+class RateLimited(ServiceError):
+    status = 429
+    type = "rate_limited"
 
 
 class UnknownJob(ServiceError):
@@ -157,3 +170,7 @@ def error_of_type(type: str, message: str) -> ServiceError:
 
 class ModelFolderError(Exception):
     """The weights cannot be served. The message names the file that is wrong and what to do."""
+
+
+class SettingsError(Exception):
+    """The server cannot be started as its environment says. The message names the variable and what is allowed, never a secret."""

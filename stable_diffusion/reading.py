@@ -146,8 +146,18 @@ def rename_job(request: Request, job_id: str) -> None:
     request.scope["job"].id = job_id
 
 
+def key_name_of(request: Request) -> str | None:
+    """Whose API key the front door found; None where the server has no keys."""
+    name: str | None = request.scope.get("key_name")
+    return name
+
+
 def owner_of(request: Request) -> str:
-    """Who asks, as far as that can be told: by the Authorization that was sent, else by the address. Not readable for anybody."""
+    """Who asks, as far as that can be told: by the API key, where the server has keys. Else by the Authorization that was sent, or
+    by the address. Not readable for anybody."""
+    name = key_name_of(request)
+    if name is not None:
+        return hashlib.sha256(f"key {name}".encode()).hexdigest()[:32]
     authorization = request.headers.get("authorization", "")
     if not authorization.partition(" ")[2]:  # clients without a password send an empty one, or a scheme with nothing behind it
         authorization = ""
