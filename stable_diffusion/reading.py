@@ -153,8 +153,10 @@ def key_name_of(request: Request) -> str | None:
 
 
 def owner_of(request: Request) -> str:
-    """Who asks, as far as that can be told: by the API key, where the server has keys. Else by the Authorization that was sent, or
-    by the address. Not readable for anybody."""
+    """Who asks, as far as that can be told. Not readable for anybody.
+
+    Where the server has API keys by the key, else by the Authorization that was sent, or without one by the address.
+    """
     name = key_name_of(request)
     if name is not None:
         return hashlib.sha256(f"key {name}".encode()).hexdigest()[:32]

@@ -295,6 +295,10 @@ def test_a_server_whose_settings_are_wrong_does_not_start_and_says_why(tmp_path:
     assert "Traceback" not in finished.stderr
 
 
+def test_at_a_loopback_address_a_server_without_keys_starts_quietly(fp32_server: Server) -> None:
+    assert "API KEY" not in fp32_server.log.upper()
+
+
 # --- in a browser -------------------------------------------------------------------------------------
 
 

@@ -25,7 +25,7 @@ CURL_COMMANDS = [
 
 def test_there_is_a_curl_line_for_each_endpoint() -> None:
     paths = [re.findall(r":3000(/\w+)", command) for command in CURL_COMMANDS]
-    assert paths == [["/txt2img"], ["/img2img"], ["/inpaint"], ["/txt2img"], ["/reproduce"], ["/txt2img"]]
+    assert paths == [["/txt2img"], ["/img2img"], ["/inpaint"], ["/txt2img"], ["/reproduce"], ["/txt2img"], ["/txt2img"]]
 
 
 @pytest.mark.parametrize("command", CURL_COMMANDS[:3], ids=["txt2img", "img2img", "inpaint"])
