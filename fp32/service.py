@@ -20,6 +20,8 @@ from stable_diffusion.weights import ModelFolder, choose_model
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "models" / "v1_4"
+# A built bento keeps this folder as src/, beside its own description.
+IN_BENTO = (HERE.parent / "bento.yaml").is_file()
 MAX_BATCH_SIZE = 10
 
 # Served from the store, where nobody names the file, the workers would give up after BentoML's 60 seconds.
@@ -27,8 +29,7 @@ os.environ.setdefault("BENTOML_CONFIG", str(HERE / "configuration.yaml"))
 
 
 def model() -> ModelFolder:
-    # A built bento keeps this folder as src/, beside its own description.
-    return choose_model(WEIGHTS, os.environ, in_bento=(HERE.parent / "bento.yaml").is_file())
+    return choose_model(WEIGHTS, os.environ, in_bento=IN_BENTO)
 
 
 class StableDiffusionRunnable(bentoml.Runnable):
@@ -57,4 +58,4 @@ stable_diffusion_runner = bentoml.Runner(
     max_batch_size=MAX_BATCH_SIZE,
 )
 
-svc = create_service("stable_diffusion_fp32", stable_diffusion_runner, model)
+svc = create_service("stable_diffusion_fp32", stable_diffusion_runner, model, in_bento=IN_BENTO)

@@ -5,6 +5,8 @@ ServiceError
 │   └── UnknownParameter      400  a field that does not exist, where a door tells these apart
 ├── NotFound                  404  a sampler, a model or a picture that the request names is not there
 │   └── ModelNotFound         404  another model was asked for than the one that is served, where a door tells these apart
+├── Unauthorized              401  the server has API keys, and the request carries none of them
+├── RateLimited               429  the caller has asked for more pictures than are allowed in a minute
 ├── UnknownJob                404  no job of that id
 ├── PictureNotKept            404  the job's picture was sent in the answer and is not kept
 ├── PictureExpired            410  the job's picture was kept and is gone
@@ -24,7 +26,7 @@ ServiceError
 ├── ShuttingDown              503  the server stops, and the picture was not finished within its grace period
 └── DeadlineExceeded          504  the time that the request allows is not enough, or was not
 ModelFolderError                   at start only: the weights are missing, broken or of another kind
-SettingError                       at start only: an environment variable says what cannot be done
+SettingError                       at start only: an environment variable, or the file that it names, is wrong
 """
 
 from __future__ import annotations
@@ -78,6 +80,16 @@ class NotFound(ServiceError):
 
 class ModelNotFound(NotFound):
     type = "model_not_found"
+
+
+class Unauthorized(ServiceError):
+    status = 401
+    type = "unauthorized"
+
+
+class RateLimited(ServiceError):
+    status = 429
+    type = "rate_limited"
 
 
 class UnknownJob(ServiceError):
@@ -189,4 +201,4 @@ class ModelFolderError(Exception):
 
 
 class SettingError(Exception):
-    """The server was told something that it cannot do. The message names the environment variable and what is allowed."""
+    """The server cannot be started as its environment says. The message names the variable and what is allowed, never a secret."""

@@ -265,8 +265,8 @@ class Jobs:
         ).fetchone()
         return row
 
-    def get(self, job_id: str) -> list[JobRecord]:
-        """A record for each picture of the job. Raises UnknownJob."""
+    def get(self, job_id: str, owner: str | None = None) -> list[JobRecord]:
+        """A record for each picture of the job. Raises UnknownJob, also where an `owner` asks for another one's."""
         now = time.time()
         find = "SELECT * FROM jobs WHERE id = ? ORDER BY image_index"
         with self._database() as database:
@@ -274,7 +274,7 @@ class Jobs:
             if any(row["ended_at"] is None and row["runner"] is None and row["held_at"] < now - _HELD_FOR_S for row in rows):
                 _fail(database, _UNCLAIMED, (now - _HELD_FOR_S,))
                 rows = database.execute(find, (job_id,)).fetchall()
-        if not rows:
+        if not rows or (owner is not None and any(row["owner"] != owner for row in rows)):
             raise UnknownJob("no such job; a finished one is forgotten after a day, and another server knows nothing of it")
         return [_record(row, now) for row in rows]
 

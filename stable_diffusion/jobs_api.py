@@ -32,7 +32,7 @@ from stable_diffusion.engine.job import Progress
 from stable_diffusion.errors import JobsUnavailable, NotAcceptable
 from stable_diffusion.images import MEDIA_TYPES, ImageFormat
 from stable_diffusion.jobs import JobRecord, State
-from stable_diffusion.reading import accepted_types
+from stable_diffusion.reading import accepted_types, key_name_of, owner_of
 
 _CANCELLED_WITHIN_S = 2.0  # a step of a large picture without a GPU takes longer
 _ASK_AGAIN_S = 1
@@ -43,8 +43,7 @@ def routes(backend: Backend) -> list[Route]:
         return JSONResponse(description(await _records(request, backend)), headers=followed_headers())
 
     async def cancel(request: Request) -> Response:
-        job_id = request.scope["path_values"]["job_id"]
-        await run_in_threadpool(backend.jobs.cancel, job_id)
+        await run_in_threadpool(backend.jobs.cancel, (await _records(request, backend))[0].id)
         deadline = time.monotonic() + _CANCELLED_WITHIN_S
         while not _is_ended(records := await _records(request, backend)) and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
@@ -77,7 +76,9 @@ def routes(backend: Backend) -> list[Route]:
 
 
 async def _records(request: Request, backend: Backend) -> list[JobRecord]:
-    return await run_in_threadpool(backend.jobs.get, request.scope["path_values"]["job_id"])
+    """With API keys a job is its key's alone; without them whoever knows its id may ask."""
+    owner = owner_of(request) if key_name_of(request) is not None else None
+    return await run_in_threadpool(backend.jobs.get, request.scope["path_values"]["job_id"], owner)
 
 
 def accepted_answer(records: Sequence[JobRecord]) -> Response:

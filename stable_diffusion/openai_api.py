@@ -198,8 +198,11 @@ def error_answer(error: ServiceError) -> Response:
 
 
 def refusal(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
-    """What never reached an endpoint, in OpenAI's form."""
-    return JSONResponse(_error_body(status, kind, message, None), status, headers)
+    """What never reached an endpoint, in OpenAI's form and, where it has one, with its code."""
+    return JSONResponse(_error_body(status, _CODES.get(kind, kind), message, None), status, headers)
+
+
+_CODES = {"unauthorized": "invalid_api_key", "rate_limited": "rate_limit_exceeded"}
 
 
 def _error_body(status: int, code: str, message: str, param: str | None) -> dict[str, Any]:

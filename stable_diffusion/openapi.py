@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from typing import Any
 
-from stable_diffusion import a1111_docs, events, jobs_docs, openai_docs, reproduce_docs, status_docs
+from stable_diffusion import a1111_docs, events, jobs_docs, keys_docs, openai_docs, reproduce_docs, status_docs
 from stable_diffusion.images import MEDIA_TYPES, UPLOADS_IN_WORDS
 from stable_diffusion.requests import GenerationRequest, ImageToImageRequest, TextToImageRequest
 
@@ -40,7 +42,7 @@ _EXAMPLE = {"prompt": "a small red circle on a blue background", "num_inference_
 
 def document(title: str, version: str) -> dict[str, Any]:
     """The whole API as a JSON-serialisable OpenAPI 3.1 document."""
-    return {
+    described: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
             "title": title,
@@ -83,15 +85,18 @@ def document(title: str, version: str) -> dict[str, Any]:
             "/readyz": _probe("readyz", "Is the model loaded?"),
             **status_docs.paths(),
         },
+        "security": keys_docs.SECURITY,
         "components": {
+            "securitySchemes": keys_docs.SECURITY_SCHEMES,
             "schemas": {model.__name__: _schema(model) for model in (TextToImageRequest, ImageToImageRequest)}
             | reproduce_docs.SCHEMAS
             | jobs_docs.schemas()
             | openai_docs.schemas()
             | a1111_docs.schemas()
-            | {"Error": _ERROR_SCHEMA}
+            | {"Error": _ERROR_SCHEMA},
         },
     }
+    return {**described, "paths": keys_docs.with_keys(described["paths"])}
 
 
 def _reference(model: type[GenerationRequest]) -> dict[str, str]:
@@ -179,21 +184,8 @@ def _probe(name: str, summary: str) -> dict[str, Any]:
 
 
 PAGE_ASSETS = ("swagger-ui.css", "swagger-ui-bundle.js")
-# BentoML's own page loads Google Tag Manager in the visitor's browser; this one loads only the assets that BentoML ships.
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-  <head>
-    <meta charset="utf-8">
-    <meta name="viewport" content="width=device-width, initial-scale=1">
-    <title>Stable Diffusion</title>
-    <link rel="icon" href="data:,">
-    <link rel="stylesheet" href="./static_content/swagger-ui.css">
-  </head>
-  <body>
-    <p style="max-width: 1420px; margin: 1rem auto 0; padding: 0 20px; font: 1rem sans-serif"><a href="./ui/">A page to draw with</a></p>
-    <div id="swagger-ui"></div>
-    <script src="./static_content/swagger-ui-bundle.js"></script>
-    <script>
+_STYLE = "body > p { max-width: 1420px; margin: 1rem auto 0; padding: 0 20px; font: 1rem sans-serif }"
+_SCRIPT = """
       window.ui = SwaggerUIBundle({
         url: "./docs.json",
         dom_id: "#swagger-ui",
@@ -204,7 +196,44 @@ PAGE = """<!DOCTYPE html>
         defaultModelsExpandDepth: 0,
         presets: [SwaggerUIBundle.presets.apis]
       });
-    </script>
+    """
+# BentoML's own page loads Google Tag Manager in the visitor's browser; this one loads only the assets that BentoML ships.
+PAGE = f"""<!DOCTYPE html>
+<html lang="en">
+  <head>
+    <meta charset="utf-8">
+    <meta name="viewport" content="width=device-width, initial-scale=1">
+    <title>Stable Diffusion</title>
+    <link rel="icon" href="data:,">
+    <link rel="stylesheet" href="./static_content/swagger-ui.css">
+    <style>{_STYLE}</style>
+  </head>
+  <body>
+    <p><a href="./ui/">A page to draw with</a></p>
+    <div id="swagger-ui"></div>
+    <script src="./static_content/swagger-ui-bundle.js"></script>
+    <script>{_SCRIPT}</script>
   </body>
 </html>
 """
+
+
+def _source(inline: str) -> str:
+    """What a Content-Security-Policy calls this inline text."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()}'"
+
+
+PAGE_HEADERS = {
+    "Content-Security-Policy": "; ".join(
+        (
+            "default-src 'self'",
+            f"script-src 'self' {_source(_SCRIPT)}",
+            f"style-src 'self' {_source(_STYLE)}",
+            "img-src 'self' blob: data:",  # what was drawn, and Swagger's own icons
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+        )
+    ),
+    "Referrer-Policy": "no-referrer",
+}

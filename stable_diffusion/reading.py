@@ -169,8 +169,20 @@ def rename_job(request: Request, job_id: str) -> None:
     request.scope["job"].id = job_id
 
 
+def key_name_of(request: Request) -> str | None:
+    """Whose API key the front door found; None where the server has no keys."""
+    name: str | None = request.scope.get("key_name")
+    return name
+
+
 def owner_of(request: Request) -> str:
-    """Who asks, as far as that can be told: by the Authorization that was sent, else by the address. Not readable for anybody."""
+    """Who asks, as far as that can be told. Not readable for anybody.
+
+    Where the server has API keys by the key, else by the Authorization that was sent, or without one by the address.
+    """
+    name = key_name_of(request)
+    if name is not None:
+        return hashlib.sha256(f"key {name}".encode()).hexdigest()[:32]
     authorization = request.headers.get("authorization", "")
     if not authorization.partition(" ")[2]:  # clients without a password send an empty one, or a scheme with nothing behind it
         authorization = ""

@@ -27,7 +27,6 @@ _HEADERS = {
     "Cache-Control": "no-cache",  # kept, but asked for again: another version of the server may run by then
     "Content-Security-Policy": _CONTENT_SECURITY_POLICY,
     "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
 }
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import click
 import httpx
 import pytest
 from starlette.responses import PlainTextResponse
@@ -15,9 +18,14 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what BentoML is made of, while it is loaded
     from bentoml._internal.configuration.containers import BentoMLContainer
 
-    from stable_diffusion.api import _FrontDoor
+    from stable_diffusion.api import _FrontDoor, _host
+
+from stable_diffusion.access import Access
+from stable_diffusion.keys import read_keys
+from stable_diffusion.shared_folder import name_shared_folder
 
 REACHED = PlainTextResponse("reached")
+EVERYBODY = Access()
 
 
 @pytest.fixture
@@ -30,12 +38,16 @@ def cors() -> Iterator[None]:
 
 
 def status_of(method: str, site: str | None, origin: str = "https://friend.example") -> int:
-    app = _FrontDoor(REACHED, [Route("/txt2img", REACHED, methods=["GET", "POST"])], {})
     headers = {} if site is None else {"Sec-Fetch-Site": site, "Origin": origin}
+    return answer_to(method, headers).status_code
 
-    async def ask() -> int:
+
+def answer_to(method: str, headers: dict[str, str], access: Access = EVERYBODY, path: str = "/txt2img") -> httpx.Response:
+    app = _FrontDoor(REACHED, [Route("/txt2img", REACHED, methods=["GET", "POST"])], {}, lambda: access)
+
+    async def ask() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
-            return (await client.request(method, "/txt2img", headers=headers)).status_code
+            return await client.request(method, path, headers=headers)
 
     return asyncio.run(ask())
 
@@ -53,3 +65,87 @@ def test_pages_of_other_sites_may_only_read() -> None:
 def test_pages_of_a_site_that_cors_allows_are_let_in() -> None:
     assert status_of("POST", "cross-site") == 200
     assert status_of("POST", "cross-site", "https://other.example") == 403
+
+
+KEY = "correct-horse-battery-staple"
+PREFLIGHT = {"Origin": "https://friend.example", "Access-Control-Request-Method": "POST"}
+
+
+def keyed(**changes: Any) -> Access:
+    return Access(read_keys({"SD_API_KEYS": f"alice:{KEY}"}), **changes)
+
+
+def test_who_carries_no_key_or_a_wrong_one_gets_a_challenge_and_goes_no_further() -> None:
+    for headers in ({}, {"Authorization": ""}, {"Authorization": "Bearer " + "x" * 20}, {"X-API-Key": KEY + "x"}):
+        answer = answer_to("POST", headers, keyed())
+        assert answer.status_code == 401
+        assert answer.json()["error"]["type"] == "unauthorized"
+        assert answer.headers["www-authenticate"].startswith('Basic realm="')
+        assert KEY not in answer.text
+
+
+def test_who_carries_the_key_gets_in() -> None:
+    assert answer_to("POST", {"X-API-Key": KEY}, keyed()).text == "reached"
+
+
+def test_a_path_that_does_not_exist_is_not_told_without_a_key() -> None:
+    assert answer_to("GET", {}, keyed(), "/nowhere").status_code == 401
+    assert answer_to("GET", {"X-API-Key": KEY}, keyed(), "/nowhere").status_code == 404
+
+
+def test_probes_need_no_key_and_what_the_operator_opens_needs_none() -> None:
+    opened = keyed(open=frozenset({"docs", "metrics"}))
+    assert {path: answer_to("GET", {}, keyed(), path).status_code for path in ("/livez", "/readyz", "/healthz")} == {
+        "/livez": 200,
+        "/readyz": 200,
+        "/healthz": 200,
+    }
+    for path in ("/", "/docs.json", "/static_content/swagger-ui.css"):
+        assert [answer_to("GET", {}, access, path).status_code for access in (keyed(), opened)] == [401, 200]
+
+
+def test_without_cors_there_is_no_preflight_to_answer() -> None:
+    assert answer_to("OPTIONS", PREFLIGHT, keyed()).status_code == 401
+    assert answer_to("OPTIONS", PREFLIGHT, keyed(), "/metrics").status_code == 401
+
+
+@pytest.mark.usefixtures("cors")
+def test_a_preflight_needs_no_key_and_another_options_request_does() -> None:
+    assert answer_to("OPTIONS", PREFLIGHT, keyed()).text == "reached"
+    assert answer_to("OPTIONS", {"Origin": "https://friend.example"}, keyed()).status_code == 401
+
+
+@pytest.mark.usefixtures("cors")
+def test_a_page_of_a_site_that_cors_allows_can_read_why_it_was_refused() -> None:
+    refused = answer_to("POST", {"Origin": "https://friend.example"}, keyed())
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://friend.example")
+    other = answer_to("POST", {"Origin": "https://other.example"}, keyed())
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_more_drawing_requests_than_allowed_are_refused_with_the_time_to_wait_and_questions_are_not_counted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SD_SHARED_FOLDER", str(tmp_path / "shared"))
+    name_shared_folder()
+    limited = keyed(requests_per_minute=2)
+    key = {"X-API-Key": KEY}
+    assert [answer_to("GET", key, limited).status_code for _ in range(4)] == [200] * 4
+    answers = [answer_to("POST", key, limited) for _ in range(3)]
+    assert [answer.status_code for answer in answers] == [200, 200, 429]
+    assert answers[2].json()["error"]["type"] == "rate_limited"
+    assert answers[2].headers["retry-after"] == "30"
+
+
+def test_the_host_is_the_one_of_the_command_line_or_of_bentomls_configuration() -> None:
+    assert _host() == "0.0.0.0"
+    command = click.Command("serve")
+    for given, host in (
+        ({"host": "127.0.0.1"}, "127.0.0.1"),
+        ({"host": None, "development": True}, "127.0.0.1"),
+        ({"host": None}, "0.0.0.0"),
+    ):
+        context = click.Context(command)
+        context.params.update(given)
+        with context:
+            assert _host() == host

@@ -94,7 +94,7 @@ OPERATOR_SCHEMA = {
         "type": "string",
         "nullable": True,
         "check_with": check_api_key_arn,
-        "help_message": "ARN of a Secrets Manager secret or an SSM parameter; the container gets its value as SD_API_KEYS. Empty: none.",
+        "help_message": "ARN of a Secrets Manager secret or an SSM parameter; the container gets its value as SD_API_KEYS. Empty: no keys.",
     },
     "instances": {
         "type": "dict",

@@ -169,7 +169,7 @@ def test_init_asks_and_the_answers_make_a_deployment(workplace: Workplace) -> No
         "disk_size_gb": "150",
         "allowed_cidrs": "y\n203.0.113.7/32\nn",
         "environment_variables": "n",
-        "api_key_arn": "",
+        "api_key_arn": "arn:aws:ssm:ap-northeast-1:123456789012:parameter/keys",
         "instances.min": "",
         "instances.max": "",
         "certificate_arn": "",

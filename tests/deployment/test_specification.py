@@ -12,6 +12,7 @@ import yaml
 from tests.service.servers import ROOT
 
 IMAGE = "123456789012.dkr.ecr.us-west-1.amazonaws.com/stable-diffusion:abc123"
+SECRET = "arn:aws:secretsmanager:us-west-1:123456789012:secret:stable-diffusion-AbCdEf"
 REFERENCE = {  # the reference's own configuration, word for word
     "region": "us-west-1",
     "instance_type": "g4dn.xlarge",
@@ -189,9 +190,48 @@ def test_the_image_of_the_deployments_own_repository_is_taken() -> None:
 
 def test_both_ways_to_give_environment_variables_reach_the_container() -> None:
     spec = {"environment_variables": [{"name": "SD_MODEL", "value": "demo"}]}
-    assert variables(spec, env={"OTHER": "1"})["environment_variables"] == {"SD_MODEL": "demo", "OTHER": "1"}
+    assert variables(spec, env={"OTHER": "1"})["environment_variables"] == {
+        "SD_MODEL": "demo",
+        "OTHER": "1",
+        "SD_WITHOUT_KEYS": "1",
+    }
     assert "SD_MODEL is also in env" in refusal(spec, env={"SD_MODEL": "x"})
     assert "the value of OTHER must be a single line" in refusal(spec, env={"OTHER": "x\ny"})
+
+
+def environment(**spec: Any) -> dict[str, str]:
+    found: dict[str, str] = variables(spec)["environment_variables"]
+    return found
+
+
+def setting(name: str, value: str) -> list[dict[str, str]]:
+    return [{"name": name, "value": value}]
+
+
+def test_where_nobody_gets_in_the_server_starts_without_keys() -> None:
+    assert environment() == {"SD_WITHOUT_KEYS": "1"}
+    assert environment(environment_variables=setting("SD_WITHOUT_KEYS", "1")) == {"SD_WITHOUT_KEYS": "1"}
+    assert "SD_WITHOUT_KEYS must be 1" in refusal({"environment_variables": setting("SD_WITHOUT_KEYS", "0")})
+
+
+def test_with_keys_the_machine_may_still_read_the_metrics() -> None:
+    cidrs = ["203.0.113.7/32"]
+    assert environment(api_key_arn=SECRET, allowed_cidrs=cidrs) == {"SD_OPEN": "metrics"}
+    own = setting("SD_OPEN", "docs, metrics")
+    assert environment(api_key_arn=SECRET, environment_variables=own) == {"SD_OPEN": "docs, metrics"}
+    file = setting("SD_API_KEYS_FILE", "/run/keys")
+    assert environment(allowed_cidrs=cidrs, environment_variables=file) == {"SD_API_KEYS_FILE": "/run/keys", "SD_OPEN": "metrics"}
+    closed = {"api_key_arn": SECRET, "environment_variables": setting("SD_OPEN", "docs")}
+    assert "spec.environment_variables: SD_OPEN must have metrics in it" in refusal(closed)
+
+
+def test_who_lets_others_in_without_keys_has_to_say_so() -> None:
+    cidrs = ["0.0.0.0/0"]
+    message = refusal({"allowed_cidrs": cidrs})
+    assert "spec.allowed_cidrs: whoever is there could draw without an API key. Give api_key_arn" in message
+    meant = {"environment_variables": setting("SD_WITHOUT_KEYS", "1")}
+    assert environment(allowed_cidrs=cidrs, **meant) == {"SD_WITHOUT_KEYS": "1"}
+    assert variables({"allowed_cidrs": cidrs}, env={"SD_WITHOUT_KEYS": "1"})["environment_variables"] == {"SD_WITHOUT_KEYS": "1"}
 
 
 def test_every_question_of_init_is_explained() -> None:

@@ -38,7 +38,7 @@ SPECIFICATION: dict[str, Any] = {
     "idle_stop_minutes": 0,
     "allowed_cidrs": ["203.0.113.7/32"],
     "subnet_ids": [],
-    "environment_variables": [],
+    "environment_variables": [{"name": "SD_WITHOUT_KEYS", "value": "1"}],
     "image_tag": "123456789012.dkr.ecr.us-west-1.amazonaws.com/stable-diffusion:abc",
 }
 
@@ -201,10 +201,11 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         evaluated = evaluate(
             tmp_path_factory.mktemp("single"),
             env=variables,
+            environment_variables=[],
             api_key_arn="arn:aws:ssm:us-west-1:123456789012:parameter/key",
             idle_stop_minutes=30,
         )
-    return evaluated | {"given": variables}
+    return evaluated | {"given": {"SD_OPEN": "metrics", **variables}}
 
 
 def files_of(user_data: str) -> dict[str, dict[str, str]]:

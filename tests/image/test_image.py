@@ -99,7 +99,20 @@ def container(image: str) -> Iterator[Container]:
     """The image with the demo model, on a free port of this machine, until the block ends."""
     port = free_port()
     started = Container(
-        docker("run", "--detach", "--env", "SD_MODEL=demo", "--publish", f"127.0.0.1:{port}:3000", *HARDENED, image, *SERVE), port
+        docker(
+            "run",
+            "--detach",
+            "--env",
+            "SD_MODEL=demo",
+            "--env",
+            "SD_WITHOUT_KEYS=1",
+            "--publish",
+            f"127.0.0.1:{port}:3000",
+            *HARDENED,
+            image,
+            *SERVE,
+        ),
+        port,
     )
     try:
         wait_until_ready(started)

@@ -88,6 +88,26 @@ def test_a_bento_without_weights_does_not_start_and_says_why(bento: BuiltBento) 
     assert "Traceback" not in finished.stderr
 
 
+@pytest.mark.parametrize("variables", [{}, {"BENTOML_HOST": "192.0.2.1"}])
+def test_a_bento_without_keys_does_not_start_where_others_reach_it_and_says_what_to_do(
+    bento: BuiltBento, variables: dict[str, str]
+) -> None:
+    finished = subprocess.run(
+        [str(BENTOML), "serve", bento.tag, "--production", "--port", "0"],
+        cwd=bento.home,
+        env=environment(bento.home, {"SD_MODEL": "demo", **variables}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert finished.returncode == 1
+    host = variables.get("BENTOML_HOST", "0.0.0.0")
+    assert f"Not started: no API key is set, and everybody who reaches {host} could draw. Set SD_API_KEYS or" in finished.stderr
+    assert "SD_WITHOUT_KEYS=1 starts without keys" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
 def test_a_bento_is_exported_imported_and_served_from_another_store(bento: BuiltBento, tmp_path: Path) -> None:
     exported = tmp_path / "carried.bento"
     bentoml(bento.home, "export", bento.tag, str(exported))

@@ -66,9 +66,24 @@ def instances(spec: Mapping[str, Any]) -> dict[str, int] | None:
 
 
 def environment_variables(spec: Mapping[str, Any]) -> dict[str, str]:
+    """What the container gets: what the configuration says, and without which a bento would not start or the machine could not watch it."""
+    given = given_variables(spec)
+    if has_keys(spec):
+        # The machine itself asks how much there is to do.
+        return {"SD_OPEN": "metrics", **given}
+    # Nobody gets in but through the tunnel, or check_keys has asked for this.
+    return {"SD_WITHOUT_KEYS": "1", **given}
+
+
+def given_variables(spec: Mapping[str, Any]) -> dict[str, str]:
     """bentoctl hands over its own `env` inside `spec`; both forms mean the same."""
     listed = {variable["name"]: variable["value"] for variable in spec["environment_variables"]}
     return listed | dict(spec.get("env") or {})
+
+
+def has_keys(spec: Mapping[str, Any]) -> bool:
+    given = given_variables(spec)
+    return bool(spec.get("api_key_arn") or given.get("SD_API_KEYS_FILE") or given.get("SD_API_KEYS"))
 
 
 def check_name(deployment_name: str) -> list[str]:
@@ -100,9 +115,27 @@ def check_combinations(spec: Mapping[str, Any]) -> list[str]:
         problems.append("spec.subnet_ids: a load balancer needs subnets in at least two availability zones, one is given")
     twice = set(spec.get("env") or {}) & {variable["name"] for variable in spec["environment_variables"]}
     problems += [f"spec.environment_variables: {name} is also in env; give it once" for name in sorted(twice)]
+    problems += check_keys(spec)
     multiline = [name for name, value in (spec.get("env") or {}).items() if "\n" in value or "\r" in value]
     problems += [f"env: the value of {name} must be a single line" for name in multiline]
     return problems
+
+
+def check_keys(spec: Mapping[str, Any]) -> list[str]:
+    """A bento without API keys does not start at an address that others reach, unless it is told to."""
+    given = given_variables(spec)
+    if spec["allowed_cidrs"] and not has_keys(spec) and given.get("SD_WITHOUT_KEYS") != "1":
+        return [
+            "spec.allowed_cidrs: whoever is there could draw without an API key. Give api_key_arn, or SD_API_KEYS_FILE in "
+            "environment_variables; or SD_WITHOUT_KEYS with the value 1 there, if that is meant"
+        ]
+    if not spec["allowed_cidrs"] and not has_keys(spec) and given.get("SD_WITHOUT_KEYS", "1") != "1":
+        return [
+            "spec.environment_variables: SD_WITHOUT_KEYS must be 1 where there are no API keys (api_key_arn), or the server does not start"
+        ]
+    if has_keys(spec) and "metrics" not in [name.strip() for name in given.get("SD_OPEN", "metrics").split(",")]:
+        return ["spec.environment_variables: SD_OPEN must have metrics in it, which the machine reads to know how much there is to do"]
+    return []
 
 
 def check_image_tag(image_tag: str, deployment_name: str, region: str) -> list[str]:

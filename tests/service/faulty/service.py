@@ -48,4 +48,4 @@ class FaultyRunnable(bentoml.Runnable):
                 yield line
 
 
-svc = create_service("stable_diffusion_faulty", bentoml.Runner(FaultyRunnable, name="faulty_runner"), model)
+svc = create_service("stable_diffusion_faulty", bentoml.Runner(FaultyRunnable, name="faulty_runner"), model, in_bento=False)

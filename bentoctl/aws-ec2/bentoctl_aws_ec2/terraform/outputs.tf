@@ -19,8 +19,8 @@ output "swagger" {
 }
 
 output "curl" {
-  description = "A first picture."
-  value       = "curl -X POST ${local.url}/txt2img -H 'Content-Type: application/json' -d '{\"prompt\":\"View of a cyberpunk city\"}' --output output.jpg"
+  description = "A first picture; KEY stands for an API key."
+  value       = "curl -X POST ${local.url}/txt2img${var.api_key_arn == null ? "" : " -H 'X-API-Key: KEY'"} -H 'Content-Type: application/json' -d '{\"prompt\":\"View of a cyberpunk city\"}' --output output.jpg"
 }
 
 output "log_group" {
