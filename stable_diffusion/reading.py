@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from stable_diffusion import events, images
-from stable_diffusion.errors import ClientGone, InvalidRequest, TooLarge, UnsupportedMediaType
+from stable_diffusion.errors import ClientGone, InvalidRequest, RequestTimeout, TooLarge, UnsupportedMediaType
 from stable_diffusion.images import MEDIA_TYPES, ImageFormat
 from stable_diffusion.jobs import Ticket
 from stable_diffusion.requests import (
@@ -33,6 +34,11 @@ from stable_diffusion.requests import (
 )
 
 MAX_JSON_BYTES = 2**20
+# A body that is still coming after UPLOAD_GRACE_S and a second for each UPLOAD_BYTES_PER_S of it is too slow.
+UPLOAD_PAUSE_S = 15.0
+UPLOAD_GRACE_S = 20.0
+UPLOAD_BYTES_PER_S = 16 * 2**10
+UPLOAD_TIMEOUT_S = 300.0
 _MAX_KEY_CHARACTERS = 255
 
 T = TypeVar("T")
@@ -93,12 +99,12 @@ def require_content_type(request: Request, expected: str) -> None:
 
 
 def limited(request: Request, max_bytes: int) -> Request:
-    """The same request, whose body may have at most `max_bytes`, whether it says how long it is or not."""
-    received = 0
+    """The same request, whose body may have at most `max_bytes`, whether it says how long it is or not, and must not be slow."""
+    received, began_s = 0, time.monotonic()
 
     async def receive() -> Message:
         nonlocal received
-        message = await request.receive()
+        message = await _received_in_time(request, received, began_s)
         received += len(message.get("body", b""))
         if received > max_bytes:
             raise TooLarge(f"the body has more than {max_bytes} bytes", field="body")
@@ -108,6 +114,20 @@ def limited(request: Request, max_bytes: int) -> Request:
     if declared.isdigit() and int(declared) > max_bytes:
         raise TooLarge(f"the body has {int(declared)} bytes, at most {max_bytes} are allowed", field="body")
     return Request(request.scope, receive)
+
+
+async def _received_in_time(request: Request, received: int, began_s: float) -> Message:
+    """The next piece of a body of which `received` bytes are there. Raises RequestTimeout."""
+    passed_s = time.monotonic() - began_s
+    left_s = min(UPLOAD_TIMEOUT_S, UPLOAD_GRACE_S + received / UPLOAD_BYTES_PER_S) - passed_s
+    try:
+        return await asyncio.wait_for(request.receive(), min(UPLOAD_PAUSE_S, left_s))
+    except asyncio.TimeoutError:
+        raise RequestTimeout(
+            f"the body came too slowly, {received} bytes in {time.monotonic() - began_s:.0f} s: allowed are {UPLOAD_GRACE_S:g} s and one "
+            f"more for every {UPLOAD_BYTES_PER_S} bytes, at most {UPLOAD_TIMEOUT_S:g} s, and pauses of {UPLOAD_PAUSE_S:g} s",
+            field="body",
+        ) from None
 
 
 def _refuse_unknown_parts(form: FormData, known: tuple[str, ...]) -> None:
