@@ -38,6 +38,7 @@ from stable_diffusion import (
     ui_page,
 )
 from stable_diffusion.backend import Backend
+from stable_diffusion.connections import Connections
 from stable_diffusion.draining import Draining, Unfinished
 from stable_diffusion.errors import ModelFolderError
 from stable_diffusion.jobs import Jobs, new_job_id
@@ -73,6 +74,7 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
     unfinished = Unfinished()
     routes = _routes(Backend(runner, choose_model, Jobs(shared_folder), unfinished))
     service.mount_asgi_app(Starlette(routes=routes), path="/")
+    service.add_asgi_middleware(Connections)
     service.add_asgi_middleware(Draining, unfinished=unfinished, refusal=_stopping)
     service.add_asgi_middleware(_FrontDoor, routes=routes, document=openapi.document(name, API_VERSION))
     return service

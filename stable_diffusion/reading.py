@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import anyio
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -120,14 +121,13 @@ async def _received_in_time(request: Request, received: int, began_s: float) -> 
     """The next piece of a body of which `received` bytes are there. Raises RequestTimeout."""
     passed_s = time.monotonic() - began_s
     left_s = min(UPLOAD_TIMEOUT_S, UPLOAD_GRACE_S + received / UPLOAD_BYTES_PER_S) - passed_s
-    try:
-        return await asyncio.wait_for(request.receive(), min(UPLOAD_PAUSE_S, left_s))
-    except asyncio.TimeoutError:
-        raise RequestTimeout(
-            f"the body came too slowly, {received} bytes in {time.monotonic() - began_s:.0f} s: allowed are {UPLOAD_GRACE_S:g} s and one "
-            f"more for every {UPLOAD_BYTES_PER_S} bytes, at most {UPLOAD_TIMEOUT_S:g} s, and pauses of {UPLOAD_PAUSE_S:g} s",
-            field="body",
-        ) from None
+    with anyio.move_on_after(min(UPLOAD_PAUSE_S, left_s)):
+        return await request.receive()
+    raise RequestTimeout(
+        f"the body came too slowly, {received} bytes in {time.monotonic() - began_s:.0f} s: allowed are {UPLOAD_GRACE_S:g} s and one "
+        f"more for every {UPLOAD_BYTES_PER_S} bytes, at most {UPLOAD_TIMEOUT_S:g} s, and pauses of {UPLOAD_PAUSE_S:g} s",
+        field="body",
+    )
 
 
 def _refuse_unknown_parts(form: FormData, known: tuple[str, ...]) -> None:
