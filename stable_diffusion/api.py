@@ -34,6 +34,7 @@ from stable_diffusion import (
     openapi,
     plain_api,
     reproduce_api,
+    request_log,
     status_api,
     ui_page,
 )
@@ -42,6 +43,7 @@ from stable_diffusion.connections import Connections
 from stable_diffusion.draining import Draining, Unfinished
 from stable_diffusion.errors import ModelFolderError
 from stable_diffusion.jobs import Jobs, new_job_id
+from stable_diffusion.request_log import RequestLog
 from stable_diffusion.shared_folder import name_shared_folder, shared_folder
 from stable_diffusion.weights import ModelFolder
 
@@ -75,6 +77,7 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
     routes = _routes(Backend(runner, choose_model, Jobs(shared_folder), unfinished))
     service.mount_asgi_app(Starlette(routes=routes), path="/")
     service.add_asgi_middleware(Connections)
+    service.add_asgi_middleware(RequestLog)
     service.add_asgi_middleware(Draining, unfinished=unfinished, refusal=_stopping)
     service.add_asgi_middleware(_FrontDoor, routes=routes, document=openapi.document(name, API_VERSION))
     return service
@@ -122,6 +125,7 @@ class _FrontDoor:
         if template in self._pages and method != "OPTIONS":
             return await self._pages[template](scope, receive, send)
         inner = {**scope, "path": template, "raw_path": template.encode(), "path_values": path_values, "job": _NamedJob(new_job_id())}
+        request_log.identify(inner)
         await self._app(inner, receive, _naming(inner["job"], send) if method == "POST" else send)
 
     def _is_from_elsewhere(self, headers: Headers) -> bool:

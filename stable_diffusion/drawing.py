@@ -17,6 +17,7 @@ import bentoml
 from bentoml.exceptions import BentoMLException
 from starlette.concurrency import run_in_threadpool
 
+from stable_diffusion import request_log
 from stable_diffusion.answers import known_error
 from stable_diffusion.backend import Backend
 from stable_diffusion.engine.job import Picture, Progress, Task
@@ -52,6 +53,15 @@ async def draw_all(runner: bentoml.Runner, tasks: Sequence[Task], ticket: Ticket
 
 async def news_of(runner: bentoml.Runner, task: Task, ticket: Ticket, *, follow: bool) -> AsyncGenerator[Progress | Picture, None]:
     """Have the runner draw, and pass on what it says; a picture comes last. Closing this cancels the job there, if it is attended."""
+    with request_log.noting(task) as note_picture:
+        async with aclosing(_news_of(runner, task, ticket, follow=follow)) as news:
+            async for one in news:
+                if isinstance(one, Picture):
+                    note_picture(one)
+                yield one
+
+
+async def _news_of(runner: bentoml.Runner, task: Task, ticket: Ticket, *, follow: bool) -> AsyncGenerator[Progress | Picture, None]:
     stream = runner.draw.async_stream(pack_task(task, ticket, follow=follow))
     pieces: list[str] = []
     has_picture = False
@@ -84,7 +94,7 @@ def draw_unattended(backend: Backend, task: Task, ticket: Ticket) -> None:
 
     async def hold() -> None:
         with backend.unfinished.piece_of_work(), suppress(JobsUnavailable):
-            drawing = asyncio.ensure_future(draw(backend.runner, task, ticket))
+            drawing = asyncio.ensure_future(request_log.as_job(draw(backend.runner, task, ticket)))
             while not (await asyncio.wait({drawing}, timeout=_HELD_AGAIN_S))[0]:
                 with suppress(JobsUnavailable):
                     await run_in_threadpool(backend.jobs.note_held, ticket.job_id)
@@ -93,6 +103,7 @@ def draw_unattended(backend: Backend, task: Task, ticket: Ticket) -> None:
             await run_in_threadpool(backend.jobs.abandon, ticket.job_id, known_error(error, f"Job {ticket.job_id}"))
             await _time_to_fetch(backend, ticket.job_id)
 
+    request_log.note_accepted(task)
     holding = asyncio.create_task(hold())
     _held.add(holding)
     holding.add_done_callback(_held.discard)

@@ -171,6 +171,7 @@ def pack_outcome(outcome: Picture | ServiceError) -> str:
             "dropped_negative_prompt": outcome.dropped_negative_prompt,
             "device": outcome.device,
             "dtype": outcome.dtype,
+            "waited_s": outcome.waited_s,
         }
         pixels = base64.b64encode(outcome.image.tobytes()).decode("ascii")
     return f"{json.dumps(content)}\t{pixels}\n"
@@ -207,4 +208,5 @@ def unpack_news(line: str) -> Progress | Picture:
         dropped_negative_prompt=content["dropped_negative_prompt"],
         device=content["device"],
         dtype=content["dtype"],
+        waited_s=content["waited_s"],
     )

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -276,7 +276,8 @@ class Engine:
         except Exception as error:
             self._fail(job, error)
         else:
-            self._end(job, picture, "flagged" if picture.flagged else "completed")
+            waited_s = None if job.started_s is None else job.started_s - job.submitted_s
+            self._end(job, replace(picture, waited_s=waited_s), "flagged" if picture.flagged else "completed")
 
     def _fail(self, job: Job, error: Exception) -> None:
         self._batching.remove(job)

@@ -54,6 +54,7 @@ class Picture:
     dropped_negative_prompt: str
     device: str = ""  # "cpu", or the GPU's name; "" where it was not told
     dtype: str = ""  # what it was computed in, such as "float32"
+    waited_s: float | None = None  # until its first step; None where it was not told
 
 
 @dataclass
