@@ -58,6 +58,8 @@ API_VERSION = __version__
 def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[], ModelFolder]) -> Service:
     """The BentoML service `name`: `runner` draws, `choose_model` says which model it has loaded (or raises ModelFolderError)."""
     logger.setLevel(logging.INFO)
+    # BentoML's own timer goes on for an hour after each answer and keeps 2.5 kB of it: gigabytes, if somebody only asks for /livez.
+    BentoMLContainer.api_server_config.traffic.timeout.set(0)
     name_shared_folder()  # here, because BentoML copies the environment for the runner before on_deployment
     choose_model = functools.lru_cache(maxsize=1)(choose_model)
     service = Service(name, runners=[runner])

@@ -192,6 +192,23 @@ def test_random_and_mutated_requests_are_never_a_defect(unharmed: Server) -> Non
     assert counts[400] > 100
 
 
+def test_requests_leave_nothing_in_memory(unharmed: Server) -> None:
+    asking = b"HEAD /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+    with connected(unharmed) as client:
+
+        def ask(count: int) -> None:
+            for _ in range(count):
+                client.sendall(asking)
+                assert client.recv(2**12).startswith(b"HTTP/1.1 200")
+
+        ask(1000)
+        before = megabytes(unharmed)
+        ask(5000)
+        grown = megabytes(unharmed) - before
+    print(f"5000 requests keep {grown:.1f} MiB")
+    assert grown < 5
+
+
 def idle_connections() -> int:
     """As many as this process and each worker may have open."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
