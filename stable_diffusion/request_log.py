@@ -51,7 +51,7 @@ class _Line:
         waits_s = [picture.waited_s for picture in self.pictures if picture.waited_s is not None]
         known = {
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-            "id": job.id if job else None,
+            "id": scope.get("path_values", {}).get("job_id") or (job.id if job else None),
             "key": scope.get("key_name"),
             "client": client[0] if client else None,
             **(self.answer or {}),

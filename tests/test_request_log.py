@@ -154,6 +154,11 @@ def test_a_job_that_nobody_waits_for_has_a_second_line(capsys: pytest.CaptureFix
     assert not {"status", "path", "method"} & job.keys()
 
 
+def test_a_deletion_names_the_job_that_is_deleted(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = lines(capsys, answering(200), method="DELETE", path="/jobs/def", path_values={"job_id": "def"})
+    assert (line["id"], line["outcome"]) == ("def", "completed")
+
+
 def test_requests_that_only_read_have_no_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines(capsys, answering(200), method="GET") == []
 

@@ -201,11 +201,11 @@ def test_requests_leave_nothing_in_memory(unharmed: Server) -> None:
                 client.sendall(asking)
                 assert client.recv(2**12).startswith(b"HTTP/1.1 200")
 
-        ask(1000)
+        ask(500)
         before = megabytes(unharmed)
-        ask(5000)
+        ask(3000)
         grown = megabytes(unharmed) - before
-    print(f"5000 requests keep {grown:.1f} MiB")
+    print(f"3000 requests keep {grown:.1f} MiB")
     assert grown < 5
 
 
