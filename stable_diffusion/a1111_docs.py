@@ -19,6 +19,7 @@ _EXAMPLE_PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mNs
 _READING_ERRORS = {
     "403": "A page of another site sent it, in a browser.",
     "404": "No such sampler or model, or the picture is missing.",
+    "408": "The body stalled or came too slowly; the connection is closed.",
     "413": "The body or a picture is too large.",
     "415": "The body is not JSON.",
     "422": "A field is malformed, out of range or asks for what is not supported.",

@@ -48,7 +48,11 @@ def answering_errors(
         try:
             return await endpoint(request)
         except Exception as error:
-            return answer_of(known_error(error, request.url.path))
+            known = known_error(error, request.url.path)
+            response = answer_of(known)
+            if known.closes_connection:
+                response.headers["Connection"] = "close"
+            return response
 
     return answer
 

@@ -39,17 +39,20 @@ from stable_diffusion import (
     openapi,
     plain_api,
     reproduce_api,
+    request_log,
     status_api,
     ui_page,
 )
 from stable_diffusion.access import Access, check_exposure, read_access
 from stable_diffusion.backend import Backend
+from stable_diffusion.connections import Connections
 from stable_diffusion.draining import Draining, Unfinished
 from stable_diffusion.errors import ModelFolderError, RateLimited, SettingError, Unauthorized
 from stable_diffusion.jobs import Jobs, new_job_id
 from stable_diffusion.keys import carries_key, keep_only_digests, name_of_key
 from stable_diffusion.limits import Limits, read_limits
 from stable_diffusion.rate_limit import LIMITED_PATHS, RateLimit
+from stable_diffusion.request_log import RequestLog
 from stable_diffusion.safety import SafetyPolicy, safety_policy
 from stable_diffusion.shared_folder import name_shared_folder, shared_folder
 from stable_diffusion.weights import ModelFolder
@@ -67,6 +70,8 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
     logger.setLevel(logging.INFO)
     # In a container BentoML starts no worker again that has died, which would leave a server that answers nothing for ever.
     os.environ.pop("BENTOML_CONTAINERIZED", None)
+    # BentoML's own timer goes on for an hour after each answer and keeps 2.5 kB of it: gigabytes, if somebody only asks for /livez.
+    BentoMLContainer.api_server_config.traffic.timeout.set(0)
     name_shared_folder()  # here, because BentoML copies the environment for the runner before on_deployment
     keep_only_digests(os.environ)  # here, for the same reason
     choose_model = functools.lru_cache(maxsize=1)(choose_model)
@@ -94,6 +99,8 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
     unfinished = Unfinished(_grace_s())
     backend = Backend(runner, choose_model, policy, Jobs(shared_folder), unfinished)
     service.mount_asgi_app(Starlette(routes=_routes(backend)), path="/")
+    service.add_asgi_middleware(Connections)
+    service.add_asgi_middleware(RequestLog)
     service.add_asgi_middleware(_NoSniffing)
     service.add_asgi_middleware(Draining, unfinished=unfinished, refusal=_stopping)
     service.add_asgi_middleware(_FrontDoor, routes=_routes(backend), pages=_pages(name, backend), access=access)
@@ -191,7 +198,9 @@ class _FrontDoor:
             return await self._pages[template](scope, receive, send)
         job = _NamedJob(new_job_id())
         found = {"path": template, "raw_path": template.encode(), "path_values": path_values, "job": job, "key_name": key_name}
-        await self._app({**scope, **found}, receive, _naming(job, send) if method == "POST" else send)
+        inner = {**scope, **found}
+        request_log.identify(inner)
+        await self._app(inner, receive, _naming(job, send) if method == "POST" else send)
 
     def _is_preflight(self, method: str, headers: Headers) -> bool:
         """A browser's question before a request from another site, which carries no key; CORS answers it without going further."""

@@ -16,6 +16,7 @@ import aiohttp
 from bentoml.exceptions import BentoMLException
 from starlette.concurrency import run_in_threadpool
 
+from stable_diffusion import request_log
 from stable_diffusion.answers import known_error
 from stable_diffusion.backend import Backend
 from stable_diffusion.engine.job import Picture, Progress, Task
@@ -55,7 +56,7 @@ async def begin(backend: Backend, task: Task, ticket: Ticket, *, follow: bool) -
     What is returned has what the model process says from then on; a picture comes last. Closing it cancels the job, if it is attended.
     """
     await require_ready(backend.runner)
-    news = _news_of(backend, task, ticket, follow=follow)
+    news = _logged_news_of(backend, task, ticket, follow=follow)
     try:
         await anext(news)
     except BaseException:
@@ -70,6 +71,15 @@ async def _picture_of(news: News) -> Picture:
             if isinstance(one, Picture):
                 return one
     raise AssertionError("news end with a picture or an error")
+
+
+async def _logged_news_of(backend: Backend, task: Task, ticket: Ticket, *, follow: bool) -> News:
+    with request_log.noting(task) as note_picture:
+        async with aclosing(_news_of(backend, task, ticket, follow=follow)) as news:
+            async for one in news:
+                if isinstance(one, Picture):
+                    note_picture(one)
+                yield one
 
 
 async def _news_of(backend: Backend, task: Task, ticket: Ticket, *, follow: bool) -> News:
@@ -127,7 +137,7 @@ async def draw_unattended(backend: Backend, task: Task, ticket: Ticket) -> None:
 
     async def hold() -> None:
         with backend.unfinished.piece_of_work(), suppress(JobsUnavailable):
-            error = await _hold(backend, task, ticket, refusal)
+            error = await request_log.as_job(_hold(backend, task, ticket, refusal), lambda: refusal.done() and refusal.result() is None)
             # Nothing happens to a job that has its end already.
             await run_in_threadpool(backend.jobs.abandon, ticket.job_id, error)
             await _time_to_fetch(backend, ticket.job_id)
@@ -137,6 +147,7 @@ async def draw_unattended(backend: Backend, task: Task, ticket: Ticket) -> None:
     holding.add_done_callback(_held.discard)
     if (error := await asyncio.shield(refusal)) is not None:
         raise error
+    request_log.note_accepted(task)
 
 
 async def _hold(backend: Backend, task: Task, ticket: Ticket, refusal: asyncio.Future[ServiceError | None]) -> ServiceError:

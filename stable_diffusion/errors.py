@@ -13,6 +13,7 @@ ServiceError
 ├── IdempotencyMismatch       422  the key was used for another request
 ├── TooManyJobs               429  too many jobs that nobody waits for are not finished
 ├── QueueFull                 429  as much work as is allowed has been taken on
+├── RequestTimeout            408  the body stalled or came too slowly; the connection is closed
 ├── TooLarge                  413  a body or an image has too many bytes or pixels
 ├── UnsupportedMediaType      415  the body is not of the type that the endpoint takes
 ├── NotAcceptable             406  the Accept header allows no image type that we can send
@@ -48,6 +49,7 @@ class ServiceError(Exception):
     status = 500
     type = "internal_error"
     retry_after_s: int | None = None
+    closes_connection = False  # where what the client is still sending would be taken for its next request, or never ends
 
     def __init__(
         self,
@@ -120,6 +122,12 @@ class TooManyJobs(ServiceError):
 class QueueFull(ServiceError):
     status = 429
     type = "queue_full"
+
+
+class RequestTimeout(ServiceError):
+    status = 408
+    type = "request_timeout"
+    closes_connection = True
 
 
 class TooLarge(ServiceError):

@@ -15,6 +15,7 @@ _ERRORS = {
     "400": "A parameter is missing, unknown, malformed or out of range; `param` names it.",
     "403": "A page of another site sent it, in a browser.",
     "404": "Another model is served (code `model_not_found`).",
+    "408": "The body stalled or came too slowly; the connection is closed.",
     "413": "The body or an image is too large.",
     "415": "The body is not of the type that the endpoint takes.",
     "499": "The job was cancelled.",

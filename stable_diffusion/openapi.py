@@ -32,6 +32,7 @@ _ERRORS = {
     "400": "A field or a part is missing, malformed or out of range.",
     "403": "A page of another site sent it, in a browser.",
     "406": "The Accept header allows none of the image types.",
+    "408": "The body stalled or came too slowly; the connection is closed.",
     "413": "The body or an image is too large.",
     "415": "The body is not of the type that the endpoint takes.",
     "500": "The picture could not be computed.",

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import anyio
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -22,7 +23,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from stable_diffusion import events, images
-from stable_diffusion.errors import ClientGone, DeadlineExceeded, InvalidRequest, TooLarge, UnsupportedMediaType
+from stable_diffusion.errors import ClientGone, DeadlineExceeded, InvalidRequest, RequestTimeout, TooLarge, UnsupportedMediaType
 from stable_diffusion.images import MEDIA_TYPES, ImageFormat
 from stable_diffusion.jobs import Ticket
 from stable_diffusion.limits import MAX_TIMEOUT_S
@@ -37,6 +38,11 @@ from stable_diffusion.requests import (
 
 MAX_JSON_BYTES = 2**20
 TIMEOUT_HEADER = "Request-Timeout"  # seconds
+# A body that is still coming after UPLOAD_GRACE_S and a second for each UPLOAD_BYTES_PER_S of it is too slow.
+UPLOAD_PAUSE_S = 15.0
+UPLOAD_GRACE_S = 20.0
+UPLOAD_BYTES_PER_S = 16 * 2**10
+UPLOAD_TIMEOUT_S = 300.0
 _MAX_KEY_CHARACTERS = 255
 
 T = TypeVar("T")
@@ -97,12 +103,12 @@ def require_content_type(request: Request, expected: str) -> None:
 
 
 def limited(request: Request, max_bytes: int) -> Request:
-    """The same request, whose body may have at most `max_bytes`, whether it says how long it is or not."""
-    received = 0
+    """The same request, whose body may have at most `max_bytes`, whether it says how long it is or not, and must not be slow."""
+    received, began_s = 0, time.monotonic()
 
     async def receive() -> Message:
         nonlocal received
-        message = await request.receive()
+        message = await _received_in_time(request, received, began_s)
         received += len(message.get("body", b""))
         if received > max_bytes:
             raise TooLarge(f"the body has more than {max_bytes} bytes", field="body")
@@ -112,6 +118,19 @@ def limited(request: Request, max_bytes: int) -> Request:
     if declared.isdigit() and int(declared) > max_bytes:
         raise TooLarge(f"the body has {int(declared)} bytes, at most {max_bytes} are allowed", field="body")
     return Request(request.scope, receive)
+
+
+async def _received_in_time(request: Request, received: int, began_s: float) -> Message:
+    """The next piece of a body of which `received` bytes are there. Raises RequestTimeout."""
+    passed_s = time.monotonic() - began_s
+    left_s = min(UPLOAD_TIMEOUT_S, UPLOAD_GRACE_S + received / UPLOAD_BYTES_PER_S) - passed_s
+    with anyio.move_on_after(min(UPLOAD_PAUSE_S, left_s)):
+        return await request.receive()
+    raise RequestTimeout(
+        f"the body came too slowly, {received} bytes in {time.monotonic() - began_s:.0f} s: allowed are {UPLOAD_GRACE_S:g} s and one "
+        f"more for every {UPLOAD_BYTES_PER_S} bytes, at most {UPLOAD_TIMEOUT_S:g} s, and pauses of {UPLOAD_PAUSE_S:g} s",
+        field="body",
+    )
 
 
 def _refuse_unknown_parts(form: FormData, known: tuple[str, ...]) -> None:

@@ -184,6 +184,7 @@ def pack_outcome(outcome: Picture | ServiceError) -> str:
             "device": outcome.device,
             "dtype": outcome.dtype,
             "decoded_again": outcome.decoded_again,
+            "waited_s": outcome.waited_s,
         }
         pixels = base64.b64encode(outcome.image.tobytes()).decode("ascii")
     return f"{json.dumps(content)}\t{pixels}\n"
@@ -235,4 +236,5 @@ def unpack_news(line: str) -> TakenOn | Progress | Picture:
         device=content["device"],
         dtype=content["dtype"],
         decoded_again=content["decoded_again"],
+        waited_s=content["waited_s"],
     )

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -334,7 +334,8 @@ class Engine:
         else:
             if picture.decoded_again:
                 self._tell(DecodedAgainRecord())
-            self._end(job, picture, "flagged" if picture.flagged else "completed")
+            waited_s = None if job.started_s is None else job.started_s - job.submitted_s
+            self._end(job, replace(picture, waited_s=waited_s), "flagged" if picture.flagged else "completed")
 
     def _fail(self, job: Job, error: Exception) -> None:
         """Raises an error of the device, after which nothing can be computed for anybody."""

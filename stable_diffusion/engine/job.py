@@ -56,6 +56,7 @@ class Picture:
     device: str = ""  # "cpu", or the GPU's name; "" where it was not told
     dtype: str = ""  # what it was computed in, such as "float32"
     decoded_again: bool = False  # in float32, because what came out first was black or no numbers
+    waited_s: float | None = None  # until its first step; None where it was not told
 
 
 @dataclass

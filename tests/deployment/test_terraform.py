@@ -236,7 +236,7 @@ def test_names_and_switches_follow_from_the_variables(single: dict[str, Any], tm
 def test_a_machine_drains_for_as_long_as_the_service_lets_a_request_take(single: dict[str, Any]) -> None:
     for precision in ("fp32", "fp16"):
         configuration = yaml.safe_load((ROOT / precision / "configuration.yaml").read_text())
-        assert configuration["api_server"]["traffic"]["timeout"] == single["longest_request_s"]
+        assert configuration["runners"]["traffic"]["timeout"] == single["longest_request_s"]
 
 
 @needs_terraform

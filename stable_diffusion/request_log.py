@@ -1,0 +1,178 @@
+"""One line of JSON for each request that makes or changes something, when it has ended, and for each job that nobody waited for.
+
+Says who asked for how much, how long it took and how it ended. Knows no header, no body, no picture and no secret; prompts only if
+they are asked for. What is drawn notes itself here: the line of a request is that of the context which the request runs in.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any, TypeVar
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stable_diffusion.engine.job import Picture, Task
+from stable_diffusion.errors import GenerationFailed, ServiceError
+
+logger = logging.getLogger("stable_diffusion.requests")
+
+PROMPTS_VARIABLE = "SD_LOG_PROMPTS"
+_LOGGED_METHODS = ("POST", "DELETE")
+_MAX_PATH_CHARACTERS = 200
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Line:
+    """What is known so far of a request, or of a job once nobody waits for it: then there is no `answer`."""
+
+    scope: Scope
+    answer: dict[str, Any] | None = None
+    began_s: float = field(default_factory=time.monotonic)
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+    waited_for: int = 0  # of the tasks
+    pictures: list[Picture] = field(default_factory=list)
+    error: ServiceError | None = None
+
+    def values(self) -> dict[str, Any]:
+        """What goes into the log. What is not known is left out."""
+        scope, first = self.scope, self.tasks[0] if self.tasks else {}
+        client, job = scope.get("client"), scope.get("job")
+        waits_s = [picture.waited_s for picture in self.pictures if picture.waited_s is not None]
+        known = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "id": scope.get("path_values", {}).get("job_id") or (job.id if job else None),
+            "key": scope.get("key_name"),
+            "client": client[0] if client else None,
+            **(self.answer or {}),
+            **first,
+            "images": len(self.tasks) or None,
+            "wait_s": round(min(waits_s), 3) if waits_s else None,
+            "time_s": round(time.monotonic() - self.began_s, 3),
+            "outcome": self.outcome(),
+        }
+        return {name: value for name, value in known.items() if value is not None}
+
+    def outcome(self) -> str:
+        status = None if self.answer is None else self.answer.get("status")
+        if status == 202:
+            return "accepted"
+        if self.error is not None:
+            return _outcome_of_error(self.error.status)
+        if self.answer is not None and (status is None or status >= 400):
+            return "refused" if status == 503 and not self.tasks else _outcome_of_error(status or 499)
+        if len(self.pictures) < self.waited_for:
+            return "cancelled"
+        return "flagged" if any(picture.flagged for picture in self.pictures) else "completed"
+
+
+def _outcome_of_error(status: int) -> str:
+    """Of a status from 400 on. 499: nobody waited for it any more, or somebody cancelled it."""
+    if status == 499:
+        return "cancelled"
+    return "refused" if status < 500 else "failed"
+
+
+_current: ContextVar[_Line | None] = ContextVar("request_log_line", default=None)
+
+
+class RequestLog:
+    """Middleware of an API worker, around all that may refuse a request."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        _write_to_standard_output()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] not in _LOGGED_METHODS:
+            _current.set(None)  # a request may begin in the context of the one before it on its connection
+            return await self._app(scope, receive, send)
+        answer = {"method": scope["method"], "path": scope["path"][:_MAX_PATH_CHARACTERS]}
+        line = _Line(scope, answer)
+        _current.set(line)
+
+        async def noting_status(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answer["status"] = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting_status)
+        finally:
+            _write(line)
+
+
+def identify(scope: Scope) -> None:
+    """From now on the request has this scope, which says its job and the name of its key."""
+    if (line := _current.get()) is not None:
+        line.scope = scope
+
+
+@contextmanager
+def noting(task: Task) -> Iterator[Callable[[Picture], None]]:
+    """While `task` is drawn for the current request or job; what is given is to be called with its picture."""
+    line = _current.get() or _Line({})
+    line.tasks.append(_described(task))
+    line.waited_for += 1
+    try:
+        yield line.pictures.append
+    except Exception as error:
+        line.error = line.error or (error if isinstance(error, ServiceError) else GenerationFailed("a defect"))
+        raise
+
+
+def note_accepted(task: Task) -> None:
+    """The current request is for `task` and does not wait for it."""
+    if (line := _current.get()) is not None:
+        line.tasks.append(_described(task))
+
+
+async def as_job(drawing: Coroutine[Any, Any, T], is_taken_on: Callable[[], bool]) -> T:
+    """Await the drawing of a job for which no request waits: it has a line of its own when it has ended, if it was taken on.
+
+    To be run as a task.
+    """
+    asked = _current.get()
+    line = _Line({} if asked is None else asked.scope)
+    _current.set(line)
+    try:
+        return await drawing
+    finally:
+        if is_taken_on():
+            _write(line)
+
+
+def _described(task: Task) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "kind": task.kind,
+        "width": task.width,
+        "height": task.height,
+        "steps": task.num_inference_steps,
+        "seed": task.seed,
+    }
+    if os.environ.get(PROMPTS_VARIABLE) == "1":
+        values |= {"prompt": task.prompt, "negative_prompt": task.negative_prompt}
+    return values
+
+
+def _write(line: _Line) -> None:
+    logger.info("%s", json.dumps(line.values()))  # in ASCII: whatever a client sent, it is one line
+
+
+def _write_to_standard_output() -> None:
+    """As it is, without what BentoML puts before its lines: programs read it."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
