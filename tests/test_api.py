@@ -43,7 +43,8 @@ def status_of(method: str, site: str | None, origin: str = "https://friend.examp
 
 
 def answer_to(method: str, headers: dict[str, str], access: Access = EVERYBODY, path: str = "/txt2img") -> httpx.Response:
-    app = _FrontDoor(REACHED, [Route("/txt2img", REACHED, methods=["GET", "POST"])], {}, lambda: access)
+    pages = dict.fromkeys(("/", "/docs.json", "/readyz", "/metrics"), REACHED)
+    app = _FrontDoor(REACHED, [Route("/txt2img", REACHED, methods=["GET", "POST"])], pages, lambda: access)
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
