@@ -103,6 +103,9 @@ class _Answer:
         self._waited_s = 0.0
 
     async def send(self, message: Message) -> None:
+        if self._transport.is_closing():
+            await asyncio.sleep(0)  # uvicorn, which refused what came after the request's head, hears that it is closed
+            return
         for piece in _pieces(message):
             began_s = time.monotonic()
             left_s = READING_GRACE_S + self._sent_bytes / READING_BYTES_PER_S - self._waited_s

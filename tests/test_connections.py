@@ -181,6 +181,15 @@ def test_a_connection_with_a_request_now_and_then_is_not_idle(worker: Worker) ->
             time.sleep(0.5)
 
 
+def test_an_answer_to_a_request_whose_body_is_broken_is_no_defect(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
+    """uvicorn answers it, and the application too."""
+    with worker.connect() as client:
+        client.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
+        assert everything(client).startswith(b"HTTP/1.1 400 ")
+    worker.seconds_until_connections(0)
+    assert [record.levelname for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 def test_clients_that_do_not_read_do_not_hold_a_worker_that_stops(worker: Worker) -> None:
     with worker.ask("/picture"), worker.ask("/endless"), worker.connect():
         worker.seconds_until_connections(3)

@@ -139,7 +139,6 @@ def unharmed(fp32_server: Server) -> Iterator[Server]:
         b"GET / HTTP/1.1\r\nHost: x\r\nX: a\x00b\r\n\r\n",
         b"G\xc3\x84T / HTTP/1.1\r\nHost: x\r\n\r\n",
         b"GET /nothing\r\n\r\n",
-        b"GET / HTTP/9.9\r\nHost: x\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
         UPGRADE + b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
         UPGRADE + b"\r\n",
