@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from stable_diffusion import __version__, infotext
 from stable_diffusion.a1111_requests import GenerationBody, ImageToImageBody, missing_schedule
-from stable_diffusion.answers import image_file
+from stable_diffusion.answers import image_file, retry_after
 from stable_diffusion.engine.job import Picture, Task
 from stable_diffusion.errors import InvalidRequest, ServiceError
 from stable_diffusion.jobs import JobRecord
@@ -167,7 +167,7 @@ def json_response(content: Any, status: int = 200, headers: dict[str, str] | Non
 def error_response(error: ServiceError) -> Response:
     """A1111's form. It has 422 for what is wrong with a field; subclasses of InvalidRequest have a status of their own."""
     status = 422 if type(error) is InvalidRequest else error.status
-    return json_response(_error_body(type(error).__name__, error.message), status)
+    return json_response(_error_body(type(error).__name__, error.message), status, retry_after(error))
 
 
 def refusal(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from stable_diffusion.a1111_answers import EMPTY_LISTS, UPSCALERS, samplers_answer, schedules_answer
 from stable_diffusion.a1111_requests import A1111_NAMES, ImageToImageBody, Options, TextToImageBody
+from stable_diffusion.load_docs import LOAD_ERRORS, TIMEOUT_PARAMETER
 from stable_diffusion.requests import ImageToImageRequest
 
 TAG = {"name": "a1111", "description": "A1111's API, for its clients. Unknown fields are ignored, null is as good as a missing field."}
@@ -28,7 +29,7 @@ _DRAWING_ERRORS = {
     **_READING_ERRORS,
     "499": "The job was cancelled, by /sdapi/v1/interrupt for example.",
     "500": "The picture could not be computed.",
-    "503": "The model process cannot be reached.",
+    **LOAD_ERRORS,
 }
 
 
@@ -130,7 +131,8 @@ _ERROR_SCHEMA = {
 
 def _draws(name: str, summary: str, model: type[BaseModel], example: dict[str, Any], errors: dict[str, str]) -> dict[str, Any]:
     answer = _json("The pictures.", {"$ref": _REFERENCES.format(model="Pictures")})
-    return {**_described(name, summary), "requestBody": _body(model, example), "responses": {"200": answer, **_errors(errors)}}
+    described = {**_described(name, summary), "parameters": [TIMEOUT_PARAMETER]}
+    return {**described, "requestBody": _body(model, example), "responses": {"200": answer, **_errors(errors)}}
 
 
 def _gets(name: str, summary: str, answer: dict[str, Any]) -> dict[str, Any]:

@@ -34,8 +34,12 @@ _PLAIN_IN_HEADERS = " !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"
 
 
 def error_answer(error: ServiceError) -> Response:
-    headers = None if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
-    return error_response(error.status, error.type, error.message, error.problems, headers)
+    return error_response(error.status, error.type, error.message, error.problems, retry_after(error))
+
+
+def retry_after(error: ServiceError) -> dict[str, str]:
+    """The header that says when to try again, where that is known."""
+    return {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
 
 
 def answering_errors(

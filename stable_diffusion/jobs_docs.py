@@ -7,6 +7,7 @@ from typing import Any
 from stable_diffusion.events import MEDIA_TYPE
 from stable_diffusion.images import MEDIA_TYPES
 from stable_diffusion.jobs import MAX_UNATTENDED, PICTURES_KEPT, PICTURES_KEPT_S
+from stable_diffusion.load_docs import LOAD_ERRORS
 
 TAG = {"name": "jobs", "description": "Follow, fetch, cancel"}
 
@@ -36,7 +37,7 @@ ACCEPTED = {
 ERRORS: dict[str, dict[str, Any]] = {
     "422": {"description": "The Idempotency-Key was used for another request.", "content": _ERROR},
     "429": {
-        "description": f"{MAX_UNATTENDED} jobs that nobody waits for are not finished.",
+        "description": f"{LOAD_ERRORS['429']} Or {MAX_UNATTENDED} jobs that nobody waits for are not finished (`too_many_jobs`).",
         "headers": {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
         "content": _ERROR,
     },
@@ -92,6 +93,8 @@ def paths() -> dict[str, Any]:
                     "200": {"description": "The picture.", "content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
                     "202": {"description": "It is not finished.", "content": _JOB},
                     "406": {"description": "The Accept header allows none of the image types.", "content": _ERROR},
+                    "429": {"description": "It was not taken on.", "content": _ERROR},
+                    "504": {"description": "It was not finished in the time that was allowed.", "content": _ERROR},
                     "410": {"description": "It was kept and is gone.", "content": _ERROR},
                     "499": ERRORS["499"],
                     "500": {"description": "It could not be drawn.", "content": _ERROR},

@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from stable_diffusion import events, images
-from stable_diffusion.answers import answering_errors, as_base64, event_stream, image_file, known_error, sendable
+from stable_diffusion.answers import answering_errors, as_base64, event_stream, image_file, known_error, retry_after, sendable
 from stable_diffusion.backend import Backend
 from stable_diffusion.drawing import News, begin, draw_all
 from stable_diffusion.engine.job import Picture, Progress, Task
@@ -189,10 +189,8 @@ def _described(task: Task, picture: Picture, model: ModelFolder, own: OpenaiPara
 
 def error_answer(error: ServiceError) -> Response:
     """An error in OpenAI's form."""
-    headers: dict[str, str] = {}
-    if error.retry_after_s is not None:
-        headers["Retry-After"] = str(error.retry_after_s)
-    elif error.status >= 500:
+    headers = retry_after(error)
+    if error.status >= 500 and not headers:
         headers["x-should-retry"] = "false"  # the official clients would pay for the same failure three times
     return JSONResponse(_error_body(error.status, error.type, error.message, _param(error)), error.status, headers)
 

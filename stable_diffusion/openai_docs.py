@@ -6,6 +6,7 @@ from typing import Any
 
 from stable_diffusion import events
 from stable_diffusion.images import UPLOADS_IN_WORDS
+from stable_diffusion.load_docs import LOAD_ERRORS, TIMEOUT_PARAMETER
 from stable_diffusion.openai_requests import ALIASES, OpenaiParameters, drawing_fields
 from stable_diffusion.requests import GenerationRequest, ImageToImageRequest, TextToImageRequest
 
@@ -20,7 +21,7 @@ _ERRORS = {
     "415": "The body is not of the type that the endpoint takes.",
     "499": "The job was cancelled.",
     "500": "The picture could not be computed. The header x-should-retry is false.",
-    "503": "The model process cannot be reached. The header Retry-After says when to try again.",
+    **LOAD_ERRORS,
 }
 
 
@@ -95,6 +96,7 @@ def _draws(name: str, summary: str, content: dict[str, Any], event: str) -> dict
         "operationId": name,
         "summary": summary,
         "tags": [TAG["name"]],
+        "parameters": [TIMEOUT_PARAMETER],
         "requestBody": {"required": True, "content": content},
         "responses": {"200": answer, **{status: _json(text, "OpenaiError") for status, text in _ERRORS.items()}},
     }

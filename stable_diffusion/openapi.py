@@ -8,6 +8,7 @@ from typing import Any
 
 from stable_diffusion import a1111_docs, events, jobs_docs, keys_docs, openai_docs, reproduce_docs, status_docs
 from stable_diffusion.images import MEDIA_TYPES, UPLOADS_IN_WORDS
+from stable_diffusion.load_docs import LOAD_ERRORS, TIMEOUT_PARAMETER
 from stable_diffusion.requests import GenerationRequest, ImageToImageRequest, TextToImageRequest
 
 _ANSWER_HEADERS = {
@@ -36,7 +37,7 @@ _ERRORS = {
     "413": "The body or an image is too large.",
     "415": "The body is not of the type that the endpoint takes.",
     "500": "The picture could not be computed.",
-    "503": "The model process cannot be reached.",
+    **{status: text for status, text in LOAD_ERRORS.items() if status not in jobs_docs.ERRORS},
 }
 _EXAMPLE = {"prompt": "a small red circle on a blue background", "num_inference_steps": 50, "guidance_scale": 7.5, "seed": 1}
 
@@ -170,7 +171,7 @@ def _draws(name: str, summary: str, content: dict[str, Any]) -> dict[str, Any]:
             "operationId": name,
             "summary": summary,
             "tags": ["images"],
-            "parameters": jobs_docs.REQUEST_HEADERS,
+            "parameters": [*jobs_docs.REQUEST_HEADERS, TIMEOUT_PARAMETER],
             "requestBody": {"required": True, "content": content},
             "responses": answers,
         }

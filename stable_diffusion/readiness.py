@@ -12,20 +12,20 @@ from starlette.concurrency import run_in_threadpool
 from stable_diffusion.errors import ModelLoading
 from stable_diffusion.runner_state import STAGES, RunnerState, living_runners
 
-_ANSWERS_WITHIN_S = 5
+_ANSWERS_WITHIN_S = 5  # a process that is ready, however busy the machine is
+_UNKNOWN_ANSWERS_WITHIN_S = 1  # one of which nothing is known
 
 
 async def is_ready(runner: bentoml.Runner) -> bool:
     """Whether a model process has loaded its model and answers."""
     runners = await run_in_threadpool(living_runners)
-    # One that could not write down how far it is, is asked alone.
-    return (not runners or _has_ready(runners)) and await _answers(runner)
+    return await (_answers(runner) if _has_ready(runners) else _answers_unknown(runner, runners))
 
 
 async def require_ready(runner: bentoml.Runner) -> None:
     """Raises ModelLoading, which says how far the model process is."""
     runners = await run_in_threadpool(living_runners)
-    if _has_ready(runners) or (not runners and await _answers(runner)):
+    if _has_ready(runners) or await _answers_unknown(runner, runners):
         return
     raise ModelLoading(f"the model process is not ready: {stage(runners)}")
 
@@ -39,9 +39,14 @@ def _has_ready(runners: list[RunnerState]) -> bool:
     return any(runner.stage == "ready" for runner in runners)
 
 
-async def _answers(runner: bentoml.Runner) -> bool:
+async def _answers_unknown(runner: bentoml.Runner, runners: list[RunnerState]) -> bool:
+    """Whether a process answers that could not write down how far it is."""
+    return not runners and await _answers(runner, _UNKNOWN_ANSWERS_WITHIN_S)
+
+
+async def _answers(runner: bentoml.Runner, within_s: int = _ANSWERS_WITHIN_S) -> bool:
     """BentoML's own question. While a process is being started, connections to it wait."""
     try:
-        return bool(await runner.runner_handle_is_ready(timeout=_ANSWERS_WITHIN_S))
+        return bool(await runner.runner_handle_is_ready(timeout=within_s))
     except aiohttp.ClientError:
         return False

@@ -18,7 +18,7 @@ from tests import faults
 from tests.service.ledger import DISTURBED, PROMPT, SOUND_KINDS, Load
 from tests.service.servers import ROOT, Server, serve
 
-STUCK_STEP_S = 3
+STUCK_STEP_S = 10
 # Circus looks for dead processes every ten seconds; then the runner imports torch and loads the model.
 READY_AGAIN_S = 60
 
