@@ -2,9 +2,10 @@
 # make test       install, check and run every test
 # make image-test build both Docker images and run them (needs Docker; half an hour at first)
 # make bench      this project against plain diffusers and BentoML's batching on the demo model: about 40 minutes
+# make soak       half an hour of mixed load and faults: memory flat, every request answered (MINUTES)
 # make check      lint, format and types only
 # make format     rewrite the files as the linter wants them
-# make audit      known advisories of what a bento installs (asks pypi.org)
+# make audit      known advisories of what a bento installs (asks PyPI)
 # make model      download Stable Diffusion v1.4 (PRECISION=fp32 or fp16)
 # make demo       train the demo model again, from nothing
 # make lock       resolve the pinned dependencies again
@@ -13,6 +14,7 @@ PRECISION ?= fp32
 HOST ?= 127.0.0.1
 PORT ?= 3000
 PYTHON ?= python3
+MINUTES ?= 30
 
 UV_VERSION := 0.13.9
 BIN := $(CURDIR)/.venv/bin
@@ -35,7 +37,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # PyFilesystem, of which BentoML is made, says so at every start.
 export PYTHONWARNINGS := ignore:pkg_resources is deprecated:UserWarning
 
-.PHONY: serve test image-test bench check format audit model demo lock precision
+.PHONY: serve test image-test bench soak check format audit model demo lock precision
 
 $(INSTALLED): requirements.txt requirements-runtime.txt requirements.lock bentoctl/aws-ec2/requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
@@ -68,6 +70,9 @@ image-test: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.plot benchmarks/results/table.json
+
+soak: $(INSTALLED)
+	$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check $(CODE)

@@ -42,6 +42,7 @@ SOUND: dict[str, dict[str, Any]] = {
 class Entry:
     asked: str
     answered: str  # "picture", "left", "cancelled", or the type of an error
+    began_s: float  # by time.monotonic
     seconds: float
 
 
@@ -83,7 +84,7 @@ class Load:
                 answered = "refused connection"
             except httpx.TransportError as error:
                 answered = "never answered" if isinstance(error, httpx.TimeoutException) else "broken connection"
-            self.entries.append(Entry(kind, answered, time.monotonic() - began))
+            self.entries.append(Entry(kind, answered, began, time.monotonic() - began))
             if answered not in _ALLOWED[kind] | self.allowed_besides:
                 raise Uneven(f"{kind} was answered with {answered!r} after {self.entries[-1].seconds:.1f} s")
             if answered in DISTURBED:

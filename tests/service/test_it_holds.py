@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx
 import psutil
@@ -66,8 +66,12 @@ def under(load: Load, clients: int, kinds: tuple[str, ...] = ()) -> Iterator[Cal
 
 
 def workers(server: Server, what: str) -> list[psutil.Process]:
-    family = psutil.Process(server.process.pid).children(recursive=True)
-    return [process for process in family if what in " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process(server.process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # one that has been killed
+            if what in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def is_ready(server: Server) -> bool:
@@ -158,7 +162,7 @@ def test_an_api_worker_that_is_killed_under_load_breaks_its_own_connections_only
         victim, *others = workers(server, "bentoml_cli.worker.http_api_server")
         assert others
         victim.kill()
-        again = seconds_until(lambda: len([one for one in workers(server, "http_api_server") if one.status() != "zombie"]) == 2)
+        again = seconds_until(lambda: len(workers(server, "http_api_server")) == 2)
         drawn = len(load.entries)
         wait_until(lambda: len(load.entries) >= drawn + 20)
     broken = sum(entry.answered == "broken connection" for entry in load.entries)
@@ -171,12 +175,13 @@ def test_a_server_that_is_stopped_under_load_finishes_what_it_has_accepted_and_e
     server: Server, load_on: Callable[[int], Load]
 ) -> None:
     load = load_on(5)
-    # Nothing is broken: who is connected is answered.
-    load.allowed_besides = {"shutting_down", "refused connection"}
+    load.allowed_besides = {"shutting_down", "refused connection", "broken connection"}
     began = 0.0
     with under(load, clients=6, kinds=SOUND_KINDS) as wait_until:
         wait_until(lambda: len(load.entries) >= 10)
         began = time.monotonic()
         server.process.terminate()
         assert server.process.wait(60) == 0
+    # Who connects at the very end, when nobody listens any more, is never read.
+    assert all(entry.began_s > began for entry in load.entries if entry.answered == "broken connection")
     print(f"a server that is stopped: ended after {time.monotonic() - began:.1f} s; {load.summary()}")
