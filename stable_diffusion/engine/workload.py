@@ -98,14 +98,15 @@ class Workload:
 
     def _by_owner(self) -> defaultdict[str, float]:
         seconds: defaultdict[str, float] = defaultdict(float)
+        of_a_step = {size: self._share_of_a_step(size) for size in {job.batch_key for job in self._jobs}}
         for job in self._jobs:
-            seconds[job.owner] += self._share_of(job)
+            seconds[job.owner] += job.steps_left * of_a_step[job.batch_key]
         return seconds
 
-    def _share_of(self, job: Job) -> float:
-        """Seconds of the device for the rest of a job, where as many share its steps as may."""
-        cap = self._cap(job.batch_key)
-        return job.steps_left * self._times.seconds(job.batch_key, cap) / cap
+    def _share_of_a_step(self, size: Size) -> float:
+        """Seconds of the device for a step of one job, where as many share it as may."""
+        cap = self._cap(size)
+        return self._times.seconds(size, cap) / cap
 
     def _require_room(self, job: Job, seconds: defaultdict[str, float]) -> None:
         total, count = sum(seconds.values()), len(self._jobs)
@@ -127,7 +128,7 @@ class Workload:
         """Owners share the device: before a job is done, each of the others has had at most what its own owner has."""
         if not self._times.is_known(job.batch_key):
             return
-        own = seconds[job.owner] + self._share_of(job)
+        own = seconds[job.owner] + job.steps_left * self._share_of_a_step(job.batch_key)
         shared = own + sum(min(other, own) for owner, other in seconds.items() if owner != job.owner)
         alone = job.steps_left * self._times.seconds(job.batch_key, 1)
         expected_s = max(alone, shared)
