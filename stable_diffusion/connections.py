@@ -2,21 +2,26 @@
 
 uvicorn waits for ever for a client that sends nothing or half a head, and for one that does not read its answer: it keeps the
 answer, the connection and what waits behind it, and does not stop before all connections have gone. BentoML sets no bound either.
-Here a connection on which no request is being answered is ended after a while, and so is one whose answer is not read.
+Here a connection on which no request is being answered is ended after a while, and so is one whose answer is not read. One that
+waits for its next request after a whole answer is left to uvicorn's keep-alive timer: balancers pool such connections, and a server
+that closes one before they do loses a request.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 import resource
 import socket
 import stat
 import struct
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import anyio
@@ -24,7 +29,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("stable_diffusion")
 
-# On a connection that long there was no request that is being answered.
+# On a connection there was no request that is being answered for that long, nor anything taken of the answer before.
 IDLE_TIMEOUT_S = 60.0
 # A client that takes nothing of its answer for so long does not read it; nor does one that had us wait for
 # READING_GRACE_S and a second for each READING_BYTES_PER_S of it.
@@ -38,13 +43,33 @@ _KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEP
 _RESET_WHEN_CLOSED = struct.pack("ii", 1, 0)  # what was not read is dropped
 
 
+@dataclass
+class _Idle:
+    """A connection on which no request is being answered: since when, and what is left of the last answer in the operating system."""
+
+    inode: int
+    since_s: float
+    unread_bytes: int
+
+    def __post_init__(self) -> None:
+        self.changed_s = self.since_s
+        self.read_until_s = self.since_s + READING_GRACE_S + self.unread_bytes / READING_BYTES_PER_S
+
+    def is_over(self, unread_bytes: int, now_s: float) -> bool:
+        if unread_bytes != self.unread_bytes:
+            self.unread_bytes, self.changed_s = unread_bytes, now_s
+        return now_s - self.changed_s >= IDLE_TIMEOUT_S or (unread_bytes > 0 and now_s >= self.read_until_s)
+
+
 class Connections:
     """The outermost of an API worker's middleware."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._answering: set[int] = set()  # file descriptors
-        self._idle: dict[int, tuple[int, float]] = {}  # of file descriptors the socket's inode, and since when
+        # How many requests of each connection are being answered. Not by file descriptor: an answer may outlive its connection,
+        # whose descriptor is another connection's by then.
+        self._answering: dict[asyncio.WriteTransport, int] = {}
+        self._idle: dict[int, _Idle] = {}  # by file descriptor
         self._ports: set[int] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -65,13 +90,13 @@ class Connections:
 
     @contextmanager
     def _while_answering(self, transport: asyncio.WriteTransport) -> Iterator[None]:
-        descriptor: int = transport.get_extra_info("socket").fileno()
-        self._answering.add(descriptor)
+        self._answering[transport] = self._answering.get(transport, 0) + 1
         try:
             yield
         finally:
-            self._answering.discard(descriptor)
-            self._idle.pop(descriptor, None)
+            self._answering[transport] -= 1
+            if not transport.is_closing():
+                self._idle.pop(_descriptor_of(transport), None)
 
     async def _end_idle_ones(self) -> None:
         while True:
@@ -82,15 +107,19 @@ class Connections:
         """Some 2 ms for 1,000 connections."""
         there = dict(_open_sockets()) if self._ports else {}
         for descriptor in [*self._idle]:
-            if self._idle[descriptor][0] != there.get(descriptor):
+            if self._idle[descriptor].inode != there.get(descriptor):
                 del self._idle[descriptor]  # closed, or another one by now
+        self._answering = {one: count for one, count in self._answering.items() if count or not one.is_closing()}
+        transports = {_descriptor_of(one): one for one in self._answering if not one.is_closing()}
         for descriptor, inode in there.items():
-            if descriptor in self._answering:
+            transport, unread_bytes = transports.get(descriptor), _unread_bytes(descriptor)
+            if transport is not None and (self._answering[transport] or (not unread_bytes and _is_kept_alive(transport))):
+                self._idle.pop(descriptor, None)
                 continue
-            _, since_s = self._idle.setdefault(descriptor, (inode, now_s))
-            if now_s - since_s >= IDLE_TIMEOUT_S:
-                _end_if_accepted(descriptor, self._ports)
-                self._idle[descriptor] = inode, now_s  # if it is none of a client's it is looked at once more in a while
+            idle = self._idle.setdefault(descriptor, _Idle(inode, now_s, unread_bytes))
+            if idle.is_over(unread_bytes, now_s):
+                _end_if_accepted(descriptor, self._ports, reset=unread_bytes > 0)
+                self._idle[descriptor] = _Idle(inode, now_s, unread_bytes)  # if it is none of a client's it is looked at again
 
 
 class _Answer:
@@ -143,6 +172,24 @@ def _transport_of(receive: Any) -> asyncio.WriteTransport | None:
     return transport
 
 
+def _descriptor_of(transport: asyncio.WriteTransport) -> int:
+    """Of one that is not closing."""
+    descriptor: int = transport.get_extra_info("socket").fileno()
+    return descriptor
+
+
+def _is_kept_alive(transport: asyncio.WriteTransport) -> bool:
+    """Whether a whole answer was sent and nothing has come since: uvicorn's own timer runs, and stops at the next request's first byte."""
+    return getattr(transport.get_protocol(), "timeout_keep_alive_task", None) is not None
+
+
+def _unread_bytes(descriptor: int) -> int:
+    """What the operating system has of an answer and the client has not taken; 0 for what is no connection."""
+    with suppress(OSError):
+        return int(struct.unpack("i", fcntl.ioctl(descriptor, termios.TIOCOUTQ, b"\0" * 4))[0])
+    return 0
+
+
 def raise_descriptor_limit() -> None:
     """Each connection takes a file descriptor: allow as many as the operating system lets us have."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -178,11 +225,12 @@ def _prepare_listening_sockets() -> set[int]:
     return ports
 
 
-def _end_if_accepted(descriptor: int, ports: set[int]) -> None:
-    """End the connection, if it is one of a client's. The event loop then finds it closed."""
+def _end_if_accepted(descriptor: int, ports: set[int], *, reset: bool) -> None:
+    """End the connection, if it is one of a client's. The event loop then finds it closed. `reset`: what was not read is dropped."""
     with suppress(OSError), _opened(descriptor) as one:
         if one.family not in (socket.AF_INET, socket.AF_INET6) or one.getsockname()[1] not in ports:
             return
         if not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_WHEN_CLOSED)
+            if reset:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_WHEN_CLOSED)
             one.shutdown(socket.SHUT_RDWR)

@@ -24,6 +24,7 @@ from stable_diffusion import connections
 from stable_diffusion.connections import Connections
 
 PICTURE = bytes(range(256)) * 2**15  # 8 MiB, more than the operating system takes for a client that does not read
+TAIL = bytes(range(256)) * 2**10  # 256 KiB, which it takes whole
 
 
 @dataclass
@@ -37,6 +38,10 @@ class Worker:
     @property
     def connections(self) -> int:
         return len(self.server.server_state.connections)
+
+    @property
+    def descriptors(self) -> set[int]:
+        return {protocol.transport.get_extra_info("socket").fileno() for protocol in self.server.server_state.connections}
 
     def connect(self, *, read_buffer_bytes: int | None = None) -> socket.socket:
         client = socket.socket()
@@ -70,6 +75,9 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
     async def picture(request: Request) -> Response:
         return Response(PICTURE)
 
+    async def tail(request: Request) -> Response:
+        return Response(TAIL)
+
     async def slow(request: Request) -> Response:
         await asyncio.sleep(3)
         return Response(b"drawn")
@@ -85,9 +93,10 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
 
         return StreamingResponse(events())
 
-    routes = [Route("/picture", picture), Route("/slow", slow), Route("/endless", endless)]
+    routes = [Route("/picture", picture), Route("/tail", tail), Route("/slow", slow), Route("/endless", endless)]
     app = Starlette(routes=routes, middleware=[Middleware(Connections)])
     with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * len(TAIL))
         listening.bind(("127.0.0.1", 0))
         listening.listen(128)
         server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None))
@@ -179,6 +188,60 @@ def test_a_connection_with_a_request_now_and_then_is_not_idle(worker: Worker) ->
             client.sendall(b"HEAD /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
             assert client.recv(4096).startswith(b"HTTP/1.1 404")
             time.sleep(0.5)
+
+
+def test_an_answer_that_outlives_its_connection_takes_nothing_from_the_next_one_on_its_descriptor(
+    worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    with worker.connect() as first, socket.socket() as second:
+        first.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(1.5)
+        before = worker.descriptors
+        first.shutdown(socket.SHUT_RDWR)  # its descriptor stays taken, the server's does not
+        worker.seconds_until_connections(0)
+        second.settimeout(20)
+        second.connect(("127.0.0.1", worker.port))
+        second.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+        worker.seconds_until_connections(1)
+        assert worker.descriptors == before
+        assert second.recv(4096).startswith(b"HTTP/1.1 200")
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_pipelined_requests_are_all_answered(worker: Worker) -> None:
+    with worker.connect() as client:
+        client.sendall(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\nGET /slow HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert everything(client).endswith(b"drawn")
+
+
+def test_a_connection_that_is_kept_alive_is_left_to_uvicorn_until_half_a_request_comes(worker: Worker) -> None:
+    """A balancer keeps such connections for its next request."""
+    with worker.connect() as client:
+        for _ in range(2):
+            client.sendall(b"HEAD /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(4096).startswith(b"HTTP/1.1 404")
+            time.sleep(2.5)  # uvicorn waits for 5 s
+        client.sendall(b"HEAD /nothing HTTP/1.1\r\nHo")
+        assert 0.5 < worker.seconds_until_connections(0) < 4
+        assert everything(client) == b""
+
+
+def test_the_end_of_an_answer_is_waited_for_while_it_is_read(worker: Worker) -> None:
+    """The application is done with it, and the operating system has what is left."""
+    with worker.ask("/tail") as client:
+        received, began = b"", time.monotonic()
+        while not received.endswith(TAIL):
+            received += client.recv(4096)
+            time.sleep(0.03)
+        assert time.monotonic() - began > 1.5
+
+
+def test_the_end_of_an_answer_that_is_not_read_is_given_up(worker: Worker) -> None:
+    with worker.ask("/tail") as client:
+        worker.seconds_until_connections(1)
+        assert 0.5 < worker.seconds_until_connections(0) < 4
+        with pytest.raises(ConnectionResetError):
+            everything(client)
 
 
 def test_an_answer_to_a_request_whose_body_is_broken_is_no_defect(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
