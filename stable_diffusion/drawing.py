@@ -20,7 +20,7 @@ from stable_diffusion import request_log
 from stable_diffusion.answers import known_error
 from stable_diffusion.backend import Backend
 from stable_diffusion.engine.job import Picture, Progress, Task
-from stable_diffusion.errors import GenerationFailed, JobsUnavailable, ModelUnavailable, ServiceError, ShuttingDown
+from stable_diffusion.errors import GenerationFailed, InvalidRequest, JobsUnavailable, ModelUnavailable, ServiceError, ShuttingDown
 from stable_diffusion.jobs import JobRecord, Ticket
 from stable_diffusion.readiness import require_ready
 from stable_diffusion.runnable import TakenOn, pack_task, unpack_news
@@ -28,6 +28,7 @@ from stable_diffusion.runnable import TakenOn, pack_task, unpack_news
 logger = logging.getLogger("stable_diffusion")
 
 _LOOK_AGAIN_S = 0.1
+_TAKEN_ON_WITHIN_S = 30.0
 _TIME_TO_FETCH_S = 10.0
 _HELD_AGAIN_S = 20.0
 
@@ -55,10 +56,17 @@ async def begin(backend: Backend, task: Task, ticket: Ticket, *, follow: bool) -
 
     What is returned has what the model process says from then on; a picture comes last. Closing it cancels the job, if it is attended.
     """
+    if backend.unfinished.is_stopping:
+        raise ShuttingDown("the server is shutting down, try again in a minute")
+    if task.preview_every_steps and backend.policy() == "always":
+        raise InvalidRequest("this server checks every picture, so it sends no previews of what has not been checked")
     await require_ready(backend.runner)
     news = _logged_news_of(backend, task, ticket, follow=follow)
     try:
-        await anext(news)
+        # A model process that stops does not answer new connections, nor close them.
+        await asyncio.wait_for(anext(news), _TAKEN_ON_WITHIN_S)
+    except asyncio.TimeoutError:
+        raise ModelUnavailable("the model process does not answer, try again in a minute") from None
     except BaseException:
         await news.aclose()
         raise

@@ -114,7 +114,7 @@ class JobRecord:
 
     @property
     def error(self) -> ServiceError | None:
-        return error_of_type(self.outcome["type"], self.outcome["message"]) if self.state in ("failed", "cancelled") else None
+        return error_of_type(**self.outcome) if self.state in ("failed", "cancelled") else None
 
     def finished(self) -> Picture:
         """The picture of a completed job. Raises the job's error, PictureNotKept or PictureExpired."""
@@ -199,7 +199,7 @@ class Jobs:
                 "decoded_again": outcome.decoded_again,
             }
         else:
-            state, described = _state_of(outcome), {"type": outcome.type, "message": outcome.message}
+            state, described = _state_of(outcome), _described(outcome)
         now = time.time()
         with self._database() as database:
             database.execute(
@@ -241,8 +241,7 @@ class Jobs:
                     raise IdempotencyMismatch("Idempotency-Key: was used for another request", field="Idempotency-Key")
                 return str(known["job_id"])
             _fail(database, _UNCLAIMED, (time.time() - _HELD_FOR_S,))
-            (unfinished,) = database.execute("SELECT count(*) FROM jobs WHERE ended_at IS NULL AND unattended = 1").fetchone()
-            if unfinished >= MAX_UNATTENDED:
+            if (unfinished := _too_many_unattended(database, ticket.owner)) is not None:
                 (soonest,) = database.execute("SELECT min(seconds_left) FROM jobs WHERE ended_at IS NULL AND unattended = 1").fetchone()
                 raise TooManyJobs(
                     f"{unfinished} jobs with Prefer: respond-async or an Idempotency-Key are not finished, more are not accepted",
@@ -310,6 +309,16 @@ class Jobs:
         """The job's end, if it has none yet; a runner that draws it all the same stops."""
         with self._database() as database:
             _fail(database, "id = ?", (job_id,), error)
+            _forget(database, time.time())
+
+
+def _too_many_unattended(database: sqlite3.Connection, owner: str) -> int | None:
+    """How many are not finished, if no more are accepted of this owner: each has its share, up to twice as many in all."""
+    rows = database.execute("SELECT owner, count(*) FROM jobs WHERE ended_at IS NULL AND unattended = 1 GROUP BY owner").fetchall()
+    counts: dict[str, int] = {row[0]: row[1] for row in rows}
+    unfinished = sum(counts.values())
+    has_share_left = counts.get(owner, 0) < MAX_UNATTENDED / len(counts.keys() | {owner}) and unfinished < 2 * MAX_UNATTENDED
+    return None if unfinished < MAX_UNATTENDED or has_share_left else unfinished
 
 
 def fingerprint(task: Task, seed: int | None) -> str:
@@ -351,8 +360,12 @@ def _fail(database: sqlite3.Connection, which: str, values: tuple[object, ...], 
     database.execute(
         "UPDATE jobs SET state = ?, outcome = ?, ended_at = ?, cancel = 1, position = 0, seconds_left = 0, preview = NULL"
         f" WHERE {which} AND ended_at IS NULL",
-        (_state_of(error), json.dumps({"type": error.type, "message": error.message}), time.time(), *values),
+        (_state_of(error), json.dumps(_described(error)), time.time(), *values),
     )
+
+
+def _described(error: ServiceError) -> dict[str, Any]:
+    return {"type": error.type, "message": error.message, "retry_after_s": error.retry_after_s}
 
 
 def _state_of(error: ServiceError) -> State:

@@ -24,24 +24,29 @@ class Limits:
     stop_grace_s: float = MAX_TIMEOUT_S
 
 
+_DAY_S = 86_400.0
+# Each picture holds one of the 800 connections that BentoML lets an API worker have to the model process, above the limit twice as many.
+_MOST_PICTURES = 400.0
+# Of each field its variable, and the most that it may be.
 VARIABLES = {
-    "queue_s": "SD_MAX_QUEUE_S",
-    "queue_pictures": "SD_MAX_QUEUE_PICTURES",
-    "stuck_step_s": "SD_STUCK_STEP_S",
-    "stop_grace_s": "SD_STOP_GRACE_S",
+    "queue_s": ("SD_MAX_QUEUE_S", _DAY_S),
+    "queue_pictures": ("SD_MAX_QUEUE_PICTURES", _MOST_PICTURES),
+    "stuck_step_s": ("SD_STUCK_STEP_S", _DAY_S),
+    "stop_grace_s": ("SD_STOP_GRACE_S", _DAY_S),
 }
 
 
 def read_limits(environment: Mapping[str, str]) -> Limits:
     """Raises SettingError, which names the variable."""
-    return Limits(**{field: _positive(environment[name], name) for field, name in VARIABLES.items() if environment.get(name, "").strip()})
+    set_ones = {field: limits for field, limits in VARIABLES.items() if environment.get(limits[0], "").strip()}
+    return Limits(**{field: _positive(environment[name], name, most) for field, (name, most) in set_ones.items()})
 
 
-def _positive(text: str, name: str) -> float:
+def _positive(text: str, name: str, most: float) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not (0 < value < math.inf):
-        raise SettingError(f"{name} must be a number above 0, not {text[:60]!r}")
+    if not 0 < value <= most:
+        raise SettingError(f"{name} must be a number above 0, at most {most:.0f}, not {text[:60]!r}")
     return value

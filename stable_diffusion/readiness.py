@@ -27,12 +27,18 @@ async def require_ready(runner: bentoml.Runner) -> None:
     runners = await run_in_threadpool(living_runners)
     if _has_ready(runners) or await _answers_unknown(runner, runners):
         return
-    raise ModelLoading(f"the model process is not ready: {stage(runners)}")
+    raise ModelLoading(f"the model process is not ready: {stage_of(runners, ready=False)}")
 
 
-def stage(runners: list[RunnerState]) -> str:
-    """How far the first of them is."""
-    return max((runner.stage for runner in runners), key=STAGES.index, default=STAGES[0])
+NOT_ANSWERING = "not answering"
+
+
+def stage_of(runners: list[RunnerState], *, ready: bool) -> str:
+    """How far the first of them is; of one that says that it is ready and does not answer, that."""
+    if ready:
+        return "ready"
+    furthest = max((runner.stage for runner in runners), key=STAGES.index, default=STAGES[0])
+    return NOT_ANSWERING if furthest == "ready" else furthest
 
 
 def _has_ready(runners: list[RunnerState]) -> bool:

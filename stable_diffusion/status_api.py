@@ -20,7 +20,7 @@ from stable_diffusion import __version__, metrics
 from stable_diffusion.answers import answering_errors
 from stable_diffusion.backend import Backend
 from stable_diffusion.images import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MAX_UPLOAD_SIDE, MEDIA_TYPES
-from stable_diffusion.readiness import is_ready, stage
+from stable_diffusion.readiness import is_ready, stage_of
 from stable_diffusion.requests import MAX_IMAGES, MAX_PIXEL_STEPS, SCHEDULERS, ImageToImageRequest
 from stable_diffusion.runner_state import RunnerState, living_runners
 from stable_diffusion.safety import SafetyPolicy
@@ -66,7 +66,7 @@ def readiness_page(backend: Backend) -> ASGIApp:
 def _status(model: ModelFolder, runners: list[RunnerState], ready: bool) -> dict[str, Any]:
     return {
         "ready": ready,
-        "stage": "ready" if ready else stage(runners),
+        "stage": stage_of(runners, ready=ready),
         "model": {"name": model.name, "hash": model.hash, "is_demo": model.is_demo},
         "version": __version__,
         "runners": [_runner(runner) for runner in runners],

@@ -7,6 +7,7 @@ from typing import Any, get_args
 from stable_diffusion.engine.job import Kind
 from stable_diffusion.images import MEDIA_TYPES
 from stable_diffusion.requests import SCHEDULERS
+from stable_diffusion.readiness import NOT_ANSWERING
 from stable_diffusion.runner_state import STAGES
 from stable_diffusion.safety import SafetyPolicy
 
@@ -23,7 +24,7 @@ def _object(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
 _STATUS = _object(
     {
         "ready": {"type": "boolean", "description": "Whether a picture can be drawn now, as /readyz says."},
-        "stage": {**_TEXT, "enum": list(STAGES), "description": "Of the runner that is furthest."},
+        "stage": {**_TEXT, "enum": [*STAGES, NOT_ANSWERING], "description": "Of the runner that is furthest."},
         "model": _object({"name": _TEXT, "hash": _TEXT, "is_demo": {"type": "boolean"}}),
         "version": {**_TEXT, "description": "Of this service's API."},
         "runners": {

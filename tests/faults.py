@@ -1,4 +1,4 @@
-"""A denoiser on the demo model that fails as a task's prompt says, at a step that its seed chooses. Everything else is the real one's."""
+"""A denoiser on the demo model that fails as a task's prompts say, at a step that its seed chooses. Everything else is the real one's."""
 
 from __future__ import annotations
 
@@ -36,29 +36,30 @@ class FaultyDenoiser(Denoiser):
     _spoiled_with = 0.0
 
     def prepare(self, task: Task) -> Latents:
-        if RAISES_WHEN_PREPARED in task.prompt:
+        if RAISES_WHEN_PREPARED in _prompts(task):
             raise RuntimeError("on purpose")
         return super().prepare(task)
 
     def predict(self, jobs: Sequence[Job]) -> list[torch.Tensor]:
-        due = [job.task.prompt for job in jobs if _is_due(job)]
+        due = [_prompts(job.task) for job in jobs if _is_due(job)]
         if any(DEVICE_FAILS in prompt for prompt in due):
             raise torch.AcceleratorError("CUDA error: on purpose")
         if any(HANGS in prompt for prompt in due):
             time.sleep(_HANGS_S)
         if any(RAISES_IN_A_STEP in prompt for prompt in due):
             raise RuntimeError("on purpose")
-        if any(FITS_NEVER in job.task.prompt or (FITS_ALONE_ONLY in job.task.prompt and len(jobs) > 1) for job in jobs):
+        prompts = [_prompts(job.task) for job in jobs]
+        if any(FITS_NEVER in prompt or (FITS_ALONE_ONLY in prompt and len(jobs) > 1) for prompt in prompts):
             raise torch.OutOfMemoryError("on purpose")
         return super().predict(jobs)
 
     def advance(self, job: Job, predicted: torch.Tensor) -> None:
-        if TURNS_NAN in job.task.prompt and _is_due(job):
+        if TURNS_NAN in _prompts(job.task) and _is_due(job):
             predicted = torch.full_like(predicted, torch.nan)
         super().advance(job, predicted)
 
     def decode(self, job: Job) -> Picture:
-        prompt = job.task.prompt
+        prompt = _prompts(job.task)
         if RAISES_WHEN_DECODED in prompt:
             raise RuntimeError("on purpose")
         self._decodings_to_spoil = 2 if NEVER_DECODES in prompt else int(any(fault in prompt for fault in DECODED_AGAIN))
@@ -71,6 +72,10 @@ class FaultyDenoiser(Denoiser):
             return pixels
         self._decodings_to_spoil -= 1
         return torch.full_like(pixels, self._spoiled_with)
+
+
+def _prompts(task: Task) -> str:
+    return f"{task.prompt} {task.negative_prompt}"
 
 
 def _is_due(job: Job) -> bool:

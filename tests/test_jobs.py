@@ -149,6 +149,17 @@ def test_a_job_whose_worker_died_before_a_runner_got_it_fails_after_a_minute(job
     assert jobs.get("a1")[0].state == "failed"
 
 
+def test_an_owner_who_has_all_places_does_not_keep_others_out(jobs: Jobs) -> None:
+    for number in range(MAX_UNATTENDED):
+        jobs.accept(Ticket(f"{number}", "greedy", unattended=True), make_task(), None, "what")
+    with pytest.raises(TooManyJobs):
+        jobs.accept(Ticket("one more", "greedy", unattended=True), make_task(), None, "what")
+    for number in range(MAX_UNATTENDED // 2):
+        jobs.accept(Ticket(f"other {number}", "other", unattended=True), make_task(), None, "what")
+    with pytest.raises(TooManyJobs):
+        jobs.accept(Ticket("other one more", "other", unattended=True), make_task(), None, "what")
+
+
 def test_jobs_whose_worker_died_do_not_keep_their_places(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(MAX_UNATTENDED):
         jobs.accept(Ticket(f"job {number}", "somebody", unattended=True), make_task(), None, "")

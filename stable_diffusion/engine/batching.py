@@ -9,7 +9,6 @@ how much work its owner's share of the device gets to it. So ten pictures of one
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -136,10 +135,10 @@ class Batching(Generic[JobT]):
         # Sorting keeps the order in which equals came.
         for job in sorted(queue, key=lambda job: queue[job].turn + _STEPS_LATER * job.steps_left):
             owned.setdefault(job.owner, []).append(job)
-        return [job for _, job in heapq.merge(*(self._ranked(jobs, queue) for jobs in owned.values()), key=lambda ranked: ranked[0])]
+        return [job for _, job in heapq.merge(*(self._tagged(jobs, queue) for jobs in owned.values()), key=lambda tagged: tagged[0])]
 
-    def _ranked(self, jobs: list[JobT], queue: dict[JobT, _Arrival]) -> list[tuple[float, JobT]]:
-        """An owner's jobs in its own order, each with what it is compared by with those of others; that never falls.
+    def _tagged(self, jobs: list[JobT], queue: dict[JobT, _Arrival]) -> list[tuple[float, JobT]]:
+        """An owner's jobs in its own order, each with the tag by which it is compared with those of others.
 
         A short job that goes before those that have started takes the first of their tags: what an owner prefers costs nobody else.
         """
@@ -151,8 +150,7 @@ class Batching(Generic[JobT]):
                 tag = max(queue[job].tag, free_from)
                 free_from = tag + self._turns_of(job)
             tags.append(tag)
-        ranks = (tag + _STEPS_LATER * job.steps_left for tag, job in zip(sorted(tags), jobs, strict=True))
-        return list(zip(itertools.accumulate(ranks, max), jobs, strict=True))
+        return list(zip(sorted(tags), jobs, strict=True))
 
     def standings(self) -> Iterator[Standing[JobT]]:
         """Where each job stands, as things are now."""

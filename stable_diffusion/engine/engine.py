@@ -96,6 +96,7 @@ class Engine:
         self._load_error: BaseException | None = None
         self._stopping = False
         self._turn_seconds: float | None = None
+        self._between_steps_s = 0.0  # of turns that took no step, but decoded a picture
         # A second thread that used OpenMP would make every step twice as slow on a CPU, hence loading on this one too.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -192,17 +193,24 @@ class Engine:
             batch = self._prepared(jobs, cap)
             if batch:
                 self._step(batch)
-                self._note_turn(batch, time.perf_counter() - began)
+        self._note_turn(batch, time.perf_counter() - began)
         self._report_progress()
         self._tell(WorkloadRecord(self._workload.seconds()))
 
     def _watching(self, batch: list[Job]) -> AbstractContextManager[None]:
+        """While a picture is decoded and `batch` takes a step. Decoding is about as much work as a step or a few of its size."""
         if self._watchdog is None:
             return nullcontext()
-        return self._watchdog.watching(self._workload.step_seconds(batch[0].batch_key, len(batch)) if batch else 0.0)
+        decoding = [self._workload.step_seconds(job.batch_key, 1) for job in list(self._to_decode)[:1]]
+        stepping = [self._workload.step_seconds(job.batch_key, len(batch)) for job in batch[:1]]
+        return self._watchdog.watching(sum(decoding + stepping))
 
     def _note_turn(self, batch: list[Job], seconds: float) -> None:
         """Moving means: decoding and preparing others is part of what a step costs a job."""
+        if not batch:
+            self._between_steps_s += seconds
+            return
+        seconds, self._between_steps_s = seconds + self._between_steps_s, 0.0
         self._workload.note_step(batch[0].batch_key, len(batch), seconds)
         self._turn_seconds = seconds if self._turn_seconds is None else 0.8 * self._turn_seconds + 0.2 * seconds
         self._tell(TurnRecord(seconds))
@@ -293,38 +301,58 @@ class Engine:
                 self._to_decode.append(job)
 
     def _predict(self, batch: list[Job]) -> list[tuple[Job, torch.Tensor]]:
-        """One UNet call, or, where it fails, one for each half: a job that cannot be computed in the end fails alone."""
+        """One UNet call, or, where it fails, one for each half: a job that cannot be computed in the end fails alone.
+
+        One that does not fit into memory alone is tried once more, after what others have left there is freed.
+        """
         predictions: list[tuple[Job, torch.Tensor]] = []
         calls = deque([batch])
-        ran_out_of_memory = False
-        largest_call = 1
+        tried_again: set[Job] = set()
+        ran_out_together = False
+        largest_call = 0
         while calls:
             jobs = calls.popleft()
-            failure: Exception | None = None
-            try:
-                predicted = self._denoiser.predict(jobs)
-            except Exception as error:
-                failure = error
-            if failure is None:
+            predicted = self._call_unet(jobs)
+            if not isinstance(predicted, Exception):
                 largest_call = max(largest_call, len(jobs))
                 predictions += zip(jobs, predicted, strict=True)
-                if self._on_step is not None:
-                    self._on_step(StepRecord(tuple(job.number for job in jobs), sum(job.rows for job in jobs)))
-            elif len(jobs) == 1 or isinstance(failure, torch.AcceleratorError):
-                self._fail(jobs[0], failure)
-            else:
-                if _is_out_of_memory(failure):
-                    ran_out_of_memory = True
-                    self._tell(OutOfMemoryRecord())
-                    torch.cuda.empty_cache()  # does nothing without a GPU
-                half = len(jobs) // 2
+                continue
+            ran_out = _is_out_of_memory(predicted)
+            half = len(jobs) // 2
+            if half:
                 calls.extendleft((jobs[half:], jobs[:half]))
-        if ran_out_of_memory:
+                ran_out_together = ran_out_together or ran_out
+            elif ran_out and jobs[0] not in tried_again:
+                tried_again.add(jobs[0])
+                calls.appendleft(jobs)
+            else:
+                self._fail(jobs[0], predicted)
+                continue
+            if ran_out:
+                self._tell(OutOfMemoryRecord())
+        if ran_out_together and largest_call:
             height, width = key = batch[0].batch_key
             self._batching.lower_cap(key, largest_call)
             self._tell(CapRecord(width, height, self._batching.cap(key), len(batch)))
             logger.warning("Out of memory with %d jobs in a step: at most %d of this size from now on.", len(batch), largest_call)
         return predictions
+
+    def _call_unet(self, jobs: list[Job]) -> list[torch.Tensor] | Exception:
+        """The jobs' predictions, or what went wrong. Raises an error of the device, after which nothing can be computed for anybody."""
+        try:
+            predicted = self._denoiser.predict(jobs)
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            failure = error
+        else:
+            if self._on_step is not None:
+                self._on_step(StepRecord(tuple(job.number for job in jobs), sum(job.rows for job in jobs)))
+            return predicted
+        if _is_out_of_memory(failure):
+            failure.__traceback__ = None  # it holds what the call had computed so far
+            torch.cuda.empty_cache()  # does nothing without a GPU
+        return failure
 
     def _decode(self, job: Job) -> None:
         try:
@@ -381,6 +409,7 @@ class Engine:
     def _fail_all(self, error: ServiceError) -> None:
         for job in [*self._to_decode, *self._batching]:
             self._end(job, error, "failed")
+        self._tell(WorkloadRecord(self._workload.seconds()))
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -16,7 +16,9 @@ from stable_diffusion.errors import DeadlineExceeded, QueueFull
 
 Size = tuple[int, int]  # height and width in pixels: a batch key
 
-_WEIGHT_OF_THE_LAST = 0.2  # in the moving means
+# In the moving means. Some turns wait for a GPU that was given the steps of many: single ones say little.
+_WEIGHT_OF_THE_LAST = 0.05
+_MOST_SIZES = 64
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class StepTimes:
         self._measured: dict[Size, dict[int, float]] = {}
 
     def note(self, size: Size, jobs: int, seconds: float) -> None:
+        if size not in self._measured and len(self._measured) == _MOST_SIZES:
+            del self._measured[list(self._measured)[1]]  # the first is the native size
         measured = self._measured.setdefault(size, {})
         last = measured.get(jobs)
         measured[jobs] = seconds if last is None else last + _WEIGHT_OF_THE_LAST * (seconds - last)
@@ -50,11 +54,14 @@ class StepTimes:
         """Of a number that was not measured, as if sharing gained nothing; of a size that was not, by its pixels; 0 if nothing was."""
         if not self._measured:
             return 0.0
-        pixels = size[0] * size[1]
-        nearest = min(self._measured, key=lambda known: abs(math.log(known[0] * known[1] / pixels)))
+        nearest = size if size in self._measured else self._nearest(size)
         measured = self._measured[nearest]
         count = min(measured, key=lambda known: abs(known - jobs))
-        return measured[count] * max(1.0, jobs / count) * (pixels / (nearest[0] * nearest[1]))
+        return measured[count] * (jobs / count) * (size[0] * size[1] / (nearest[0] * nearest[1]))
+
+    def _nearest(self, size: Size) -> Size:
+        pixels = size[0] * size[1]
+        return min(self._measured, key=lambda known: abs(math.log(known[0] * known[1] / pixels)))
 
 
 class Workload:
@@ -128,7 +135,10 @@ class Workload:
         """Owners share the device: before a job is done, each of the others has had at most what its own owner has."""
         if not self._times.is_known(job.batch_key):
             return
-        own = seconds[job.owner] + job.steps_left * self._share_of_a_step(job.batch_key)
+        share_s = self._share_of_a_step(job.batch_key)
+        # An owner's longer jobs do not go before it.
+        before = [other for other in self._jobs if other.owner == job.owner and other.steps_left <= job.steps_left]
+        own = job.steps_left * share_s + sum(other.steps_left * self._share_of_a_step(other.batch_key) for other in before)
         shared = own + sum(min(other, own) for owner, other in seconds.items() if owner != job.owner)
         alone = job.steps_left * self._times.seconds(job.batch_key, 1)
         expected_s = max(alone, shared)

@@ -152,6 +152,38 @@ def test_two_owners_with_endless_queues_get_the_same_number_of_steps_though_one_
     assert abs(taken["many"] - taken["few"]) <= 100, taken
 
 
+@pytest.mark.parametrize(("cap", "steps", "every"), [(1, 20, 20), (4, 20, 5), (10, 30, 3), (1, 4, 4)])
+@pytest.mark.parametrize("owners", [1, 5, 20, 10**6])
+def test_a_long_job_is_finished_however_many_owners_keep_coming_with_shorter_ones(cap: int, steps: int, every: int, owners: int) -> None:
+    batching: Batching[Counting] = Batching(cap)
+    long = Counting(50, owner="long")
+    batching.add(long)
+    turns = 0
+    while long.steps_left:
+        if turns % every == 0:
+            batching.add(Counting(steps, owner=f"{turns // every % owners}"))
+        take_a_step(batching)
+        turns += 1
+        assert turns < 400
+
+
+@pytest.mark.parametrize(("cap", "theirs", "mine", "most"), [(1, 10, 50, 110), (1, 50, 150, 310), (4, 20, 50, 60), (1, 4, 150, 310)])
+def test_ten_shorter_pictures_of_one_owner_delay_a_longer_one_by_no_more_than_its_own_share(
+    cap: int, theirs: int, mine: int, most: int
+) -> None:
+    batching: Batching[Counting] = Batching(cap)
+    for _ in range(200 // theirs * 10):
+        batching.add(Counting(theirs, owner="many"))
+    take_a_step(batching)
+    one = Counting(mine, owner="one")
+    batching.add(one)
+    turns = 0
+    while one.steps_left:
+        take_a_step(batching)
+        turns += 1
+    assert turns <= most
+
+
 def test_an_owner_who_comes_back_has_no_debt_and_no_credit() -> None:
     batching: Batching[Counting] = Batching(1)
     for _ in range(3):

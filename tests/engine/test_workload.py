@@ -129,6 +129,25 @@ def test_a_deadline_counts_the_work_of_others_as_far_as_it_is_done_before() -> N
         full.take(job("many"), 50)
 
 
+def test_a_short_picture_is_not_refused_for_the_owners_long_ones_which_it_goes_before() -> None:
+    full = workload()
+    for _ in range(10):
+        full.take(job("somebody", 50), 3600)
+    full.take(job("somebody", 4), 2)
+    with pytest.raises(DeadlineExceeded, match=r"about 55\.4 s"):
+        full.take(job("somebody", 50), 20)
+
+
+def test_of_many_sizes_the_native_one_and_the_last_are_remembered() -> None:
+    times = StepTimes()
+    for side in range(64, 64 + 8 * 100, 8):
+        times.note((side, 64), 1, side / 64)
+    assert times.is_known((64, 64))
+    assert times.is_known((64 + 8 * 99, 64))
+    assert not times.is_known((72, 64))
+    assert times.seconds((72, 64), 1) == pytest.approx(72 / 64)
+
+
 def test_nobody_is_refused_for_a_size_of_which_no_step_was_measured() -> None:
     workload().take(job(side=1024), 0.1)
 
@@ -147,7 +166,9 @@ def test_a_step_of_second_order_counts_twice() -> None:
         ((64, 64), 4, 0.2),
         ((64, 64), 8, 0.4),
         ((128, 128), 1, 0.4),
-        ((512, 512), 2, 12.0),
+        ((64, 64), 3, 0.15),
+        ((512, 512), 2, 10.5),
+        ((512, 512), 1, 5.25),
     ],
 )
 def test_what_was_not_measured_is_taken_from_the_nearest_that_was(size: Size, jobs: int, expected: float) -> None:

@@ -233,13 +233,16 @@ async def _failing(load: Load, client: httpx.AsyncClient, chance: random.Random)
 
 
 async def _contained(load: Load, client: httpx.AsyncClient, chance: random.Random) -> str:
-    fault = chance.choice(faults.CONTAINED)
-    width = 72 if fault == faults.FITS_ALONE_ONLY else 64
-    path, arguments = _request("txt2img", chance.randrange(100), prompt=f"{PROMPT} {fault}", width=width)
+    """The fault stands in the negative prompt, which makes no difference to a picture without guidance."""
+    fault, seed = chance.choice(faults.CONTAINED), chance.choice(SEEDS)
+    lowers_the_cap = fault == faults.FITS_ALONE_ONLY
+    path, arguments = _request("unguided", seed, negative_prompt=fault, width=72 if lowers_the_cap else 64)
     response = await client.post(path, **arguments)
     if response.status_code != 200:
         return _error_of(response)
-    return "picture" if (response.headers.get("decoded_again") == "float32") == (fault in faults.DECODED_AGAIN) else "not said"
+    if (response.headers.get("decoded_again") == "float32") != (fault in faults.DECODED_AGAIN):
+        return "not said"
+    return "picture" if lowers_the_cap else load.require_same("unguided", seed, response.content)
 
 
 async def _wrong(load: Load, client: httpx.AsyncClient, chance: random.Random) -> str:
@@ -248,9 +251,13 @@ async def _wrong(load: Load, client: httpx.AsyncClient, chance: random.Random) -
 
 
 async def _hurried(load: Load, client: httpx.AsyncClient, chance: random.Random) -> str:
-    path, arguments = _request("txt2img", 0, num_inference_steps=150)
+    """Of a size that was drawn before it is refused at once, of most others dropped later."""
+    sides = {side: chance.randrange(64, 136, 8) for side in ("width", "height")}
+    path, arguments = _request("txt2img", 0, num_inference_steps=150, **sides)
     response = await client.post(path, headers={"Request-Timeout": f"{0.05 + chance.random():.3f}"}, **arguments)
-    return "picture" if response.status_code == 200 else _error_of(response)
+    if response.status_code == 200:
+        return "picture"
+    return "dropped" if "was not finished" in response.text else _error_of(response)
 
 
 _KINDS: dict[str, Callable[[Load, httpx.AsyncClient, random.Random], Awaitable[str]]] = {
@@ -278,6 +285,6 @@ _ALLOWED: dict[str, set[str]] = {
     "failing": {"generation_failed"},
     "contained": _PICTURE,
     "wrong": {"invalid_request"},
-    "hurried": {"deadline_exceeded"},
+    "hurried": {"deadline_exceeded", "dropped"},
 }
 SOUND_KINDS = ("plain", "events", "openai", "a1111", "unattended")

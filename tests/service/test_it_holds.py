@@ -114,9 +114,9 @@ def test_hundreds_of_requests_with_faults_at_random_moments_are_each_answered_as
     print(load.summary())
     require_nothing_left(server)
     after = sums(server)
-    ended = after["stable_diffusion_images_total"] - before["stable_diffusion_images_total"]
-    started = after["stable_diffusion_queue_wait_seconds_count"] - before["stable_diffusion_queue_wait_seconds_count"]
-    assert ended >= started > 100
+    drawn = sum(entry.answered == "picture" for entry in load.entries)
+    assert after["stable_diffusion_images_total"] - before["stable_diffusion_images_total"] >= drawn > 50
+    assert {"deadline_exceeded", "dropped"} <= {entry.answered for entry in load.entries}
     assert after["stable_diffusion_decoded_again_total"] > before["stable_diffusion_decoded_again_total"]
     assert len({entry.asked for entry in load.entries}) == 11
 

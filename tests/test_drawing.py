@@ -1,0 +1,117 @@
+"""From an API worker to the model process: what is not taken on, and when it is given up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import stable_diffusion.drawing
+from stable_diffusion.backend import Backend
+from stable_diffusion.draining import Unfinished
+from stable_diffusion.drawing import begin, draw_unattended
+from stable_diffusion.engine.job import Task
+from stable_diffusion.errors import InvalidRequest, ModelLoading, ModelUnavailable, QueueFull, ServiceError, ShuttingDown
+from stable_diffusion.jobs import Jobs, Ticket
+from stable_diffusion.runnable import pack_outcome, pack_taken_on
+from stable_diffusion.runner_state import RunnerState
+from stable_diffusion.shared_folder import shared_folder
+from stable_diffusion.weights import DEMO_FOLDER, check_model
+from tests.conftest import make_task
+
+TICKET = Ticket("a1", "somebody")
+Lines = Callable[[dict[str, Any]], AsyncGenerator[str, None]]
+
+
+@pytest.fixture(autouse=True)
+def _ready_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SD_SHARED_FOLDER", str(tmp_path / "shared"))
+    RunnerState(1, "fp32", "demo").enter("ready")
+
+
+def backend_of(lines: Lines, policy: Any = "default-on", grace_s: float = 60) -> Backend:
+    runner = SimpleNamespace(draw=SimpleNamespace(async_stream=lines))
+    return Backend(runner, lambda: check_model(DEMO_FOLDER), lambda: policy, Jobs(shared_folder), Unfinished(grace_s))
+
+
+async def never_answers(_: dict[str, Any]) -> AsyncGenerator[str, None]:
+    await asyncio.sleep(60)
+    yield ""
+
+
+async def draws_for_ever(_: dict[str, Any]) -> AsyncGenerator[str, None]:
+    yield pack_taken_on()
+    await asyncio.sleep(60)
+
+
+async def full(_: dict[str, Any]) -> AsyncGenerator[str, None]:
+    yield pack_outcome(QueueFull("200 pictures are waiting", retry_after_s=7))
+
+
+def error_of(backend: Backend, task: Task, *, stopping: bool = False) -> ServiceError:
+    async def to_its_end() -> None:
+        if stopping:
+            backend.unfinished._stop = lambda: None
+        async for _ in await begin(backend, task, TICKET, follow=False):
+            pass
+
+    with pytest.raises(ServiceError) as caught:
+        asyncio.run(to_its_end())
+    return caught.value
+
+
+def test_a_request_that_was_read_while_the_server_began_to_stop_is_not_handed_to_a_model_process_that_stops_too() -> None:
+    assert isinstance(error_of(backend_of(never_answers), make_task(), stopping=True), ShuttingDown)
+
+
+def test_a_model_process_that_does_not_take_a_task_on_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stable_diffusion.drawing, "_TAKEN_ON_WITHIN_S", 0.1)
+    error = error_of(backend_of(never_answers), make_task())
+    assert isinstance(error, ModelUnavailable)
+    assert error.message.startswith("the model process does not answer")
+
+
+def test_while_the_model_loads_the_error_says_how_far_it_is() -> None:
+    RunnerState(1, "fp32", "demo").enter("loading weights")
+    error = error_of(backend_of(never_answers), make_task())
+    assert isinstance(error, ModelLoading)
+    assert error.message == "the model process is not ready: loading weights"
+
+
+def test_what_is_not_finished_when_the_grace_period_is_over_is_told() -> None:
+    async def stop_and_wait() -> None:
+        backend = backend_of(draws_for_ever, grace_s=0.1)
+        with backend.unfinished.piece_of_work():
+            news = await begin(backend, make_task(), TICKET, follow=False)
+            backend.unfinished.stop_when_done(lambda: None)
+            async for _ in news:
+                pass
+
+    with pytest.raises(ShuttingDown):
+        asyncio.run(asyncio.wait_for(stop_and_wait(), 5))
+
+
+def test_a_server_that_checks_every_picture_shows_none_before_that() -> None:
+    task = make_task(preview_every_steps=1)
+    assert isinstance(error_of(backend_of(full, policy="always"), task), InvalidRequest)
+    assert isinstance(error_of(backend_of(full, policy="default-on"), task), QueueFull)
+
+
+def test_an_unattended_job_that_is_not_taken_on_is_refused_at_once_and_its_record_says_when_to_try_again() -> None:
+    async def ask() -> Backend:
+        backend = backend_of(full)
+        ticket = Ticket("b2", "somebody", unattended=True)
+        backend.jobs.accept(ticket, make_task(), None, "what")
+        with pytest.raises(QueueFull):
+            await draw_unattended(backend, make_task(), ticket)
+        while not backend.jobs.get("b2")[0].is_ended:
+            await asyncio.sleep(0.01)
+        return backend
+
+    error = asyncio.run(ask()).jobs.get("b2")[0].error
+    assert isinstance(error, QueueFull)
+    assert error.retry_after_s == 7
