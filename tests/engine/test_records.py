@@ -148,6 +148,23 @@ def test_out_of_memory_is_told_with_the_cap_that_follows_and_costs_no_picture_th
     assert counted.of(CapRecord) == [CapRecord(64, 64, 2, 4)]
 
 
+def test_a_picture_that_fits_once_memory_is_freed_is_drawn_and_the_cap_stays() -> None:
+    steps = CountingSteps()
+    calls: list[int] = []
+
+    def first_one_fails() -> None:
+        calls.append(1)
+        steps.jobs_that_fit = 0 if len(calls) == 1 else 100
+
+    steps.at_call = first_one_fails
+    counted = Counted(steps)
+    counted.submit()
+    counted.finish(1)
+    assert counted.endings() == [("txt2img", "completed")]
+    assert len(counted.of(OutOfMemoryRecord)) == 1
+    assert counted.of(CapRecord) == []
+
+
 def test_a_picture_that_does_not_fit_even_alone_ends_out_of_memory() -> None:
     steps = CountingSteps()
     steps.jobs_that_fit = 0
@@ -155,4 +172,4 @@ def test_a_picture_that_does_not_fit_even_alone_ends_out_of_memory() -> None:
     counted.submit()
     counted.finish(1)
     assert counted.endings() == [("txt2img", "out_of_memory")]
-    assert len(counted.of(OutOfMemoryRecord)) == 1
+    assert len(counted.of(OutOfMemoryRecord)) == 2, "it was tried once more"
