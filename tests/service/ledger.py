@@ -215,12 +215,10 @@ async def _leaving(load: Load, client: httpx.AsyncClient, chance: random.Random)
     path, arguments = _request(chance.choice(tuple(SOUND)), 0, num_inference_steps=100)
     accept = chance.choice(("image/png", "text/event-stream"))
     try:
-        async with asyncio.timeout(0.05 + chance.random() * 0.4):
-            async with client.stream("POST", path, headers={"Accept": accept}, **arguments) as response:
-                await response.aread()
-                return "picture" if response.status_code == 200 else _error_of(response)
-    except TimeoutError:
+        response = await asyncio.wait_for(client.post(path, headers={"Accept": accept}, **arguments), 0.05 + chance.random() * 0.4)
+    except asyncio.TimeoutError:
         return "left"
+    return "picture" if response.status_code == 200 else _error_of(response)
 
 
 async def _failing(load: Load, client: httpx.AsyncClient, chance: random.Random) -> str:
