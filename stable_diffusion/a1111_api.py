@@ -39,35 +39,34 @@ from stable_diffusion.backend import Backend
 from stable_diffusion.drawing import draw_all
 from stable_diffusion.engine.job import Task
 from stable_diffusion.errors import NotFound
-from stable_diffusion.reading import MAX_JSON_BYTES, json_content, owner_of, read_json_body, ticket_of, while_connected
+from stable_diffusion.reading import MAX_JSON_BYTES, counted, json_content, owner_of, read_json_body, ticket_of, while_connected
 from stable_diffusion.requests import parse_json
 from stable_diffusion.safety import SafetyPolicy
 from stable_diffusion.tasks import image_task, several, text_task
+from stable_diffusion.uploads import UNCOUNTED_BYTES
 from stable_diffusion.weights import ModelFolder
 
 # A picture and a mask in base64 with line breaks, and everything else.
 _MAX_PICTURES_BYTES = 2 * images.MAX_UPLOAD_BYTES * 3 // 2 + MAX_JSON_BYTES
+_MAX_OPTIONS_BYTES = UNCOUNTED_BYTES
 
 
 def routes(backend: Backend) -> list[Route]:
     async def txt2img(request: Request) -> Response:
-        asked = read_text_to_image(await read_json_body(request, max_names=MAX_NAMES))
+        with counted(request, backend.uploads) as uploading:
+            asked = read_text_to_image(await read_json_body(uploading, max_names=MAX_NAMES))
         model = backend.model()
         await run_in_threadpool(_require_served, asked.body.override_settings, model)
         return await _answer(request, backend, asked.body, text_task(asked.parameters, model, backend.policy()), asked.count)
 
     async def img2img(request: Request) -> Response:
-        # Nothing here keeps the content while the pictures are drawn.
-        reading = partial(_read_image_task, await json_content(request, _MAX_PICTURES_BYTES), backend.model(), backend.policy())
-        body, task, count = await backend.decode(reading)
-        del reading
-        return await _answer(request, backend, body, task, count)
+        return await _answer(request, backend, *await _read_image_tasks(request, backend))
 
     async def options(request: Request) -> Response:
         return json_response(options_answer(backend.model()))
 
     async def set_options(request: Request) -> Response:
-        asked = read_options(await read_json_body(request, max_names=MAX_NAMES))
+        asked = read_options(await read_json_body(request, max_bytes=_MAX_OPTIONS_BYTES, max_names=MAX_NAMES))
         await run_in_threadpool(_require_served, asked, backend.model())
         return json_response(None)
 
@@ -107,6 +106,13 @@ async def _answer(request: Request, backend: Backend, body: GenerationBody, task
     tasks = several(task, count)
     pictures = await while_connected(request, draw_all(backend, tasks, ticket_of(request)))
     return await run_in_threadpool(lambda: json_response(pictures_answer(body, tasks, pictures, backend.model())))
+
+
+async def _read_image_tasks(request: Request, backend: Backend) -> tuple[GenerationBody, Task, int]:
+    """What was uploaded ends with this call: nothing keeps it while the pictures wait and are drawn."""
+    with counted(request, backend.uploads) as uploading:
+        content = await json_content(uploading, _MAX_PICTURES_BYTES)
+        return await backend.decode(partial(_read_image_task, content, backend.model(), backend.policy()))
 
 
 def _read_image_task(content: bytes, model: ModelFolder, policy: SafetyPolicy) -> tuple[GenerationBody, Task, int]:

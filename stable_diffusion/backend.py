@@ -1,4 +1,4 @@
-"""What every door needs to have something drawn: the runner, which model it has, where jobs stand.
+"""What every door needs to have something drawn: the runner, which model it has, where jobs stand, what is uploaded.
 
 Knows nothing of HTTP.
 """
@@ -16,6 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from stable_diffusion.draining import Unfinished
 from stable_diffusion.jobs import Jobs
 from stable_diffusion.safety import SafetyPolicy
+from stable_diffusion.uploads import Uploads
 from stable_diffusion.weights import ModelFolder
 
 _MAX_DECODES = 2  # at once in a worker: a picture of the largest size takes some 300 MB while it is decoded
@@ -32,6 +33,7 @@ class Backend:
     policy: Callable[[], SafetyPolicy]
     jobs: Jobs
     unfinished: Unfinished
+    uploads: Uploads = field(default_factory=Uploads)
     _decoding: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_MAX_DECODES))
 
     async def decode(self, work: Callable[[], T]) -> T:

@@ -25,7 +25,7 @@ from stable_diffusion.drawing import News, begin, draw_all
 from stable_diffusion.engine.job import Picture, Progress, Task
 from stable_diffusion.errors import InvalidRequest, ModelNotFound, ServiceError
 from stable_diffusion.openai_requests import OpenaiParameters, parse_edit, parse_generation, read_texts
-from stable_diffusion.reading import file_part, opened_form, read_json_body, ticket_of, while_connected
+from stable_diffusion.reading import counted, file_part, opened_form, read_json_body, ticket_of, while_connected
 from stable_diffusion.tasks import image_task, several, text_task
 from stable_diffusion.weights import ModelFolder
 
@@ -37,21 +37,13 @@ Event = Literal["image_generation", "image_edit"]
 
 def routes(backend: Backend) -> list[Route]:
     async def generations(request: Request) -> Response:
-        own, parameters = parse_generation(await read_json_body(request))
+        with counted(request, backend.uploads) as uploading:
+            own, parameters = parse_generation(await read_json_body(uploading))
         model = _served(backend, own)
         return await _answer(request, backend, "image_generation", text_task(parameters, model, backend.policy()), own)
 
     async def edits(request: Request) -> Response:
-        texts, content, mask_content = await _read_edit(request)
-        own, parameters = parse_edit(read_texts(texts))
-        model = _served(backend, own)
-
-        def decoded() -> Task:
-            picture = images.read_picture(content, "image")
-            mask = None if mask_content is None else _mask_for(picture, mask_content)
-            return image_task(parameters, model, backend.policy(), picture, mask)
-
-        return await _answer(request, backend, "image_edit", await backend.decode(decoded), own)
+        return await _answer(request, backend, "image_edit", *await _read_edit_task(request, backend))
 
     async def models(request: Request) -> Response:
         model = backend.model()
@@ -64,6 +56,21 @@ def routes(backend: Backend) -> list[Route]:
         Route("/v1/images/edits", answering_errors(edits, error_answer), methods=["POST"]),
         Route("/v1/models", answering_errors(models, error_answer), methods=["GET"]),
     ]
+
+
+async def _read_edit_task(request: Request, backend: Backend) -> tuple[Task, OpenaiParameters]:
+    """What was uploaded ends with this call: nothing keeps it while the pictures wait and are drawn."""
+    with counted(request, backend.uploads) as uploading:
+        texts, content, mask_content = await _read_edit(uploading)
+        own, parameters = parse_edit(read_texts(texts))
+        model = _served(backend, own)
+
+        def decoded() -> Task:
+            picture = images.read_picture(content, "image")
+            mask = None if mask_content is None else _mask_for(picture, mask_content)
+            return image_task(parameters, model, backend.policy(), picture, mask)
+
+        return await backend.decode(decoded), own
 
 
 async def _read_edit(request: Request) -> tuple[dict[str, str], bytes, bytes | None]:

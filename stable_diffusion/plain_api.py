@@ -31,6 +31,7 @@ from stable_diffusion.jobs import Ticket, fingerprint
 from stable_diffusion.jobs_api import accepted_answer, awaited_picture, events_of
 from stable_diffusion.reading import (
     accepted_types,
+    counted,
     idempotency_key,
     prefers_no_waiting,
     read_form,
@@ -39,31 +40,38 @@ from stable_diffusion.reading import (
     ticket_of,
     while_connected,
 )
-from stable_diffusion.requests import GenerationRequest, parse_text_to_image
+from stable_diffusion.requests import GenerationRequest, ImageToImageRequest, parse_text_to_image
 from stable_diffusion.tasks import image_task, text_task
 
 
 def routes(backend: Backend) -> list[Route]:
     async def txt2img(request: Request) -> Response:
-        parameters = parse_text_to_image(await read_json_body(request))
+        with counted(request, backend.uploads) as uploading:
+            parameters = parse_text_to_image(await read_json_body(uploading))
         return await answer(request, backend, text_task(parameters, backend.model(), backend.policy()), parameters)
 
     async def img2img(request: Request) -> Response:
-        parameters, files = await read_form(request, "img")
-        model, policy = backend.model(), backend.policy()
-        task = await backend.decode(lambda: image_task(parameters, model, policy, images.read_picture(files["img"], "img")))
-        return await answer(request, backend, task, parameters)
+        return await answer(request, backend, *await _read_image_task(request, backend, "img"))
 
     async def inpaint(request: Request) -> Response:
-        parameters, files = await read_form(request, "img", "mask")
-        model, policy = backend.model(), backend.policy()
-        task = await backend.decode(
-            lambda: image_task(parameters, model, policy, images.read_picture(files["img"], "img"), images.read_mask(files["mask"], "mask"))
-        )
-        return await answer(request, backend, task, parameters)
+        return await answer(request, backend, *await _read_image_task(request, backend, "img", "mask"))
 
     endpoints = {"/txt2img": txt2img, "/img2img": img2img, "/inpaint": inpaint}
     return [Route(path, answering_errors(endpoint), methods=["POST"]) for path, endpoint in endpoints.items()]
+
+
+async def _read_image_task(request: Request, backend: Backend, *names: str) -> tuple[Task, ImageToImageRequest]:
+    """What was uploaded ends with this call: nothing keeps it while the picture waits and is drawn."""
+    with counted(request, backend.uploads) as uploading:
+        parameters, files = await read_form(uploading, *names)
+        model, policy = backend.model(), backend.policy()
+
+        def decoded() -> Task:
+            picture = images.read_picture(files["img"], "img")
+            mask = images.read_mask(files["mask"], "mask") if "mask" in files else None
+            return image_task(parameters, model, policy, picture, mask)
+
+        return await backend.decode(decoded), parameters
 
 
 Remarks = Callable[[Picture], dict[str, Any]]

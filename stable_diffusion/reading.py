@@ -9,8 +9,8 @@ import asyncio
 import hashlib
 import re
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -35,6 +35,7 @@ from stable_diffusion.requests import (
     parse_json,
     parse_reproduction,
 )
+from stable_diffusion.uploads import Uploads
 
 MAX_JSON_BYTES = 2**20
 TIMEOUT_HEADER = "Request-Timeout"  # seconds
@@ -100,6 +101,23 @@ def require_content_type(request: Request, expected: str) -> None:
     if content_type != expected:
         given = f"not {content_type[:60]}" if content_type else "it is missing"
         raise UnsupportedMediaType(f"Content-Type must be {expected}, {given}", field="Content-Type")
+
+
+@contextmanager
+def counted(request: Request, uploads: Uploads) -> Iterator[Request]:
+    """The same request, whose body counts among `uploads` until the block ends, which is to be when it is decoded.
+
+    Reading it raises QueueFull where there is no room.
+    """
+    declared = request.headers.get("content-length", "")
+    with uploads.of(owner_of(request), int(declared) if declared.isdigit() else 0) as count:
+
+        async def receive() -> Message:
+            message = await request.receive()
+            count(len(message.get("body", b"")))
+            return message
+
+        yield Request(request.scope, receive)
 
 
 def limited(request: Request, max_bytes: int) -> Request:

@@ -5,6 +5,8 @@ Answers like the plain endpoints.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -18,7 +20,7 @@ from stable_diffusion.backend import Backend
 from stable_diffusion.engine.job import Kind, Picture, Task
 from stable_diffusion.errors import InvalidRequest
 from stable_diffusion.plain_api import answer
-from stable_diffusion.reading import read_reproduction_form
+from stable_diffusion.reading import counted, read_reproduction_form
 from stable_diffusion.reproduction import Reproduction, differs_in_computing, differs_in_input, has_its_mask, reproduction_of
 from stable_diffusion.requests import (
     ImageToImageRequest,
@@ -36,29 +38,49 @@ _INPUTS: dict[Kind, tuple[str, ...]] = {"txt2img": (), "img2img": ("img",), "inp
 
 def routes(backend: Backend) -> list[Route]:
     async def reproduce(request: Request) -> Response:
-        wishes, files = await read_reproduction_form(request)
-        model, policy = backend.model(), backend.policy()
-        reproduction = await run_in_threadpool(_read, files["picture"], model)
-        parameters = _parameters(reproduction, wishes)
-        missing = _missing(reproduction.kind, files)
-        if wishes.dry_run and missing:
-            return _description(reproduction, missing, reproduction.differs)
-        if missing:
-            raise _missing_input(missing[0], reproduction.kind)
-        task = await backend.decode(lambda: _task(parameters, model, policy, files, reproduction.infotext))
+        asked = await _read_request(request, backend)
+        reproduction, task = asked.reproduction, asked.task
+        if task is None:
+            return _description(reproduction, asked.missing, reproduction.differs)
         differs = [*reproduction.differs, *differs_in_input(reproduction.infotext, task)]
-        if wishes.dry_run:
+        if asked.dry_run:
             return _description(reproduction, [], differs)
 
         def remarks(picture: Picture) -> dict[str, Any]:
             return {"differs": _as_text([*differs, *differs_in_computing(reproduction.infotext, picture)])}
 
-        answered = await answer(request, backend, task, parameters, remarks)
+        answered = await answer(request, backend, task, asked.parameters, remarks)
         # Of a picture that is kept for later, and of a stream, what is known now.
         answered.headers.setdefault("differs", as_headers({"differs": _as_text(differs)})["differs"])
         return answered
 
     return [Route("/reproduce", answering_errors(reproduce), methods=["POST"])]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """`task` is None where inputs are `missing`, which only a dry run may have."""
+
+    reproduction: Reproduction
+    parameters: TextToImageRequest | ImageToImageRequest
+    missing: list[str]
+    task: Task | None
+    dry_run: bool
+
+
+async def _read_request(request: Request, backend: Backend) -> _Asked:
+    """What was uploaded ends with this call: nothing keeps it while the picture waits and is drawn."""
+    with counted(request, backend.uploads) as uploading:
+        wishes, files = await read_reproduction_form(uploading)
+        model, policy = backend.model(), backend.policy()
+        reproduction = await run_in_threadpool(_read, files["picture"], model)
+        parameters = _parameters(reproduction, wishes)
+        missing = _missing(reproduction.kind, files)
+        if missing and not wishes.dry_run:
+            raise _missing_input(missing[0], reproduction.kind)
+        decoded = partial(_task, parameters, model, policy, files, reproduction.infotext)
+        task = None if missing else await backend.decode(decoded)
+        return _Asked(reproduction, parameters, missing, task, wishes.dry_run)
 
 
 def _read(content: bytes, model: ModelFolder) -> Reproduction:
