@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from stable_diffusion import events, images
+from stable_diffusion import events, images, request_log
 from stable_diffusion.answers import (
     answering_errors,
     completed_event,
@@ -25,7 +25,7 @@ from stable_diffusion.answers import (
 from stable_diffusion.backend import Backend
 from stable_diffusion.drawing import News, begin, draw, draw_unattended
 from stable_diffusion.engine.job import Picture, Progress, Task
-from stable_diffusion.errors import InvalidRequest, NotAcceptable
+from stable_diffusion.errors import InvalidRequest, NotAcceptable, ServiceError
 from stable_diffusion.images import MEDIA_TYPES, ImageFormat
 from stable_diffusion.jobs import Ticket, fingerprint
 from stable_diffusion.jobs_api import accepted_answer, awaited_picture, events_of
@@ -107,9 +107,9 @@ async def answer(
             accepted_job.headers["Preference-Applied"] = "respond-async"
             return accepted_job
         if accepted.events:
-            return event_stream(events_of(backend, job_id, image_format or "jpeg"))
+            return event_stream(_events_of_job(backend, job_id, image_format or "jpeg"))
         assert image_format is not None
-        return await while_connected(request, awaited_picture(backend, job_id, image_format))
+        return await while_connected(request, _picture_of_job(backend, job_id, image_format))
     if accepted.events:
         news = await while_connected(request, begin(backend, task, ticket, follow=True))
         return event_stream(_events(news, backend, task, image_format or "jpeg", remarks))
@@ -125,6 +125,34 @@ async def _accept(backend: Backend, task: Task, ticket: Ticket, key: str | None,
     if job_id == ticket.job_id:
         await draw_unattended(backend, task, ticket)
     return job_id
+
+
+async def _picture_of_job(backend: Backend, job_id: str, image_format: ImageFormat) -> Response:
+    with request_log.waiting_for_job() as note_end:
+        answered = await awaited_picture(backend, job_id, image_format)
+        note_end(*await _end_of(backend, job_id))
+        return answered
+
+
+async def _events_of_job(backend: Backend, job_id: str, image_format: ImageFormat) -> AsyncGenerator[bytes, None]:
+    with request_log.waiting_for_job() as note_end:
+        async with aclosing(events_of(backend, job_id, image_format)) as pieces:
+            async for piece in pieces:
+                if piece.startswith(_LAST_EVENTS):  # the client may close when it has that
+                    note_end(*await _end_of(backend, job_id))
+                yield piece
+
+
+_LAST_EVENTS = (b"event: completed\n", b"event: error\n")
+
+
+async def _end_of(backend: Backend, job_id: str) -> tuple[ServiceError | None, bool | None]:
+    """A job's error, and without one whether its picture is flagged."""
+    try:
+        record = (await run_in_threadpool(backend.jobs.get, job_id))[0]
+    except ServiceError as error:
+        return error, None
+    return record.error, record.outcome.get("flagged")
 
 
 async def _events(news: News, backend: Backend, task: Task, image_format: ImageFormat, remarks: Remarks) -> AsyncGenerator[bytes, None]:

@@ -1,4 +1,5 @@
-"""One line of JSON for each request that makes or changes something, when it has ended, and for each job that nobody waited for.
+"""One line of JSON for each request that makes or changes something or has no key, when it has ended, and for each job that nobody
+waited for.
 
 Says who asked for how much, how long it took and how it ended. Knows no header, no body, no picture and no secret; prompts only if
 they are asked for. What is drawn notes itself here: the line of a request is that of the context which the request runs in.
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_diffusion.engine.job import Picture, Task
-from stable_diffusion.errors import GenerationFailed, ServiceError
+from stable_diffusion.errors import GenerationFailed, ServiceError, Unauthorized
 
 logger = logging.getLogger("stable_diffusion.requests")
 
@@ -40,15 +41,15 @@ class _Line:
     answer: dict[str, Any] | None = None
     began_s: float = field(default_factory=time.monotonic)
     tasks: list[dict[str, Any]] = field(default_factory=list)
-    waited_for: int = 0  # of the tasks
-    pictures: list[Picture] = field(default_factory=list)
+    waited_for: int = 0  # pictures
+    flags: list[bool | None] = field(default_factory=list)  # of those that are there
+    waits_s: list[float] = field(default_factory=list)
     error: ServiceError | None = None
 
     def values(self) -> dict[str, Any]:
         """What goes into the log. What is not known is left out."""
         scope, first = self.scope, self.tasks[0] if self.tasks else {}
         client, job = scope.get("client"), scope.get("job")
-        waits_s = [picture.waited_s for picture in self.pictures if picture.waited_s is not None]
         known = {
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             "id": scope.get("path_values", {}).get("job_id") or (job.id if job else None),
@@ -57,7 +58,7 @@ class _Line:
             **(self.answer or {}),
             **first,
             "images": len(self.tasks) or None,
-            "wait_s": round(min(waits_s), 3) if waits_s else None,
+            "wait_s": round(min(self.waits_s), 3) if self.waits_s else None,
             "time_s": round(time.monotonic() - self.began_s, 3),
             "outcome": self.outcome(),
         }
@@ -71,9 +72,20 @@ class _Line:
             return _outcome_of_error(self.error.status)
         if self.answer is not None and (status is None or status >= 400):
             return "refused" if status == 503 and not self.tasks else _outcome_of_error(status or 499)
-        if len(self.pictures) < self.waited_for:
+        if len(self.flags) < self.waited_for:
             return "cancelled"
-        return "flagged" if any(picture.flagged for picture in self.pictures) else "completed"
+        return "flagged" if any(self.flags) else "completed"
+
+    def note_picture(self, picture: Picture) -> None:
+        self.flags.append(picture.flagged)
+        if picture.waited_s is not None:
+            self.waits_s.append(picture.waited_s)
+
+    def note_end(self, error: ServiceError | None, flagged: bool | None) -> None:
+        if error is None:
+            self.flags.append(flagged)
+        else:
+            self.error = self.error or error
 
 
 def _outcome_of_error(status: int) -> str:
@@ -94,12 +106,12 @@ class RequestLog:
         _write_to_standard_output()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] not in _LOGGED_METHODS:
-            _current.set(None)  # a request may begin in the context of the one before it on its connection
+        if scope["type"] != "http":
             return await self._app(scope, receive, send)
         answer = {"method": scope["method"], "path": scope["path"][:_MAX_PATH_CHARACTERS]}
         line = _Line(scope, answer)
-        _current.set(line)
+        is_logged = scope["method"] in _LOGGED_METHODS
+        _current.set(line if is_logged else None)  # a request may begin in the context of the one before it on its connection
 
         async def noting_status(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -109,7 +121,8 @@ class RequestLog:
         try:
             await self._app(scope, receive, noting_status)
         finally:
-            _write(line)
+            if is_logged or answer.get("status") == Unauthorized.status:
+                _write(line)
 
 
 def identify(scope: Scope) -> None:
@@ -125,10 +138,20 @@ def noting(task: Task) -> Iterator[Callable[[Picture], None]]:
     line.tasks.append(_described(task))
     line.waited_for += 1
     try:
-        yield line.pictures.append
+        yield line.note_picture
     except Exception as error:
         line.error = line.error or (error if isinstance(error, ServiceError) else GenerationFailed("a defect"))
         raise
+
+
+@contextmanager
+def waiting_for_job() -> Iterator[Callable[[ServiceError | None, bool | None], None]]:
+    """While the current request waits for a job that goes on without it; what is given is to be called with the job's error, or without
+    one with whether its picture is flagged.
+    """
+    line = _current.get() or _Line({})
+    line.waited_for += 1
+    yield line.note_end
 
 
 def note_accepted(task: Task) -> None:

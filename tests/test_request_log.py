@@ -154,6 +154,35 @@ def test_a_job_that_nobody_waits_for_has_a_second_line(capsys: pytest.CaptureFix
     assert not {"status", "path", "method"} & job.keys()
 
 
+@pytest.mark.parametrize(
+    ("end", "outcome"),
+    [
+        ((None, True), "flagged"),
+        ((None, None), "completed"),
+        ((GenerationFailed("in the stream"), None), "failed"),
+        ((Cancelled("by somebody"), None), "cancelled"),
+        (None, "cancelled"),
+    ],
+)
+def test_who_waits_for_a_job_that_goes_on_without_him_has_its_outcome(
+    capsys: pytest.CaptureFixture[str], end: tuple[ServiceError | None, bool | None] | None, outcome: str
+) -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        request_log.note_accepted(TASK)
+        with request_log.waiting_for_job() as note_end:
+            await send({"type": "http.response.start", "status": 200})
+            if end is not None:
+                note_end(*end)
+
+    (line,) = lines(capsys, app)
+    assert (line["outcome"], line["status"], line["images"]) == (outcome, 200, 1)
+
+
+def test_a_request_without_a_key_has_a_line_whatever_its_method(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = lines(capsys, answering(401), method="GET", path="/metrics")
+    assert (line["method"], line["path"], line["status"], line["outcome"]) == ("GET", "/metrics", 401, "refused")
+
+
 def test_a_deletion_names_the_job_that_is_deleted(capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = lines(capsys, answering(200), method="DELETE", path="/jobs/def", path_values={"job_id": "def"})
     assert (line["id"], line["outcome"]) == ("def", "completed")

@@ -76,6 +76,20 @@ def test_events_and_those_who_leave_them_have_their_line(fp32_server: Server, cl
     assert line_of(fp32_server, left)["outcome"] == "cancelled"
 
 
+@pytest.mark.parametrize("accept", ["text/event-stream", "image/png"])
+def test_with_an_idempotency_key_a_line_says_how_the_job_ended(fp32_server: Server, client: httpx.Client, accept: str) -> None:
+    headers = {"Accept": accept, "Idempotency-Key": f"line {accept}"}
+    assert line_of(fp32_server, client.post("/txt2img", json=body(), headers=headers)).items() >= DRAWN.items()
+    headers["Idempotency-Key"] += " cancelled"
+    long = body(num_inference_steps=150, width=256, height=256)
+    with client.stream("POST", "/txt2img", json=long, headers={**headers, "Accept": "text/event-stream"}) as followed:
+        client.delete(f"/jobs/{followed.headers['job-id']}")
+        assert "event: error" in followed.read().decode()
+    time.sleep(0.3)
+    (line,) = [line for line in lines_of(fp32_server, followed.headers["job-id"]) if line.get("method") == "POST"]
+    assert (line["status"], line["outcome"]) == (200, "cancelled")
+
+
 def test_a_job_that_nobody_waits_for_has_a_line_when_it_is_accepted_and_one_when_it_ends(fp32_server: Server, client: httpx.Client) -> None:
     accepted = client.post("/txt2img", json=body(), headers={"Prefer": "respond-async"})
     cancelled = client.post("/txt2img", json=body(num_inference_steps=150, width=256, height=256), headers={"Prefer": "respond-async"})
