@@ -51,7 +51,7 @@ from stable_diffusion.errors import ModelFolderError, RateLimited, SettingError,
 from stable_diffusion.jobs import Jobs, new_job_id
 from stable_diffusion.keys import carries_key, keep_only_digests, name_of_key
 from stable_diffusion.limits import Limits, read_limits
-from stable_diffusion.rate_limit import LIMITED_PATHS, RateLimit
+from stable_diffusion.rate_limit import LIMITED_PATHS, RateLimit, caller_at
 from stable_diffusion.request_log import RequestLog
 from stable_diffusion.safety import SafetyPolicy, safety_policy
 from stable_diffusion.shared_folder import name_shared_folder, shared_folder
@@ -169,7 +169,7 @@ class _FrontDoor:
         per_minute = access().requests_per_minute
         self._rate_limit = None if per_minute is None else RateLimit(shared_folder, per_minute)
         self._cors = _cors_options()
-        self._pages = pages
+        self._pages = {path: self._readable(page) for path, page in pages.items()}
         self._methods: dict[str, set[str]] = {path: {"GET", "HEAD"} for path in (*self._pages, *_BENTOML_PATHS)}
         for route in routes:
             self._methods.setdefault(route.path, set()).update(route.methods or ())
@@ -184,11 +184,11 @@ class _FrontDoor:
             return await self._readable(_no_key(path, headers))(scope, receive, send)
         template, path_values = self._template_of(path)
         if template not in self._methods:
-            return await _refusal(path, 404, "not_found", f"no such path: {path[:200]}")(scope, receive, send)
+            return await self._readable(_refusal(path, 404, "not_found", f"no such path: {path[:200]}"))(scope, receive, send)
         allowed = self._methods[template]
         # A browser's question before a request from another site is answered by BentoML's CORS setting.
         if method != "OPTIONS" and method not in allowed:
-            return await _not_allowed(path, method, sorted(allowed))(scope, receive, send)
+            return await self._readable(_not_allowed(path, method, sorted(allowed)))(scope, receive, send)
         if method not in _READING_METHODS and self._is_from_elsewhere(headers):
             message = "pages of other sites cannot do this, unless BentoML's api_server.http.cors allows their origin"
             return await _refusal(path, 403, "cross_site", message)(scope, receive, send)
@@ -207,16 +207,15 @@ class _FrontDoor:
         asked = method == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
         return asked and self._cors is not None
 
-    def _readable(self, refusal: Response) -> ASGIApp:
-        """A refusal that pages of sites which CORS allows can read too. Those of the doors behind get that from BentoML."""
-        return refusal if self._cors is None else CORSMiddleware(refusal, **self._cors)
+    def _readable(self, answer: ASGIApp) -> ASGIApp:
+        return _readable(answer, self._cors)
 
     async def _wait_s(self, template: str, scope: Scope, key_name: str | None) -> float:
         """Without keys by the address: anybody could make up another Authorization."""
         if self._rate_limit is None or template not in LIMITED_PATHS:
             return 0.0
         address = scope["client"][0] if scope.get("client") else ""
-        return await run_in_threadpool(self._rate_limit.wait_s, f"address {address}" if key_name is None else f"key {key_name}")
+        return await run_in_threadpool(self._rate_limit.wait_s, caller_at(address) if key_name is None else f"key {key_name}")
 
     def _is_from_elsewhere(self, headers: Headers) -> bool:
         """Browsers say so by a header that pages cannot set; whatever is no browser does not send it."""
@@ -238,6 +237,11 @@ def _cors_options() -> dict[str, Any] | None:
         return None
     options: dict[str, Any] = BentoMLContainer.access_control_options.get()
     return options
+
+
+def _readable(answer: ASGIApp, cors: dict[str, Any] | None) -> ASGIApp:
+    """What pages of sites that CORS allows can read too. Answers of the doors behind the front door get that from BentoML."""
+    return answer if cors is None else CORSMiddleware(answer, **cors)
 
 
 async def _no_app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -283,13 +287,14 @@ def _no_key(path: str, headers: Headers) -> Response:
 
 def _too_many(path: str, wait_s: float) -> Response:
     seconds = max(1, math.ceil(wait_s))
-    message = f"more pictures are asked for than are allowed in a minute, try again in {seconds} s"
+    message = f"more requests that draw came from you than are allowed in a minute, try again in {seconds} s"
     return _refusal(path, RateLimited.status, RateLimited.type, message, {"Retry-After": str(seconds)})
 
 
 async def _stopping(scope: Scope, receive: Receive, send: Send) -> None:
     message = "the server is shutting down, try again in a minute"
-    await _refusal(scope["path"], 503, "shutting_down", message, {"Connection": "close"})(scope, receive, send)
+    refusal = _refusal(scope["path"], 503, "shutting_down", message, {"Connection": "close"})
+    await _readable(refusal, _cors_options())(scope, receive, send)
 
 
 def _refusal(path: str, status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:

@@ -6,7 +6,7 @@ ServiceError
 ├── NotFound                  404  a sampler, a model or a picture that the request names is not there
 │   └── ModelNotFound         404  another model was asked for than the one that is served, where a door tells these apart
 ├── Unauthorized              401  the server has API keys, and the request carries none of them
-├── RateLimited               429  the caller has asked for more pictures than are allowed in a minute
+├── RateLimited               429  the caller has sent more drawing requests than are allowed in a minute
 ├── UnknownJob                404  no job of that id
 ├── PictureNotKept            404  the job's picture was sent in the answer and is not kept
 ├── PictureExpired            410  the job's picture was kept and is gone

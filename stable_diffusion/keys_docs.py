@@ -19,7 +19,7 @@ SECURITY: list[dict[str, Any]] = [{}, *({name: []} for name in SECURITY_SCHEMES)
 _OPEN = ("/livez", "/readyz", "/healthz")
 _ERROR_SCHEMAS = {"/v1/": "OpenaiError", "/sdapi/": "A1111Error", "/internal/": "A1111Error"}
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
-_RATE_LIMITED = "This caller has asked for more pictures than the server's operator allows in a minute."
+_RATE_LIMITED = "This caller has sent more drawing requests to this machine than its operator allows in a minute (`rate_limited`)."
 
 
 def with_keys(paths: dict[str, Any]) -> dict[str, Any]:

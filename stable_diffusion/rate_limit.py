@@ -1,4 +1,4 @@
-"""How much each caller may ask for: so many requests a minute, counted once for all API workers of a server.
+"""How much each caller may ask for: so many drawing requests a minute, counted once for all API workers of a machine.
 
 The generic cell rate algorithm: one number for each caller, the moment at which all of its requests are paid off. Knows nothing
 of who calls and what is answered. A call may wait for the disk: not for an event loop.
@@ -6,6 +6,7 @@ of who calls and what is answered. A call may wait for the disk: not for an even
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import sqlite3
 import time
@@ -22,6 +23,19 @@ LIMITED_PATHS = (
 )
 _BUSY_TIMEOUT_S = 2
 _SCHEMA = "CREATE TABLE IF NOT EXISTS callers (caller TEXT PRIMARY KEY, paid_off_s REAL NOT NULL) WITHOUT ROWID"
+
+
+def caller_at(address: str) -> str:
+    """Whom an address stands for. Of IPv6 a whole /64, which is the least that anybody is given."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return f"address {address}"
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is None:
+            return f"address {ipaddress.IPv6Network((int(parsed) >> 64 << 64, 64))}"
+        parsed = parsed.ipv4_mapped
+    return f"address {parsed}"
 
 
 class RateLimit:

@@ -18,7 +18,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what BentoML is made of, while it is loaded
     from bentoml._internal.configuration.containers import BentoMLContainer
 
-    from stable_diffusion.api import _FrontDoor, _host
+    from stable_diffusion.api import _FrontDoor, _host, _stopping
 
 from stable_diffusion.access import Access
 from stable_diffusion.keys import read_keys
@@ -122,6 +122,24 @@ def test_a_page_of_a_site_that_cors_allows_can_read_why_it_was_refused() -> None
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://friend.example")
     other = answer_to("POST", {"Origin": "https://other.example"}, keyed())
     assert "access-control-allow-origin" not in other.headers
+
+
+@pytest.mark.usefixtures("cors")
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nowhere", 404), ("DELETE", "/txt2img", 405), ("GET", "/readyz", 200)])
+def test_a_page_of_a_site_that_cors_allows_can_read_what_the_front_door_answers(method: str, path: str, status: int) -> None:
+    answer = answer_to(method, {"Origin": "https://friend.example"}, path=path)
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, "https://friend.example")
+    assert "access-control-allow-origin" not in answer_to(method, {"Origin": "https://other.example"}, path=path).headers
+
+
+@pytest.mark.usefixtures("cors")
+def test_a_page_of_a_site_that_cors_allows_can_read_that_the_server_stops() -> None:
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(_stopping), base_url="http://server") as client:
+            return await client.get("/status", headers={"Origin": "https://friend.example"})
+
+    answer = asyncio.run(ask())
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (503, "https://friend.example")
 
 
 def test_more_drawing_requests_than_allowed_are_refused_with_the_time_to_wait_and_questions_are_not_counted(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from pathlib import Path
 
 import pytest
 
-from stable_diffusion.rate_limit import RateLimit
+from stable_diffusion.rate_limit import RateLimit, caller_at
 
 
 class Clock:
@@ -63,6 +64,21 @@ def test_who_asked_for_nothing_for_a_minute_is_forgotten(clock: Clock, tmp_path:
     assert (tmp_path / "rates.sqlite").stat().st_size <= 2 * max(size, 8192)
 
 
+@pytest.mark.parametrize(
+    ("address", "another", "is_the_same"),
+    [
+        ("2001:db8:1:2:3::4", "2001:db8:1:2:ffff::", True),
+        ("2001:db8:1:2::", "2001:db8:1:3::", False),
+        ("192.0.2.1", "192.0.2.2", False),
+        ("192.0.2.1", "::ffff:192.0.2.1", True),
+        ("192.0.2.1", "192.0.2.1", True),
+        ("testclient", "", False),
+    ],
+)
+def test_who_has_a_network_of_ipv6_addresses_is_one_caller(address: str, another: str, is_the_same: bool) -> None:
+    assert (caller_at(address) == caller_at(another)) is is_the_same
+
+
 def let_in(folder: Path, tries: int) -> int:
     limit = RateLimit(lambda: folder, 20)
     return sum(limit.wait_s("alice") == 0.0 for _ in range(tries))
@@ -70,9 +86,11 @@ def let_in(folder: Path, tries: int) -> int:
 
 def test_processes_count_together(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(3) as pool:
+        pool.starmap(let_in, [(tmp_path / "warm", 1)] * 3)  # starting them is not part of it
+        began_s = time.monotonic()
         counts = pool.starmap(let_in, [(tmp_path, 40)] * 3)
-    # One comes back every three seconds, should the machine be that slow.
-    assert 20 <= sum(counts) <= 22
+        took_s = time.monotonic() - began_s
+    assert 20 <= sum(counts) <= 20 + 1 + took_s / 3, "one comes back every three seconds"
 
 
 def test_where_nothing_can_be_counted_everybody_is_let_in_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
