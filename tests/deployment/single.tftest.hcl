@@ -128,6 +128,17 @@ run "the_machine_may_read_its_api_key_and_no_other" {
   }
 }
 
+run "the_curl_line_has_a_key_where_the_server_has_keys" {
+  variables {
+    environment_variables = { SD_API_KEYS = "alice:sha256:0000000000000000000000000000000000000000000000000000000000000000" }
+  }
+
+  assert {
+    condition     = strcontains(output.curl, "/txt2img -H 'X-API-Key: KEY' -H 'Content-Type: application/json'")
+    error_message = "However the keys are given."
+  }
+}
+
 run "an_ssm_parameter_serves_as_well" {
   command = plan
 

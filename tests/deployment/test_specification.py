@@ -219,10 +219,21 @@ def test_with_keys_the_machine_may_still_read_the_metrics() -> None:
     assert environment(api_key_arn=SECRET, allowed_cidrs=cidrs) == {"SD_OPEN": "metrics"}
     own = setting("SD_OPEN", "docs, metrics")
     assert environment(api_key_arn=SECRET, environment_variables=own) == {"SD_OPEN": "docs, metrics"}
-    file = setting("SD_API_KEYS_FILE", "/run/keys")
-    assert environment(allowed_cidrs=cidrs, environment_variables=file) == {"SD_API_KEYS_FILE": "/run/keys", "SD_OPEN": "metrics"}
+    digest = f"alice:sha256:{'0' * 64}"
+    given = setting("SD_API_KEYS", digest)
+    assert environment(allowed_cidrs=cidrs, environment_variables=given) == {"SD_API_KEYS": digest, "SD_OPEN": "metrics"}
     closed = {"api_key_arn": SECRET, "environment_variables": setting("SD_OPEN", "docs")}
     assert "spec.environment_variables: SD_OPEN must have metrics in it" in refusal(closed)
+
+
+def test_keys_are_given_in_one_way_that_works() -> None:
+    """The container has no file of the operator's, and of two values of a variable Docker takes one without a word."""
+    file = setting("SD_API_KEYS_FILE", "/run/keys")
+    for spec in ({}, {"allowed_cidrs": ["203.0.113.7/32"]}, {"api_key_arn": SECRET}):
+        assert "SD_API_KEYS_FILE names a file" in refusal({**spec, "environment_variables": file})
+    assert "SD_API_KEYS_FILE" not in refusal({"allowed_cidrs": ["203.0.113.7/32"]})
+    twice = {"api_key_arn": SECRET, "environment_variables": setting("SD_API_KEYS", "alice:0123456789abcdef")}
+    assert "SD_API_KEYS is what the container gets from api_key_arn" in refusal(twice)
 
 
 def test_who_lets_others_in_without_keys_has_to_say_so() -> None:

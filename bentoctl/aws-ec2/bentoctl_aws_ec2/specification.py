@@ -82,8 +82,8 @@ def given_variables(spec: Mapping[str, Any]) -> dict[str, str]:
 
 
 def has_keys(spec: Mapping[str, Any]) -> bool:
-    given = given_variables(spec)
-    return bool(spec.get("api_key_arn") or given.get("SD_API_KEYS_FILE") or given.get("SD_API_KEYS"))
+    """locals.tf decides the same."""
+    return bool(spec.get("api_key_arn") or given_variables(spec).get("SD_API_KEYS"))
 
 
 def check_name(deployment_name: str) -> list[str]:
@@ -124,10 +124,14 @@ def check_combinations(spec: Mapping[str, Any]) -> list[str]:
 def check_keys(spec: Mapping[str, Any]) -> list[str]:
     """A bento without API keys does not start at an address that others reach, unless it is told to."""
     given = given_variables(spec)
+    if "SD_API_KEYS_FILE" in given:
+        return ["spec.environment_variables: SD_API_KEYS_FILE names a file, and the container is given none; give api_key_arn"]
+    if spec.get("api_key_arn") and "SD_API_KEYS" in given:
+        return ["spec.environment_variables: SD_API_KEYS is what the container gets from api_key_arn; give one of the two"]
     if spec["allowed_cidrs"] and not has_keys(spec) and given.get("SD_WITHOUT_KEYS") != "1":
         return [
-            "spec.allowed_cidrs: whoever is there could draw without an API key. Give api_key_arn, or SD_API_KEYS_FILE in "
-            "environment_variables; or SD_WITHOUT_KEYS with the value 1 there, if that is meant"
+            "spec.allowed_cidrs: whoever is there could draw without an API key. Give api_key_arn; or SD_WITHOUT_KEYS with the value 1 "
+            "in environment_variables, if that is meant"
         ]
     if not spec["allowed_cidrs"] and not has_keys(spec) and given.get("SD_WITHOUT_KEYS", "1") != "1":
         return [

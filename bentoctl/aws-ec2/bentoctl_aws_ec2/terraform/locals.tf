@@ -32,6 +32,8 @@ locals {
   uses_secrets_manager = var.api_key_arn != null && strcontains(coalesce(var.api_key_arn, "-"), ":secretsmanager:")
   uses_ssm_parameter   = var.api_key_arn != null && strcontains(coalesce(var.api_key_arn, "-"), ":ssm:")
 
+  has_keys = var.api_key_arn != null || lookup(var.environment_variables, "SD_API_KEYS", "") != ""
+
   scheme      = var.certificate_arn == null ? "http" : "https"
   public_port = var.certificate_arn == null ? 80 : 443
 }

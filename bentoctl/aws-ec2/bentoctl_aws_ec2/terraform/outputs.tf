@@ -20,7 +20,7 @@ output "swagger" {
 
 output "curl" {
   description = "A first picture; KEY stands for an API key."
-  value       = "curl -X POST ${local.url}/txt2img${var.api_key_arn == null ? "" : " -H 'X-API-Key: KEY'"} -H 'Content-Type: application/json' -d '{\"prompt\":\"View of a cyberpunk city\"}' --output output.jpg"
+  value       = "curl -X POST ${local.url}/txt2img${local.has_keys ? " -H 'X-API-Key: KEY'" : ""} -H 'Content-Type: application/json' -d '{\"prompt\":\"View of a cyberpunk city\"}' --output output.jpg"
 }
 
 output "log_group" {
