@@ -6,8 +6,8 @@ from typing import Any, get_args
 
 from stable_diffusion.engine.job import Kind
 from stable_diffusion.images import MEDIA_TYPES
-from stable_diffusion.requests import SCHEDULERS
 from stable_diffusion.readiness import NOT_ANSWERING
+from stable_diffusion.requests import SCHEDULERS
 from stable_diffusion.runner_state import STAGES
 from stable_diffusion.safety import SafetyPolicy
 
