@@ -79,9 +79,11 @@ def test_events_and_those_who_leave_them_have_their_line(fp32_server: Server, cl
 @pytest.mark.parametrize("accept", ["text/event-stream", "image/png"])
 def test_with_an_idempotency_key_a_line_says_how_the_job_ended(fp32_server: Server, client: httpx.Client, accept: str) -> None:
     headers = {"Accept": accept, "Idempotency-Key": f"line {accept}"}
-    assert line_of(fp32_server, client.post("/txt2img", json=body(), headers=headers)).items() >= DRAWN.items()
+    answer = client.post("/txt2img", json=body(), headers=headers)
+    assert answer.status_code == 200, answer.text
+    assert line_of(fp32_server, answer).items() >= DRAWN.items()
     headers["Idempotency-Key"] += " cancelled"
-    long = body(num_inference_steps=150, width=256, height=256)
+    long = body(num_inference_steps=150)
     with client.stream("POST", "/txt2img", json=long, headers={**headers, "Accept": "text/event-stream"}) as followed:
         client.delete(f"/jobs/{followed.headers['job-id']}")
         assert "event: error" in followed.read().decode()
