@@ -133,7 +133,7 @@ def test_a_job_that_is_late_is_dropped_before_its_next_step_and_its_neighbour_go
         made.submit(2, make_task(num_inference_steps=30, seed=2))
         began = time.monotonic()
         number, late = made.outcomes.get(timeout=60)
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 5, "its 150 steps would take far longer"
         assert (number, type(late)) == (1, DeadlineExceeded)
         assert isinstance(made.outcomes.get(timeout=60)[1], Picture)
         assert [record.outcome for record in made.records if isinstance(record, EndRecord)] == ["deadline_exceeded", "completed"]
@@ -171,7 +171,7 @@ with watchdog.watching(0.01):
     began = time.monotonic()
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
     assert ended.returncode == 1
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 25
     assert "step_that_hangs" in ended.stderr
 
 

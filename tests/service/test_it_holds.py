@@ -18,9 +18,9 @@ from tests import faults
 from tests.service.ledger import DISTURBED, PROMPT, SOUND_KINDS, Load
 from tests.service.servers import ROOT, Server, serve
 
-STUCK_STEP_S = 10
-# Circus looks for dead processes every ten seconds; then the runner imports torch and loads the model.
-READY_AGAIN_S = 60
+STUCK_STEP_S = 15
+# Circus looks for dead processes every ten seconds; then the runner imports torch and loads the model: half a minute on a quiet machine.
+READY_AGAIN_S = 200
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def sums(server: Server) -> dict[str, float]:
 
 
 def require_nothing_left(server: Server) -> None:
-    seconds_until(lambda: sums(server)["stable_diffusion_queue_jobs"] + sums(server)["stable_diffusion_running_jobs"] == 0, 20)
+    seconds_until(lambda: sums(server)["stable_diffusion_queue_jobs"] + sums(server)["stable_diffusion_running_jobs"] == 0, 60)
     assert sums(server)["stable_diffusion_workload_seconds"] == pytest.approx(0, abs=0.01)
 
 
@@ -135,7 +135,7 @@ def test_a_step_that_hangs_is_an_error_within_seconds_and_the_model_process_star
         ready = seconds_until(lambda: is_ready(server))
         assert client.post("/txt2img", json={"prompt": PROMPT, "num_inference_steps": 2}).status_code == 200
     print(f"a step that hangs: told after {told:.1f} s, ready again after {ready:.1f} s more; {load.summary()}")
-    assert told < STUCK_STEP_S + 10
+    assert told < STUCK_STEP_S + 20
     require_nothing_left(server)
 
 
@@ -146,7 +146,7 @@ def test_a_runner_that_is_killed_under_load_costs_only_what_it_was_drawing(serve
         wait_until(lambda: len(load.entries) >= 10)
         [runner] = workers(server, "bentoml_cli.worker.runner")
         runner.kill()
-        gone = seconds_until(lambda: not is_ready(server), 10)
+        gone = seconds_until(lambda: not is_ready(server), 30)
         ready = seconds_until(lambda: is_ready(server))
         drawn = len(load.entries)
         wait_until(lambda: sum(entry.answered == "picture" for entry in load.entries[drawn:]) >= 10)
@@ -181,7 +181,7 @@ def test_a_server_that_is_stopped_under_load_finishes_what_it_has_accepted_and_e
         wait_until(lambda: len(load.entries) >= 10)
         began = time.monotonic()
         server.process.terminate()
-        assert server.process.wait(60) == 0
+        assert server.process.wait(120) == 0
     # Who connects at the very end, when nobody listens any more, is never read.
     assert all(entry.began_s > began for entry in load.entries if entry.answered == "broken connection")
     print(f"a server that is stopped: ended after {time.monotonic() - began:.1f} s; {load.summary()}")
