@@ -236,12 +236,12 @@ def test_too_many_jobs_that_nobody_waits_for_are_refused_until_there_is_room(ser
         store.executemany(
             "INSERT INTO jobs (id, image_index, owner, unattended, task, runner, state, position, step, steps, seconds_left, created_at)"
             " VALUES (?, 0, 'test', 1, '{}', 99, 'running', 0, 1, 2, 7.2, 0)",
-            [(f"in the way {number}",) for number in range(64)],
+            [(f"in the way {number}",) for number in range(128)],  # twice the limit: below that each caller has a share
         )
     try:
         with server.client() as client:
             full = client.post("/txt2img", json={"prompt": PROMPT}, headers=NO_WAITING)
-        assert "64 jobs" in refused(full, 429)
+        assert "128 jobs" in refused(full, 429)
         assert full.headers["retry-after"] == "7"
         assert draw(server, num_inference_steps=1).status_code == 200, "who waits is served"
     finally:
