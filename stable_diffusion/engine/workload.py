@@ -144,6 +144,6 @@ class Workload:
         expected_s = max(alone, shared)
         if expected_s > timeout_s:
             raise DeadlineExceeded(
-                f"the picture would take about {expected_s:.1f} s and may take {max(0.0, timeout_s):.1f} s: "
+                f"the picture would take about {expected_s:.1f} s and may take {max(0.0, timeout_s):.2f} s: "
                 "ask for fewer steps, a smaller picture or more time",
             )

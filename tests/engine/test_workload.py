@@ -113,7 +113,7 @@ def test_what_has_ended_makes_room() -> None:
 
 def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
     empty = workload()
-    with pytest.raises(DeadlineExceeded, match=r"would take about 5\.0 s and may take 4\.0 s"):
+    with pytest.raises(DeadlineExceeded, match=r"would take about 5\.0 s and may take 4\.00 s"):
         empty.take(job(), 4)
     empty.take(job(), 6)
 
