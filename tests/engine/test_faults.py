@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,6 +23,7 @@ from stable_diffusion.errors import DeadlineExceeded, GenerationFailed, ModelUna
 from stable_diffusion.pipelines import Parts
 from tests import faults
 from tests.conftest import RecordingEngine, make_task
+from tests.engine.test_engine import largest_difference
 
 Outcome = Picture | ServiceError
 PROMPT = "a red circle on a blue background"
@@ -51,10 +51,6 @@ def running(parts: Parts, watchdog: Watchdog | None = None) -> Iterator[Running]
         yield made
     finally:
         made.engine.close()
-
-
-def largest_difference(one: Image.Image, other: Image.Image) -> int:
-    return int(np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int)).max())
 
 
 @pytest.mark.parametrize("fault", faults.DECODED_AGAIN)
