@@ -48,6 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     ):
         load = Load(server.url, seed=7)
         load.draw_alone()
+        load.draw_every_size()
         samples = asyncio.run(_soak(server, load, minutes * 60))
         print(load.summary())
         seconds = sorted(entry.seconds for entry in load.entries)

@@ -26,6 +26,7 @@ PROMPT = "a red circle on a blue background"
 SEEDS = range(3)
 LEVELS = 2  # of 255 that a picture may differ from itself when it was drawn alone
 ANSWERED_WITHIN_S = 120
+HURRIED_SIDES = range(64, 136, 8)
 
 # What a server may say while one of its processes is away, or while it stops.
 DISTURBED = {"model_unavailable", "model_loading", "shutting_down", "jobs_unavailable", "broken connection", "refused connection"}
@@ -66,6 +67,14 @@ class Load:
                 for seed in SEEDS:
                     path, arguments = _request(kind, seed)
                     self.alone[kind, seed] = _pixels(client.post(path, **arguments).raise_for_status().content)
+
+    def draw_every_size(self) -> None:
+        """torch keeps what it has compiled for a size: some 140 MB for all of these, once."""
+        with httpx.Client(base_url=self.url, timeout=60, trust_env=False) as client:
+            for width in HURRIED_SIDES:
+                for height in HURRIED_SIDES:
+                    body = {"prompt": PROMPT, "num_inference_steps": 2, "width": width, "height": height}
+                    client.post("/txt2img", json=body).raise_for_status()
 
     async def run(self, clients: int, go_on: Callable[[], bool], kinds: tuple[str, ...] = ()) -> None:
         """Returns when all that was sent is answered. Raises Uneven for the first that is not as it may be."""
@@ -250,7 +259,7 @@ async def _wrong(load: Load, client: httpx.AsyncClient, chance: random.Random) -
 
 async def _hurried(load: Load, client: httpx.AsyncClient, chance: random.Random) -> str:
     """Of a size that was drawn before it is refused at once, of most others dropped later."""
-    sides = {side: chance.randrange(64, 136, 8) for side in ("width", "height")}
+    sides = {side: chance.choice(HURRIED_SIDES) for side in ("width", "height")}
     path, arguments = _request("txt2img", 0, num_inference_steps=150, **sides)
     response = await client.post(path, headers={"Request-Timeout": f"{0.05 + chance.random():.3f}"}, **arguments)
     if response.status_code == 200:
