@@ -18,7 +18,8 @@ MINUTES ?= 30
 
 UV_VERSION := 0.13.9
 BIN := $(CURDIR)/.venv/bin
-# Python compiles what is imported when it is imported; compiling all of it here takes longer.
+# Python compiles what is imported when it is imported, and keeps that; compiling all of it here takes longer.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet --no-compile
 INSTALL_TOOLS := .venv/tools/bin/pip install --disable-pip-version-check --quiet --no-compile
 INSTALLED := .venv/installed

@@ -129,7 +129,7 @@ def test_a_whole_answer_comes_to_who_reads_it(worker: Worker) -> None:
 def test_a_client_that_reads_slowly_but_steadily_gets_its_answer(worker: Worker) -> None:
     with worker.connect(read_buffer_bytes=2**17) as client:
         client.sendall(b"GET /picture HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        assert everything(client, pause_s=0.02, piece_bytes=2**17).endswith(PICTURE)
+        assert everything(client, pause_s=0.05, piece_bytes=2**17).endswith(PICTURE)
 
 
 def test_an_answer_that_is_not_read_is_given_up(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,8 @@ from safetensors.numpy import save_file
 from stable_diffusion.errors import ModelFolderError
 from stable_diffusion.weights import DEMO_FOLDER, check_model, choose_model
 
+ROOT = Path(__file__).parents[1]
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -152,8 +154,8 @@ def test_sd_model_names_another_folder(folder: Path, tmp_path: Path) -> None:
 
 
 def test_what_api_workers_import_loads_no_torch() -> None:
-    program = "import sys, stable_diffusion.api; print(*{'torch', 'diffusers', 'transformers'} & set(sys.modules))"
-    finished = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True)
+    program = "import sys, fp32.service; print(*{'torch', 'diffusers', 'transformers'} & set(sys.modules))"
+    finished = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert finished.stdout.split() == []
 
 

@@ -24,7 +24,8 @@ from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 from starlette.responses import PlainTextResponse
 
-from tests.service.servers import BENTOML, ROOT, Server, environment, serve
+from tests.service.servers import BENTOML, PLAIN_HTTP, ROOT, Server, environment, serve
+from tests.service.test_request_log import line_of
 from tests.service.test_ui import ARGUMENTS, CHROMIUM
 
 with warnings.catch_warnings():
@@ -76,7 +77,7 @@ def ways(key: str) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """With three keys, of which one is in a file, open metrics, a rate limit and CORS for one site."""
+    """With three keys, of which one is in a file, open metrics, a rate limit, CORS for one site and prompts in the log."""
     home = tmp_path_factory.mktemp("keyed")
     file = home / "keys"
     file.write_text(f"# in a file\ncarol:{CAROL}\n")
@@ -91,14 +92,20 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         }
     }
     (home / "configuration.yaml").write_text(yaml.safe_dump(configuration))
-    variables = {"SD_API_KEYS": KEYS, "SD_API_KEYS_FILE": str(file), "SD_OPEN": "metrics", "SD_RATE_LIMIT": str(PER_MINUTE)}
+    variables = {
+        "SD_API_KEYS": KEYS,
+        "SD_API_KEYS_FILE": str(file),
+        "SD_OPEN": "metrics",
+        "SD_RATE_LIMIT": str(PER_MINUTE),
+        "SD_LOG_PROMPTS": "1",
+    }
     with serve(ROOT / "fp32", "service:svc", home, {"BENTOML_CONFIG": str(home / "configuration.yaml"), **variables}) as server:
         yield server
 
 
 def client(server: Server, key: str | None) -> httpx.Client:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    return httpx.Client(base_url=server.url, headers=headers, timeout=120, trust_env=False)
+    return httpx.Client(base_url=server.url, headers=headers, **PLAIN_HTTP)
 
 
 def served_routes() -> set[tuple[str, str]]:
@@ -180,15 +187,18 @@ def test_openais_client_comes_in_with_the_key_and_hears_that_another_one_is_wron
 
 def test_one_key_neither_sees_nor_follows_nor_cancels_what_belongs_to_another(keyed: Server) -> None:
     with client(keyed, ALICE) as alice, client(keyed, BOB) as bob:
-        started = alice.post("/txt2img", json={"prompt": PROMPT, "num_inference_steps": 30}, headers={"Prefer": "respond-async"})
+        started = alice.post("/txt2img", json={"prompt": PROMPT, "num_inference_steps": 150}, headers={"Prefer": "respond-async"})
         job = started.headers["location"]
+        deadline = time.monotonic() + 60
+        while (state := alice.get(job).json()["state"]) != "running" and time.monotonic() < deadline:
+            time.sleep(0.05)
         for path in (job, f"{job}/events", f"{job}/picture"):
             refused = bob.get(path)
             assert (refused.status_code, refused.json()["error"]["type"]) == (404, "unknown_job")
         assert bob.delete(job).json() == bob.delete("/jobs/0").json()
         assert bob.get("/sdapi/v1/progress").json()["progress"] == 0.0
         assert bob.post("/sdapi/v1/interrupt").status_code == 200
-        deadline = time.monotonic() + 60
+        assert alice.get(job).json()["state"] == "running", "it ended too soon to prove anything"
         while (state := alice.get(job).json()["state"]) in ("queued", "running") and time.monotonic() < deadline:
             time.sleep(0.1)
         assert state == "completed"
@@ -209,7 +219,7 @@ def test_pictures_are_limited_for_each_key_over_all_workers_and_the_answer_says_
         began = time.monotonic()
         # Wrong requests, which cost nothing; new connections, which both workers take.
         answers = list(
-            threads.map(lambda _: httpx.post(f"{keyed.url}/txt2img", headers=ways(CAROL)[0], trust_env=False), range(PER_MINUTE + 10))
+            threads.map(lambda _: httpx.post(f"{keyed.url}/txt2img", headers=ways(CAROL)[0], **PLAIN_HTTP), range(PER_MINUTE + 10))
         )
         took = time.monotonic() - began
         counts = Counter(answer.status_code for answer in answers)
@@ -270,6 +280,14 @@ def test_only_the_first_process_knows_a_key_and_no_log_has_one(keyed: Server) ->
         assert not [key for key in (ALICE, BOB, CAROL) if key in " ".join(worker.cmdline())]
     assert "There are keys of: alice, bob, carol; open without one: metrics" in keyed.log
     assert not [key for key in (ALICE, BOB, CAROL) if key in keyed.log]
+
+
+def test_prompts_are_logged_where_that_is_switched_on_and_keys_by_their_names(keyed: Server) -> None:
+    request = {"prompt": 'a "red"\ncircle', "num_inference_steps": 2}
+    with client(keyed, None) as anybody:
+        answer = anybody.post("/txt2img", json=request, headers=ways(BOB)[1])
+    line = line_of(keyed, answer)
+    assert (line["prompt"], line["negative_prompt"], line["key"]) == ('a "red"\ncircle', "", "bob")
 
 
 @pytest.mark.parametrize(

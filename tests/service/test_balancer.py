@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.service.servers import ROOT, Server, build_bento, free_port, kill, serve, stop
+from tests.service.servers import PLAIN_HTTP, ROOT, Server, build_bento, free_port, kill, serve, stop
 
 HAPROXY = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin:/usr/local/sbin")
 pytestmark = pytest.mark.skipif(HAPROXY is None, reason="haproxy is not installed")
@@ -145,7 +145,7 @@ class Load:
     def _ask(self, request: dict[str, object]) -> None:
         for attempt in range(1, TRIES + 1):
             try:
-                answer = httpx.post(f"{self.url}/txt2img", json=request, timeout=REQUEST_TIMEOUT_S, trust_env=False)
+                answer = httpx.post(f"{self.url}/txt2img", json=request, **PLAIN_HTTP)
             except httpx.TransportError as reason:
                 outcome = f"{type(reason).__name__}: {reason}"
             else:
@@ -181,7 +181,7 @@ def assert_jobs_are_found_through(balancer: Balancer) -> None:
     """A client that keeps cookies finds its job, whatever the balancer does with other requests."""
     took: set[str] = set()
     for number in range(6):
-        with httpx.Client(base_url=balancer.url, timeout=REQUEST_TIMEOUT_S, trust_env=False) as client:
+        with httpx.Client(base_url=balancer.url, **PLAIN_HTTP) as client:
             request = {"prompt": "a red circle", "num_inference_steps": 4, "seed": number}
             taken = client.post("/txt2img", json=request, headers={"Prefer": "respond-async"})
             assert taken.status_code == 202
@@ -195,7 +195,7 @@ def assert_jobs_are_found_through(balancer: Balancer) -> None:
             assert client.get(asked.json()["picture"]).headers["seed"] == str(number)
     assert took == {"a", "b"}
     # Without the cookie it is a matter of luck.
-    answers = [httpx.get(f"{balancer.url}{taken.headers['location']}", trust_env=False).status_code for _ in range(6)]
+    answers = [httpx.get(f"{balancer.url}{taken.headers['location']}", **PLAIN_HTTP).status_code for _ in range(6)]
     assert set(answers) == {200, 404}
 
 

@@ -1,4 +1,7 @@
-"""The bentos: built from both folders, whole, served from the store, carried to another store, and never a toy by accident."""
+"""The bentos: built from both folders, whole, carried to another store and served there, and never a toy by accident.
+
+From the store that one was built into, it is served in `test_balancer.py`.
+"""
 
 from __future__ import annotations
 
@@ -119,8 +122,3 @@ def test_a_bento_is_exported_imported_and_served_from_another_store(bento: Built
         assert response.headers["model"] == "demo"
         verdict = judge(Image.open(io.BytesIO(response.content)).convert("RGB"))
     assert (verdict.colour, verdict.background) == ("green", "white")
-
-
-def test_a_bento_is_served_from_the_store_it_was_built_into(bento: BuiltBento) -> None:
-    with serve(bento.home, bento.tag, bento.home, {"SD_MODEL": "demo"}) as server, server.client() as client:
-        assert client.post("/txt2img", json={"prompt": "a red circle", "num_inference_steps": 2}).status_code == 200

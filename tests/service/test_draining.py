@@ -11,7 +11,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from tests.service.servers import ROOT, serve, wait_until_drawing
+from tests.service.servers import PLAIN_HTTP, ROOT, serve, wait_until_drawing
 
 
 def test_a_stopped_server_finishes_its_picture_and_refuses_new_ones(tmp_path: Path) -> None:
@@ -48,4 +48,4 @@ def test_a_stopped_server_finishes_its_picture_and_refuses_new_ones(tmp_path: Pa
         assert Image.open(io.BytesIO(picture.content)).size == (256, 256)
         assert server.process.wait(30) == 0
         with pytest.raises(httpx.ConnectError):
-            httpx.get(server.url, trust_env=False)
+            httpx.get(server.url, **PLAIN_HTTP)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
@@ -16,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests import faults
 from tests.service.ledger import DISTURBED, PROMPT, SOUND_KINDS, Load
-from tests.service.servers import ROOT, Server, serve
+from tests.service.servers import PLAIN_HTTP, ROOT, Server, serve
 
 STUCK_STEP_S = 15
 # Circus looks for dead processes every ten seconds; then the runner imports torch and loads the model: half a minute on a quiet machine.
@@ -76,7 +77,7 @@ def workers(server: Server, what: str) -> list[psutil.Process]:
 
 def is_ready(server: Server) -> bool:
     try:
-        return httpx.get(f"{server.url}/readyz", timeout=10, trust_env=False).status_code == 200
+        return httpx.get(f"{server.url}/readyz", **(PLAIN_HTTP | {"timeout": 10})).status_code == 200
     except httpx.TransportError:
         return False
 
@@ -85,13 +86,13 @@ def seconds_until(condition: Callable[[], bool], at_most_s: float = READY_AGAIN_
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < at_most_s
-        time.sleep(0.05)
+        time.sleep(0.1)
     return time.monotonic() - began
 
 
 def sums(server: Server) -> dict[str, float]:
     """Of our metrics, over all labels."""
-    page = httpx.get(f"{server.url}/metrics", trust_env=False).text
+    page = httpx.get(f"{server.url}/metrics", **PLAIN_HTTP).text
     found: dict[str, float] = {}
     for family in text_string_to_metric_families(page):
         for sample in family.samples:
@@ -102,6 +103,16 @@ def sums(server: Server) -> dict[str, float]:
 def require_nothing_left(server: Server) -> None:
     seconds_until(lambda: sums(server)["stable_diffusion_queue_jobs"] + sums(server)["stable_diffusion_running_jobs"] == 0, 60)
     assert sums(server)["stable_diffusion_workload_seconds"] == pytest.approx(0, abs=0.01)
+
+
+def require_undisturbed(load: Load, began_after_s: float) -> None:
+    assert {entry.answered for entry in load.entries if entry.began_s > began_after_s} <= {"picture"}
+
+
+def held_by(worker: psutil.Process, server: Server) -> list[object]:
+    """The connections of clients that an API worker has open."""
+    port = urlsplit(server.url).port
+    return [one for one in worker.net_connections("tcp") if one.raddr and one.laddr.port == port]
 
 
 def test_hundreds_of_requests_with_faults_at_random_moments_are_each_answered_as_they_may_be(
@@ -133,7 +144,9 @@ def test_a_step_that_hangs_is_an_error_within_seconds_and_the_model_process_star
         assert (hung.status_code, hung.json()["error"]["type"]) == (503, "model_unavailable")
         assert not is_ready(server)
         ready = seconds_until(lambda: is_ready(server))
+        recovered = time.monotonic()
         assert client.post("/txt2img", json={"prompt": PROMPT, "num_inference_steps": 2}).status_code == 200
+    require_undisturbed(load, began_after_s=recovered)
     print(f"a step that hangs: told after {told:.1f} s, ready again after {ready:.1f} s more; {load.summary()}")
     assert told < STUCK_STEP_S + 20
     require_nothing_left(server)
@@ -147,10 +160,15 @@ def test_a_runner_that_is_killed_under_load_costs_only_what_it_was_drawing(serve
         [runner] = workers(server, "bentoml_cli.worker.runner")
         runner.kill()
         gone = seconds_until(lambda: not is_ready(server), 30)
+        known = time.monotonic()
         ready = seconds_until(lambda: is_ready(server))
+        recovered = time.monotonic()
         drawn = len(load.entries)
         wait_until(lambda: sum(entry.answered == "picture" for entry in load.entries[drawn:]) >= 10)
     print(f"a runner that is killed: not ready after {gone:.1f} s, ready again after {ready:.1f} s more; {load.summary()}")
+    lost = [entry for entry in load.entries if entry.answered == "model_unavailable"]
+    assert all(entry.began_s < known for entry in lost), "from then on it is known that nothing can be drawn"
+    require_undisturbed(load, began_after_s=recovered)
     require_nothing_left(server)
 
 
@@ -159,15 +177,17 @@ def test_an_api_worker_that_is_killed_under_load_breaks_its_own_connections_only
     load.allowed_besides = {"broken connection"}
     with under(load, clients=6, kinds=SOUND_KINDS) as wait_until:
         wait_until(lambda: len(load.entries) >= 10)
-        victim, *others = workers(server, "bentoml_cli.worker.http_api_server")
-        assert others
+        victim, other = sorted(workers(server, "bentoml_cli.worker.http_api_server"), key=lambda worker: len(held_by(worker, server)))
+        victim.suspend()  # so that it takes no more while its connections are counted
+        held, held_by_other = len(held_by(victim, server)), len(held_by(other, server))
         victim.kill()
         again = seconds_until(lambda: len(workers(server, "http_api_server")) == 2)
         drawn = len(load.entries)
         wait_until(lambda: len(load.entries) >= drawn + 20)
     broken = sum(entry.answered == "broken connection" for entry in load.entries)
-    print(f"an API worker that is killed: another one after {again:.1f} s; {load.summary()}")
-    assert broken <= 6
+    print(f"an API worker that is killed: another one after {again:.1f} s; it held {held} connections, the other {held_by_other}")
+    print(load.summary())
+    assert broken <= held
     require_nothing_left(server)
 
 
@@ -176,12 +196,18 @@ def test_a_server_that_is_stopped_under_load_finishes_what_it_has_accepted_and_e
 ) -> None:
     load = load_on(5)
     load.allowed_besides = {"shutting_down", "refused connection", "broken connection"}
-    began = 0.0
+    accepted_s = began = ended = 0.0
     with under(load, clients=6, kinds=SOUND_KINDS) as wait_until:
         wait_until(lambda: len(load.entries) >= 10)
+        accepted_s = time.monotonic()
+        time.sleep(0.5)  # from a client to the model process it takes milliseconds
         began = time.monotonic()
         server.process.terminate()
         assert server.process.wait(120) == 0
+        ended = time.monotonic() - began
+    accepted = [entry for entry in load.entries if entry.began_s < accepted_s]
+    assert {entry.answered for entry in accepted} == {"picture"}
     # Who connects at the very end, when nobody listens any more, is never read.
     assert all(entry.began_s > began for entry in load.entries if entry.answered == "broken connection")
-    print(f"a server that is stopped: ended after {time.monotonic() - began:.1f} s; {load.summary()}")
+    unfinished = sum(entry.began_s + entry.seconds > began for entry in accepted)
+    print(f"a server that is stopped: ended after {ended:.1f} s, with {unfinished} that it had accepted; {load.summary()}")

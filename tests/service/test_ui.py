@@ -569,4 +569,4 @@ def test_the_page_may_load_nothing_from_elsewhere_and_is_kept_until_it_changes(f
 
 
 def test_the_start_says_where_the_page_is(fp32_server: Server) -> None:
-    assert "/ui" in fp32_server.log
+    assert "its address has a page to draw with at /ui" in fp32_server.log
