@@ -5,6 +5,7 @@ answer, the connection and what waits behind it, and does not stop before all co
 Here a connection on which no request is being answered is ended after a while, and so is one whose answer is not read. One that
 waits for its next request after a whole answer is left to uvicorn's keep-alive timer: balancers pool such connections, and a server
 that closes one before they do loses a request.
+WebSockets, which nothing here speaks, are not taken on: uvicorn never forgets one whose first request is malformed, and does not stop.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import anyio
+import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("stable_diffusion")
@@ -75,6 +77,7 @@ class Connections:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             raise_descriptor_limit()
+            _take_on_no_websockets(receive)
             self._ports = _prepare_listening_sockets()
             ending = asyncio.create_task(self._end_idle_ones())
             try:
@@ -164,6 +167,13 @@ def _pieces(message: Message) -> Iterator[Message]:
         is_last = begin + _PIECE_BYTES >= len(body)
         more_body = message.get("more_body", False) if is_last else True
         yield {**message, "body": bytes(body[begin : begin + _PIECE_BYTES]), "more_body": more_body}
+
+
+def _take_on_no_websockets(receive: Any) -> None:
+    """BentoML passes uvicorn no such option; uvicorn reads its configuration, which `receive` leads to, again for each connection."""
+    configuration = getattr(getattr(receive, "__self__", None), "config", None)
+    if isinstance(configuration, uvicorn.Config):
+        configuration.ws_protocol_class = None
 
 
 def _transport_of(receive: Any) -> asyncio.WriteTransport | None:
