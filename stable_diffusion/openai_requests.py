@@ -121,6 +121,8 @@ def read_texts(texts: dict[str, str]) -> dict[str, Any]:
 
 def _scalar(text: str) -> int | float | bool | str:
     """A number or a flag as JSON writes it. Anything else stays text, which validation refuses by name."""
+    if len(text) > _MAX_NUMBER_CHARACTERS:
+        return text
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -128,6 +130,7 @@ def _scalar(text: str) -> int | float | bool | str:
     return value if isinstance(value, int | float) else text
 
 
+_MAX_NUMBER_CHARACTERS = 64  # longer ones could be a megabyte of brackets, which takes half a second to read
 _NUMBERS_AND_FLAGS = {
     name
     for model in (OpenaiParameters, ImageToImageRequest)

@@ -52,6 +52,13 @@ def test_what_makes_no_difference_may_be_anything(value: object) -> None:
         assert parse_generation({"prompt": PROMPT, name: value})[0].n == 1
 
 
+def test_a_number_of_a_form_is_not_read_where_it_is_longer_than_any_number() -> None:
+    brackets = "[" * 40 + "]" * 40
+    assert read_texts({"n": brackets, "seed": "7"}) == {"n": brackets, "seed": 7}
+    with pytest.raises(InvalidRequest, match="^n: "):
+        parse_edit({"prompt": PROMPT} | read_texts({"n": "1" + " " * 64}))
+
+
 def test_strength_is_for_edits_only() -> None:
     assert parse_edit({"prompt": PROMPT, "strength": 0.5})[1].strength == 0.5
     with pytest.raises(UnknownParameter, match="^strength"):
