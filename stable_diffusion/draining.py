@@ -14,9 +14,11 @@ from contextlib import contextmanager
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-# A worker that is finishing is alive, what it is doing can be measured, and what it has drawn can be fetched.
+# A worker that is finishing is alive, what it is doing can be measured, and what it has drawn can be fetched. Such questions keep
+# nobody waiting for the end: uvicorn answers those that it has begun with, and somebody who goes on asking could hold it for ever.
 _ALWAYS_ANSWERED = ("/livez", "/healthz", "/metrics")
 _ALWAYS_ANSWERED_UNDER = "/jobs/"
+_TIME_TO_TELL_S = 5.0  # that the grace period is over, to those who wait
 
 
 class Unfinished:
@@ -27,6 +29,7 @@ class Unfinished:
         self._grace_s = grace_s
         self._count = 0
         self._stop: Callable[[], object] | None = None
+        self._has_stopped = False
 
     @property
     def is_stopping(self) -> bool:
@@ -43,11 +46,18 @@ class Unfinished:
 
     def stop_when_done(self, stop: Callable[[], object]) -> None:
         self._stop = stop
-        asyncio.get_running_loop().call_later(self._grace_s, self.grace_is_over.set)
+        loop = asyncio.get_running_loop()
+        loop.call_later(self._grace_s, self.grace_is_over.set)
+        loop.call_later(self._grace_s + _TIME_TO_TELL_S, self._stop_once)
         self._stop_if_idle()
 
     def _stop_if_idle(self) -> None:
-        if self._stop is not None and self._count == 0:
+        if self._count == 0:
+            self._stop_once()
+
+    def _stop_once(self) -> None:
+        if self._stop is not None and not self._has_stopped:
+            self._has_stopped = True
             self._stop()
 
 
@@ -62,9 +72,9 @@ class Draining:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             self._take_over_sigterm()
-        if scope["type"] != "http":
+        if scope["type"] != "http" or (self._unfinished.is_stopping and _is_always_answered(scope["path"])):
             await self._app(scope, receive, send)
-        elif self._unfinished.is_stopping and not _is_always_answered(scope["path"]):
+        elif self._unfinished.is_stopping:
             await self._refusal(scope, receive, send)
         else:
             with self._unfinished.piece_of_work():
