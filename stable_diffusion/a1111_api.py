@@ -39,7 +39,7 @@ from stable_diffusion.backend import Backend
 from stable_diffusion.drawing import draw_all
 from stable_diffusion.engine.job import Task
 from stable_diffusion.errors import NotFound
-from stable_diffusion.reading import MAX_JSON_BYTES, counted, json_content, owner_of, read_json_body, ticket_of, while_connected
+from stable_diffusion.reading import MAX_JSON_BYTES, counted, decoded, json_content, owner_of, read_json_body, ticket_of, while_connected
 from stable_diffusion.requests import parse_json
 from stable_diffusion.safety import SafetyPolicy
 from stable_diffusion.tasks import image_task, several, text_task
@@ -112,7 +112,7 @@ async def _read_image_tasks(request: Request, backend: Backend) -> tuple[Generat
     """What was uploaded ends with this call: nothing keeps it while the pictures wait and are drawn."""
     with counted(request, backend.uploads) as uploading:
         content = await json_content(uploading, _MAX_PICTURES_BYTES)
-        return await backend.decode(partial(_read_image_task, content, backend.model(), backend.policy()))
+        return await decoded(request, backend.decoding, partial(_read_image_task, content, backend.model(), backend.policy()))
 
 
 def _read_image_task(content: bytes, model: ModelFolder, policy: SafetyPolicy) -> tuple[GenerationBody, Task, int]:

@@ -19,6 +19,7 @@ from typing import Any
 import bentoml
 import click
 from bentoml._internal.configuration.containers import BentoMLContainer
+from bentoml._internal.context import server_context
 from bentoml._internal.utils import BentoMLDeprecationWarning
 from bentoml.legacy import Service
 from starlette.applications import Starlette
@@ -72,6 +73,8 @@ def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[],
     os.environ.pop("BENTOML_CONTAINERIZED", None)
     # BentoML's own timer goes on for an hour after each answer and keeps 2.5 kB of it: gigabytes, if somebody only asks for /livez.
     BentoMLContainer.api_server_config.traffic.timeout.set(0)
+    if server_context.service_type == "runner":  # whose timer does the same; API workers wait for it as long as its setting says
+        BentoMLContainer.runners_config.traffic.timeout.set(0)
     name_shared_folder()  # here, because BentoML copies the environment for the runner before on_deployment
     keep_only_digests(os.environ)  # here, for the same reason
     choose_model = functools.lru_cache(maxsize=1)(choose_model)
@@ -176,8 +179,9 @@ class _FrontDoor:
         self._templates = [(re.compile(_TEMPLATE_NAME.sub(r"(?P<\1>[^/]+)", path)), path) for path in self._methods if "{" in path]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
+        assert scope["type"] == "http", "connections.py lets nothing else in"
         path, method, headers = scope["path"], scope["method"], Headers(scope=scope)
         key_name = name_of_key(self._keys, headers) if self._keys else None
         if self._keys and key_name is None and path not in self._open and not self._is_preflight(method, headers):

@@ -13,6 +13,7 @@ from contextlib import aclosing, suppress
 from dataclasses import replace
 
 import aiohttp
+import anyio
 from bentoml.exceptions import BentoMLException
 from starlette.concurrency import run_in_threadpool
 
@@ -22,7 +23,6 @@ from stable_diffusion.backend import Backend
 from stable_diffusion.engine.job import Picture, Progress, Task
 from stable_diffusion.errors import GenerationFailed, InvalidRequest, JobsUnavailable, ModelUnavailable, ServiceError, ShuttingDown
 from stable_diffusion.jobs import JobRecord, Ticket
-from stable_diffusion.readiness import require_ready
 from stable_diffusion.runnable import TakenOn, pack_task, unpack_news
 
 logger = logging.getLogger("stable_diffusion")
@@ -31,6 +31,8 @@ _LOOK_AGAIN_S = 0.1
 _TAKEN_ON_WITHIN_S = 30.0
 _TIME_TO_FETCH_S = 10.0
 _HELD_AGAIN_S = 20.0
+_ABANDON_AGAIN_S = 5.0
+_MOST_LOOKS_PER_S = 100  # at the store, of all who follow jobs: each takes 0.8 ms of a core
 
 
 News = AsyncGenerator[TakenOn | Progress | Picture, None]
@@ -60,12 +62,14 @@ async def begin(backend: Backend, task: Task, ticket: Ticket, *, follow: bool) -
         raise ShuttingDown("the server is shutting down, try again in a minute")
     if task.preview_every_steps and backend.policy() == "always":
         raise InvalidRequest("this server checks every picture, so it sends no previews of what has not been checked")
-    await require_ready(backend.runner)
+    await backend.readiness.require_ready()
     news = _logged_news_of(backend, task, ticket, follow=follow)
     try:
-        # A model process that stops does not answer new connections, nor close them.
-        await asyncio.wait_for(anext(news), _TAKEN_ON_WITHIN_S)
-    except asyncio.TimeoutError:
+        # A model process that stops does not answer new connections, nor close them. Not asyncio.wait_for: that of Python before 3.12
+        # loses a cancellation that comes together with the answer.
+        with anyio.fail_after(_TAKEN_ON_WITHIN_S):
+            await anext(news)
+    except TimeoutError:
         raise ModelUnavailable("the model process does not answer, try again in a minute") from None
     except BaseException:
         await news.aclose()
@@ -144,11 +148,11 @@ async def draw_unattended(backend: Backend, task: Task, ticket: Ticket) -> None:
     refusal: asyncio.Future[ServiceError | None] = asyncio.get_running_loop().create_future()
 
     async def hold() -> None:
-        with backend.unfinished.piece_of_work(), suppress(JobsUnavailable):
+        with backend.unfinished.piece_of_work():
             error = await request_log.as_job(_hold(backend, task, ticket, refusal), lambda: refusal.done() and refusal.result() is None)
-            # Nothing happens to a job that has its end already.
-            await run_in_threadpool(backend.jobs.abandon, ticket.job_id, error)
-            await _time_to_fetch(backend, ticket.job_id)
+            await _abandon(backend, ticket.job_id, error)
+            with suppress(JobsUnavailable):
+                await _time_to_fetch(backend, ticket.job_id)
 
     holding = asyncio.create_task(hold())
     _held.add(holding)
@@ -175,6 +179,17 @@ async def _hold(backend: Backend, task: Task, ticket: Ticket, refusal: asyncio.F
     return known_error(drawing.exception() or GenerationFailed("the picture was drawn and could not be kept"), where)
 
 
+async def _abandon(backend: Backend, job_id: str, error: ServiceError) -> None:
+    """The job's end, unless it has one already. As often as it takes: a job without an end would keep its place and its followers."""
+    while True:
+        try:
+            return await run_in_threadpool(backend.jobs.abandon, job_id, error)
+        except JobsUnavailable:
+            if backend.unfinished.is_stopping:  # what is known of jobs goes with the server
+                return
+        await asyncio.sleep(_ABANDON_AGAIN_S)
+
+
 async def _time_to_fetch(backend: Backend, job_id: str) -> None:
     """A server that stops takes its pictures with it: whoever waited for one has a moment to fetch it."""
     deadline = time.monotonic() + _TIME_TO_FETCH_S
@@ -190,9 +205,15 @@ _held: set[asyncio.Task[None]] = set()  # an event loop alone would let go of th
 async def follow(backend: Backend, job_id: str) -> AsyncGenerator[list[JobRecord], None]:
     """Where the pictures of a job stand, whenever that has changed; last when all have ended. Raises UnknownJob."""
     last: list[JobRecord] = []
-    while not (last and all(record.is_ended for record in last)):
-        records = await run_in_threadpool(backend.jobs.get, job_id)
-        if records != last:
-            yield records
-            last = records
-        await asyncio.sleep(0 if all(record.is_ended for record in records) else _LOOK_AGAIN_S)
+    follower = object()
+    backend.followers.add(follower)
+    try:
+        while not (last and all(record.is_ended for record in last)):
+            records = await run_in_threadpool(backend.jobs.get, job_id)
+            if records != last:
+                yield records
+                last = records
+            if not all(record.is_ended for record in records):
+                await asyncio.sleep(max(_LOOK_AGAIN_S, len(backend.followers) / _MOST_LOOKS_PER_S))
+    finally:
+        backend.followers.discard(follower)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from datetime import datetime, timezone
 from typing import Any
 
@@ -90,8 +90,9 @@ def accepted_answer(records: Sequence[JobRecord]) -> Response:
 async def awaited_picture(backend: Backend, job_id: str, image_format: ImageFormat) -> Response:
     """The picture of an unattended job, as soon as it is there."""
     last: list[JobRecord] = []
-    async for records in follow(backend, job_id):
-        last = records
+    async with aclosing(follow(backend, job_id)) as standings:
+        async for records in standings:
+            last = records
     answer = await run_in_threadpool(_picture_answer, backend, last[0], image_format)
     await _note_fetched(backend, last[0])
     answer.headers.update(followed_headers())
@@ -113,24 +114,25 @@ async def events_of(backend: Backend, job_id: str, image_format: ImageFormat) ->
     told: tuple[object, ...] = ()
     preview = None
     try:
-        async for records in follow(backend, job_id):
-            if not _is_ended(records):
-                progress = _progress(records)
-                if not _is_estimated(records):
-                    continue
-                if (now := (progress.position, progress.step)) != told:
-                    yield progress_event(progress)
-                    told = now
-                if records[0].preview_png is not None and records[0].preview_png != preview:
-                    preview = records[0].preview_png
-                    yield await run_in_threadpool(_preview_event, records[0])
-            elif (error := next((record.error for record in records if record.error is not None), None)) is not None:
-                raise error
-            elif records[0].picture is None:
-                yield server_sent.event("completed", {"job": description(records)})
-            else:
-                yield await run_in_threadpool(_completed_event, backend, records[0], image_format)
-                await _note_fetched(backend, records[0])
+        async with aclosing(follow(backend, job_id)) as standings:
+            async for records in standings:
+                if not _is_ended(records):
+                    progress = _progress(records)
+                    if not _is_estimated(records):
+                        continue
+                    if (now := (progress.position, progress.step)) != told:
+                        yield progress_event(progress)
+                        told = now
+                    if records[0].preview_png is not None and records[0].preview_png != preview:
+                        preview = records[0].preview_png
+                        yield await run_in_threadpool(_preview_event, records[0])
+                elif (error := next((record.error for record in records if record.error is not None), None)) is not None:
+                    raise error
+                elif records[0].picture is None:
+                    yield server_sent.event("completed", {"job": description(records)})
+                else:
+                    yield await run_in_threadpool(_completed_event, backend, records[0], image_format)
+                    await _note_fetched(backend, records[0])
     except Exception as error:
         yield error_event(error, "The stream of events of a job")
 

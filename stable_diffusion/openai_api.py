@@ -25,7 +25,7 @@ from stable_diffusion.drawing import News, begin, draw_all
 from stable_diffusion.engine.job import Picture, Progress, Task
 from stable_diffusion.errors import InvalidRequest, ModelNotFound, ServiceError
 from stable_diffusion.openai_requests import OpenaiParameters, parse_edit, parse_generation, read_texts
-from stable_diffusion.reading import counted, file_part, opened_form, read_json_body, ticket_of, while_connected
+from stable_diffusion.reading import counted, decoded, file_part, opened_form, read_json_body, ticket_of, while_connected
 from stable_diffusion.tasks import image_task, several, text_task
 from stable_diffusion.weights import ModelFolder
 
@@ -65,12 +65,12 @@ async def _read_edit_task(request: Request, backend: Backend) -> tuple[Task, Ope
         own, parameters = parse_edit(read_texts(texts))
         model = _served(backend, own)
 
-        def decoded() -> Task:
+        def work() -> Task:
             picture = images.read_picture(content, "image")
             mask = None if mask_content is None else _mask_for(picture, mask_content)
             return image_task(parameters, model, backend.policy(), picture, mask)
 
-        return await backend.decode(decoded), own
+        return await decoded(request, backend.decoding, work), own
 
 
 async def _read_edit(request: Request) -> tuple[dict[str, str], bytes, bytes | None]:

@@ -32,6 +32,7 @@ from stable_diffusion.jobs_api import accepted_answer, awaited_picture, events_o
 from stable_diffusion.reading import (
     accepted_types,
     counted,
+    decoded,
     idempotency_key,
     prefers_no_waiting,
     read_form,
@@ -66,12 +67,12 @@ async def _read_image_task(request: Request, backend: Backend, *names: str) -> t
         parameters, files = await read_form(uploading, *names)
         model, policy = backend.model(), backend.policy()
 
-        def decoded() -> Task:
+        def work() -> Task:
             picture = images.read_picture(files["img"], "img")
             mask = images.read_mask(files["mask"], "mask") if "mask" in files else None
             return image_task(parameters, model, policy, picture, mask)
 
-        return await backend.decode(decoded), parameters
+        return await decoded(request, backend.decoding, work), parameters
 
 
 Remarks = Callable[[Picture], dict[str, Any]]

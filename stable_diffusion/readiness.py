@@ -5,6 +5,9 @@ A model process is ready once it has drawn a picture; one that has died is not r
 
 from __future__ import annotations
 
+import asyncio
+import time
+
 import aiohttp
 import bentoml
 from starlette.concurrency import run_in_threadpool
@@ -14,20 +17,39 @@ from stable_diffusion.runner_state import STAGES, RunnerState, living_runners
 
 _ANSWERS_WITHIN_S = 5  # a process that is ready, however busy the machine is
 _UNKNOWN_ANSWERS_WITHIN_S = 1  # one of which nothing is known
+_ASKED_AGAIN_S = 1.0
 
 
-async def is_ready(runner: bentoml.Runner) -> bool:
-    """Whether a model process has loaded its model and answers."""
-    runners = await run_in_threadpool(living_runners)
-    return await (_answers(runner) if _has_ready(runners) else _answers_unknown(runner, runners))
+class Readiness:
+    """Of the model processes of one runner. To be used on one event loop."""
 
+    def __init__(self, runner: bentoml.Runner) -> None:
+        self._runner = runner
+        self._asking: asyncio.Future[bool] | None = None
+        self._asked_s = 0.0
 
-async def require_ready(runner: bentoml.Runner) -> None:
-    """Raises ModelLoading, which says how far the model process is."""
-    runners = await run_in_threadpool(living_runners)
-    if _has_ready(runners) or await _answers_unknown(runner, runners):
-        return
-    raise ModelLoading(f"the model process is not ready: {stage_of(runners, ready=False)}")
+    async def is_ready(self) -> bool:
+        """Whether a model process has loaded its model and answers."""
+        runners = await run_in_threadpool(living_runners)
+        return await (self._answers(_ANSWERS_WITHIN_S) if _has_ready(runners) else self._answers_unknown(runners))
+
+    async def require_ready(self) -> None:
+        """Raises ModelLoading, which says how far the model process is."""
+        runners = await run_in_threadpool(living_runners)
+        if _has_ready(runners) or await self._answers_unknown(runners):
+            return
+        raise ModelLoading(f"the model process is not ready: {stage_of(runners, ready=False)}")
+
+    async def _answers_unknown(self, runners: list[RunnerState]) -> bool:
+        """Whether a process answers that could not write down how far it is."""
+        return not runners and await self._answers(_UNKNOWN_ANSWERS_WITHIN_S)
+
+    async def _answers(self, within_s: int) -> bool:
+        """Asked once in a while, however many ask here: the model process has better things to do."""
+        now_s = time.monotonic()
+        if self._asking is None or (self._asking.done() and now_s - self._asked_s >= _ASKED_AGAIN_S):
+            self._asking, self._asked_s = asyncio.ensure_future(_ask(self._runner, within_s)), now_s
+        return await asyncio.shield(self._asking)
 
 
 NOT_ANSWERING = "not answering"
@@ -45,12 +67,7 @@ def _has_ready(runners: list[RunnerState]) -> bool:
     return any(runner.stage == "ready" for runner in runners)
 
 
-async def _answers_unknown(runner: bentoml.Runner, runners: list[RunnerState]) -> bool:
-    """Whether a process answers that could not write down how far it is."""
-    return not runners and await _answers(runner, _UNKNOWN_ANSWERS_WITHIN_S)
-
-
-async def _answers(runner: bentoml.Runner, within_s: int = _ANSWERS_WITHIN_S) -> bool:
+async def _ask(runner: bentoml.Runner, within_s: int) -> bool:
     """BentoML's own question. While a process is being started, connections to it wait."""
     try:
         return bool(await runner.runner_handle_is_ready(timeout=within_s))

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 import re
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from stable_diffusion import events, images
+from stable_diffusion.decoding import Decoding
 from stable_diffusion.errors import ClientGone, DeadlineExceeded, InvalidRequest, RequestTimeout, TooLarge, UnsupportedMediaType
 from stable_diffusion.images import MEDIA_TYPES, ImageFormat
 from stable_diffusion.jobs import Ticket
@@ -270,6 +271,11 @@ def accepted_types(request: Request) -> Accepted:
         # max gives the first one among equals.
         image_format=formats[max(images_liked, key=lambda entry: entry[0])[1]] if images_liked else None,
     )
+
+
+async def decoded(request: Request, decoding: Decoding, work: Callable[[], T]) -> T:
+    """What `work` makes of what was uploaded, when it is this caller's turn. Raises QueueFull, and ClientGone once nobody waits for it."""
+    return await while_connected(request, decoding.run(owner_of(request), work))
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

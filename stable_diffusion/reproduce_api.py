@@ -20,7 +20,7 @@ from stable_diffusion.backend import Backend
 from stable_diffusion.engine.job import Kind, Picture, Task
 from stable_diffusion.errors import InvalidRequest
 from stable_diffusion.plain_api import answer
-from stable_diffusion.reading import counted, read_reproduction_form
+from stable_diffusion.reading import counted, decoded, read_reproduction_form
 from stable_diffusion.reproduction import Reproduction, differs_in_computing, differs_in_input, has_its_mask, reproduction_of
 from stable_diffusion.requests import (
     ImageToImageRequest,
@@ -78,8 +78,8 @@ async def _read_request(request: Request, backend: Backend) -> _Asked:
         missing = _missing(reproduction.kind, files)
         if missing and not wishes.dry_run:
             raise _missing_input(missing[0], reproduction.kind)
-        decoded = partial(_task, parameters, model, policy, files, reproduction.infotext)
-        task = None if missing else await backend.decode(decoded)
+        work = partial(_task, parameters, model, policy, files, reproduction.infotext)
+        task = None if missing else await decoded(request, backend.decoding, work)
         return _Asked(reproduction, parameters, missing, task, wishes.dry_run)
 
 

@@ -20,7 +20,7 @@ from stable_diffusion import __version__, metrics
 from stable_diffusion.answers import answering_errors
 from stable_diffusion.backend import Backend
 from stable_diffusion.images import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MAX_UPLOAD_SIDE, MEDIA_TYPES
-from stable_diffusion.readiness import is_ready, stage_of
+from stable_diffusion.readiness import stage_of
 from stable_diffusion.requests import MAX_IMAGES, MAX_PIXEL_STEPS, SCHEDULERS, ImageToImageRequest
 from stable_diffusion.runner_state import RunnerState, living_runners
 from stable_diffusion.safety import SafetyPolicy
@@ -35,7 +35,7 @@ _LIMITS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multip
 def routes(backend: Backend) -> list[Route]:
     async def status(request: Request) -> Response:
         runners = await run_in_threadpool(living_runners)
-        ready = await is_ready(backend.runner)
+        ready = await backend.readiness.is_ready()
         model = backend.model()
         await run_in_threadpool(lambda: model.hash)  # reads the weights when it is first asked for
         return JSONResponse(_status(model, runners, ready), headers=_CURRENT_STATE)
@@ -57,7 +57,7 @@ def readiness_page(backend: Backend) -> ASGIApp:
     """`/readyz`, in place of BentoML's, which waits for a model process that has died and takes one that is starting for a slow one."""
 
     async def show(scope: Scope, receive: Receive, send: Send) -> None:
-        ready = await is_ready(backend.runner)
+        ready = await backend.readiness.is_ready()
         await PlainTextResponse("ready\n" if ready else "not ready\n", 200 if ready else 503, _CURRENT_STATE)(scope, receive, send)
 
     return show

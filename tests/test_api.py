@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +27,7 @@ from stable_diffusion.access import Access
 from stable_diffusion.keys import read_keys
 from stable_diffusion.shared_folder import name_shared_folder
 
+ROOT = Path(__file__).parents[1]
 REACHED = PlainTextResponse("reached")
 EVERYBODY = Access()
 
@@ -168,3 +172,26 @@ def test_the_host_is_the_one_of_the_command_line_or_of_bentomls_configuration() 
         context.params.update(given)
         with context:
             assert _host() == host
+
+
+_TIMERS = """
+import sys
+from bentoml._internal.context import server_context
+server_context.service_type = sys.argv[1]
+from fp32.service import stable_diffusion_runner, svc
+from bentoml._internal.configuration.containers import BentoMLContainer
+from bentoml._internal.server.runner_app import RunnerAppFactory
+from bentoml._internal.server.http_app import HTTPAppFactory
+app = RunnerAppFactory(stable_diffusion_runner) if sys.argv[1] == "runner" else HTTPAppFactory(svc)
+names = [one.cls.__name__ for one in app.middlewares]
+assert names
+print("TimeoutMiddleware" in names, BentoMLContainer.runners_config.get()["traffic"]["timeout"])
+"""
+
+
+@pytest.mark.parametrize(("process", "waits_s"), [("runner", 0), ("api_server", 3600)])
+def test_no_process_keeps_a_timer_for_each_request_and_api_workers_wait_for_the_model_process(process: str, waits_s: int) -> None:
+    variables = {**os.environ, "BENTOML_CONFIG": str(ROOT / "fp32" / "configuration.yaml")}
+    command = [sys.executable, "-W", "ignore", "-c", _TIMERS, process]
+    finished = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True)
+    assert finished.stdout.split() == ["False", str(waits_s)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,19 @@ import pytest
 import stable_diffusion.drawing
 from stable_diffusion.backend import Backend
 from stable_diffusion.draining import Unfinished
-from stable_diffusion.drawing import begin, draw_unattended
+from stable_diffusion.drawing import begin, draw, draw_unattended, follow
 from stable_diffusion.engine.job import Task
-from stable_diffusion.errors import InvalidRequest, ModelLoading, ModelUnavailable, QueueFull, ServiceError, ShuttingDown
-from stable_diffusion.jobs import Jobs, Ticket
+from stable_diffusion.errors import (
+    GenerationFailed,
+    InvalidRequest,
+    JobsUnavailable,
+    ModelLoading,
+    ModelUnavailable,
+    QueueFull,
+    ServiceError,
+    ShuttingDown,
+)
+from stable_diffusion.jobs import JobRecord, Jobs, Ticket
 from stable_diffusion.runnable import pack_outcome, pack_taken_on
 from stable_diffusion.runner_state import RunnerState
 from stable_diffusion.shared_folder import shared_folder
@@ -46,6 +56,14 @@ async def never_answers(_: dict[str, Any]) -> AsyncGenerator[str, None]:
 async def draws_for_ever(_: dict[str, Any]) -> AsyncGenerator[str, None]:
     yield pack_taken_on()
     await asyncio.sleep(60)
+
+
+async def at_once(call: Callable[..., Any], *arguments: Any) -> Any:
+    return call(*arguments)
+
+
+async def dies(_: dict[str, Any]) -> AsyncGenerator[str, None]:
+    yield pack_taken_on()
 
 
 async def full(_: dict[str, Any]) -> AsyncGenerator[str, None]:
@@ -93,6 +111,94 @@ def test_what_is_not_finished_when_the_grace_period_is_over_is_told() -> None:
 
     with pytest.raises(ShuttingDown):
         asyncio.run(asyncio.wait_for(stop_and_wait(), 5))
+
+
+@pytest.mark.parametrize("moment", range(8))
+def test_a_client_that_leaves_about_when_the_task_is_taken_on_has_it_cancelled(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(stable_diffusion.drawing, "run_in_threadpool", at_once)  # so that the moments can be counted
+
+    async def leave() -> None:
+        may_be_taken_on = asyncio.Event()
+
+        async def lines(_: dict[str, Any]) -> AsyncGenerator[str, None]:
+            try:
+                await may_be_taken_on.wait()
+                yield pack_taken_on()
+                await asyncio.sleep(60)
+            finally:
+                closed.append("closed")
+
+        drawing = asyncio.ensure_future(draw(backend_of(lines), make_task(), TICKET))
+        await asyncio.sleep(0.1)
+        may_be_taken_on.set()
+        for _ in range(moment):
+            await asyncio.sleep(0)
+        drawing.cancel()
+        await asyncio.wait({drawing}, timeout=5)
+        assert drawing.cancelled()
+
+    asyncio.run(leave())
+    assert closed == ["closed"]
+
+
+def test_a_job_has_its_end_even_if_the_store_fails_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stable_diffusion.drawing, "_ABANDON_AGAIN_S", 0.05)
+    failures = iter(range(3))
+
+    async def hold() -> ServiceError | None:
+        backend = backend_of(dies)
+        abandon = backend.jobs.abandon
+
+        def full_disk(job_id: str, error: ServiceError) -> None:
+            if next(failures, None) is not None:
+                raise JobsUnavailable("where jobs stand cannot be read or written")
+            abandon(job_id, error)
+
+        monkeypatch.setattr(backend.jobs, "abandon", full_disk)
+        ticket = Ticket("c3", "somebody", unattended=True)
+        backend.jobs.accept(ticket, make_task(), None, "what")
+        await draw_unattended(backend, make_task(), ticket)
+        async with aclosing(follow(backend, "c3")) as standings:
+            async for records in standings:
+                last = records
+        assert backend.followers == set()
+        return last[0].error
+
+    assert isinstance(asyncio.run(asyncio.wait_for(hold(), 20)), ModelUnavailable)
+    assert next(failures, None) is None
+
+
+def test_followers_look_less_often_where_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[str] = []
+
+    async def follow_with(many: int) -> int:
+        backend = backend_of(full)
+        backend.jobs.accept(Ticket("d4", "somebody", unattended=True), make_task(), None, "what")
+        get = backend.jobs.get
+
+        def look(job_id: str) -> list[JobRecord]:
+            looks.append(job_id)
+            return get(job_id)
+
+        monkeypatch.setattr(backend.jobs, "get", look)
+        backend.followers.update(object() for _ in range(many))
+        looks.clear()
+        following = asyncio.ensure_future(anext(aiter_ended(follow(backend, "d4"))))
+        await asyncio.sleep(1)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        backend.jobs.abandon("d4", GenerationFailed("not drawn"))
+        return len(looks)
+
+    async def aiter_ended(standings: AsyncGenerator[list[JobRecord], None]) -> AsyncGenerator[list[JobRecord], None]:
+        async with aclosing(standings):
+            async for records in standings:
+                if records[0].is_ended:
+                    yield records
+
+    assert asyncio.run(follow_with(0)) >= 4
+    assert asyncio.run(follow_with(50)) <= 3
 
 
 def test_a_server_that_checks_every_picture_shows_none_before_that() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 from starlette.applications import Starlette
 from starlette.testclient import TestClient
 
+import stable_diffusion.readiness
 from stable_diffusion.backend import Backend
 from stable_diffusion.draining import Unfinished
 from stable_diffusion.jobs import Jobs
+from stable_diffusion.readiness import Readiness
 from stable_diffusion.runner_state import RunnerState
 from stable_diffusion.shared_folder import shared_folder
 from stable_diffusion.status_api import routes
@@ -73,6 +76,47 @@ def test_a_server_is_ready_only_if_the_runner_answers_too(answer: bool | Excepti
     status = ask("/status", answer)
     assert (status["ready"], status["stage"]) == (ready, "ready" if ready else "not answering")
     assert [runner["stage"] for runner in status["runners"]] == ["ready", "warming up"]
+
+
+def test_the_model_process_is_asked_once_however_many_ask_at_a_time_and_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    RunnerState(1, "fp32", "demo").enter("ready")
+    asked: list[int] = []
+
+    class Counting:
+        async def runner_handle_is_ready(self, timeout: int) -> bool:
+            asked.append(timeout)
+            await asyncio.sleep(0.05)
+            return len(asked) == 1
+
+    async def ask_often() -> None:
+        readiness = Readiness(Counting())
+        assert await asyncio.gather(*(readiness.is_ready() for _ in range(50))) == [True] * 50
+        assert await readiness.is_ready()
+        assert asked == [5]
+        monkeypatch.setattr(stable_diffusion.readiness, "_ASKED_AGAIN_S", 0.0)
+        assert not await readiness.is_ready()
+        assert asked == [5, 5]
+
+    asyncio.run(ask_often())
+
+
+def test_one_who_leaves_takes_the_answer_from_nobody() -> None:
+    RunnerState(1, "fp32", "demo").enter("ready")
+
+    class Slow:
+        async def runner_handle_is_ready(self, timeout: int) -> bool:
+            await asyncio.sleep(0.1)
+            return True
+
+    async def ask_and_leave() -> bool:
+        readiness = Readiness(Slow())
+        leaving = asyncio.ensure_future(readiness.is_ready())
+        staying = asyncio.ensure_future(readiness.is_ready())
+        await asyncio.sleep(0.05)
+        leaving.cancel()
+        return await staying
+
+    assert asyncio.run(ask_and_leave())
 
 
 def test_whoever_asks_is_told_what_is_checked_and_how_much_one_request_may_ask_for() -> None:
