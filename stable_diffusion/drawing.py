@@ -86,7 +86,7 @@ async def _picture_of(news: News) -> Picture:
 
 
 async def _logged_news_of(backend: Backend, task: Task, ticket: Ticket, *, follow: bool) -> News:
-    with request_log.noting(task) as note_picture:
+    with request_log.noting(task, ticket.index) as note_picture:
         async with aclosing(_news_of(backend, task, ticket, follow=follow)) as news:
             async for one in news:
                 if isinstance(one, Picture):

@@ -40,7 +40,7 @@ class _Line:
     scope: Scope
     answer: dict[str, Any] | None = None
     began_s: float = field(default_factory=time.monotonic)
-    tasks: list[dict[str, Any]] = field(default_factory=list)
+    tasks: dict[int, dict[str, Any]] = field(default_factory=dict)  # by the number of their pictures, which begin in any order
     waited_for: int = 0  # pictures
     flags: list[bool | None] = field(default_factory=list)  # of those that are there
     waits_s: list[float] = field(default_factory=list)
@@ -48,7 +48,7 @@ class _Line:
 
     def values(self) -> dict[str, Any]:
         """What goes into the log. What is not known is left out."""
-        scope, first = self.scope, self.tasks[0] if self.tasks else {}
+        scope, first = self.scope, self.tasks[min(self.tasks)] if self.tasks else {}
         client, job = scope.get("client"), scope.get("job")
         known = {
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
@@ -132,10 +132,10 @@ def identify(scope: Scope) -> None:
 
 
 @contextmanager
-def noting(task: Task) -> Iterator[Callable[[Picture], None]]:
-    """While `task` is drawn for the current request or job; what is given is to be called with its picture."""
+def noting(task: Task, index: int) -> Iterator[Callable[[Picture], None]]:
+    """While `task`, picture number `index` of the current request or job, is drawn; what is given is to be called with its picture."""
     line = _current.get() or _Line({})
-    line.tasks.append(_described(task))
+    line.tasks[index] = _described(task)
     line.waited_for += 1
     try:
         yield line.note_picture
@@ -157,7 +157,7 @@ def waiting_for_job() -> Iterator[Callable[[ServiceError | None, bool | None], N
 def note_accepted(task: Task) -> None:
     """The current request is for `task` and does not wait for it."""
     if (line := _current.get()) is not None:
-        line.tasks.append(_described(task))
+        line.tasks[0] = _described(task)
 
 
 async def as_job(drawing: Coroutine[Any, Any, T], is_taken_on: Callable[[], bool]) -> T:

@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -71,12 +71,12 @@ def lines(capsys: pytest.CaptureFixture[str], app: ASGIApp, **scope: Any) -> lis
 
 
 def answering(status: int, *outcomes: Picture | ServiceError) -> ASGIApp:
-    """Draws a task for each outcome, and answers when all are there."""
+    """Draws a task for each outcome, the last one first, and answers when all are there."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            for outcome in outcomes:
-                with request_log.noting(TASK) as note:
+            for index, outcome in reversed([*enumerate(outcomes)]):
+                with request_log.noting(replace(TASK, seed=TASK.seed + index), index) as note:
                     if isinstance(outcome, ServiceError):
                         raise outcome
                     note(outcome)
@@ -130,7 +130,7 @@ def test_a_line_says_how_it_ended(capsys: pytest.CaptureFixture[str], app: ASGIA
 
 def test_a_client_that_leaves_is_a_cancellation(capsys: pytest.CaptureFixture[str]) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        with request_log.noting(TASK):
+        with request_log.noting(TASK, 0):
             await send({"type": "http.response.start", "status": 200})
 
     (line,) = lines(capsys, app)
@@ -139,7 +139,7 @@ def test_a_client_that_leaves_is_a_cancellation(capsys: pytest.CaptureFixture[st
 
 def test_a_job_that_nobody_waits_for_has_a_second_line(capsys: pytest.CaptureFixture[str]) -> None:
     async def draw() -> None:
-        with request_log.noting(TASK) as note:
+        with request_log.noting(TASK, 0) as note:
             note(picture())
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

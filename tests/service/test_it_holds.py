@@ -195,7 +195,8 @@ def test_a_server_that_is_stopped_under_load_finishes_what_it_has_accepted_and_e
     server: Server, load_on: Callable[[int], Load]
 ) -> None:
     load = load_on(5)
-    load.allowed_besides = {"shutting_down", "refused connection", "broken connection"}
+    # The model process may hear of the end a moment before an API worker, which then cannot reach it.
+    load.allowed_besides = {"shutting_down", "model_unavailable", "refused connection", "broken connection"}
     accepted_s = began = ended = 0.0
     with under(load, clients=6, kinds=SOUND_KINDS) as wait_until:
         wait_until(lambda: len(load.entries) >= 10)
