@@ -30,16 +30,20 @@ class Decoding:
     async def run(self, caller: str, work: Callable[[], T]) -> T:
         """Run `work` on a thread when it is `caller`'s turn. Raises QueueFull where too many wait already.
 
-        Who is cancelled while waiting takes no turn.
+        Who is cancelled while waiting takes no turn; what has begun keeps its place to its end, since a thread cannot be stopped.
         """
         if self._running < _MAX_AT_ONCE:
             self._running += 1
         else:
             await self._turn_of(caller)
-        try:
-            return await run_in_threadpool(work)
-        finally:
-            self._pass_on()
+        working = asyncio.ensure_future(run_in_threadpool(work))
+        working.add_done_callback(self._note_end)
+        return await asyncio.shield(working)
+
+    def _note_end(self, working: asyncio.Future[T]) -> None:
+        self._pass_on()
+        if not working.cancelled():
+            working.exception()  # of which nobody hears who has left
 
     async def _turn_of(self, caller: str) -> None:
         self._require_room(caller)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Callable
 
@@ -95,6 +96,31 @@ def test_who_leaves_in_the_moment_of_the_turn_passes_it_on() -> None:
         assert await asyncio.gather(*busy, staying) == ["first", "first", "stays"]
 
     asyncio.run(decode())
+
+
+def test_what_was_begun_for_who_has_left_keeps_its_place_until_it_is_done(caplog: pytest.LogCaptureFixture) -> None:
+    async def decode() -> None:
+        queue, decoder = Decoding(), Decoder()
+
+        def broken() -> str:
+            decoder.of("broken")()
+            raise ValueError("no picture")
+
+        left = [asyncio.ensure_future(queue.run("a", work)) for work in (decoder.of("left"), broken)]
+        await waiting(2)
+        for one in left:
+            one.cancel()
+        staying = [asyncio.ensure_future(queue.run("a", decoder.of("stays"))) for _ in range(2)]
+        await waiting(2)
+        assert sorted(decoder.begun) == ["broken", "left"]
+        decoder.go_on(4)
+        assert await asyncio.gather(*staying) == ["stays"] * 2
+        assert decoder.most_at_once == 2
+        assert queue._running == 0
+
+    asyncio.run(decode())
+    gc.collect()
+    assert caplog.text == ""
 
 
 def test_too_many_are_refused_of_one_caller_and_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
