@@ -18,6 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests import faults
 from tests.service.ledger import DISTURBED, PROMPT, SOUND_KINDS, Load
 from tests.service.servers import PLAIN_HTTP, ROOT, Server, serve
+from tests.service.test_http import draw, refused
+from tests.service.test_jobs import ask, ended, start
 
 STUCK_STEP_S = 15
 # Circus looks for dead processes every ten seconds; then the runner imports torch and loads the model: half a minute on a quiet machine.
@@ -153,16 +155,28 @@ def test_a_step_that_hangs_is_an_error_within_seconds_and_the_model_process_star
 
 
 def test_a_runner_that_is_killed_under_load_costs_only_what_it_was_drawing(server: Server, load_on: Callable[[int], Load]) -> None:
+    """Also a job for which nobody waits: it has failed, and its idempotency key may be used again."""
     load = load_on(3)
+    attended = f"/jobs/{draw(server, num_inference_steps=1).headers['job-id']}"
+    # A client gets its picture before that is noted: what was not noted yet dies with the process.
+    assert ended(server, attended)["state"] == "completed"
+    long = {"num_inference_steps": 150, "height": 128, "width": 128}
     load.allowed_besides = DISTURBED - {"broken connection", "refused connection"}
     with under(load, clients=6, kinds=SOUND_KINDS) as wait_until:
         wait_until(lambda: len(load.entries) >= 10)
+        unattended = start(server, "a key", **long).headers["location"]
         [runner] = workers(server, "bentoml_cli.worker.runner")
         runner.kill()
         gone = seconds_until(lambda: not is_ready(server), 30)
         known = time.monotonic()
         ready = seconds_until(lambda: is_ready(server))
         recovered = time.monotonic()
+        assert ended(server, unattended)["state"] == "failed"
+        assert "model process" in refused(ask(server, f"{unattended}/picture"), 503)
+        assert ask(server, attended).json()["state"] == "completed", "what is known outlives the process"
+        again = start(server, "a key", **long).headers["location"]
+        assert again != unattended
+        assert ask(server, again, "DELETE").status_code == 200
         drawn = len(load.entries)
         wait_until(lambda: sum(entry.answered == "picture" for entry in load.entries[drawn:]) >= 10)
     print(f"a runner that is killed: not ready after {gone:.1f} s, ready again after {ready:.1f} s more; {load.summary()}")

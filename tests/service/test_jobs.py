@@ -250,24 +250,6 @@ def test_too_many_jobs_that_nobody_waits_for_are_refused_until_there_is_room(ser
     start(server, num_inference_steps=1)
 
 
-def test_a_job_whose_model_process_dies_fails_and_its_key_may_be_used_again(server: Server) -> None:
-    key = f"key {time.time()}"
-    location = start(server, key, num_inference_steps=150, height=128, width=128).headers["location"]
-    attended = draw(server, num_inference_steps=1).headers["job-id"]
-    # A client gets its picture before that is noted: what was not noted yet dies with the process.
-    assert ended(server, f"/jobs/{attended}")["state"] == "completed"
-    (runner,) = [process for process in family_of(server) if "bentoml_cli.worker.runner" in process.cmdline()]
-    runner.kill()
-    runner.wait(10)
-    assert ended(server, location)["state"] == "failed"
-    assert "model process" in refused(ask(server, f"{location}/picture"), 503)
-    wait_until_ready(server)
-    assert ask(server, f"/jobs/{attended}").json()["state"] == "completed", "what is known outlives the process"
-    again = start(server, key, num_inference_steps=150, height=128, width=128).headers["location"]
-    assert again != location
-    assert ask(server, again, "DELETE").status_code == 200
-
-
 def test_a_job_survives_the_workers_that_took_it(server: Server) -> None:
     location = start(server, num_inference_steps=100, seed=4).headers["location"]
     workers = [
