@@ -208,12 +208,13 @@ async def follow(backend: Backend, job_id: str) -> AsyncGenerator[list[JobRecord
     follower = object()
     backend.followers.add(follower)
     try:
-        while not (last and all(record.is_ended for record in last)):
+        while True:
             records = await run_in_threadpool(backend.jobs.get, job_id)
             if records != last:
                 yield records
                 last = records
-            if not all(record.is_ended for record in records):
-                await asyncio.sleep(max(_LOOK_AGAIN_S, len(backend.followers) / _MOST_LOOKS_PER_S))
+            if all(record.is_ended for record in records):
+                return
+            await asyncio.sleep(max(_LOOK_AGAIN_S, len(backend.followers) / _MOST_LOOKS_PER_S))
     finally:
         backend.followers.discard(follower)

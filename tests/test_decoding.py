@@ -41,9 +41,7 @@ class Decoder:
         self._may_end.release(count)
 
 
-async def waiting(count: int) -> None:
-    for _ in range(20 + count):
-        await asyncio.sleep(0)
+async def until_all_have_begun_or_wait() -> None:
     await asyncio.sleep(0.05)
 
 
@@ -51,9 +49,9 @@ def test_two_are_decoded_at_a_time_and_callers_take_turns() -> None:
     async def decode() -> list[str]:
         queue, decoder = Decoding(), Decoder()
         asked = [asyncio.ensure_future(queue.run("many", decoder.of(f"many {number}"))) for number in range(6)]
-        await waiting(6)
+        await until_all_have_begun_or_wait()
         asked += [asyncio.ensure_future(queue.run("one", decoder.of("one")))]
-        await waiting(1)
+        await until_all_have_begun_or_wait()
         decoder.go_on(7)
         assert await asyncio.gather(*asked) == [*(f"many {number}" for number in range(6)), "one"]
         assert decoder.most_at_once == 2
@@ -68,7 +66,7 @@ def test_who_leaves_while_waiting_takes_no_turn_and_leaves_no_place_behind() -> 
         queue, decoder = Decoding(), Decoder()
         drawn = [asyncio.ensure_future(queue.run("a", decoder.of("first"))) for _ in range(2)]
         left = [asyncio.ensure_future(queue.run("a", decoder.of("left"))) for _ in range(3)]
-        await waiting(5)
+        await until_all_have_begun_or_wait()
         for one in left:
             one.cancel()
         await asyncio.gather(*left, return_exceptions=True)
@@ -85,12 +83,12 @@ def test_who_leaves_in_the_moment_of_the_turn_passes_it_on() -> None:
     async def decode() -> None:
         queue, decoder = Decoding(), Decoder()
         busy = [asyncio.ensure_future(queue.run("a", decoder.of("first"))) for _ in range(2)]
-        await waiting(2)
+        await until_all_have_begun_or_wait()
         leaving, staying = (asyncio.ensure_future(queue.run("a", decoder.of(name))) for name in ("leaves", "stays"))
-        await waiting(2)
+        await until_all_have_begun_or_wait()
         queue._pass_on()  # as if one were done: the turn is given, and not yet taken
         leaving.cancel()
-        await waiting(1)
+        await until_all_have_begun_or_wait()
         assert decoder.begun == ["first", "first", "stays"]
         decoder.go_on(3)
         assert await asyncio.gather(*busy, staying) == ["first", "first", "stays"]
@@ -107,11 +105,11 @@ def test_what_was_begun_for_who_has_left_keeps_its_place_until_it_is_done(caplog
             raise ValueError("no picture")
 
         left = [asyncio.ensure_future(queue.run("a", work)) for work in (decoder.of("left"), broken)]
-        await waiting(2)
+        await until_all_have_begun_or_wait()
         for one in left:
             one.cancel()
         staying = [asyncio.ensure_future(queue.run("a", decoder.of("stays"))) for _ in range(2)]
-        await waiting(2)
+        await until_all_have_begun_or_wait()
         assert sorted(decoder.begun) == ["broken", "left"]
         decoder.go_on(4)
         assert await asyncio.gather(*staying) == ["stays"] * 2
@@ -130,12 +128,12 @@ def test_too_many_are_refused_of_one_caller_and_of_all(monkeypatch: pytest.Monke
     async def decode() -> None:
         queue, decoder = Decoding(), Decoder()
         asked = [asyncio.ensure_future(queue.run("a", decoder.of("a"))) for _ in range(5)]
-        await waiting(5)
+        await until_all_have_begun_or_wait()
         with pytest.raises(QueueFull, match="^3 pictures of yours wait for being decoded already, try again in 5 s") as refused:
             await queue.run("a", decoder.of("refused"))
         assert refused.value.retry_after_s == 5
         asked.append(asyncio.ensure_future(queue.run("b", decoder.of("b"))))
-        await waiting(1)
+        await until_all_have_begun_or_wait()
         with pytest.raises(QueueFull, match="^4 pictures wait"):
             await queue.run("b", decoder.of("refused"))
         decoder.go_on(6)

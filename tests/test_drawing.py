@@ -66,6 +66,14 @@ async def dies(_: dict[str, Any]) -> AsyncGenerator[str, None]:
     yield pack_taken_on()
 
 
+async def end_of(backend: Backend, job_id: str) -> list[JobRecord]:
+    last: list[JobRecord] = []
+    async with aclosing(follow(backend, job_id)) as standings:
+        async for records in standings:
+            last = records
+    return last
+
+
 async def full(_: dict[str, Any]) -> AsyncGenerator[str, None]:
     yield pack_outcome(QueueFull("200 pictures are waiting", retry_after_s=7))
 
@@ -159,11 +167,9 @@ def test_a_job_has_its_end_even_if_the_store_fails_for_a_while(monkeypatch: pyte
         ticket = Ticket("c3", "somebody", unattended=True)
         backend.jobs.accept(ticket, make_task(), None, "what")
         await draw_unattended(backend, make_task(), ticket)
-        async with aclosing(follow(backend, "c3")) as standings:
-            async for records in standings:
-                last = records
+        [record] = await end_of(backend, "c3")
         assert backend.followers == set()
-        return last[0].error
+        return record.error
 
     assert isinstance(asyncio.run(asyncio.wait_for(hold(), 20)), ModelUnavailable)
     assert next(failures, None) is None
@@ -184,18 +190,12 @@ def test_followers_look_less_often_where_they_are_many(monkeypatch: pytest.Monke
         monkeypatch.setattr(backend.jobs, "get", look)
         backend.followers.update(object() for _ in range(many))
         looks.clear()
-        following = asyncio.ensure_future(anext(aiter_ended(follow(backend, "d4"))))
+        following = asyncio.ensure_future(end_of(backend, "d4"))
         await asyncio.sleep(1)
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
         backend.jobs.abandon("d4", GenerationFailed("not drawn"))
         return len(looks)
-
-    async def aiter_ended(standings: AsyncGenerator[list[JobRecord], None]) -> AsyncGenerator[list[JobRecord], None]:
-        async with aclosing(standings):
-            async for records in standings:
-                if records[0].is_ended:
-                    yield records
 
     assert asyncio.run(follow_with(0)) >= 4
     assert asyncio.run(follow_with(50)) <= 3
