@@ -25,8 +25,8 @@ from tests.service.servers import PLAIN_HTTP
 
 PROMPT = "a red circle on a blue background"
 SEEDS = range(3)
-ANSWERED_WITHIN_S = 120
 LEVELS = 2  # of 255 that a picture may differ from itself when it was drawn alone
+ANSWERED_WITHIN_S = 120
 HURRIED_SIDES = range(64, 136, 8)
 
 # What a server may say while one of its processes is away, or while it stops.
@@ -63,7 +63,7 @@ class Load:
     alone: dict[tuple[str, int], np.ndarray[Any, Any]] = field(default_factory=dict)
 
     def draw_alone(self) -> None:
-        with httpx.Client(base_url=self.url, **PLAIN_HTTP) as client:
+        with httpx.Client(base_url=self.url, timeout=60, **PLAIN_HTTP) as client:
             for kind in SOUND:
                 for seed in SEEDS:
                     path, arguments = _request(kind, seed)
@@ -71,7 +71,7 @@ class Load:
 
     def draw_every_size(self) -> None:
         """torch keeps what it has compiled for a size: some 140 MB for all of these, once."""
-        with httpx.Client(base_url=self.url, **PLAIN_HTTP) as client:
+        with httpx.Client(base_url=self.url, timeout=60, **PLAIN_HTTP) as client:
             for width in HURRIED_SIDES:
                 for height in HURRIED_SIDES:
                     body = {"prompt": PROMPT, "num_inference_steps": 2, "width": width, "height": height}
@@ -88,7 +88,7 @@ class Load:
             began = time.monotonic()
             try:
                 # A connection of its own each time: any API worker may get it.
-                async with httpx.AsyncClient(base_url=self.url, **PLAIN_HTTP) as client:
+                async with httpx.AsyncClient(base_url=self.url, timeout=ANSWERED_WITHIN_S, **PLAIN_HTTP) as client:
                     answered = await _KINDS[kind](self, client, chance)
             except httpx.ConnectError:
                 answered = "refused connection"

@@ -22,7 +22,7 @@ BENTOML = Path(sys.executable).with_name("bentoml")
 READY_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 30
 # All of it is plain HTTP: to read the certificates of all authorities would take 50 ms for each client.
-PLAIN_HTTP: dict[str, Any] = {"trust_env": False, "verify": False, "timeout": 120}
+PLAIN_HTTP: dict[str, Any] = {"trust_env": False, "verify": False}
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Server:
     process: subprocess.Popen[bytes]
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, **PLAIN_HTTP)
+        return httpx.Client(base_url=self.url, timeout=120, **PLAIN_HTTP)
 
     @property
     def log(self) -> str:

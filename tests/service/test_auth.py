@@ -105,7 +105,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def client(server: Server, key: str | None) -> httpx.Client:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    return httpx.Client(base_url=server.url, headers=headers, **PLAIN_HTTP)
+    return httpx.Client(base_url=server.url, headers=headers, timeout=120, **PLAIN_HTTP)
 
 
 def served_routes() -> set[tuple[str, str]]:

@@ -145,7 +145,7 @@ class Load:
     def _ask(self, request: dict[str, object]) -> None:
         for attempt in range(1, TRIES + 1):
             try:
-                answer = httpx.post(f"{self.url}/txt2img", json=request, **PLAIN_HTTP)
+                answer = httpx.post(f"{self.url}/txt2img", json=request, timeout=REQUEST_TIMEOUT_S, **PLAIN_HTTP)
             except httpx.TransportError as reason:
                 outcome = f"{type(reason).__name__}: {reason}"
             else:
@@ -181,7 +181,7 @@ def assert_jobs_are_found_through(balancer: Balancer) -> None:
     """A client that keeps cookies finds its job, whatever the balancer does with other requests."""
     took: set[str] = set()
     for number in range(6):
-        with httpx.Client(base_url=balancer.url, **PLAIN_HTTP) as client:
+        with httpx.Client(base_url=balancer.url, timeout=REQUEST_TIMEOUT_S, **PLAIN_HTTP) as client:
             request = {"prompt": "a red circle", "num_inference_steps": 4, "seed": number}
             taken = client.post("/txt2img", json=request, headers={"Prefer": "respond-async"})
             assert taken.status_code == 202

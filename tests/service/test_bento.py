@@ -1,6 +1,6 @@
 """The bentos: built from both folders, whole, carried to another store and served there, and never a toy by accident.
 
-The one of fp32 is served in `test_balancer.py`, from the store that it was built into.
+From the store that it was built into, the one of fp32 is served in `test_balancer.py`.
 """
 
 from __future__ import annotations
@@ -111,7 +111,6 @@ def test_a_bento_without_keys_does_not_start_where_others_reach_it_and_says_what
     assert "Traceback" not in finished.stderr
 
 
-@pytest.mark.parametrize("bento", ["fp16"], indirect=True)
 def test_a_bento_is_exported_imported_and_served_from_another_store(bento: BuiltBento, tmp_path: Path) -> None:
     exported = tmp_path / "carried.bento"
     bentoml(bento.home, "export", bento.tag, str(exported))

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from urllib.parse import urlsplit
 
 import httpx
 import psutil
@@ -20,6 +19,7 @@ from tests.service.ledger import DISTURBED, PROMPT, SOUND_KINDS, Load
 from tests.service.servers import PLAIN_HTTP, ROOT, Server, serve
 from tests.service.test_http import draw, refused
 from tests.service.test_jobs import ask, ended, start
+from tests.service.test_raw_sockets import address_of
 
 STUCK_STEP_S = 15
 # Circus looks for dead processes every ten seconds; then the runner imports torch and loads the model: half a minute on a quiet machine.
@@ -79,7 +79,7 @@ def workers(server: Server, what: str) -> list[psutil.Process]:
 
 def is_ready(server: Server) -> bool:
     try:
-        return httpx.get(f"{server.url}/readyz", **(PLAIN_HTTP | {"timeout": 10})).status_code == 200
+        return httpx.get(f"{server.url}/readyz", timeout=10, **PLAIN_HTTP).status_code == 200
     except httpx.TransportError:
         return False
 
@@ -113,7 +113,7 @@ def require_undisturbed(load: Load, began_after_s: float) -> None:
 
 def held_by(worker: psutil.Process, server: Server) -> list[object]:
     """The connections of clients that an API worker has open."""
-    port = urlsplit(server.url).port
+    _, port = address_of(server)
     return [one for one in worker.net_connections("tcp") if one.raddr and one.laddr.port == port]
 
 
@@ -211,7 +211,7 @@ def test_a_server_that_is_stopped_under_load_finishes_what_it_has_accepted_and_e
     load = load_on(5)
     # The model process may hear of the end a moment before an API worker, which then cannot reach it.
     load.allowed_besides = {"shutting_down", "model_unavailable", "refused connection", "broken connection"}
-    accepted_s = began = ended = 0.0
+    accepted_s = began = ended_after_s = 0.0
     with under(load, clients=6, kinds=SOUND_KINDS) as wait_until:
         wait_until(lambda: len(load.entries) >= 10)
         accepted_s = time.monotonic()
@@ -219,10 +219,10 @@ def test_a_server_that_is_stopped_under_load_finishes_what_it_has_accepted_and_e
         began = time.monotonic()
         server.process.terminate()
         assert server.process.wait(120) == 0
-        ended = time.monotonic() - began
+        ended_after_s = time.monotonic() - began
     accepted = [entry for entry in load.entries if entry.began_s < accepted_s]
     assert {entry.answered for entry in accepted} == {"picture"}
     # Who connects at the very end, when nobody listens any more, is never read.
     assert all(entry.began_s > began for entry in load.entries if entry.answered == "broken connection")
     unfinished = sum(entry.began_s + entry.seconds > began for entry in accepted)
-    print(f"a server that is stopped: ended after {ended:.1f} s, with {unfinished} that it had accepted; {load.summary()}")
+    print(f"a server that is stopped: ended after {ended_after_s:.1f} s, with {unfinished} that it had accepted; {load.summary()}")

@@ -31,7 +31,7 @@ HEAD = b"POST /txt2img HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n
 VALID = HEAD + b"Content-Length: %d\r\n\r\n" % len(BODY) + BODY
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 UPGRADE = b"GET /txt2img HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
-
+MALFORMED_UPGRADES = (UPGRADE.replace(b"Host: x", b"Host: \xff") + b"\r\n", UPGRADE + b"Sec-WebSocket-Protocol: \xff\r\n\r\n")
 FORGED_LINE = b"/%0A%7B%22time%22:%20%22never%22%7D%0A"
 
 
@@ -157,8 +157,7 @@ def unharmed(fp32_server: Server) -> Iterator[Server]:
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
         UPGRADE + b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
         UPGRADE + b"\r\n",
-        UPGRADE.replace(b"Host: x", b"Host: \xff") + b"\r\n",
-        UPGRADE + b"Sec-WebSocket-Protocol: \xff\r\n\r\n",
+        *MALFORMED_UPGRADES,
         UPGRADE.replace(b"/txt2img", FORGED_LINE) + b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
         FORGED_LINE.join((b"GET ", b" HTTP/1.1\r\nHost: x\r\n\r\n")),
         b"CONNECT example.com:443 HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -313,8 +312,8 @@ def test_slow_clients_are_sent_away_from_a_real_server(tmp_path: Path) -> None:
             idle.sendall(b"GET /livez HTTP/1.1\r\nHo")
             assert idle.recv(10) == b""
         assert settled(server, before + 4) <= before + 4
-        for malformed in (UPGRADE.replace(b"Host: x", b"Host: \xff"), UPGRADE + b"Sec-WebSocket-Protocol: \xff\r\n"):
-            assert statuses(first_answer_to(server, malformed + b"\r\n")) == [405]
+        for malformed in MALFORMED_UPGRADES:
+            assert statuses(first_answer_to(server, malformed)) == [405]
         assert "Traceback" not in server.log
         assert httpx.get(f"{server.url}/livez", **PLAIN_HTTP).status_code == 200
         server.process.terminate()
