@@ -21,6 +21,7 @@ class Round:
     errors: int
     rows_per_call: float | None = None
     peak_memory_mib: tuple[float, ...] = ()  # of each process of the contender, the largest first
+    device_memory_mib: float | None = None  # what all of them hold of the GPU afterwards
 
 
 async def play(load: Load, ask: Callable[[Task], Awaitable[bool]]) -> Round:

@@ -11,12 +11,14 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+
+import pynvml  # type: ignore[import-untyped]
 
 from benchmarks.clients import Round, play
 from benchmarks.loads import Load, task
@@ -91,7 +93,7 @@ def plain_diffusers(connection: Connection, setup: Setup) -> None:
             return True
 
         while (load := connection.recv()) is not None:
-            connection.send(replace(asyncio.run(play(load, ask)), peak_memory_mib=(peak_memory_mib(os.getpid()),)))
+            connection.send(with_memory(asyncio.run(play(load, ask)), [os.getpid()]))
 
 
 def engine(connection: Connection, setup: Setup) -> None:
@@ -121,10 +123,28 @@ def engine(connection: Connection, setup: Setup) -> None:
         steps.clear()
         answer = asyncio.run(play(load, ask))
         rows_per_call = statistics.mean(step.rows for step in steps)
-        connection.send(replace(answer, rows_per_call=rows_per_call, peak_memory_mib=(peak_memory_mib(os.getpid()),)))
+        connection.send(with_memory(replace(answer, rows_per_call=rows_per_call), [os.getpid()]))
     running.close()
 
 
-def peak_memory_mib(pid: int) -> float:
+def with_memory(answer: Round, pids: Sequence[int]) -> Round:
+    """A round with what these processes have taken."""
+    peaks = tuple(sorted((_peak_memory_mib(pid) for pid in pids), reverse=True))
+    return replace(answer, peak_memory_mib=peaks, device_memory_mib=_device_memory_mib(pids))
+
+
+def _device_memory_mib(pids: Sequence[int]) -> float | None:
+    """None where there is no GPU, or where its driver does not tell processes apart."""
+    try:
+        pynvml.nvmlInit()
+        devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        processes = [process for device in devices for process in pynvml.nvmlDeviceGetComputeRunningProcesses(device)]
+    except pynvml.NVMLError:
+        return None
+    held = [process.usedGpuMemory for process in processes if process.pid in pids and process.usedGpuMemory is not None]
+    return sum(held) / 2**20 if held else None
+
+
+def _peak_memory_mib(pid: int) -> float:
     status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))

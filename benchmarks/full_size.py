@@ -5,6 +5,7 @@ A picture of it is noise. 4.3 GB in single precision; the tokenizer is the demo 
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 
@@ -73,3 +74,13 @@ def make(folder: Path) -> Path:
     pipeline.save_pretrained(unfinished)
     unfinished.rename(folder)
     return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    make(parser.parse_args().folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import diffusers
 import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from PIL import Image
 
 from stable_diffusion.engine.job import Task
-from stable_diffusion.pipelines import placement
+from stable_diffusion.pipelines import Parts, placement
 
 if TYPE_CHECKING:
     from benchmarks.contenders import Setup
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 class Plain:
     """The three pipelines with one set of weights."""
 
-    def __init__(self, setup: Setup) -> None:
-        device, dtype = placement(setup.precision)
-        text_to_image = StableDiffusionPipeline.from_pretrained(setup.model, dtype=dtype).to(device)
+    def __init__(self, setup: Setup, parts: Parts | None = None) -> None:
+        """`parts`: weights that are loaded already."""
+        text_to_image = self._load(setup) if parts is None else _of_parts(parts)
+        self._configuration = text_to_image.scheduler.config
         text_to_image.scheduler = DDIMScheduler.from_config(text_to_image.scheduler.config)
         self._pipelines: dict[str, Any] = {
             "txt2img": text_to_image,
@@ -33,6 +35,24 @@ class Plain:
         }
         for pipeline in self._pipelines.values():
             pipeline.set_progress_bar_config(disable=True)
+
+    @staticmethod
+    def _load(setup: Setup) -> Any:
+        device, dtype = placement(setup.precision)
+        return StableDiffusionPipeline.from_pretrained(setup.model, dtype=dtype).to(device)
+
+    def draw_with(self, scheduler: str, task: Task) -> Image.Image:
+        """One task with the noise scheduler of that name."""
+        name, _, karras = scheduler.partition(" ")
+        options = {"use_karras_sigmas": True} if karras else {}
+        pipeline = self._pipelines[task.kind]
+        usual = pipeline.scheduler
+        pipeline.scheduler = getattr(diffusers, name).from_config(self._configuration, **options)
+        try:
+            (image,) = self.draw([task])
+        finally:
+            pipeline.scheduler = usual
+        return image
 
     def draw(self, tasks: Sequence[Task]) -> list[Image.Image]:
         first = tasks[0]
@@ -52,3 +72,16 @@ class Plain:
             **arguments,
         ).images
         return images
+
+
+def _of_parts(parts: Parts) -> Any:
+    return StableDiffusionPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=parts.unet,
+        scheduler=parts.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 from collections.abc import Sequence
@@ -35,11 +36,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Start:
-    """What a contender takes before and beside its work. `peak_memory_mib`: of each of its processes, the largest first."""
+    """What a contender takes before and beside its work. `peak_memory_mib`: of each of its processes, the largest first.
+
+    `device_memory_mib`: of the GPU, what it holds then; None where there is no GPU or its driver does not say.
+    """
 
     contender: str
     started_in_s: float
     peak_memory_mib: tuple[float, ...]
+    device_memory_mib: float | None = None
 
 
 @dataclass
@@ -89,7 +94,8 @@ def machine() -> dict[str, str]:
 
     from stable_diffusion.pipelines import device_name
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False).stdout.strip()
+    # A copy of the files on another machine has no history.
+    commit = os.environ.get("BENCH_COMMIT") or _commit()
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit,
@@ -99,6 +105,10 @@ def machine() -> dict[str, str]:
     }
 
 
+def _commit() -> str:
+    return subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False).stdout.strip()
+
+
 def markdown(report: Report) -> str:
     parts = [", ".join(f"{name}: {value}" for name, value in report.about.items())]
     if report.rows:
@@ -106,9 +116,15 @@ def markdown(report: Report) -> str:
         parts.append(_table(heads, [_cells(one) for one in report.rows]))
     if report.starts:
         starts = [
-            [one.contender, f"{one.started_in_s:.1f}", ", ".join(f"{peak:.0f}" for peak in one.peak_memory_mib)] for one in report.starts
+            [
+                one.contender,
+                f"{one.started_in_s:.1f}",
+                ", ".join(f"{peak:.0f}" for peak in one.peak_memory_mib),
+                "" if one.device_memory_mib is None else f"{one.device_memory_mib:.0f}",
+            ]
+            for one in report.starts
         ]
-        parts.append(_table(["contender", "can draw after s", "peak MiB of its processes"], starts))
+        parts.append(_table(["contender", "can draw after s", "peak MiB of its processes", "MiB of the GPU"], starts))
     if report.steps:
         heads = ["jobs in a step", "step ms", "UNet call ms", "between calls", "TFLOP a call", "TFLOPS", "of the matrix product"]
         parts.append(_table(heads, [_step_cells(one) for one in report.steps]))

@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -34,27 +35,36 @@ JOBS = (1, 2, 4, 8, 16)
 
 
 @contextmanager
-def started(names: Sequence[str], setup: Setup) -> Iterator[list[Contender]]:
-    with ExitStack() as ends:
+def started(names: Sequence[str], setup: Setup, *, at_once: bool = False) -> Iterator[list[Contender]]:
+    """`at_once`: on a machine with a core for each of them."""
+    with ExitStack() as ends, ThreadPoolExecutor(len(names) if at_once else 1) as threads:
         running = []
-        for name in names:
-            running.append(CONTENDERS[name](setup))
+        for future in [threads.submit(CONTENDERS[name], setup) for name in names]:
+            running.append(future.result())
             ends.callback(running[-1].end)
         yield running
 
 
 def bench(running: Sequence[Contender], wanted: Sequence[Load], rounds: int, report: Report, save: Callable[[], None]) -> None:
-    """Add a row for each load and contender; what is there is saved after each load."""
+    """A row for each load and contender. All loads are drawn once before any is drawn again, and what is there is saved after each:
+    where time runs out there are fewer rounds, not fewer rows."""
+    drawn: dict[str, dict[str, list[Round]]] = {load.name: {contender.name: [] for contender in running} for load in wanted}
     with tqdm(total=len(wanted) * rounds * len(running), unit="run") as progress:
-        for load in wanted:
-            drawn: dict[str, list[Round]] = {contender.name: [] for contender in running}
-            for _ in range(rounds):
+        for _ in range(rounds):
+            for load in wanted:
+                of_load = drawn[load.name]
                 for contender in running:
                     progress.set_description(f"{load.name}: {contender.name}")
-                    drawn[contender.name].append(contender.draw(load))
+                    of_load[contender.name].append(contender.draw(load))
                     progress.update()
-            report.rows += [row(load, name, results, drawn[running[0].name]) for name, results in drawn.items()]
-            save()
+                first = running[0].name
+                report.rows = [
+                    row(one, name, results, drawn[one.name][first])
+                    for one in wanted
+                    for name, results in drawn[one.name].items()
+                    if results
+                ]
+                save()
 
 
 def open_loops(running: Sequence[Contender], side: int, steps: int, requests: int, shares: Sequence[float]) -> list[Load]:
@@ -78,23 +88,35 @@ def main() -> None:
         save()
     wanted = [part for part in arguments.parts if part != "steps"]
     if wanted:
-        with started(arguments.contenders, setup) as running:
+        with started(arguments.contenders, setup, at_once=arguments.start_at_once) as running:
+            last = loads.same_steps(side, 2, 1, 1)
+
+            def save_with_starts() -> None:
+                # Memory after each load, since a run on a rented machine may be cut off.
+                report.starts = [_start(one, one.draw(last)) for one in running]
+                save()
+
             for contender in running:
                 contender.draw(loads.warm_up(side, arguments.warm_up_requests))
-            for part in wanted:
-                bench(running, _loads(part, running, side, steps, arguments), arguments.rounds, report, save)
-            last = loads.same_steps(side, 2, 1, 1)
-            report.starts = [Start(one.name, one.started_in_s, one.draw(last).peak_memory_mib) for one in running]
+            wanted_loads = [load for part in wanted for load in _loads(part, running, side, steps, arguments)]
+            bench(running, wanted_loads, arguments.rounds, report, save_with_starts)
     save()
     print(markdown(report))
     written = arguments.output / arguments.name
     print(f"Written to {written}.md and .json; the plot: python -m benchmarks.plot {written}.json")
 
 
+def _start(contender: Contender, drawn: Round) -> Start:
+    return Start(contender.name, contender.started_in_s, drawn.peak_memory_mib, drawn.device_memory_mib)
+
+
 def _loads(part: str, running: Sequence[Contender], side: int, steps: int, arguments: argparse.Namespace) -> list[Load]:
     match part:
         case "closed":
-            return [loads.same_steps(side, steps, clients, arguments.requests_per_client) for clients in arguments.clients]
+            return [
+                loads.same_steps(side, steps, clients, max(arguments.requests_per_client, -(-arguments.least_requests // clients)))
+                for clients in arguments.clients
+            ]
         case "mixed":
             return [loads.mixed(side, steps, 8, arguments.requests)]
         case "open":
@@ -116,6 +138,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cuda-graphs", action="store_true", help="in the timed steps; of the contenders only `graphs` has them")
     parser.add_argument("--jobs", nargs="+", type=int, default=list(JOBS), help="whose steps are timed")
     parser.add_argument("--requests-per-client", type=int, default=2, help="in the closed loops")
+    parser.add_argument("--least-requests", type=int, default=1, help="of a closed loop with few clients")
+    parser.add_argument("--start-at-once", action="store_true", help="all contenders, on a machine with cores for all")
     parser.add_argument("--requests", type=int, default=24, help="of the mixed loads")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.8, 1.5], help="of plain diffusers' capacity, for the open loops")
     parser.add_argument("--short-every-s", type=float, default=1.0)

@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -18,7 +17,7 @@ import psutil
 from PIL import Image
 
 from benchmarks.clients import Round, play
-from benchmarks.contenders import Setup, peak_memory_mib
+from benchmarks.contenders import Setup, with_memory
 from benchmarks.loads import Load
 from stable_diffusion.engine.job import Task
 from tests.service.servers import Server, serve
@@ -42,7 +41,9 @@ class Http:
         self.started_in_s = time.perf_counter() - began
 
     def draw(self, load: Load) -> Round:
-        return replace(asyncio.run(self._play(load)), peak_memory_mib=self._peak_memory_mib())
+        answer = asyncio.run(self._play(load))
+        server = psutil.Process(self._server.process.pid)
+        return with_memory(answer, [process.pid for process in [server, *server.children(recursive=True)]])
 
     async def _play(self, load: Load) -> Round:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -55,12 +56,6 @@ class Http:
                     return False
 
             return await play(load, ask)
-
-    def _peak_memory_mib(self) -> tuple[float, ...]:
-        """Of each process of the server, the largest first."""
-        server = psutil.Process(self._server.process.pid)
-        peaks = [peak_memory_mib(process.pid) for process in [server, *server.children(recursive=True)]]
-        return tuple(sorted(peaks, reverse=True))
 
     def end(self) -> None:
         self._open.close()

@@ -43,7 +43,7 @@ class FaultyDenoiser(Denoiser):
     def predict(self, jobs: Sequence[Job]) -> list[torch.Tensor]:
         due = [_prompts(job.task) for job in jobs if _is_due(job)]
         if any(DEVICE_FAILS in prompt for prompt in due):
-            raise torch.AcceleratorError("CUDA error: on purpose")
+            _make_the_device_fail()
         if any(HANGS in prompt for prompt in due):
             time.sleep(_HANGS_S)
         if any(RAISES_IN_A_STEP in prompt for prompt in due):
@@ -72,6 +72,14 @@ class FaultyDenoiser(Denoiser):
             return pixels
         self._decodings_to_spoil -= 1
         return torch.full_like(pixels, self._spoiled_with)
+
+
+def _make_the_device_fail() -> None:
+    """On a GPU for real: a kernel reads outside of its tensor, after which the device computes nothing more for this process."""
+    if torch.cuda.is_available():
+        position = torch.tensor([10**9], device="cuda")
+        torch.zeros(1, device="cuda").index_select(0, position).cpu()
+    raise torch.AcceleratorError("CUDA error: on purpose")
 
 
 def _prompts(task: Task) -> str:

@@ -1,0 +1,108 @@
+"""`python -m benchmarks.gpu all|PART`: which parts there are, in order of worth, and how long each may take."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.gpu.plan import LEAST_S, Ended, Part, markdown, run, summary
+from benchmarks.gpu.table import readme_table
+from stable_diffusion.weights import DEMO_FOLDER
+
+# A call on a rented machine may take ten minutes, starting included.
+BUDGET_S = 520.0
+
+
+def stages(results: Path, full_size: Path, side: int, steps: int, clock: float, *, on_gpu: bool) -> list[list[Part]]:
+    """What is proven comes before what is measured; parts of one stage run at the same time. `clock` scales every limit."""
+    python = sys.executable
+
+    def part(name: str, module: str, limit_s: float, *arguments: str) -> Part:
+        return Part(name, (python, "-m", module, *arguments, "--name", name, "--output", str(results)), limit_s * clock)
+
+    def loads(name: str, precision: str, limit_s: float, contenders: Sequence[str], parts: Sequence[str], clients: Sequence[int]) -> Part:
+        arguments = ["--model", str(full_size), "--precision", precision, "--side", str(side), "--steps", str(steps)]
+        arguments += ["--contenders", *contenders, "--parts", *parts, "--clients", *map(str, clients)]
+        arguments += ["--requests-per-client=1", "--least-requests=4", "--requests=16", "--warm-up-requests=8", "--rounds=2"]
+        arguments += ["--shares=0.8", "--short-every-s=0.3", *(["--start-at-once"] if on_gpu else [])]
+        return part(name, "benchmarks.run", limit_s, *arguments)
+
+    def step_times(name: str, precision: str, limit_s: float, *options: str) -> Part:
+        arguments = ["--model", str(full_size), "--precision", precision, "--side", str(side), "--parts", "steps", *options]
+        return part(name, "benchmarks.run", limit_s, *arguments)
+
+    full = ["--model", str(full_size), "--side", str(side)]
+    graphs = ["graphs"] if on_gpu else []
+    return [
+        [
+            Part("full-size-model", (python, "-m", "benchmarks.full_size", str(full_size)), 80 * clock),
+            part("prove-demo", "benchmarks.gpu.prove_engine", 90, "--model", str(DEMO_FOLDER), "--side", "64"),
+            part("prove-http", "benchmarks.gpu.prove_http", 110),
+        ],
+        [
+            part(f"prove-full-size-{precision}", "benchmarks.gpu.prove_engine", 100, "--precisions", precision, *full)
+            for precision in ("fp16", "fp32")
+        ],
+        [step_times("steps-fp16", "fp16", 40, "--jobs", "1", "2", "4", "8", "16", "32")],
+        [part("ways-fp16", "benchmarks.gpu.ways", 50, "--precision", "fp16", *full)],
+        [loads("loads-fp16", "fp16", 220, ["plain", "engine", *graphs, "http", "batching"], ["closed", "mixed"], [8, 1, 32, 4, 16])],
+        [step_times("steps-fp32", "fp32", 25, "--jobs", "1", "2", "4", "8", "16")],
+        [loads("loads-fp32", "fp32", 120, ["plain", "engine", "http"], ["closed", "mixed"], [8, 1])],
+        [loads("open-fp16", "fp16", 100, ["plain", "engine", "http"], ["open", "short"], [8])],
+        [step_times("steps-fp16-graphs", "fp16", 25, "--jobs", "1", "2", "4", "8", "10", "--cuda-graphs")] if on_gpu else [],
+        [part("ways-compiled-fp16", "benchmarks.gpu.ways", 150, "--precision", "fp16", "--jobs", "1", "4", "8", "--compile", *full)],
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("parts", nargs="+", help="all, or the names of parts, which run in the order of all")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="for gpu.json, gpu.md and gpu.log")
+    parser.add_argument("--budget-s", type=float, default=BUDGET_S, help="seconds for everything")
+    parser.add_argument("--clock", type=float, default=1.0, help="scales the limits of the parts, for trying the plan out")
+    parser.add_argument("--model", type=Path, default=Path(tempfile.gettempdir()) / "full-size", help="made if it is not there")
+    parser.add_argument("--side", type=int, default=512, help="pixels")
+    parser.add_argument("--steps", type=int, default=50, help="of a request")
+    arguments = parser.parse_args()
+    # Whoever stops this stops the part that runs.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    # With several processes at once, threads that spin while they wait would hold the processor that others need.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    results = Path(tempfile.mkdtemp(prefix="gpu-results-"))
+    planned = stages(results, arguments.model, arguments.side, arguments.steps, arguments.clock, on_gpu=torch.cuda.is_available())
+    known = [part.name for stage in planned for part in stage]
+    if unknown := set(arguments.parts) - {"all", *known}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are all, {', '.join(known)}")
+    # The model is made where it is not there: every part needs it.
+    chosen = known if "all" in arguments.parts else ["full-size-model", *arguments.parts]
+    planned = [[part for part in stage if part.name in chosen] for stage in planned]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+
+    def save(ended: list[Ended]) -> None:
+        found = summary(ended, results)
+        (arguments.output / "gpu.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        page = markdown(ended, results)
+        (arguments.output / "gpu.md").write_text(f"{readme_table(found)}\n\n{page}", encoding="utf-8")
+        logs = [(results / f"{one.name}.log") for one in ended]
+        text = "\n".join(f"=== {log.stem}\n{log.read_text(encoding='utf-8', errors='replace')}" for log in logs if log.exists())
+        (arguments.output / "gpu.log").write_text(text, encoding="utf-8")
+        one = ended[-1]
+        print(f"{one.name}: {one.status} after {one.seconds:.0f} s of at most {one.limit_s:.0f}", flush=True)
+
+    ended = run([stage for stage in planned if stage], arguments.budget_s, results, save, LEAST_S * arguments.clock)
+    shutil.rmtree(results)
+    print((arguments.output / "gpu.md").read_text(encoding="utf-8"))
+    sys.exit(0 if all(one.status == "done" for one in ended) else 1)
+
+
+if __name__ == "__main__":
+    main()

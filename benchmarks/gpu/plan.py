@@ -1,0 +1,143 @@
+"""Runs parts by the clock, each in a process of its own, and writes what is known after each of them.
+
+Knows nothing of what a part measures: a part may leave NAME.json and NAME.md in the folder of results.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+# A part that starts with less time than this could not even load a model.
+LEAST_S = 15.0
+# From SIGTERM to SIGKILL: long enough to stop the servers that a part has started.
+_GRACE_S = 8.0
+_POLL_S = 0.1
+_LOG_TAIL_CHARACTERS = 6000
+
+Status = Literal["done", "failed", "ran out of time", "left out"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command, and the seconds after which it is stopped."""
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a part ended. `seconds`: what it took."""
+
+    name: str
+    status: Status
+    seconds: float
+    limit_s: float
+    exit_status: int | None = None
+
+
+def run(
+    stages: Sequence[Sequence[Part]],
+    budget_s: float,
+    results: Path,
+    on_change: Callable[[list[Ended]], None],
+    least_s: float = LEAST_S,
+) -> list[Ended]:
+    """Run the stages in order and the parts of one stage at the same time, until `budget_s` seconds have passed.
+
+    `on_change` gets what has ended so far after each part. A part that fails or runs out of time does not stop the others.
+    """
+    end_s = time.monotonic() + budget_s
+    ended: list[Ended] = []
+    for stage in stages:
+        left_s = end_s - time.monotonic()
+        if left_s < least_s:
+            ended += [Ended(part.name, "left out", 0.0, part.limit_s) for part in stage]
+            on_change(ended)
+            continue
+        running = [_Running(part, min(part.limit_s, left_s), results) for part in stage]
+        try:
+            while running:
+                for one in list(running):
+                    if (outcome := one.ended()) is not None:
+                        running.remove(one)
+                        ended.append(outcome)
+                        on_change(ended)
+                time.sleep(_POLL_S)
+        finally:  # Ctrl+C, or SIGTERM
+            for one in running:
+                stop(one.process)
+    return ended
+
+
+class _Running:
+    """A part's process. Its output goes to NAME.log."""
+
+    def __init__(self, part: Part, limit_s: float, results: Path) -> None:
+        self._part = part
+        self._limit_s = limit_s
+        self._began_s = time.monotonic()
+        with (results / f"{part.name}.log").open("w") as log:
+            self.process = subprocess.Popen(part.command, stdout=log, stderr=subprocess.STDOUT)
+
+    def ended(self) -> Ended | None:
+        """None while it runs. Stops it when its time is over."""
+        seconds = time.monotonic() - self._began_s
+        exit_status = self.process.poll()
+        if exit_status is None and seconds < self._limit_s:
+            return None
+        if exit_status is None:
+            stop(self.process)
+            return Ended(self._part.name, "ran out of time", seconds, self._limit_s)
+        return Ended(self._part.name, "failed" if exit_status else "done", seconds, self._limit_s, exit_status)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End a process and all that it has started, including workers that have a session of their own."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_GRACE_S)
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            family += [child for child in member.children(recursive=True) if child not in family]
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+
+
+def summary(ended: Sequence[Ended], results: Path) -> dict[str, Any]:
+    """What all parts have left, also those that were stopped."""
+    parts = []
+    for one in ended:
+        file = results / f"{one.name}.json"
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        parts.append({**asdict(one), "results": found})
+    return {"parts": parts}
+
+
+def markdown(ended: Sequence[Ended], results: Path) -> str:
+    """A table of the parts, then what each has to say; of those that failed also the end of their logs."""
+    lines = ["| part | ended | seconds | of at most |", "|---|---|---|---|"]
+    lines += [f"| {one.name} | {one.status} | {one.seconds:.0f} | {one.limit_s:.0f} |" for one in ended]
+    sections = ["\n".join(lines)]
+    for one in ended:
+        sections.append(f"## {one.name}")
+        page = results / f"{one.name}.md"
+        if page.exists():
+            sections.append(page.read_text(encoding="utf-8").strip())
+        log = results / f"{one.name}.log"
+        if one.status in ("failed", "ran out of time") and log.exists():
+            sections.append(f"```\n{log.read_text(encoding='utf-8', errors='replace')[-_LOG_TAIL_CHARACTERS:].strip()}\n```")
+    return "\n\n".join(sections) + "\n"

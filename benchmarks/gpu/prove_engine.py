@@ -1,0 +1,272 @@
+"""The engine on this machine's device against diffusers' own pipelines, against the CPU, in company, with too little memory.
+
+Every check draws with the real engine; the only thing made up is the weights of the full-size model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import queue
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import diffusers
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks import loads
+from benchmarks.contenders import Setup
+from benchmarks.gpu.checks import Checks, Finding
+from benchmarks.plain import Plain
+from benchmarks.report import machine
+from stable_diffusion.engine.denoiser import Denoiser
+from stable_diffusion.engine.engine import Engine
+from stable_diffusion.engine.job import Job, Kind, Picture, Task
+from stable_diffusion.engine.recorded import CudaGraphs
+from stable_diffusion.engine.records import CapRecord, OutOfMemoryRecord, Record
+from stable_diffusion.errors import ServiceError
+from stable_diffusion.pipelines import Parts, Precision, load
+from stable_diffusion.requests import SCHEDULERS
+from stable_diffusion.weights import check_model
+from tests.safety_checkers import make_checked_model
+
+STEPS = 6
+_WAIT_S = 120
+NO_GPU = Finding(None, "needs a GPU")
+# Levels of 255. Alone against diffusers on the same device nothing may differ. A batch of another size, a replayed graph or a CPU may
+# round differently; in half precision a few pixels near an edge then differ by more, so there the mean is bounded.
+MEAN_TOLERANCE = {"fp32": 0.5, "fp16": 2.0}
+
+
+class Running:
+    """An engine and what it has recorded."""
+
+    def __init__(self, parts: Parts, max_batch_size: int = 10, denoiser: Denoiser | None = None) -> None:
+        self.records: list[Record] = []
+        self._engine = Engine(lambda: denoiser or Denoiser(parts), max_batch_size, on_record=self.records.append)
+
+    def generate(self, tasks: Sequence[Task]) -> list[Picture]:
+        """All tasks at once. Raises the first error."""
+        outcomes: queue.SimpleQueue[tuple[int, Picture | ServiceError]] = queue.SimpleQueue()
+        for position, task in enumerate(tasks):
+            self._engine.submit(task, partial(lambda number, outcome: outcomes.put((number, outcome)), position))
+        images: dict[int, Picture] = {}
+        for _ in tasks:
+            position, outcome = outcomes.get(timeout=_WAIT_S)
+            if isinstance(outcome, ServiceError):
+                raise outcome
+            images[position] = outcome
+        return [images[position] for position in range(len(tasks))]
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def differences(one: Image.Image, other: Image.Image) -> np.ndarray[Any, Any]:
+    """By how many levels each value differs."""
+    found: np.ndarray[Any, Any] = np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int))
+    return found
+
+
+class Proof:
+    """What the checks share: the model on the device, the engine on it, diffusers' pipelines on the same weights."""
+
+    def __init__(self, folder: Path, precision: Precision, side: int) -> None:
+        self._folder = folder
+        self._precision = precision
+        self._side = side
+        self._parts = load(check_model(folder), precision)
+        self._on_gpu = self._parts.device.type == "cuda"
+        self._running = Running(self._parts)
+        self._plain = Plain(Setup(folder, precision, side), self._parts)
+
+    def close(self) -> None:
+        self._running.close()
+
+    def _task(self, number: int, **changes: Any) -> Task:
+        kind = changes.pop("kind", "txt2img")
+        return replace(loads.task(number, self._side, STEPS, kind=kind), negative_prompt="green", **changes)
+
+    def like_diffusers(self, kind: Kind) -> Finding:
+        """Each noise scheduler: the engine's only job against diffusers' pipeline."""
+        largest: dict[str, int] = {}
+        for number, scheduler in enumerate(SCHEDULERS):
+            task = self._task(number, kind=kind, scheduler=scheduler)
+            (ours,) = self._running.generate([task])
+            largest[scheduler] = int(differences(ours.image, self._plain.draw_with(scheduler, task)).max())
+        unequal = ", ".join(f"{name.removesuffix('Scheduler')} {levels}" for name, levels in largest.items() if levels)
+        detail = f"differ, in levels of 255: {unequal}" if unequal else f"{len(largest)} noise schedulers, every value equal"
+        return Finding(not unequal, detail)
+
+    def in_company(self) -> Finding:
+        """Ten jobs of all kinds, lengths and noise schedulers at once against each of them alone."""
+        names = list(SCHEDULERS)
+        tasks = [
+            self._task(
+                number,
+                kind=loads.KINDS[number % 3],
+                scheduler=names[number % len(names)],
+                guidance_scale=1.0 if number % 4 == 3 else 7.5,
+                num_inference_steps=STEPS + number % 3,
+            )
+            for number in range(10)
+        ]
+        alone = [self._running.generate([task])[0].image for task in tasks]
+        together = [image.image for image in self._running.generate(tasks)]
+        return self._compared([differences(one, other) for one, other in zip(alone, together, strict=True)])
+
+    def like_the_cpu(self) -> Finding:
+        """The same weights in float32 on the CPU. A large model is drawn small, or it would take minutes."""
+        if not self._on_gpu:
+            return NO_GPU
+        cpu = torch.device("cpu")
+        parts = replace(
+            self._parts,
+            unet=copy.deepcopy(self._parts.unet).to(cpu, torch.float32),
+            vae=copy.deepcopy(self._parts.vae).to(cpu, torch.float32),
+            text_encoder=copy.deepcopy(self._parts.text_encoder).to(cpu, torch.float32),
+            safety_checker=None,
+            device=cpu,
+            dtype=torch.float32,
+        )
+        side = min(self._side, 256)
+        count = 6 if side < 256 else 2
+        tasks = [replace(self._task(number), width=side, height=side, scheduler=list(SCHEDULERS)[number]) for number in range(count)]
+        on_cpu = Running(parts)
+        theirs = [on_cpu.generate([task])[0].image for task in tasks]
+        on_cpu.close()
+        ours = [self._running.generate([task])[0].image for task in tasks]
+        return self._compared([differences(one, other) for one, other in zip(ours, theirs, strict=True)])
+
+    def graphs_like_eager(self) -> Finding:
+        """The same UNet calls of 1 to 4 jobs, then a whole image, with recorded calls and without."""
+        if not self._on_gpu:
+            return NO_GPU
+        with torch.inference_mode():
+            eager, recorded = Denoiser(self._parts), Denoiser(self._parts)
+            recorded.record_steps(CudaGraphs(), self._side, self._side, 4)
+            largest = 0.0
+            for count in (1, 2, 3, 4):
+                jobs = [Job(self._task(number), on_end=lambda outcome: None) for number in range(count)]
+                for job in jobs:
+                    job.tensors = eager.prepare(job.task)
+                for one, other in zip(eager.predict(jobs), recorded.predict(jobs), strict=True):
+                    largest = max(largest, float((one.float() - other.float()).abs().max()))
+        running = Running(self._parts, denoiser=recorded)
+        task = self._task(0)
+        image = differences(running.generate([task])[0].image, self._running.generate([task])[0].image)
+        running.close()
+        finding = self._compared([image])
+        return Finding(finding.passed, f"UNet outputs differ by at most {largest:.2g}; the image: {finding.detail}")
+
+    def survives_an_overflowing_decoder(self) -> Finding:
+        """A decoder whose values leave float16's range and do not change the image: the last block's scale is normalised away."""
+        if self._parts.dtype != torch.float16:
+            return Finding(None, "needs a GPU and half precision")
+        vae = copy.deepcopy(self._parts.vae)
+        with torch.no_grad():
+            for block in cast(Any, vae).decoder.up_blocks[-1].resnets:
+                for convolution in filter(None, (block.conv2, block.conv_shortcut)):
+                    convolution.weight.mul_(2.0**14)
+                    convolution.bias.mul_(2.0**14)
+        running = Running(replace(self._parts, vae=vae))
+        (spoiled,) = running.generate([self._task(0)])
+        running.close()
+        (usual,) = self._running.generate([self._task(0)])
+        finding = self._compared([differences(spoiled.image, usual.image)])
+        detail = f"decoded again: {spoiled.decoded_again}; against the undamaged decoder: {finding.detail}"
+        return Finding(bool(finding.passed) and spoiled.decoded_again and not usual.decoded_again, detail)
+
+    def safety_checker(self) -> Finding:
+        """A checker that flags everything blanks the image, one that flags nothing leaves it."""
+        flagged: dict[bool, Picture] = {}
+        for flags_everything in (True, False):
+            with tempfile.TemporaryDirectory() as folder:
+                model = make_checked_model(Path(folder) / "checked", flags_everything=flags_everything)
+                running = Running(load(check_model(model), self._precision))
+            (flagged[flags_everything],) = running.generate([replace(loads.task(0, 64, STEPS), safety_check=True)])
+            running.close()
+        blank = not np.asarray(flagged[True].image).any()
+        passed = blank and flagged[True].flagged is True and flagged[False].flagged is False and np.asarray(flagged[False].image).any()
+        return Finding(bool(passed), f"computed in {flagged[True].dtype}; flagged: blank is {blank}")
+
+    def runs_out_of_memory(self) -> Finding:
+        """With memory for about three jobs of 1024 pixels, eight are asked for; then one more of the usual size."""
+        if not self._on_gpu:
+            return NO_GPU
+        tasks = [replace(loads.task(number, 1024, 2)) for number in range(8)]
+        total = torch.cuda.get_device_properties(0).total_memory
+        running = Running(self._parts)
+        peaks = []
+        for count in (1, 3):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            running.generate(tasks[:count])
+            peaks.append(torch.cuda.max_memory_reserved())
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(min(1.0, peaks[1] * 1.02 / total))
+        try:
+            running.records.clear()
+            images = running.generate(tasks)
+            ran_out = sum(isinstance(record, OutOfMemoryRecord) for record in running.records)
+            limits = [record.jobs for record in running.records if isinstance(record, CapRecord)]
+            (following,) = running.generate([self._task(0)])
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+            running.close()
+            torch.cuda.empty_cache()
+        equal = not differences(following.image, self._running.generate([self._task(0)])[0].image).any()
+        gib = [f"{peak / 2**30:.1f}" for peak in peaks]
+        detail = (
+            f"{gib[0]} GiB for one, {gib[1]} for three; ran out {ran_out} times, at most {limits} in a step afterwards, "
+            f"{len(images)} of 8 images drawn; the next image equal: {equal}"
+        )
+        return Finding(ran_out > 0 and bool(limits) and len(images) == 8 and equal, detail)
+
+    def _compared(self, found: Sequence[np.ndarray[Any, Any]]) -> Finding:
+        everything = np.concatenate([one.ravel() for one in found])
+        mean = float(everything.mean())
+        detail = (
+            f"{len(found)} images: mean {mean:.3f} levels, 99.9 % of the values within {np.percentile(everything, 99.9):.0f}, "
+            f"largest {everything.max()}; allowed is a mean of {MEAN_TOLERANCE[self._precision]}"
+        )
+        return Finding(mean <= MEAN_TOLERANCE[self._precision], detail)
+
+
+def prove(checks: Checks, folder: Path, precision: Precision, side: int) -> None:
+    proof = Proof(folder, precision, side)
+    for kind in loads.KINDS:
+        checks.make(f"{precision}: {kind} equals diffusers", partial(proof.like_diffusers, kind))
+    checks.make(f"{precision}: in company as alone", proof.in_company)
+    checks.make(f"{precision}: CUDA graphs as eager", proof.graphs_like_eager)
+    checks.make(f"{precision}: as on the CPU", proof.like_the_cpu)
+    checks.make(f"{precision}: a decoder that overflows", proof.survives_an_overflowing_decoder)
+    checks.make(f"{precision}: safety checker", proof.safety_checker)
+    checks.make(f"{precision}: out of memory", proof.runs_out_of_memory)
+    proof.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="a diffusers folder")
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "fp16"), default=["fp16", "fp32"])
+    parser.add_argument("--side", type=int, required=True, help="pixels")
+    parser.add_argument("--name", required=True, help="of the files that are written")
+    parser.add_argument("--output", type=Path, required=True, help="a folder that exists")
+    arguments = parser.parse_args()
+    about = {**machine(), "diffusers": diffusers.__version__, "model": arguments.model.name, "side": str(arguments.side)}
+    checks = Checks(arguments.output, arguments.name, about)
+    for precision in arguments.precisions:
+        prove(checks, arguments.model.resolve(), precision, arguments.side)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
