@@ -84,8 +84,9 @@ def main() -> None:
     side, steps = setup.side, arguments.steps
     save = partial(write, arguments.output, arguments.name, report)
     if "steps" in arguments.parts:
-        report.steps = time_steps(setup, arguments.jobs)
-        save()
+        for step_time in time_steps(setup, arguments.jobs):
+            report.steps.append(step_time)
+            save()
     wanted = [part for part in arguments.parts if part != "steps"]
     if wanted:
         with started(arguments.contenders, setup, at_once=arguments.start_at_once) as running:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -45,17 +45,15 @@ class StepTime:
         return self.tflop / (self.unet_ms / 1000) / self.matrix_product_tflops
 
 
-def time_steps(setup: Setup, jobs: Sequence[int]) -> list[StepTime]:
+def time_steps(setup: Setup, jobs: Sequence[int]) -> Iterator[StepTime]:
     """One after the other, until so many do not fit into memory."""
-    timed: list[StepTime] = []
     process = InProcess("step times", step_times, setup)
     for count in tqdm(jobs, desc="step times", unit="size"):
         step_time: StepTime | None = process.tell(count)
         if step_time is None:
             break
-        timed.append(step_time)
+        yield step_time
     process.end()
-    return timed
 
 
 def step_times(connection: Connection, setup: Setup) -> None:

@@ -44,19 +44,20 @@ def stages(results: Path, full_size: Path, side: int, steps: int, clock: float, 
         [
             Part("full-size-model", (python, "-m", "benchmarks.full_size", str(full_size)), 80 * clock),
             part("prove-demo", "benchmarks.gpu.prove_engine", 90, "--model", str(DEMO_FOLDER), "--side", "64"),
-            part("prove-http", "benchmarks.gpu.prove_http", 110),
+            part("prove-http", "benchmarks.gpu.prove_http", 90, "--checks", "fp16 over HTTP", "fp32 over HTTP"),
         ],
         [
-            part(f"prove-full-size-{precision}", "benchmarks.gpu.prove_engine", 100, "--precisions", precision, *full)
-            for precision in ("fp16", "fp32")
+            part("prove-full-size-fp16", "benchmarks.gpu.prove_engine", 110, "--precisions", "fp16", *full),
+            part("prove-full-size-fp32", "benchmarks.gpu.prove_engine", 110, "--precisions", "fp32", *full),
+            part("prove-device-failure", "benchmarks.gpu.prove_http", 90, "--checks", "the device fails"),
         ],
-        [step_times("steps-fp16", "fp16", 40, "--jobs", "1", "2", "4", "8", "16", "32")],
-        [part("ways-fp16", "benchmarks.gpu.ways", 50, "--precision", "fp16", *full)],
-        [loads("loads-fp16", "fp16", 220, ["plain", "engine", *graphs, "http", "batching"], ["closed", "mixed"], [8, 1, 32, 4, 16])],
-        [step_times("steps-fp32", "fp32", 25, "--jobs", "1", "2", "4", "8", "16")],
+        [loads("loads-fp16", "fp16", 250, ["plain", "engine", *graphs, "http", "batching"], ["closed", "mixed"], [8, 1, 32, 16, 4])],
+        [step_times("steps-fp16", "fp16", 70, "--jobs", "1", "2", "4", "8", "16", "32")],
         [loads("loads-fp32", "fp32", 120, ["plain", "engine", "http"], ["closed", "mixed"], [8, 1])],
+        [part("ways-fp16", "benchmarks.gpu.ways", 50, "--precision", "fp16", *full)],
+        [step_times("steps-fp32", "fp32", 60, "--jobs", "1", "2", "4", "8", "16")],
         [loads("open-fp16", "fp16", 100, ["plain", "engine", "http"], ["open", "short"], [8])],
-        [step_times("steps-fp16-graphs", "fp16", 25, "--jobs", "1", "2", "4", "8", "10", "--cuda-graphs")] if on_gpu else [],
+        [step_times("steps-fp16-graphs", "fp16", 60, "--jobs", "1", "2", "4", "8", "10", "--cuda-graphs")] if on_gpu else [],
         [part("ways-compiled-fp16", "benchmarks.gpu.ways", 150, "--precision", "fp16", "--jobs", "1", "4", "8", "--compile", *full)],
     ]
 

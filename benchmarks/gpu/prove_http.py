@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -107,17 +108,24 @@ def _seconds_until_ready(server: Server) -> float:
     raise TimeoutError(f"not ready again after {_READY_AGAIN_S} s; was away: {was_away}")
 
 
+CHECKS: dict[str, Callable[[], Finding]] = {
+    "fp16 over HTTP": partial(service, "fp16"),
+    "fp32 over HTTP": partial(service, "fp32"),
+    "the device fails": failing_device,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS))
     parser.add_argument("--name", required=True, help="of the files that are written")
     parser.add_argument("--output", type=Path, required=True, help="a folder that exists")
     arguments = parser.parse_args()
     # As after Ctrl+C: whoever stops this, no server is left running.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     checks = Checks(arguments.output, arguments.name, {**machine(), "model": "demo"})
-    checks.make("fp16 over HTTP", partial(service, "fp16"))
-    checks.make("the device fails", failing_device)
-    checks.make("fp32 over HTTP", partial(service, "fp32"))
+    for name in arguments.checks:
+        checks.make(name, CHECKS[name])
 
 
 if __name__ == "__main__":
