@@ -149,7 +149,9 @@ class Proof:
         )
         side = min(self._side, 256)
         count = 6 if side < 256 else 2
-        tasks = [replace(self._task(number), width=side, height=side, scheduler=list(SCHEDULERS)[number]) for number in range(count)]
+        # One that draws noise in its steps draws it in the dtype that it computes in.
+        names = [name for name in SCHEDULERS if "Ancestral" not in name]
+        tasks = [replace(self._task(number), width=side, height=side, scheduler=names[number]) for number in range(count)]
         on_cpu = Running(parts, denoiser=NoiseOf(parts, self._parts.dtype))
         theirs = [on_cpu.generate([task])[0].image for task in tasks]
         on_cpu.close()
