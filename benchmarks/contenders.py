@@ -43,12 +43,13 @@ class Contender(Protocol):
 
 @dataclass(frozen=True)
 class Setup:
-    """What is drawn with. `side`: pixels."""
+    """What is drawn with. `side`: pixels. `cache`: where measured batch limits are kept; None: each contender measures its own."""
 
     model: Path
     precision: Precision
     side: int
     cuda_graphs: bool = False
+    cache: Path | None = None
 
 
 class InProcess:
@@ -103,8 +104,8 @@ def engine(connection: Connection, setup: Setup) -> None:
     from stable_diffusion.weights import check_model
 
     os.environ[CUDA_GRAPHS_VARIABLE] = str(int(setup.cuda_graphs))
-    # The cap is measured in this run, not recalled from an earlier one.
-    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()
+    # The batch limit is measured in this run, not recalled from an earlier one.
+    os.environ["XDG_CACHE_HOME"] = str(setup.cache or tempfile.mkdtemp())
     steps: list[StepRecord] = []
     running = start_engine(check_model(setup.model), setup.precision, MAX_BATCH_SIZE, steps.append)
     connection.send("loaded")

@@ -66,8 +66,8 @@ def row(load: Load, contender: str, rounds: Sequence[Round], first: Sequence[Rou
         rounds=len(rounds),
         images_per_s=statistics.median(rates),
         spread=(max(rates) - min(rates)) / max(statistics.median(rates), 1e-9),
-        # Round against round, so that what slows the machine down for a while slows both.
-        times_the_first=statistics.median(_rate(one) / _rate(other) for one, other in zip(rounds, first, strict=True)),
+        # Round against round, so that what slows the machine down for a while slows both. In the last one the first may be ahead.
+        times_the_first=statistics.median(_rate(one) / _rate(other) for one, other in zip(rounds, first, strict=False)),
         latencies=len(latencies),
         mean_s=statistics.mean(latencies) if latencies else None,
         p50_s=_percentile(latencies, 50),

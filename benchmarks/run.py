@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ from benchmarks import loads, servers
 from benchmarks.clients import Round
 from benchmarks.contenders import Contender, InProcess, Setup, engine, plain_diffusers
 from benchmarks.loads import Load
-from benchmarks.report import Report, Start, machine, markdown, row, write
+from benchmarks.report import Report, Row, Start, machine, markdown, row, write
 from benchmarks.steps import time_steps
 from stable_diffusion.weights import DEMO_FOLDER
 
@@ -36,35 +37,40 @@ JOBS = (1, 2, 4, 8, 16)
 
 @contextmanager
 def started(names: Sequence[str], setup: Setup, *, at_once: bool = False) -> Iterator[list[Contender]]:
-    """`at_once`: on a machine with a core for each of them."""
+    """`at_once`: on a machine with a core for each of them. The engine comes first, and its batch limit is used by the others that have
+    the same one to measure: while others load, the times of steps say little."""
     with ExitStack() as ends, ThreadPoolExecutor(len(names) if at_once else 1) as threads:
-        running = []
-        for future in [threads.submit(CONTENDERS[name], setup) for name in names]:
-            running.append(future.result())
-            ends.callback(running[-1].end)
-        yield running
+        if at_once:
+            setup = replace(setup, cache=Path(ends.enter_context(tempfile.TemporaryDirectory())))
+        running: dict[str, Contender] = {}
+        for wave in (["engine"], [name for name in names if name != "engine"]) if at_once and "engine" in names else (names,):
+            for name, future in [(name, threads.submit(CONTENDERS[name], setup)) for name in wave]:
+                running[name] = future.result()
+                ends.callback(running[name].end)
+        yield [running[name] for name in names]
 
 
 def bench(running: Sequence[Contender], wanted: Sequence[Load], rounds: int, report: Report, save: Callable[[], None]) -> None:
-    """A row for each load and contender. All loads are drawn once before any is drawn again, and what is there is saved after each:
-    where time runs out there are fewer rounds, not fewer rows."""
+    """A row for each load and contender, saved after each run. All loads are run once before any is run again: where time runs out
+    there are fewer rounds, not fewer rows."""
     drawn: dict[str, dict[str, list[Round]]] = {load.name: {contender.name: [] for contender in running} for load in wanted}
+    starts: dict[str, Start] = {}
     with tqdm(total=len(wanted) * rounds * len(running), unit="run") as progress:
         for _ in range(rounds):
             for load in wanted:
-                of_load = drawn[load.name]
                 for contender in running:
                     progress.set_description(f"{load.name}: {contender.name}")
-                    of_load[contender.name].append(contender.draw(load))
+                    last = contender.draw(load)
+                    drawn[load.name][contender.name].append(last)
+                    starts[contender.name] = Start(contender.name, contender.started_in_s, last.peak_memory_mib, last.device_memory_mib)
+                    report.rows = _rows(wanted, drawn, running[0].name)
+                    report.starts = list(starts.values())
+                    save()
                     progress.update()
-                first = running[0].name
-                report.rows = [
-                    row(one, name, results, drawn[one.name][first])
-                    for one in wanted
-                    for name, results in drawn[one.name].items()
-                    if results
-                ]
-                save()
+
+
+def _rows(wanted: Sequence[Load], drawn: dict[str, dict[str, list[Round]]], first: str) -> list[Row]:
+    return [row(load, name, results, drawn[load.name][first]) for load in wanted for name, results in drawn[load.name].items() if results]
 
 
 def open_loops(running: Sequence[Contender], side: int, steps: int, requests: int, shares: Sequence[float]) -> list[Load]:
@@ -90,25 +96,14 @@ def main() -> None:
     wanted = [part for part in arguments.parts if part != "steps"]
     if wanted:
         with started(arguments.contenders, setup, at_once=arguments.start_at_once) as running:
-            last = loads.same_steps(side, 2, 1, 1)
-
-            def save_with_starts() -> None:
-                # Memory after each load, since a run on a rented machine may be cut off.
-                report.starts = [_start(one, one.draw(last)) for one in running]
-                save()
-
             for contender in running:
                 contender.draw(loads.warm_up(side, arguments.warm_up_requests))
             wanted_loads = [load for part in wanted for load in _loads(part, running, side, steps, arguments)]
-            bench(running, wanted_loads, arguments.rounds, report, save_with_starts)
+            bench(running, wanted_loads, arguments.rounds, report, save)
     save()
     print(markdown(report))
     written = arguments.output / arguments.name
     print(f"Written to {written}.md and .json; the plot: python -m benchmarks.plot {written}.json")
-
-
-def _start(contender: Contender, drawn: Round) -> Start:
-    return Start(contender.name, contender.started_in_s, drawn.peak_memory_mib, drawn.device_memory_mib)
 
 
 def _loads(part: str, running: Sequence[Contender], side: int, steps: int, arguments: argparse.Namespace) -> list[Load]:

@@ -36,7 +36,7 @@ class Http:
         self._open = ExitStack()
         home = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
         began = time.perf_counter()
-        # With a cache of its own: nobody's cap is another's.
+        # With a cache of its own: nobody's batch limit is another's, unless it is told to be.
         self._server: Server = self._open.enter_context(serve(folder, "service:svc", home, {"XDG_CACHE_HOME": str(home), **environment}))
         self.started_in_s = time.perf_counter() - began
 
@@ -62,7 +62,10 @@ class Http:
 
 
 def this_project(setup: Setup) -> Http:
-    return Http("this project, HTTP", REPOSITORY / setup.precision, {"SD_MODEL": str(setup.model)}, _send_to_this_project)
+    environment = {"SD_MODEL": str(setup.model)}
+    if setup.cache is not None:
+        environment["XDG_CACHE_HOME"] = str(setup.cache)
+    return Http("this project, HTTP", REPOSITORY / setup.precision, environment, _send_to_this_project)
 
 
 async def _send_to_this_project(client: httpx.AsyncClient, wanted: Task) -> httpx.Response:

@@ -27,8 +27,8 @@ def stages(results: Path, full_size: Path, side: int, steps: int, clock: float, 
     def part(name: str, module: str, limit_s: float, *arguments: str) -> Part:
         return Part(name, (python, "-m", module, *arguments, "--name", name, "--output", str(results)), limit_s * clock)
 
-    def loads(name: str, precision: str, limit_s: float, contenders: Sequence[str], parts: Sequence[str], clients: Sequence[int]) -> Part:
-        arguments = ["--model", str(full_size), "--precision", precision, "--side", str(side), "--steps", str(steps)]
+    def loads(name: str, limit_s: float, contenders: Sequence[str], parts: Sequence[str], clients: Sequence[int], steps: int) -> Part:
+        arguments = ["--model", str(full_size), "--precision", name.split("-")[-1], "--side", str(side), "--steps", str(steps)]
         arguments += ["--contenders", *contenders, "--parts", *parts, "--clients", *map(str, clients)]
         arguments += ["--requests-per-client=1", "--least-requests=4", "--requests=16", "--warm-up-requests=8", "--rounds=2"]
         arguments += ["--shares=0.8", "--short-every-s=0.3", *(["--start-at-once"] if on_gpu else [])]
@@ -51,12 +51,14 @@ def stages(results: Path, full_size: Path, side: int, steps: int, clock: float, 
             part("prove-full-size-fp32", "benchmarks.gpu.prove_engine", 110, "--precisions", "fp32", *full),
             part("prove-device-failure", "benchmarks.gpu.prove_http", 90, "--checks", "the device fails"),
         ],
-        [loads("loads-fp16", "fp16", 250, ["plain", "engine", *graphs, "http", "batching"], ["closed", "mixed"], [8, 1, 32, 16, 4])],
+        # Half of the steps, or plain diffusers alone would need two minutes for 32 clients.
+        [loads("loads-fp16", 250, ["plain", "engine", *graphs, "http", "batching"], ["closed", "mixed"], [8, 1, 32, 16, 4], steps // 2)],
         [step_times("steps-fp16", "fp16", 70, "--jobs", "1", "2", "4", "8", "16", "32")],
-        [loads("loads-fp32", "fp32", 120, ["plain", "engine", "http"], ["closed", "mixed"], [8, 1])],
+        [loads("loads-fp32", 120, ["plain", "engine", "http"], ["closed", "mixed"], [8, 1], steps // 2)],
+        [loads("all-steps-fp16", 120, ["plain", "engine", *graphs, "http"], ["closed"], [8, 1], steps)],
         [part("ways-fp16", "benchmarks.gpu.ways", 50, "--precision", "fp16", *full)],
         [step_times("steps-fp32", "fp32", 60, "--jobs", "1", "2", "4", "8", "16")],
-        [loads("open-fp16", "fp16", 100, ["plain", "engine", "http"], ["open", "short"], [8])],
+        [loads("open-fp16", 120, ["plain", "engine", "http"], ["open", "short"], [8], steps // 2)],
         [step_times("steps-fp16-graphs", "fp16", 60, "--jobs", "1", "2", "4", "8", "10", "--cuda-graphs")] if on_gpu else [],
         [part("ways-compiled-fp16", "benchmarks.gpu.ways", 150, "--precision", "fp16", "--jobs", "1", "4", "8", "--compile", *full)],
     ]

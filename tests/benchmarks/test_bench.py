@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -139,11 +140,10 @@ def test_all_contenders_draw_small_loads_and_tables_and_a_plot_come_out(tmp_path
     saved: list[int] = []
     with started([name for name in CONTENDERS if name != "graphs"], DEMO) as running:
         bench(running, wanted, rounds=1, report=report, save=lambda: saved.append(len(report.rows)))
-        report.starts = [Start(one.name, one.started_in_s, one.draw(wanted[0]).peak_memory_mib) for one in running]
     report.steps = [StepTime(1, 10.0, 9.5, 0.019, 4.0), StepTime(2, 11.0, 10.5, 0.038, 4.0)]
     names = ["plain diffusers", "engine", "this project, HTTP", "BentoML's batching, HTTP"]
     assert [line.contender for line in report.rows] == names * 2
-    assert saved == [4, 8]
+    assert saved == [1, 2, 3, 4, 5, 6, 7, 8], "what is there is saved after each run"
     assert all(line.errors == 0 and line.p50_s and 0 < line.p50_s < 60 for line in report.rows)
     plain, engine = report.rows[:2]
     assert plain.times_the_first == 1.0
@@ -155,6 +155,61 @@ def test_all_contenders_draw_small_loads_and_tables_and_a_plot_come_out(tmp_path
     assert (tmp_path / "small.md").read_text() == markdown(report)
     with Image.open(plot.write(tmp_path / "small.json")) as picture:
         assert len(picture.convert("RGB").getcolors(2**20) or []) > 10, "something is drawn"
+
+
+def test_where_time_runs_out_there_are_fewer_rounds_not_fewer_rows() -> None:
+    class Contender:
+        started_in_s = 1.0
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def draw(self, load: Load) -> Round:
+            order.append(f"{load.name} {self.name}")
+            if len(order) == 7:
+                raise KeyboardInterrupt
+            return made_up(1, [1.0])
+
+        def end(self) -> None: ...
+
+    order: list[str] = []
+    report = Report({})
+    few, many = (Load(name, (loads.task(0, 64, 2),), clients=1) for name in ("few", "many"))
+    with pytest.raises(KeyboardInterrupt):
+        bench([Contender("plain"), Contender("ours")], [few, many], rounds=2, report=report, save=lambda: None)
+    assert order == ["few plain", "few ours", "many plain", "many ours", "few plain", "few ours", "many plain"]
+    assert [(line.load, line.contender, line.rounds) for line in report.rows] == [
+        ("few", "plain", 2),
+        ("few", "ours", 2),
+        ("many", "plain", 1),
+        ("many", "ours", 1),
+    ]
+
+
+def test_contenders_that_start_at_once_share_the_batch_limit_that_the_engine_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    caches: dict[str, Path | None] = {}
+
+    class Contender:
+        started_in_s = 1.0
+
+        def __init__(self, name: str, setup: Setup) -> None:
+            self.name = name
+            caches[name] = setup.cache
+
+        def draw(self, load: Load) -> Round:
+            raise AssertionError("nothing is asked for")
+
+        def end(self) -> None: ...
+
+    for name in ("plain", "engine", "http"):
+        monkeypatch.setitem(CONTENDERS, name, partial(Contender, name))
+    with started(["plain", "engine", "http"], DEMO, at_once=True) as running:
+        assert [one.name for one in running] == ["plain", "engine", "http"]
+    assert next(iter(caches)) == "engine"
+    assert len(set(caches.values())) == 1
+    assert caches["http"] is not None
+    with started(["engine", "http"], DEMO):
+        assert caches["http"] is None
 
 
 def test_every_table_has_as_many_cells_in_each_line() -> None:

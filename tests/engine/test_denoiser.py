@@ -165,6 +165,14 @@ def on_meta_device(parts: Parts) -> Parts:
     return replace(parts, unet=deepcopy(parts.unet).to("meta"), device=torch.device("meta"))
 
 
+def test_half_precision_starts_from_the_same_noise(demo_parts: Parts) -> None:
+    """So a seed means the same image in both services. torch 2.11 drew other numbers in half precision."""
+    single = Denoiser(demo_parts).prepare(make_task(scheduler="DDIMScheduler"))
+    half = Denoiser(replace(demo_parts, dtype=torch.float16)).prepare(make_task(scheduler="DDIMScheduler"))
+    assert half.latents.dtype == torch.float16
+    assert torch.equal(half.latents, single.latents.half())
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_scheduler_can_take_very_few_steps(recording_engine: RecordingEngine, scheduler: str, steps: int) -> None:
