@@ -90,7 +90,7 @@ audit: $(TOOLS_INSTALLED)
 	.venv/tools/bin/pip-audit --strict --no-deps --disable-pip --desc off --requirement requirements-runtime.lock
 
 model: precision $(INSTALLED)
-	$(BIN)/python -m stable_diffusion.download $(PRECISION) $(WEIGHTS)
+	$(BIN)/python -m stable_diffusion.models.download $(PRECISION) $(WEIGHTS)
 
 demo: $(INSTALLED)
 	$(BIN)/python -m stable_diffusion.demo.train

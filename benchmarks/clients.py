@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from benchmarks.loads import Load
-from stable_diffusion.engine.job import Task
+from stable_diffusion.core.types import Task
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ import pynvml  # type: ignore[import-untyped]
 
 from benchmarks.clients import Round, play
 from benchmarks.loads import Load, task
-from stable_diffusion.engine.job import Picture, Task
-from stable_diffusion.errors import ServiceError
+from stable_diffusion.core.errors import ServiceError
+from stable_diffusion.core.types import Picture, Task
 
 if TYPE_CHECKING:
-    from stable_diffusion.pipelines import Precision
+    from stable_diffusion.engine.loading import Precision
 
 MAX_BATCH_SIZE = 10
 
@@ -99,9 +99,9 @@ def plain_diffusers(connection: Connection, setup: Setup) -> None:
 
 def engine(connection: Connection, setup: Setup) -> None:
     """This project's engine as the runner starts it, cap measured, without HTTP."""
-    from stable_diffusion.engine.records import StepRecord
-    from stable_diffusion.runnable import CUDA_GRAPHS_VARIABLE, start_engine
-    from stable_diffusion.weights import check_model
+    from stable_diffusion.core.telemetry import StepRecord
+    from stable_diffusion.models.folder import check_model
+    from stable_diffusion.runner.startup import CUDA_GRAPHS_VARIABLE, start_engine
 
     os.environ[CUDA_GRAPHS_VARIABLE] = str(int(setup.cuda_graphs))
     # The batch limit is measured in this run, not recalled from an earlier one.

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from stable_diffusion.weights import DEMO_FOLDER
+from stable_diffusion.models.folder import DEMO_FOLDER
 
 
 def make(folder: Path) -> Path:

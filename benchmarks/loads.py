@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageDraw
 
-from stable_diffusion.engine.job import Kind, Task
+from stable_diffusion.core.types import Kind, Task
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black")
 SHAPES = ("circle", "square", "triangle", "star")

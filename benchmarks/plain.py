@@ -13,8 +13,8 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from PIL import Image
 
-from stable_diffusion.engine.job import Task
-from stable_diffusion.pipelines import Parts, placement
+from stable_diffusion.core.types import Task
+from stable_diffusion.engine.loading import Parts, placement
 
 if TYPE_CHECKING:
     from benchmarks.contenders import Setup

@@ -92,7 +92,7 @@ def _percentile(ordered: Sequence[float], percent: int) -> float | None:
 def machine() -> dict[str, str]:
     import torch
 
-    from stable_diffusion.pipelines import device_name
+    from stable_diffusion.engine.loading import device_name
 
     # A copy of the files on another machine has no history.
     commit = os.environ.get("BENCH_COMMIT") or _commit()

@@ -21,7 +21,7 @@ from benchmarks.contenders import Contender, InProcess, Setup, engine, plain_dif
 from benchmarks.loads import Load
 from benchmarks.report import Report, Row, Start, machine, markdown, row, write
 from benchmarks.steps import time_steps
-from stable_diffusion.weights import DEMO_FOLDER
+from stable_diffusion.models.folder import DEMO_FOLDER
 
 # Plain diffusers comes first: the others are compared with it.
 CONTENDERS: dict[str, Callable[[Setup], Contender]] = {

@@ -19,8 +19,8 @@ from PIL import Image
 from benchmarks.clients import Round, play
 from benchmarks.contenders import Setup, with_memory
 from benchmarks.loads import Load
-from stable_diffusion.engine.job import Task
-from tests.service.servers import Server, serve
+from stable_diffusion.core.types import Task
+from tests.http.servers import Server, serve
 
 REPOSITORY = Path(__file__).parents[1]
 

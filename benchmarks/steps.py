@@ -58,10 +58,10 @@ def time_steps(setup: Setup, jobs: Sequence[int]) -> Iterator[StepTime]:
 
 def step_times(connection: Connection, setup: Setup) -> None:
     """The engine's arithmetic without its loop. Runs in a process of its own."""
+    from stable_diffusion.engine.cuda_graphs import CudaGraphs
     from stable_diffusion.engine.denoiser import Denoiser
-    from stable_diffusion.engine.recorded import CudaGraphs
-    from stable_diffusion.pipelines import load
-    from stable_diffusion.weights import check_model
+    from stable_diffusion.engine.loading import load
+    from stable_diffusion.models.folder import check_model
 
     # One thread from loading on: a second one that used OpenMP would slow it down on a CPU.
     with ThreadPoolExecutor(1) as thread:

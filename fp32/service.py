@@ -10,13 +10,13 @@ from typing import Any
 
 import bentoml
 
-from stable_diffusion.api import create_service
-from stable_diffusion.jobs import Jobs
-from stable_diffusion.limits import read_limits
-from stable_diffusion.runnable import start_engine
-from stable_diffusion.runner_jobs import RunnerJobs
-from stable_diffusion.shared_folder import shared_folder
-from stable_diffusion.weights import ModelFolder, choose_model
+from stable_diffusion.core.settings import read_limits
+from stable_diffusion.models.folder import ModelFolder, choose_model
+from stable_diffusion.runner.process import RunnerJobs
+from stable_diffusion.runner.startup import start_engine
+from stable_diffusion.server.service import create_service
+from stable_diffusion.state.folder import shared_folder
+from stable_diffusion.state.jobs import Jobs
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "models" / "v1_4"

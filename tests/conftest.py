@@ -1,12 +1,12 @@
-"""What several tests share: the demo model loaded once, an engine on it, and pictures to send."""
+"""What all tests share: images to send, and servers that are started once. Loads no torch: most tests do without."""
 
 from __future__ import annotations
 
+import functools
 import os
-import queue
 import tempfile
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import hypothesis
@@ -14,43 +14,25 @@ import pytest
 from hypothesis.configuration import set_hypothesis_home_dir
 from PIL import Image, ImageDraw
 
-from stable_diffusion.engine.denoiser import Denoiser
-from stable_diffusion.engine.engine import Engine
-from stable_diffusion.engine.job import Picture, Task
-from stable_diffusion.engine.records import StepRecord
-from stable_diffusion.errors import ServiceError
-from stable_diffusion.pipelines import Parts, load
-from stable_diffusion.weights import DEMO_FOLDER, check_model
+from tests.http.servers import ROOT, Server, serve
 
 # The same cases in every run, and nothing of them is kept in the repository.
 hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
+# Tests compute beside servers that compute: threads that spin while they wait would hold the processor that others need.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+_FOLDERS = ("unit", "model", "http", "browser", "slow", "deployment", "benchmarks", "image")
 
 
-class RecordingEngine:
-    """The real engine on the demo model, with every UNet call recorded."""
-
-    def __init__(self, engine: Engine, steps: list[StepRecord]) -> None:
-        self.engine = engine
-        self.steps = steps
-
-    def draw(self, tasks: Sequence[Task]) -> list[Picture]:
-        """Submit all tasks at once and wait for all pictures. Raises the first error."""
-        outcomes: queue.SimpleQueue[tuple[int, Picture | ServiceError]] = queue.SimpleQueue()
-        for position, task in enumerate(tasks):
-            self.engine.submit(task, partial(_put, outcomes, position))
-        pictures: dict[int, Picture] = {}
-        for _ in tasks:
-            position, outcome = outcomes.get(timeout=300)
-            if isinstance(outcome, ServiceError):
-                raise outcome
-            pictures[position] = outcome
-        return [pictures[position] for position in range(len(tasks))]
-
-
-def _put(outcomes: queue.SimpleQueue[tuple[int, Picture | ServiceError]], position: int, outcome: Picture | ServiceError) -> None:
-    outcomes.put((position, outcome))
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Each folder of tests has a marker of its name."""
+    folder_of_tests = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(folder_of_tests).parts[0]
+        if folder in _FOLDERS:
+            item.add_marker(folder)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -62,16 +44,27 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_parts() -> Parts:
-    return load(check_model(DEMO_FOLDER), "fp32")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
+    """The server of a precision, started when it is first asked for: a source checkout without weights, so the demo model."""
+    with ExitStack() as started:
+
+        @functools.cache
+        def start(precision: str) -> Server:
+            home = tmp_path_factory.mktemp(precision)
+            return started.enter_context(serve(ROOT / precision, "service:svc", home, {"BENTOML_CONFIG": "configuration.yaml"}))
+
+        yield start
 
 
 @pytest.fixture(scope="session")
-def recording_engine(demo_parts: Parts) -> Iterator[RecordingEngine]:
-    steps: list[StepRecord] = []
-    engine = Engine(lambda: Denoiser(demo_parts), max_batch_size=10, on_step=steps.append)
-    yield RecordingEngine(engine, steps)
-    engine.close()
+def server(start_server: Callable[[str], Server]) -> Server:
+    """fp32/: on a CPU fp16/ computes the same, which test_fp16.py checks."""
+    return start_server("fp32")
+
+
+@pytest.fixture(scope="session")
+def fp16_server(start_server: Callable[[str], Server]) -> Server:
+    return start_server("fp16")
 
 
 @pytest.fixture(scope="session")
@@ -88,20 +81,3 @@ def right_half_mask() -> Image.Image:
     mask = Image.new("L", (64, 64), 0)
     ImageDraw.Draw(mask).rectangle((32, 0, 63, 63), fill=255)
     return mask
-
-
-def make_task(**changes: object) -> Task:
-    """A small text-to-image task with some values changed."""
-    values: dict[str, object] = {
-        "kind": "txt2img",
-        "prompt": "a red circle on a blue background",
-        "negative_prompt": "",
-        "width": 64,
-        "height": 64,
-        "num_inference_steps": 8,
-        "guidance_scale": 7.5,
-        "seed": 1,
-        "scheduler": "PNDMScheduler",
-        "safety_check": True,
-    }
-    return Task(**(values | changes))  # type: ignore[arg-type]

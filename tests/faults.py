@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from stable_diffusion.core.types import Picture, Task
 from stable_diffusion.engine.denoiser import Denoiser
-from stable_diffusion.engine.job import Job, Latents, Picture, Task
+from stable_diffusion.engine.job import Job, Latents
 
 RAISES_WHEN_PREPARED = "raises when it is prepared"
 RAISES_IN_A_STEP = "raises in a step"

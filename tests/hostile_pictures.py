@@ -397,15 +397,15 @@ def _peak_mib() -> int:
 def main() -> None:
     """Each case through each reader; a line for each: what became of it, and in how many seconds of computing. Then the peak memory."""
     resource.setrlimit(resource.RLIMIT_AS, (_MAX_ADDRESS_SPACE, _MAX_ADDRESS_SPACE))
-    from stable_diffusion import images
-    from stable_diffusion.errors import InvalidRequest, TooLarge
+    from stable_diffusion.core.errors import InvalidRequest, TooLarge
+    from stable_diffusion.images import decode
 
     readers = (
-        images.read_picture,
-        images.read_mask,
-        images.read_transparency_as_mask,
-        images.read_mask_or_opacity,
-        images.read_description,
+        decode.read_picture,
+        decode.read_mask,
+        decode.read_transparency_as_mask,
+        decode.read_mask_or_opacity,
+        decode.read_description,
     )
     for case in corpus():
         for reader in readers:

@@ -9,7 +9,7 @@ from pathlib import Path
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from stable_diffusion.weights import DEMO_FOLDER
+from stable_diffusion.models.folder import DEMO_FOLDER
 
 
 def make_checked_model(folder: Path, *, flags_everything: bool) -> Path:

@@ -19,8 +19,8 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
-from tests.service.ledger import Load
-from tests.service.servers import ROOT, Server, serve
+from tests.http.ledger import Load
+from tests.http.servers import ROOT, Server, serve
 
 CLIENTS = 8
 SAMPLE_EVERY_S = 10
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
     variables = {"PYTHONPATH": str(ROOT), "BENTOML_CONFIG": str(ROOT / "fp32" / "configuration.yaml")}
     with (
         tempfile.TemporaryDirectory() as home,
-        serve(ROOT / "tests" / "service" / "faulty", "service:svc", Path(home), variables) as server,
+        serve(ROOT / "tests" / "http" / "faulty", "service:svc", Path(home), variables) as server,
     ):
         load = Load(server.url, seed=7)
         load.draw_alone()

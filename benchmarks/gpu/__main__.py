@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.gpu.plan import LEAST_S, Ended, Part, markdown, run, summary
 from benchmarks.gpu.table import readme_table
-from stable_diffusion.weights import DEMO_FOLDER
+from stable_diffusion.models.folder import DEMO_FOLDER
 
 # A call on a rented machine may take ten minutes, starting included.
 BUDGET_S = 520.0

@@ -25,15 +25,16 @@ from benchmarks.contenders import Setup
 from benchmarks.gpu.checks import Checks, Finding
 from benchmarks.plain import Plain
 from benchmarks.report import machine
+from stable_diffusion.core.errors import ServiceError
+from stable_diffusion.core.schedulers import SCHEDULERS
+from stable_diffusion.core.telemetry import CapRecord, OutOfMemoryRecord, Record
+from stable_diffusion.core.types import Kind, Picture, Task
+from stable_diffusion.engine.cuda_graphs import CudaGraphs
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.engine import Engine
-from stable_diffusion.engine.job import Job, Kind, Picture, Task
-from stable_diffusion.engine.recorded import CudaGraphs
-from stable_diffusion.engine.records import CapRecord, OutOfMemoryRecord, Record
-from stable_diffusion.errors import ServiceError
-from stable_diffusion.pipelines import Parts, Precision, load
-from stable_diffusion.requests import SCHEDULERS
-from stable_diffusion.weights import check_model
+from stable_diffusion.engine.job import Job
+from stable_diffusion.engine.loading import Parts, Precision, load
+from stable_diffusion.models.folder import check_model
 from tests.safety_checkers import make_checked_model
 
 STEPS = 4

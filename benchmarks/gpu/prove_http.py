@@ -24,7 +24,7 @@ from benchmarks.gpu.checks import Checks, Finding
 from benchmarks.report import machine
 from stable_diffusion.demo.shapes import judge
 from tests import faults
-from tests.service.servers import PLAIN_HTTP, ROOT, Server, serve
+from tests.http.servers import PLAIN_HTTP, ROOT, Server, serve
 
 PROMPT = "a large red circle on a blue background"
 _READY_AGAIN_S = 90
@@ -77,7 +77,7 @@ def failing_device() -> Finding:
     """A kernel fails on the device. The request gets 503, the model process ends, and the server generates again."""
     variables = {"PYTHONPATH": str(ROOT), "BENTOML_CONFIG": str(ROOT / "fp32" / "configuration.yaml")}
     with tempfile.TemporaryDirectory() as home:
-        folder = ROOT / "tests" / "service" / "faulty"
+        folder = ROOT / "tests" / "http" / "faulty"
         with serve(folder, "service:svc", Path(home), {**_with_path(variables), "XDG_CACHE_HOME": home}) as server:
             with server.client() as client:
                 refused = client.post("/txt2img", json={"prompt": faults.DEVICE_FAILS, "num_inference_steps": 4})

@@ -19,11 +19,11 @@ import torch
 
 from benchmarks import loads
 from benchmarks.report import machine
+from stable_diffusion.engine.cuda_graphs import CudaGraphs
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.job import Job
-from stable_diffusion.engine.recorded import CudaGraphs
-from stable_diffusion.pipelines import Parts, load
-from stable_diffusion.weights import check_model
+from stable_diffusion.engine.loading import Parts, load
+from stable_diffusion.models.folder import check_model
 
 _ROUNDS = 15
 

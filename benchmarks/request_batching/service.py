@@ -20,8 +20,9 @@ from starlette.routing import Route
 
 from benchmarks.contenders import MAX_BATCH_SIZE, Setup
 from benchmarks.loads import task
-from stable_diffusion.jobs import Ticket, new_job_id
-from stable_diffusion.runnable import pack_task, unpack_task
+from stable_diffusion.core.types import Ticket
+from stable_diffusion.runner.wire import pack_task, unpack_task
+from stable_diffusion.state.jobs import new_job_id
 
 
 class RequestBatchingRunnable(bentoml.Runnable):

@@ -21,11 +21,12 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img impo
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from stable_diffusion.core.errors import GenerationFailed
+from stable_diffusion.core.types import Picture, Task
 from stable_diffusion.engine import previews
-from stable_diffusion.engine.job import Job, Latents, Picture, Task
-from stable_diffusion.engine.recorded import Record, RecordedCalls
-from stable_diffusion.errors import GenerationFailed
-from stable_diffusion.pipelines import Parts
+from stable_diffusion.engine.cuda_graphs import Record, RecordedCalls
+from stable_diffusion.engine.job import Job, Latents
+from stable_diffusion.engine.loading import Parts
 
 _KARRAS = " Karras"
 # A quarter of a megabyte each at Stable Diffusion's size.

@@ -18,9 +18,8 @@ from typing import Protocol
 
 import torch
 
-from stable_diffusion.engine.batching import Batching
-from stable_diffusion.engine.job import Job, Latents, Picture, Progress, Task
-from stable_diffusion.engine.records import (
+from stable_diffusion.core.errors import DeadlineExceeded, GenerationFailed, ModelUnavailable, QueueFull, ServiceError
+from stable_diffusion.core.telemetry import (
     CapRecord,
     DecodedAgainRecord,
     EndRecord,
@@ -34,9 +33,11 @@ from stable_diffusion.engine.records import (
     TurnRecord,
     WorkloadRecord,
 )
+from stable_diffusion.core.types import Picture, Progress, Task
+from stable_diffusion.engine.admission import NO_LIMITS, QueueLimits, Workload
+from stable_diffusion.engine.batching import Batching
+from stable_diffusion.engine.job import Job, Latents
 from stable_diffusion.engine.watchdog import Watchdog
-from stable_diffusion.engine.workload import NO_LIMITS, QueueLimits, Workload
-from stable_diffusion.errors import DeadlineExceeded, GenerationFailed, ModelUnavailable, QueueFull, ServiceError
 
 logger = logging.getLogger("stable_diffusion")
 

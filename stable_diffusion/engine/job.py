@@ -10,53 +10,15 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from stable_diffusion.core.types import Picture, Progress, Task
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-    from stable_diffusion.errors import ServiceError
-
-Kind = Literal["txt2img", "img2img", "inpaint"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to draw; every value is resolved and within its limits. Sizes in pixels, the image and mask already of that size."""
-
-    kind: Kind
-    prompt: str
-    negative_prompt: str
-    width: int
-    height: int
-    num_inference_steps: int
-    guidance_scale: float
-    seed: int
-    scheduler: str
-    safety_check: bool
-    guidance_end: float = 1.0  # the share of the steps that are guided
-    preview_every_steps: int = 0  # 0: none
-    metadata: bool = True  # whether the image file says how it was drawn
-    strength: float = 1.0  # img2img and inpaint
-    image: Image.Image | None = None  # RGB; img2img and inpaint
-    mask: Image.Image | None = None  # L, white is repainted; inpaint
-    image_hash: str | None = None  # what tells one input picture from another where the picture itself is not kept
-    mask_hash: str | None = None
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A finished job. `flagged` is None where no safety checker looked at the picture."""
-
-    image: Image.Image
-    flagged: bool | None
-    dropped_prompt: str  # what did not fit into the text encoder's tokens, "" if nothing
-    dropped_negative_prompt: str
-    device: str = ""  # "cpu", or the GPU's name; "" where it was not told
-    dtype: str = ""  # what it was computed in, such as "float32"
-    decoded_again: bool = False  # in float32, because what came out first was black or no numbers
-    waited_s: float | None = None  # until its first step; None where it was not told
+    from stable_diffusion.core.errors import ServiceError
 
 
 @dataclass
@@ -81,17 +43,6 @@ class Latents:
     noise: torch.Tensor | None = None
     # Inpainting on a 9-channel UNet: mask and masked image, appended to the latents of every step.
     extra_channels: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a job stands. `position`: its place among those that wait for their first step, 0 for all others."""
-
-    position: int
-    step: int
-    steps: int
-    seconds_left: float
-    preview: Image.Image | None = None  # an eighth of the picture's size
 
 
 _numbers = itertools.count(1)

@@ -22,12 +22,13 @@ from benchmarks.plain import Plain
 from benchmarks.report import Report, Row, Start, markdown, row, write
 from benchmarks.run import CONTENDERS, bench, started
 from benchmarks.steps import StepTime, count_tflop, time_step
+from stable_diffusion.core.types import Task
 from stable_diffusion.engine.denoiser import Denoiser
-from stable_diffusion.engine.job import Job, Task
-from stable_diffusion.pipelines import Parts
-from stable_diffusion.weights import DEMO_FOLDER
+from stable_diffusion.engine.job import Job
+from stable_diffusion.engine.loading import Parts
+from stable_diffusion.models.folder import DEMO_FOLDER
 from tests.benchmarks.dying import die
-from tests.conftest import RecordingEngine
+from tests.model.recording_engine import RecordingEngine
 
 LOAD = loads.same_steps(64, 2, clients=2, requests_per_client=5)
 DEMO = Setup(DEMO_FOLDER, "fp32", 64)

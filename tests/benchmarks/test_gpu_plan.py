@@ -15,7 +15,7 @@ import pytest
 from benchmarks.gpu.checks import Checks, Finding
 from benchmarks.gpu.plan import Ended, Part, markdown, run, summary
 from benchmarks.gpu.table import readme_table
-from tests.service.servers import ROOT
+from tests.http.servers import ROOT
 
 
 def part(name: str, program: str, limit_s: float = 20) -> Part:

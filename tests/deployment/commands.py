@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from tests.service.servers import ROOT, environment
+from tests.http.servers import ROOT, environment
 
 OPERATOR = ROOT / "bentoctl" / "aws-ec2"
 TEMPLATES = OPERATOR / "bentoctl_aws_ec2" / "terraform"

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.deployment.commands import OPERATOR, TOOLS
-from tests.service.servers import Server, environment, free_port, stop, wait_until_ready
+from tests.http.servers import Server, environment, free_port, stop, wait_until_ready
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import pytest
 
 from tests.deployment.commands import OPERATOR, bentoctl, calls, path_with, stand_in
 from tests.deployment.conftest import StandInAws
-from tests.service.servers import BENTOML, ROOT, build_bento
+from tests.http.servers import BENTOML, ROOT, build_bento
 
 CONFIGURATION = ROOT / "bentoctl" / "deployment_config.yaml"
 REPOSITORY = "stable-diffusion-bentoml"

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.deployment.commands import TEMPLATES, TOOLS, calls, path_with, stand_in
-from tests.service.servers import environment, free_port
+from tests.http.servers import environment, free_port
 
 SCRIPT = TEMPLATES / "boot" / "machine.sh"
 IMAGE = "123456789012.dkr.ecr.us-west-1.amazonaws.com/stable-diffusion@sha256:0123"

@@ -10,7 +10,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from tests.deployment.conftest import StandInAws
-from tests.service.servers import free_port
+from tests.http.servers import free_port
 
 
 def test_a_missing_repository_is_made_scanned_and_kept_small(aws: StandInAws) -> None:

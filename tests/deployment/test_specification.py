@@ -9,7 +9,7 @@ import click
 import pytest
 import yaml
 
-from tests.service.servers import ROOT
+from tests.http.servers import ROOT
 
 IMAGE = "123456789012.dkr.ecr.us-west-1.amazonaws.com/stable-diffusion:abc123"
 SECRET = "arn:aws:secretsmanager:us-west-1:123456789012:secret:stable-diffusion-AbCdEf"

@@ -24,7 +24,7 @@ import yaml
 
 from tests.deployment.commands import TEMPLATES, TOOLS
 from tests.deployment.terraform import SCHEMA_WHEEL, StandIn, find_terraform, prepare
-from tests.service.servers import ROOT
+from tests.http.servers import ROOT
 
 TERRAFORM = find_terraform()
 TESTS = sorted(Path(__file__).parent.glob("*.tftest.hcl"))

@@ -22,7 +22,7 @@ from botocore.stub import Stubber
 
 from tests.deployment.commands import TEMPLATES
 from tests.deployment.conftest import StandInAws
-from tests.service.servers import environment
+from tests.http.servers import environment
 
 SCRIPT = TEMPLATES / "wait_until_ready.py"
 LOG_GROUP = "/bentoctl/stable-diffusion"

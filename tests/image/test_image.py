@@ -24,7 +24,7 @@ from PIL import Image
 
 from stable_diffusion.demo.shapes import judge
 from tests.deployment.commands import bentoctl
-from tests.service.servers import ROOT, build_bento, free_port, wait_until_drawing
+from tests.http.servers import ROOT, build_bento, free_port, wait_until_drawing
 
 pytestmark = pytest.mark.image
 

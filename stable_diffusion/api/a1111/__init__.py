@@ -1,0 +1,6 @@
+"""A1111's API, the part that clients use."""
+
+from stable_diffusion.api.a1111.responses import PREFIXES, refusal
+from stable_diffusion.api.a1111.routes import make_routes
+
+__all__ = ["PREFIXES", "refusal", "make_routes"]

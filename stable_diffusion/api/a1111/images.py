@@ -1,0 +1,96 @@
+"""The picture and the mask of an A1111 body, from base64 to what is drawn at which size: resize modes, inversion, blur.
+
+Knows nothing of HTTP or of the model that is loaded.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+from typing import TypeVar
+
+from PIL import Image, ImageFilter, ImageOps
+
+from stable_diffusion.api.a1111.parameters import ImageToImageBody
+from stable_diffusion.core.errors import InvalidRequest, TooLarge
+from stable_diffusion.images.decode import MAX_UPLOAD_BYTES, read_mask_or_opacity, read_picture
+from stable_diffusion.images.transform import fit, scale_mask
+
+T = TypeVar("T")
+
+
+_WHITE_SPACE = b" \t\r\n\v\f"
+
+
+class UnreadablePicture(InvalidRequest):
+    """It keeps its 400 where whatever else is wrong with a body is a 422."""
+
+
+def read_initial_image(body: ImageToImageBody) -> Image.Image:
+    """The one picture of the body, upright RGB. Raises UnreadablePicture or TooLarge."""
+    return _decoded(body.init_images[0], "init_images", read_picture)
+
+
+def read_inpainting_mask(body: ImageToImageBody, picture_size: tuple[int, int]) -> Image.Image | None:
+    """The mask as it counts: inverted and blurred as asked for, of its picture's size.
+
+    Raises UnreadablePicture, TooLarge, or InvalidRequest for other proportions than the picture's, or if it repaints nothing.
+    """
+    if not body.mask:
+        return None
+    mask = _decoded(body.mask, "mask", read_mask_or_opacity)
+    if body.inpainting_mask_invert:
+        mask = ImageOps.invert(mask)
+    if body.mask_blur:
+        mask = mask.filter(ImageFilter.GaussianBlur(body.mask_blur))
+    mask = scale_mask(mask, picture_size, "mask")
+    if mask.getextrema() == (0, 0):
+        repainted = "black" if body.inpainting_mask_invert else "white"
+        raise InvalidRequest(f"mask: it repaints nothing: none of it is {repainted} (inpainting_mask_invert turns it around)", field="mask")
+    return mask
+
+
+def resize(picture: Image.Image, width: int, height: int, resize_mode: int) -> Image.Image:
+    """To `width` x `height`, as A1111's mode says. 0: stretched, 1: covering it and cut, 2: within it, the edges continued."""
+    if resize_mode == 0:
+        return picture.resize((width, height), Image.Resampling.LANCZOS)
+    if resize_mode == 1:
+        return fit(picture, width, height)
+    scale = min(width / picture.width, height / picture.height)
+    within = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    return _with_edges_continued(picture.resize(within, Image.Resampling.LANCZOS), width, height)
+
+
+def _with_edges_continued(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """In the middle of `width` x `height`; its outermost rows or columns are repeated to the border."""
+    left, top = (width - picture.width) // 2, (height - picture.height) // 2
+    right, bottom = left + picture.width, top + picture.height
+    canvas = Image.new(picture.mode, (width, height))
+    canvas.paste(picture, (left, top))
+    if top or bottom < height:
+        canvas.paste(canvas.crop((0, top, width, top + 1)).resize((width, max(top, 1))), (0, 0))
+        canvas.paste(canvas.crop((0, bottom - 1, width, bottom)).resize((width, max(height - bottom, 1))), (0, bottom))
+    if left or right < width:
+        canvas.paste(canvas.crop((left, 0, left + 1, height)).resize((max(left, 1), height)), (0, 0))
+        canvas.paste(canvas.crop((right - 1, 0, right, height)).resize((max(width - right, 1), height)), (right, 0))
+    return canvas
+
+
+def _decoded(text: str, field: str, read: Callable[[bytes, str], T]) -> T:
+    try:
+        return read(_bytes_of(text, field), field)
+    except InvalidRequest as error:
+        raise UnreadablePicture(error.message, problems=error.problems) from None
+
+
+def _bytes_of(text: str, field: str) -> bytes:
+    """Base64, perhaps in lines, perhaps within a data URL."""
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        encoded = text.encode("ascii").translate(None, _WHITE_SPACE)
+        if len(encoded) * 3 // 4 > MAX_UPLOAD_BYTES + 2:  # of padding
+            raise TooLarge(f"{field}: the file has more than {MAX_UPLOAD_BYTES} bytes", field=field)
+        return base64.b64decode(encoded, validate=True)
+    except ValueError:
+        raise InvalidRequest(f"{field}: not base64 (nothing is fetched from addresses)", field=field) from None

@@ -1,0 +1,240 @@
+"""A1111's bodies as requests of ours: the names, defaults and kinds of its fields. Limits are those of `requests.py`.
+
+Knows nothing of HTTP, of pictures or of the model that is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field
+
+from stable_diffusion.core.errors import FieldError, InvalidRequest, NotFound
+from stable_diffusion.core.requests import (
+    MAX_IMAGES,
+    MAX_PIXEL_STEPS,
+    MAX_SIDE,
+    MAX_STEPS,
+    MIN_SIDE,
+    SIDE_MULTIPLE,
+    GenerationRequest,
+    ImageToImageRequest,
+    TextToImageRequest,
+    parse_image_to_image,
+    parse_text_to_image,
+    validated,
+)
+from stable_diffusion.core.schedulers import SCHEDULERS, known_schedule, sampler_of, scheduler_of
+
+MAX_NAMES = 1024  # of an object; a whole set of A1111's options has some 400
+MAX_MASK_BLUR = 64
+
+# Our fields, as errors name them -> A1111's.
+A1111_NAMES = {
+    "num_inference_steps": "steps",
+    "guidance_scale": "cfg_scale",
+    "strength": "denoising_strength",
+    "scheduler": "sampler_name",
+}
+_OUR_NAMES = re.compile(rf"\b({'|'.join(A1111_NAMES)})\b")
+
+_SIDE = f"Rounded down to a multiple of {SIDE_MULTIPLE}; {MIN_SIDE} to {MAX_SIDE}."
+_WITHOUT_EFFECT = "Has no effect."
+# One wrong item tells enough: a list may have thousands.
+_Texts = Annotated[list[str], FailFast()]
+
+
+class Options(BaseModel):
+    """What of A1111's options means something here."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    sd_model_checkpoint: str | None = Field(None, description="The title or model_name of the served model; another one is refused.")
+    enable_pnginfo: bool | None = Field(None, description="In override_settings, false: the file does not say how it was drawn.")
+
+
+_NO_OPTIONS = Options(sd_model_checkpoint=None, enable_pnginfo=None)
+
+
+class GenerationBody(BaseModel):
+    """What both kinds of body have in common. Unknown fields are ignored, null is as good as a missing field."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, frozen=True)
+
+    prompt: str = Field("", description="What to draw.")
+    negative_prompt: str = Field("", description="What to keep away from.")
+    seed: int = Field(-1, description="-1: random. Picture i is drawn with seed + i.")
+    sampler_name: str = Field("", description="A name from /sdapi/v1/samplers. By default the model's own.")
+    sampler_index: str = Field("", description="Another name of sampler_name.")
+    scheduler: str = Field(
+        "",
+        description="Noise levels, a name or label from /sdapi/v1/schedulers; the sampler's own where it does not have them.",
+    )
+    steps: int = Field(50, description=f"Denoising steps, 1 to {MAX_STEPS}.")
+    cfg_scale: float = Field(7.0, description="How closely to follow the prompt, 0 to 30.")
+    width: int | None = Field(None, description=f"{_SIDE} By default the model's native width, or as the picture asks for.")
+    height: int | None = Field(None, description=f"{_SIDE} By default the model's native height, or as the picture asks for.")
+    batch_size: int = Field(
+        1,
+        ge=1,
+        le=MAX_IMAGES,
+        description=f"batch_size * n_iter pictures are drawn, at most {MAX_IMAGES}, and together at most "
+        f"{MAX_PIXEL_STEPS // 10**6} million pixel steps: width * height * steps * pictures.",
+    )
+    n_iter: int = Field(1, ge=1, le=MAX_IMAGES, description="See batch_size.")
+    override_settings: Options = Field(_NO_OPTIONS, description="Of these only two are looked at.")
+    send_images: bool = Field(True, description="false: the answer has no pictures.")
+    alwayson_scripts: dict[str, Any] = Field({}, description="There are no scripts: any name is refused.")
+    script_name: str = Field("", description="There are no scripts: any name is refused.")
+    infotext: str = Field("", description="Refused: POST /reproduce draws a picture again.")
+    restore_faces: bool = Field(False, description=_WITHOUT_EFFECT)
+    tiling: bool = Field(False, description=_WITHOUT_EFFECT)
+    save_images: bool = Field(False, description="Has no effect: nothing is kept on the server.")
+    styles: _Texts = Field([], description=_WITHOUT_EFFECT)
+
+
+class TextToImageBody(GenerationBody):
+    """The body of POST /sdapi/v1/txt2img."""
+
+    enable_hr: bool = Field(False, description="A second pass at a larger size is not supported: true is refused.")
+
+
+class ImageToImageBody(GenerationBody):
+    """The body of POST /sdapi/v1/img2img."""
+
+    init_images: _Texts = Field([], description="One PNG, JPEG or WebP in base64, with or without data:...,")
+    mask: str = Field(
+        "",
+        description="A picture in base64: white is repainted, black is kept, grey blends. Where something in it is transparent, what is "
+        "opaque is repainted. Of the picture's proportions.",
+    )
+    mask_blur: float = Field(4, ge=0, le=MAX_MASK_BLUR, description="How far the mask's edge is blurred: the deviation, in its pixels.")
+    inpainting_mask_invert: int = Field(0, description="1: black is repainted instead.")
+    inpainting_fill: int = Field(
+        0, ge=0, le=3, description="What the repainted part starts from. Always the picture itself, as with 1, original."
+    )
+    inpaint_full_res: bool = Field(True, description="Has no effect: the whole picture is drawn.")
+    resize_mode: int = Field(
+        0, ge=0, le=3, description="0: stretch, 1: scale and cut, 2: scale and continue the edges. 3, in latent space, is refused."
+    )
+    denoising_strength: float = Field(0.75, description="How far to leave the picture, above 0, up to 1.")
+    include_init_images: bool = Field(False, description="true: `parameters` of the answer has the pictures that were sent.")
+
+
+Body = TypeVar("Body", bound=GenerationBody)
+Parameters = TypeVar("Parameters", bound=GenerationRequest)
+
+
+@dataclass(frozen=True)
+class Asked(Generic[Body, Parameters]):
+    """`count` pictures, the first one with `parameters`; `body` says the rest in A1111's words."""
+
+    body: Body
+    parameters: Parameters
+    count: int
+
+
+def read_text_to_image(document: dict[str, Any]) -> Asked[TextToImageBody, TextToImageRequest]:
+    """Raises InvalidRequest, or NotFound if there is no such sampler."""
+    body = _typed(TextToImageBody, document)
+    if body.enable_hr:
+        raise InvalidRequest("enable_hr: a second pass at a larger size is not supported, send false", field="enable_hr")
+    fields = _fields(body)
+    return Asked(body, _in_a1111_words(lambda: parse_text_to_image(fields)), _count(body))
+
+
+def read_image_to_image(document: dict[str, Any]) -> Asked[ImageToImageBody, ImageToImageRequest]:
+    """Raises InvalidRequest, or NotFound if there is no such sampler or no picture."""
+    body = _typed(ImageToImageBody, document)
+    if not body.init_images:
+        raise NotFound("init_images: the picture is missing, send one in base64", field="init_images")
+    if len(body.init_images) > 1:
+        raise InvalidRequest(f"init_images: {len(body.init_images)} pictures, send one", field="init_images")
+    if body.resize_mode == 3:
+        raise InvalidRequest("resize_mode: 3, resizing in latent space, is not supported, allowed are 0, 1 and 2", field="resize_mode")
+    fields = {**_fields(body), "strength": body.denoising_strength}
+    return Asked(body, _in_a1111_words(lambda: parse_image_to_image(fields)), _count(body))
+
+
+def without_pictures(body: ImageToImageBody) -> ImageToImageBody:
+    """What the answer needs of it: tens of megabytes less, unless the answer has them."""
+    return body if body.include_init_images else body.model_copy(update={"init_images": [], "mask": ""})
+
+
+def read_options(document: dict[str, Any]) -> Options:
+    """Raises InvalidRequest."""
+    return validated(Options, document)
+
+
+def _typed(model: type[Body], document: dict[str, Any]) -> Body:
+    body = validated(model, {name: value for name, value in document.items() if value is not None})
+    if body.infotext:
+        raise InvalidRequest("infotext: not read here, use POST /reproduce", field="infotext")
+    for field, names in (("script_name", [body.script_name] if body.script_name else []), ("alwayson_scripts", body.alwayson_scripts)):
+        for name in names:
+            raise InvalidRequest(f"{field}: there is no script {name[:60]!r}, nor any other", field=field)
+    return body
+
+
+def _count(body: GenerationBody) -> int:
+    count = body.batch_size * body.n_iter
+    if count > MAX_IMAGES:
+        raise InvalidRequest(f"batch_size: batch_size * n_iter must be at most {MAX_IMAGES}, not {count}", field="batch_size")
+    return count
+
+
+def _fields(body: GenerationBody) -> dict[str, Any]:
+    return {
+        "prompt": body.prompt,
+        "negative_prompt": body.negative_prompt,
+        "width": _rounded_down(body.width),
+        "height": _rounded_down(body.height),
+        "num_inference_steps": body.steps,
+        "guidance_scale": body.cfg_scale,
+        "seed": None if body.seed == -1 else body.seed,
+        "scheduler": scheduler_asked_for(body.sampler_name or body.sampler_index, body.scheduler),
+        "metadata": body.override_settings.enable_pnginfo is not False,
+    }
+
+
+def _rounded_down(side: int | None) -> int | None:
+    return None if side is None else side - side % SIDE_MULTIPLE
+
+
+def scheduler_asked_for(sampler: str, schedule: str) -> str | None:
+    """Our noise scheduler for A1111's sampler and noise levels; None: the model's own. A sampler without these levels has its own ones.
+
+    Noise levels of which only one sampler has any are that sampler's where none is named.
+    Raises NotFound for an unknown sampler, InvalidRequest for unknown noise levels.
+    """
+    try:
+        levels = known_schedule(schedule)
+    except ValueError as error:
+        raise InvalidRequest(f"scheduler: {error}", field="scheduler") from None
+    if not sampler:
+        return None if levels is None else next(one for one in SCHEDULERS if sampler_of(one)[1] == levels)
+    try:
+        return scheduler_of(sampler, schedule)[0]
+    except ValueError as error:
+        raise NotFound(f"sampler_name: {error}", field="sampler_name") from None
+
+
+def missing_schedule(body: GenerationBody, scheduler: str) -> str | None:
+    """The noise levels that `body` asks for, if `scheduler`, with which it was drawn, does not have them."""
+    levels = known_schedule(body.scheduler)
+    return levels if levels != sampler_of(scheduler)[1] else None
+
+
+def _in_a1111_words(parse: Callable[[], Parameters]) -> Parameters:
+    try:
+        return parse()
+    except InvalidRequest as error:
+        problems = [FieldError(problem.field and _renamed(problem.field), _renamed(problem.message)) for problem in error.problems]
+        raise InvalidRequest(_renamed(error.message), problems=problems) from None
+
+
+def _renamed(text: str) -> str:
+    return _OUR_NAMES.sub(lambda match: A1111_NAMES[match.group()], text)

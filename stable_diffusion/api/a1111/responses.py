@@ -1,0 +1,180 @@
+"""What A1111's clients read: the answer with pictures, the lists, progress and errors, field by field in A1111's form.
+
+Pure functions over plain data. Knows nothing of who draws.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.responses import Response
+
+from stable_diffusion import __version__
+from stable_diffusion.api.a1111.parameters import GenerationBody, ImageToImageBody, missing_schedule
+from stable_diffusion.core.errors import InvalidRequest, ServiceError
+from stable_diffusion.core.schedulers import SCHEDULERS, SCHEDULES, sampler_of
+from stable_diffusion.core.types import Picture, Task
+from stable_diffusion.images import infotext
+from stable_diffusion.models.folder import ModelFolder
+from stable_diffusion.state.jobs import JobRecord
+from stable_diffusion.web.responses import image_file, retry_after
+
+PREFIXES = ("/sdapi/", "/internal/")  # of the paths where errors have this form
+_NOT_USED = -1  # A1111's own word for a subseed or a size that is not there
+_TIMESTAMP = "%Y%m%d%H%M%S"
+_LEAST_PROGRESS, _MOST_PROGRESS = 0.01, 0.99  # 0 is an idle server, 1 a picture that is there
+
+
+def pictures_answer(body: GenerationBody, tasks: Sequence[Task], pictures: Sequence[Picture], model: ModelFolder) -> dict[str, Any]:
+    """The answer of txt2img and img2img. Encodes the pictures, which takes a while."""
+    drawn = list(zip(tasks, pictures, strict=True))
+    # Of a picture that was flagged nothing is told, as in its file.
+    infotexts = ["" if picture.flagged else infotext.write(task, picture, model) for task, picture in drawn]
+    files = (image_file(task, picture, model, "png") for task, picture in drawn)
+    return {
+        "images": [base64.b64encode(file).decode("ascii") for file in files] if body.send_images else [],
+        "parameters": _echo(body),
+        "info": json.dumps(_info(body, tasks, pictures, model, infotexts)),
+    }
+
+
+def _echo(body: GenerationBody) -> dict[str, Any]:
+    """The fields that are known here, with their defaults."""
+    echo = body.model_dump()
+    if isinstance(body, ImageToImageBody) and not body.include_init_images:
+        echo |= {"init_images": None, "mask": None}
+    return echo
+
+
+def _info(
+    body: GenerationBody, tasks: Sequence[Task], pictures: Sequence[Picture], model: ModelFolder, infotexts: list[str]
+) -> dict[str, Any]:
+    """What was really drawn; the last two are not A1111's."""
+    first, count = tasks[0], len(tasks)
+    sampler, schedule = sampler_of(first.scheduler)
+    return {
+        "prompt": first.prompt,
+        "all_prompts": [task.prompt for task in tasks],
+        "negative_prompt": first.negative_prompt,
+        "all_negative_prompts": [task.negative_prompt for task in tasks],
+        "seed": first.seed,
+        "all_seeds": [task.seed for task in tasks],
+        "subseed": _NOT_USED,
+        "all_subseeds": [_NOT_USED] * count,
+        "subseed_strength": 0,
+        "width": first.width,
+        "height": first.height,
+        "sampler_name": sampler,
+        "cfg_scale": first.guidance_scale,
+        "steps": first.num_inference_steps,
+        "batch_size": body.batch_size,
+        "restore_faces": False,
+        "face_restoration_model": None,
+        "sd_model_name": model.name,
+        "sd_model_hash": model.hash,
+        "sd_vae_name": None,
+        "sd_vae_hash": None,
+        "seed_resize_from_w": _NOT_USED,
+        "seed_resize_from_h": _NOT_USED,
+        "denoising_strength": None if first.kind == "txt2img" else first.strength,
+        "extra_generation_params": _extra_parameters(body, first, schedule),
+        "index_of_first_image": 0,
+        "infotexts": infotexts,
+        "styles": [],
+        "job_timestamp": time.strftime(_TIMESTAMP),
+        "clip_skip": 1,
+        "is_using_inpainting_conditioning": model.only_inpaints,
+        "version": f"{infotext.PROGRAM} {__version__}",
+        "all_flagged": [picture.flagged for picture in pictures],
+        "prompt_dropped": pictures[0].dropped_prompt or None,
+    }
+
+
+def _extra_parameters(body: GenerationBody, task: Task, schedule: str | None) -> dict[str, Any]:
+    extra: dict[str, Any] = {"Schedule type": schedule} if schedule else {}
+    if missing := missing_schedule(body, task.scheduler):
+        extra["Schedule type"] = f"Automatic ({missing} is not there for {sampler_of(task.scheduler)[0]})"
+    if task.kind == "inpaint" and isinstance(body, ImageToImageBody):
+        extra |= {"Mask blur": body.mask_blur, "Masked content": "original"}
+    return extra
+
+
+def options_answer(model: ModelFolder) -> dict[str, Any]:
+    """No `forge_preset`: SillyTavern takes a server with it for Forge."""
+    return {"sd_model_checkpoint": model.name, "samples_format": "png", "CLIP_stop_at_last_layers": 1}
+
+
+def models_answer(model: ModelFolder) -> list[dict[str, Any]]:
+    """One, whose `title` is `sd_model_checkpoint` of the options."""
+    return [{"title": model.name, "model_name": model.name, "hash": model.hash, "sha256": None, "filename": model.name, "config": None}]
+
+
+def samplers_answer() -> list[dict[str, Any]]:
+    """Every noise scheduler under its first short name, Karras' noise levels as a sampler of their own too."""
+    return [{"name": name, "aliases": aliases, "options": {}} for name, *aliases in SCHEDULERS.values()]
+
+
+def schedules_answer() -> list[dict[str, Any]]:
+    return [{"name": label.lower(), "label": label, "aliases": None, "default_rho": None, "need_inner_model": None} for label in SCHEDULES]
+
+
+UPSCALERS: list[dict[str, Any]] = [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 1}]
+# What else clients ask at start; nothing of it is there.
+EMPTY_LISTS: dict[str, Any] = {
+    "/sdapi/v1/latent-upscale-modes": [],
+    "/sdapi/v1/sd-vae": [],
+    "/sdapi/v1/loras": [],
+    "/sdapi/v1/prompt-styles": [],
+    "/sdapi/v1/embeddings": {"loaded": {}, "skipped": {}},
+    "/sdapi/v1/scripts": {"txt2img": [], "img2img": []},
+    "/sdapi/v1/cmd-flags": {},
+    "/sdapi/v1/memory": {"ram": {}, "cuda": {}},
+    "/internal/ping": {},
+}
+
+
+def progress_answer(jobs: Sequence[JobRecord]) -> dict[str, Any]:
+    """Over one caller's unfinished pictures. Idle is exactly progress 0 and job_count 0: clients wait for that."""
+    stands = [job.progress for job in jobs]
+    done, steps = sum(stand.step for stand in stands), sum(stand.steps for stand in stands)
+    furthest = max(stands, key=lambda stand: stand.step, default=None)
+    return {
+        "progress": min(max(done / max(steps, 1), _LEAST_PROGRESS), _MOST_PROGRESS) if jobs else 0.0,
+        "eta_relative": max((stand.seconds_left for stand in stands), default=0.0),
+        "state": {
+            "skipped": False,
+            "interrupted": False,
+            "job": jobs[0].task.kind if jobs else "",
+            "job_count": len(jobs),
+            "job_timestamp": time.strftime(_TIMESTAMP, time.localtime(jobs[0].created_at)) if jobs else "0",
+            "job_no": 0,
+            "sampling_step": furthest.step if furthest else 0,
+            "sampling_steps": furthest.steps if furthest else 0,
+        },
+        "current_image": None,
+        "textinfo": None,
+    }
+
+
+def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """In ASCII: what a client sent may hold half of a surrogate pair, which UTF-8 cannot say."""
+    return Response(json.dumps(content), status, headers, media_type="application/json")
+
+
+def error_response(error: ServiceError) -> Response:
+    """A1111's form. It has 422 for what is wrong with a field; subclasses of InvalidRequest have a status of their own."""
+    status = 422 if type(error) is InvalidRequest else error.status
+    return json_response(_error_body(type(error).__name__, error.message), status, retry_after(error))
+
+
+def refusal(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
+    """What never reached an endpoint, in A1111's form."""
+    return json_response(_error_body("".join(word.capitalize() for word in kind.split("_")), message), status, headers)
+
+
+def _error_body(name: str, message: str) -> dict[str, str]:
+    return {"error": name, "detail": message, "body": "", "errors": message}

@@ -1,0 +1,150 @@
+"""A1111's API, the part that clients use: /sdapi/v1/txt2img and img2img, the options, and the lists that clients ask for at start."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from stable_diffusion.api.a1111.images import read_initial_image, read_inpainting_mask, resize
+from stable_diffusion.api.a1111.parameters import (
+    MAX_NAMES,
+    GenerationBody,
+    Options,
+    read_image_to_image,
+    read_options,
+    read_text_to_image,
+    without_pictures,
+)
+from stable_diffusion.api.a1111.responses import (
+    EMPTY_LISTS,
+    UPSCALERS,
+    error_response,
+    json_response,
+    models_answer,
+    options_answer,
+    pictures_answer,
+    progress_answer,
+    samplers_answer,
+    schedules_answer,
+)
+from stable_diffusion.api.context import Context
+from stable_diffusion.api.tasks import image_task, several, text_task
+from stable_diffusion.core.errors import NotFound
+from stable_diffusion.core.json import parse_json
+from stable_diffusion.core.safety import SafetyPolicy
+from stable_diffusion.core.types import Task
+from stable_diffusion.images.decode import MAX_UPLOAD_BYTES
+from stable_diffusion.images.transform import output_size
+from stable_diffusion.models.folder import ModelFolder
+from stable_diffusion.runner.client import draw_all
+from stable_diffusion.web.body import MAX_JSON_BYTES, counted, json_content, read_json_body
+from stable_diffusion.web.caller import owner_of, ticket_of
+from stable_diffusion.web.decode_queue import decoded
+from stable_diffusion.web.disconnect import while_connected
+from stable_diffusion.web.responses import answering_errors
+from stable_diffusion.web.upload_budget import UNCOUNTED_BYTES
+
+# A picture and a mask in base64 with line breaks, and everything else.
+_MAX_PICTURES_BYTES = 2 * MAX_UPLOAD_BYTES * 3 // 2 + MAX_JSON_BYTES
+_MAX_OPTIONS_BYTES = UNCOUNTED_BYTES
+
+
+def make_routes(context: Context) -> list[Route]:
+    async def txt2img(request: Request) -> Response:
+        with counted(request, context.uploads) as uploading:
+            asked = read_text_to_image(await read_json_body(uploading, max_names=MAX_NAMES))
+        model = context.model()
+        await run_in_threadpool(_require_served, asked.body.override_settings, model)
+        return await _answer(request, context, asked.body, text_task(asked.parameters, model, context.policy()), asked.count)
+
+    async def img2img(request: Request) -> Response:
+        return await _answer(request, context, *await _read_image_tasks(request, context))
+
+    async def options(request: Request) -> Response:
+        return json_response(options_answer(context.model()))
+
+    async def set_options(request: Request) -> Response:
+        asked = read_options(await read_json_body(request, max_bytes=_MAX_OPTIONS_BYTES, max_names=MAX_NAMES))
+        await run_in_threadpool(_require_served, asked, context.model())
+        return json_response(None)
+
+    async def models(request: Request) -> Response:
+        return json_response(await run_in_threadpool(models_answer, context.model()))
+
+    async def progress(request: Request) -> Response:
+        return json_response(progress_answer(await run_in_threadpool(context.jobs.of_owner, owner_of(request))))
+
+    async def interrupt(request: Request) -> Response:
+        await run_in_threadpool(context.jobs.cancel_of_owner, owner_of(request))
+        return json_response({})
+
+    get: dict[str, Callable[[Request], Awaitable[Response]]] = {
+        "/sdapi/v1/options": options,
+        "/sdapi/v1/sd-models": models,
+        "/sdapi/v1/progress": progress,
+        "/sdapi/v1/samplers": _always(samplers_answer()),
+        "/sdapi/v1/schedulers": _always(schedules_answer()),
+        "/sdapi/v1/upscalers": _always(UPSCALERS),
+        **{path: _always(content) for path, content in EMPTY_LISTS.items()},
+    }
+    post: dict[str, Callable[[Request], Awaitable[Response]]] = {
+        "/sdapi/v1/txt2img": txt2img,
+        "/sdapi/v1/img2img": img2img,
+        "/sdapi/v1/options": set_options,
+        "/sdapi/v1/interrupt": interrupt,
+    }
+    return [
+        Route(path, answering_errors(endpoint, error_response), methods=[method])
+        for method, endpoints in (("GET", get), ("POST", post))
+        for path, endpoint in endpoints.items()
+    ]
+
+
+async def _answer(request: Request, context: Context, body: GenerationBody, task: Task, count: int) -> Response:
+    tasks = several(task, count)
+    pictures = await while_connected(request, draw_all(context.client, tasks, ticket_of(request)))
+    return await run_in_threadpool(lambda: json_response(pictures_answer(body, tasks, pictures, context.model())))
+
+
+async def _read_image_tasks(request: Request, context: Context) -> tuple[GenerationBody, Task, int]:
+    """What was uploaded ends with this call: nothing keeps it while the pictures wait and are drawn."""
+    with counted(request, context.uploads) as uploading:
+        content = await json_content(uploading, _MAX_PICTURES_BYTES)
+        return await decoded(request, context.decoding, partial(_read_image_task, content, context.model(), context.policy()))
+
+
+def _read_image_task(content: bytes, model: ModelFolder, policy: SafetyPolicy) -> tuple[GenerationBody, Task, int]:
+    """The body, the first picture's task and how many are asked for. Resized as A1111's mode says, which leaves nothing to be fitted."""
+    asked = read_image_to_image(parse_json(content, "body", MAX_NAMES))
+    _require_served(asked.body.override_settings, model)
+    picture = read_initial_image(asked.body)
+    mask = read_inpainting_mask(asked.body, picture.size)
+    native = model.native_width, model.native_height
+    width, height = output_size(picture.size, native, asked.parameters.width, asked.parameters.height)
+    parameters = asked.parameters.model_copy(update={"width": width, "height": height})
+    picture = resize(picture, width, height, asked.body.resize_mode)
+    mask = None if mask is None else resize(mask, width, height, asked.body.resize_mode)
+    task = image_task(parameters, model, policy, picture, mask)
+    return without_pictures(asked.body), task, asked.count
+
+
+def _require_served(options: Options, model: ModelFolder) -> None:
+    """With or without the hash behind the name, as A1111's own titles have it. The hash takes a moment when it is first asked for."""
+    name = options.sd_model_checkpoint
+    if name and name != model.name and name != f"{model.name} [{model.hash}]":
+        raise NotFound(
+            f"sd_model_checkpoint: there is no model {name[:60]!r}, this server has only {model.name!r}", field="sd_model_checkpoint"
+        )
+
+
+def _always(content: Any) -> Callable[[Request], Awaitable[Response]]:
+    async def answer(request: Request) -> Response:
+        return json_response(content)
+
+    return answer

@@ -1,0 +1,252 @@
+"""From a task to its response: at once, as server-sent events, or as a job to be asked about. Shared by the dialects of our own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import replace
+from datetime import datetime, timezone
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from stable_diffusion.api.context import Context
+from stable_diffusion.core import journal
+from stable_diffusion.core.errors import InvalidRequest, JobsUnavailable, NotAcceptable, ServiceError
+from stable_diffusion.core.requests import GenerationRequest
+from stable_diffusion.core.types import ImageFormat, Picture, Progress, Task, Ticket
+from stable_diffusion.images.encode import MEDIA_TYPES
+from stable_diffusion.runner.client import News, begin, draw, draw_unattended, follow
+from stable_diffusion.state.jobs import JobRecord, State, fingerprint
+from stable_diffusion.web import sse
+from stable_diffusion.web.caller import rename_job, ticket_of
+from stable_diffusion.web.disconnect import while_connected
+from stable_diffusion.web.negotiation import accepted_types, idempotency_key, prefers_no_waiting
+from stable_diffusion.web.responses import (
+    completed_event,
+    error_body,
+    error_event,
+    event_stream,
+    followed_headers,
+    picture_answer,
+    preview_event,
+    progress_event,
+)
+
+_ASK_AGAIN_S = 1
+
+
+def accepted_answer(records: Sequence[JobRecord]) -> Response:
+    """202: the job is being drawn, and where to ask."""
+    headers = {"Location": f"/jobs/{records[0].id}", "Retry-After": str(_ASK_AGAIN_S)}
+    return JSONResponse(description(records), 202, headers | followed_headers())
+
+
+async def awaited_picture(context: Context, job_id: str, image_format: ImageFormat) -> Response:
+    """The picture of an unattended job, as soon as it is there."""
+    last: list[JobRecord] = []
+    async with aclosing(follow(context.client, job_id)) as standings:
+        async for records in standings:
+            last = records
+    answer = await run_in_threadpool(_picture_answer, context, last[0], image_format)
+    await _note_fetched(context, last[0])
+    answer.headers.update(followed_headers())
+    return answer
+
+
+def _picture_answer(context: Context, record: JobRecord, image_format: ImageFormat) -> Response:
+    return picture_answer(record.task, record.finished(), context.model(), image_format)
+
+
+async def _note_fetched(context: Context, record: JobRecord) -> None:
+    """A picture that is here is sent, whether that can be noted or not."""
+    with suppress(JobsUnavailable):
+        await run_in_threadpool(context.jobs.note_fetched, record.id)
+
+
+async def events_of(context: Context, job_id: str, image_format: ImageFormat) -> AsyncGenerator[bytes, None]:
+    """What happens to a job from now on; a picture that is not kept is not in `completed`."""
+    told: tuple[object, ...] = ()
+    preview = None
+    try:
+        async with aclosing(follow(context.client, job_id)) as standings:
+            async for records in standings:
+                if not _is_ended(records):
+                    progress = _progress(records)
+                    if not _is_estimated(records):
+                        continue
+                    if (now := (progress.position, progress.step)) != told:
+                        yield progress_event(progress)
+                        told = now
+                    if records[0].preview_png is not None and records[0].preview_png != preview:
+                        preview = records[0].preview_png
+                        yield await run_in_threadpool(_preview_event, records[0])
+                elif (error := next((record.error for record in records if record.error is not None), None)) is not None:
+                    raise error
+                elif records[0].picture is None:
+                    yield sse.event("completed", {"job": description(records)})
+                else:
+                    yield await run_in_threadpool(_completed_event, context, records[0], image_format)
+                    await _note_fetched(context, records[0])
+    except Exception as error:
+        yield error_event(error, "The stream of events of a job")
+
+
+def _completed_event(context: Context, record: JobRecord, image_format: ImageFormat) -> bytes:
+    return completed_event(record.task, record.finished(), context.model(), image_format)
+
+
+def _preview_event(record: JobRecord) -> bytes:
+    assert record.preview is not None
+    return preview_event(record.progress.step, record.preview, record.task)
+
+
+def description(records: Sequence[JobRecord]) -> dict[str, Any]:
+    """A job as JSON; one of several pictures is as far as all of them are together."""
+    progress, first = _progress(records), records[0]
+    error = next((record.error for record in records if record.error is not None), None)
+    ended = [record.ended_at for record in records if record.ended_at is not None]
+    return {
+        "id": first.id,
+        "state": _state(records),
+        "kind": first.task.kind,
+        "images": len(records),
+        "position": progress.position if _is_estimated(records) else None,
+        "step": progress.step,
+        "steps": progress.steps,
+        "seconds_left": round(progress.seconds_left, 1) if _is_estimated(records) else None,
+        "created_at": _iso(first.created_at),
+        "ended_at": _iso(max(ended)) if _is_ended(records) else None,
+        "picture": f"/jobs/{first.id}/picture" if first.picture is not None else None,
+        "picture_kept_until": None if first.kept_until is None else _iso(first.kept_until),
+        **({} if error is None else error_body(error.type, error.message, error.problems)),
+    }
+
+
+def _is_ended(records: Sequence[JobRecord]) -> bool:
+    return all(record.is_ended for record in records)
+
+
+def _is_estimated(records: Sequence[JobRecord]) -> bool:
+    return all(record.is_estimated for record in records)
+
+
+def _state(records: Sequence[JobRecord]) -> State:
+    states = {record.state for record in records}
+    if not _is_ended(records):
+        return "queued" if states == {"queued"} else "running"
+    return next(state for state in ("failed", "cancelled", "completed") if state in states)
+
+
+def _progress(records: Sequence[JobRecord]) -> Progress:
+    """Of all pictures together."""
+    standings = [record.progress for record in records]
+    waiting = [standing.position for standing in standings]
+    return Progress(
+        position=min(waiting) if _state(records) == "queued" else 0,
+        step=sum(standing.step for standing in standings),
+        steps=sum(standing.steps for standing in standings),
+        seconds_left=max(standing.seconds_left for standing in standings),
+    )
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
+
+
+Remarks = Callable[[Picture], dict[str, Any]]
+
+
+def _no_remarks(_: Picture) -> dict[str, Any]:
+    return {}
+
+
+async def answer(
+    request: Request,
+    context: Context,
+    task: Task,
+    parameters: GenerationRequest,
+    remarks: Remarks = _no_remarks,
+) -> Response:
+    """Have `task` drawn and answer as the client asked: at once, with events, or with the place where the picture will be.
+
+    `remarks` has what is told beside the parameters of a picture that is not kept.
+    """
+    accepted, ticket = accepted_types(request), ticket_of(request)
+    image_format = parameters.output_format or accepted.image_format
+    key, is_asynchronous = idempotency_key(request), prefers_no_waiting(request)
+    if task.preview_every_steps and not (accepted.events or is_asynchronous):
+        raise InvalidRequest("preview_every_steps: previews need Accept: text/event-stream", field="preview_every_steps")
+    if image_format is None and not (accepted.events or is_asynchronous):
+        raise NotAcceptable(f"Accept allows none of {', '.join((*MEDIA_TYPES.values(), sse.MEDIA_TYPE))}", field="Accept")
+    if is_asynchronous or key is not None:
+        job_id = await _accept(context, task, replace(ticket, unattended=True), key, parameters)
+        rename_job(request, job_id)
+        if is_asynchronous:
+            accepted_job = accepted_answer(await run_in_threadpool(context.jobs.get, job_id))
+            accepted_job.headers["Preference-Applied"] = "respond-async"
+            return accepted_job
+        if accepted.events:
+            return event_stream(_events_of_job(context, job_id, image_format or "jpeg"))
+        assert image_format is not None
+        return await while_connected(request, _picture_of_job(context, job_id, image_format))
+    if accepted.events:
+        news = await while_connected(request, begin(context.client, task, ticket, follow=True))
+        return event_stream(_events(news, context, task, image_format or "jpeg", remarks))
+    assert image_format is not None
+    picture = await while_connected(request, draw(context.client, task, ticket))
+    return await run_in_threadpool(picture_answer, task, picture, context.model(), image_format, remarks(picture))
+
+
+async def _accept(context: Context, task: Task, ticket: Ticket, key: str | None, parameters: GenerationRequest) -> str:
+    """A job that is drawn to its end, whether anybody waits or not; with a key that was used before, the job of that time."""
+    what = await run_in_threadpool(fingerprint, task, parameters.seed)
+    job_id = await run_in_threadpool(context.jobs.accept, ticket, task, key, what, parameters.output_format)
+    if job_id == ticket.job_id:
+        await draw_unattended(context.client, task, ticket)
+    return job_id
+
+
+async def _picture_of_job(context: Context, job_id: str, image_format: ImageFormat) -> Response:
+    with journal.waiting_for_job() as note_end:
+        answered = await awaited_picture(context, job_id, image_format)
+        note_end(*await _end_of(context, job_id))
+        return answered
+
+
+async def _events_of_job(context: Context, job_id: str, image_format: ImageFormat) -> AsyncGenerator[bytes, None]:
+    with journal.waiting_for_job() as note_end:
+        async with aclosing(events_of(context, job_id, image_format)) as pieces:
+            async for piece in pieces:
+                if piece.startswith(_LAST_EVENTS):  # the client may close when it has that
+                    note_end(*await _end_of(context, job_id))
+                yield piece
+
+
+_LAST_EVENTS = (b"event: completed\n", b"event: error\n")
+
+
+async def _end_of(context: Context, job_id: str) -> tuple[ServiceError | None, bool | None]:
+    """A job's error, and without one whether its picture is flagged."""
+    try:
+        record = (await run_in_threadpool(context.jobs.get, job_id))[0]
+    except ServiceError as error:
+        return error, None
+    return record.error, record.outcome.get("flagged")
+
+
+async def _events(news: News, context: Context, task: Task, image_format: ImageFormat, remarks: Remarks) -> AsyncGenerator[bytes, None]:
+    """queued, progress and preview while it is being drawn, then completed with the picture, or error."""
+    try:
+        async with aclosing(news):
+            async for one in news:
+                if isinstance(one, Progress):
+                    yield progress_event(one)
+                    if one.preview is not None:
+                        yield await run_in_threadpool(preview_event, one.step, one.preview, task)
+                elif isinstance(one, Picture):
+                    yield await run_in_threadpool(completed_event, task, one, context.model(), image_format, remarks(one))
+    except Exception as error:
+        yield error_event(error, f"The stream of events of a {task.kind}")

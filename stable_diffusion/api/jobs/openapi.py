@@ -1,0 +1,104 @@
+"""Jobs in the OpenAPI document. Knows nothing of how requests are answered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stable_diffusion.api.openapi import _ERROR, _JOB, ERRORS
+from stable_diffusion.images.encode import MEDIA_TYPES
+from stable_diffusion.web.sse import MEDIA_TYPE
+
+TAG = {"name": "jobs", "description": "Follow, fetch, cancel"}
+
+
+_UNKNOWN = {
+    "404": {"description": "No such job, or its picture was sent in the answer and is not kept.", "content": _ERROR},
+    "503": {"description": "Where jobs stand cannot be read, or the model process could not be reached.", "content": _ERROR},
+}
+_JOB_ID = {
+    "name": "job_id",
+    "in": "path",
+    "required": True,
+    "description": "From the header Job-Id of an answer.",
+    "schema": {"type": "string", "minLength": 1},
+}
+
+
+def paths() -> dict[str, Any]:
+    return {
+        "/jobs/{job_id}": {
+            "parameters": [_JOB_ID],
+            "get": _operation("job", "Where does a job stand?", {"200": {"description": "The job.", "content": _JOB}}),
+            "delete": _operation(
+                "cancel",
+                "Cancel a job within one step",
+                {
+                    "200": {"description": "It has ended, if it had not before.", "content": _JOB},
+                    "202": {"description": "It ends after the step that is being taken.", "content": _JOB},
+                },
+            ),
+        },
+        "/jobs/{job_id}/events": {
+            "parameters": [_JOB_ID],
+            "get": _operation(
+                "job_events",
+                "What happens to a job from now on",
+                {
+                    "200": {
+                        "description": "The events queued, progress, preview, completed and error, each with JSON. "
+                        "`completed` has the picture if it is kept.",
+                        "content": {MEDIA_TYPE: {}},
+                    }
+                },
+            ),
+        },
+        "/jobs/{job_id}/picture": {
+            "parameters": [_JOB_ID],
+            "get": _operation(
+                "job_picture",
+                "The picture of a job that nobody waited for",
+                {
+                    "200": {"description": "The picture.", "content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
+                    "202": {"description": "It is not finished.", "content": _JOB},
+                    "406": {"description": "The Accept header allows none of the image types.", "content": _ERROR},
+                    "429": {"description": "It was not taken on.", "content": _ERROR},
+                    "504": {"description": "It was not finished in the time that was allowed.", "content": _ERROR},
+                    "410": {"description": "It was kept and is gone.", "content": _ERROR},
+                    "499": ERRORS["499"],
+                    "500": {"description": "It could not be drawn.", "content": _ERROR},
+                },
+            ),
+        },
+    }
+
+
+def _operation(name: str, summary: str, answers: dict[str, Any]) -> dict[str, Any]:
+    return {"operationId": name, "summary": summary, "tags": [TAG["name"]], "responses": _UNKNOWN | answers}
+
+
+def schemas() -> dict[str, Any]:
+    count, time = {"type": "integer", "minimum": 0}, {"type": "string", "format": "date-time"}
+    properties: dict[str, Any] = {
+        "id": {"type": "string"},
+        "state": {"enum": ["queued", "running", "completed", "failed", "cancelled"]},
+        "kind": {"enum": ["txt2img", "img2img", "inpaint"]},
+        "images": {"type": "integer", "minimum": 1, "description": "Pictures of the job; steps are those of all of them."},
+        "position": {
+            "type": ["integer", "null"],
+            "minimum": 0,
+            "description": "Its place among those that wait for their first step, 0 for all others; null before it is known.",
+        },
+        "step": count,
+        "steps": count,
+        "seconds_left": {
+            "type": ["number", "null"],
+            "minimum": 0,
+            "description": "Estimated from measured steps, if nobody else comes; null before it is known.",
+        },
+        "created_at": time,
+        "ended_at": {"anyOf": [time, {"type": "null"}]},
+        "picture": {"type": ["string", "null"], "description": "Where it can be fetched."},
+        "picture_kept_until": {"anyOf": [time, {"type": "null"}]},
+    }
+    error = {"$ref": "#/components/schemas/Error/properties/error"}
+    return {"Job": {"type": "object", "required": list(properties), "properties": {**properties, "error": error}}}

@@ -1,0 +1,65 @@
+"""/jobs: where a job stands, its events, its image, its cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from stable_diffusion.api.context import Context
+from stable_diffusion.api.deliver import _is_ended, _note_fetched, _picture_answer, accepted_answer, description, events_of
+from stable_diffusion.core.errors import NotAcceptable
+from stable_diffusion.images.encode import MEDIA_TYPES
+from stable_diffusion.state.jobs import JobRecord
+from stable_diffusion.web.caller import key_name_of, owner_of
+from stable_diffusion.web.negotiation import accepted_types
+from stable_diffusion.web.responses import answering_errors, event_stream, followed_headers
+
+_CANCELLED_WITHIN_S = 2.0  # a step of a large picture without a GPU takes longer
+
+
+def make_routes(context: Context) -> list[Route]:
+    async def job(request: Request) -> Response:
+        return JSONResponse(description(await _records(request, context)), headers=followed_headers())
+
+    async def cancel(request: Request) -> Response:
+        await run_in_threadpool(context.jobs.cancel, (await _records(request, context))[0].id)
+        deadline = time.monotonic() + _CANCELLED_WITHIN_S
+        while not _is_ended(records := await _records(request, context)) and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        return JSONResponse(description(records), 200 if _is_ended(records) else 202)
+
+    async def events(request: Request) -> Response:
+        records = await _records(request, context)
+        return event_stream(events_of(context, records[0].id, records[0].image_format or accepted_types(request).image_format or "jpeg"))
+
+    async def picture(request: Request) -> Response:
+        records = await _records(request, context)
+        image_format = records[0].image_format or accepted_types(request).image_format
+        if image_format is None:
+            raise NotAcceptable(f"Accept allows none of {', '.join(MEDIA_TYPES.values())}", field="Accept")
+        if not _is_ended(records):
+            return accepted_answer(records)
+        answer = await run_in_threadpool(_picture_answer, context, records[0], image_format)
+        if request.method != "HEAD":
+            await _note_fetched(context, records[0])
+        return answer
+
+    follow_events = Route("/jobs/{job_id}/events", answering_errors(events), methods=["GET"])
+    follow_events.methods = {"GET"}  # not HEAD, which would wait for the job's end without a word
+    return [
+        Route("/jobs/{job_id}", answering_errors(job), methods=["GET"]),
+        Route("/jobs/{job_id}", answering_errors(cancel), methods=["DELETE"]),
+        follow_events,
+        Route("/jobs/{job_id}/picture", answering_errors(picture), methods=["GET"]),
+    ]
+
+
+async def _records(request: Request, context: Context) -> list[JobRecord]:
+    """With API keys a job is its key's alone; without them whoever knows its id may ask."""
+    owner = owner_of(request) if key_name_of(request) is not None else None
+    return await run_in_threadpool(context.jobs.get, request.path_params["job_id"], owner)

@@ -1,0 +1,5 @@
+"""/txt2img, /img2img and /inpaint."""
+
+from stable_diffusion.api.native.routes import make_routes
+
+__all__ = ["make_routes"]

@@ -1,0 +1,35 @@
+"""/txt2img, /img2img and /inpaint in the OpenAPI document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stable_diffusion.api.openapi import EXAMPLE, generates, multipart, schema_reference
+from stable_diffusion.core.requests import ImageToImageRequest, TextToImageRequest
+from stable_diffusion.images.decode import UPLOADS_IN_WORDS
+
+TAG = {"name": "images", "description": "Draw"}
+MODELS = (TextToImageRequest, ImageToImageRequest)
+
+
+def paths() -> dict[str, Any]:
+    return {
+        "/txt2img": generates(
+            "txt2img",
+            "Draw a picture from text",
+            {"application/json": {"schema": schema_reference(TextToImageRequest), "example": EXAMPLE}},
+        ),
+        "/img2img": generates(
+            "img2img", "Redraw a picture as a text says", multipart({"img": f"The picture to start from: {UPLOADS_IN_WORDS}"})
+        ),
+        "/inpaint": generates(
+            "inpaint",
+            "Repaint a part of a picture",
+            multipart(
+                {
+                    "img": f"The picture to repaint: {UPLOADS_IN_WORDS}",
+                    "mask": f"White is repainted, black is kept, grey blends. Of the picture's proportions. {UPLOADS_IN_WORDS}",
+                }
+            ),
+        ),
+    }

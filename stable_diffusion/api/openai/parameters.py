@@ -1,0 +1,146 @@
+"""What a request is called in OpenAI's images API, and how it becomes one of our request models.
+
+Knows nothing of HTTP, of pictures or of the model that is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from stable_diffusion.core.errors import InvalidRequest, UnknownParameter
+from stable_diffusion.core.requests import (
+    MAX_IMAGES,
+    MAX_PIXEL_STEPS,
+    GenerationRequest,
+    ImageToImageRequest,
+    TextToImageRequest,
+    validated,
+)
+from stable_diffusion.core.types import ImageFormat
+
+MAX_PARTIAL_IMAGES = 3  # OpenAI's limit
+_SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
+# These come by other names: `size`, `partial_images`, and `output_format` with OpenAI's default.
+_RENAMED = ("width", "height", "preview_every_steps", "output_format")
+ALIASES = {"steps": "num_inference_steps", "cfg_scale": "guidance_scale"}  # what some clients call our extensions
+
+
+def _known_size(size: str) -> str:
+    if size != "auto" and not _SIZE.fullmatch(size):
+        raise ValueError("must be auto or WIDTHxHEIGHT in pixels, such as 512x512")
+    return size
+
+
+class OpenaiParameters(BaseModel):
+    """OpenAI's own parameters. The prompt and our extensions are fields of the request models."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    model: str | None = Field(None, description="The served model's name, as GET /v1/models lists it. By default that one.")
+    n: int = Field(
+        1,
+        ge=1,
+        le=MAX_IMAGES,
+        description="How many pictures; number i is drawn with seed + i. Together at most "
+        f"{MAX_PIXEL_STEPS // 10**6} million pixel steps: width x height x num_inference_steps x n.",
+    )
+    size: Annotated[str, AfterValidator(_known_size)] = Field(
+        "auto",
+        description="WIDTHxHEIGHT, multiples of 8 from 64 to 1024; auto is the model's native size, or as the input image asks for.",
+        examples=["auto"],
+        json_schema_extra={"pattern": f"^(auto|{_SIZE.pattern})$"},
+    )
+    response_format: Literal["b64_json"] = Field("b64_json", description="Pictures are sent in the answer; there are no URLs.")
+    output_format: ImageFormat = Field("png", description="Image format.")
+    output_compression: int | None = Field(None, ge=0, le=100, description="The quality of jpeg and webp. By default 95.")
+    background: Literal["auto", "opaque"] = Field("auto", description="Pictures are opaque.")
+    stream: bool = Field(False, description="Answer with server-sent events. For one picture only.")
+    partial_images: int = Field(0, ge=0, le=MAX_PARTIAL_IMAGES, description="With stream: how many coarse looks at the unfinished picture.")
+    # What follows makes no difference here and is accepted because clients send it.
+    quality: Any = Field("auto", description="Ignored.")
+    style: Any = Field(None, description="Ignored.")
+    moderation: Any = Field(None, description="Ignored; see safety_check.")
+    input_fidelity: Any = Field(None, description="Ignored; see strength.")
+    complexity: Any = Field(None, description="Ignored.")
+    user: Any = Field(None, description="Ignored.")
+    safety_identifier: Any = Field(None, description="Ignored.")
+
+
+Drawn = TypeVar("Drawn", bound=GenerationRequest)
+
+
+def parse_generation(document: dict[str, Any]) -> tuple[OpenaiParameters, TextToImageRequest]:
+    """Raises InvalidRequest; a size that is out of range is reported as our `width` or `height`, an alias by our name."""
+    return _parsed(document, TextToImageRequest)
+
+
+def parse_edit(document: dict[str, Any]) -> tuple[OpenaiParameters, ImageToImageRequest]:
+    """As `parse_generation`, for the fields of a form besides its pictures."""
+    return _parsed(document, ImageToImageRequest)
+
+
+def drawing_fields(model: type[GenerationRequest]) -> list[str]:
+    """The prompt and our extensions: what keeps its name."""
+    return [name for name in model.model_fields if name not in _RENAMED]
+
+
+def _parsed(document: dict[str, Any], model: type[Drawn]) -> tuple[OpenaiParameters, Drawn]:
+    allowed = [*OpenaiParameters.model_fields, *drawing_fields(model), *ALIASES]
+    for name in document:
+        if name not in allowed:
+            raise UnknownParameter(f"{name[:60]}: is not a known parameter, allowed are {', '.join(allowed)}", field=name[:60])
+    given = _by_our_names({name: value for name, value in document.items() if value is not None})  # OpenAI's null is the default
+    own = validated(OpenaiParameters, {name: value for name, value in given.items() if name in OpenaiParameters.model_fields})
+    _check_together(own)
+    drawing = {name: value for name, value in given.items() if name not in OpenaiParameters.model_fields}
+    return own, validated(model, drawing | _sides(own.size))
+
+
+def _by_our_names(given: dict[str, Any]) -> dict[str, Any]:
+    for alias, name in ALIASES.items():
+        if alias in given and name in given:
+            raise InvalidRequest(f"{alias}: is another name of {name}, only one of them can be given", field=alias)
+    return {ALIASES.get(name, name): value for name, value in given.items()}
+
+
+def _check_together(own: OpenaiParameters) -> None:
+    if own.stream and own.n > 1:
+        raise InvalidRequest(f"n: a stream tells of one picture only, {own.n} were asked for", field="n")
+    if own.partial_images and not own.stream:
+        raise InvalidRequest("partial_images: partial images need stream: true", field="partial_images")
+    if own.output_format == "png" and own.output_compression not in (None, 100):
+        raise InvalidRequest("output_compression: png is without loss, only jpeg and webp take less than 100", field="output_compression")
+
+
+def _sides(size: str) -> dict[str, int]:
+    sides = _SIZE.fullmatch(size)
+    return {"width": int(sides[1]), "height": int(sides[2])} if sides else {}
+
+
+def read_texts(texts: dict[str, str]) -> dict[str, Any]:
+    """The fields of a form as the JSON that they stand for. An empty one is not given, as where a form was not filled in."""
+    return {name: _scalar(text) if name in _NUMBERS_AND_FLAGS else text for name, text in texts.items() if text}
+
+
+def _scalar(text: str) -> int | float | bool | str:
+    """A number or a flag as JSON writes it. Anything else stays text, which validation refuses by name."""
+    if len(text) > _MAX_NUMBER_CHARACTERS:
+        return text
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, int | float) else text
+
+
+_MAX_NUMBER_CHARACTERS = 64  # longer ones could be a megabyte of brackets, which takes half a second to read
+_NUMBERS_AND_FLAGS = {
+    name
+    for model in (OpenaiParameters, ImageToImageRequest)
+    for name, field in model.model_fields.items()
+    if {int, float, bool} & {field.annotation, *get_args(field.annotation)}
+} | set(ALIASES)

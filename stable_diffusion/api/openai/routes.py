@@ -1,0 +1,225 @@
+"""OpenAI's images API: its paths, its answers, its errors. What is drawn is the same as at the plain endpoints.
+
+Knows nothing of validation, and does not know the model's limits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, Literal
+
+from PIL import Image
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from stable_diffusion.api.context import Context
+from stable_diffusion.api.openai.parameters import OpenaiParameters, parse_edit, parse_generation, read_texts
+from stable_diffusion.api.tasks import image_task, several, text_task
+from stable_diffusion.core.errors import InvalidRequest, ModelNotFound, ServiceError
+from stable_diffusion.core.types import Picture, Progress, Task
+from stable_diffusion.images.decode import read_picture, read_transparency_as_mask
+from stable_diffusion.images.encode import encode_preview
+from stable_diffusion.models.folder import ModelFolder
+from stable_diffusion.runner.client import News, begin, draw_all
+from stable_diffusion.web import sse
+from stable_diffusion.web.body import counted, file_part, opened_form, read_json_body
+from stable_diffusion.web.caller import ticket_of
+from stable_diffusion.web.decode_queue import decoded
+from stable_diffusion.web.disconnect import while_connected
+from stable_diffusion.web.responses import answering_errors, as_base64, event_stream, image_file, known_error, retry_after, sendable
+
+PREFIXES = ("/v1/",)
+_PARAMS = {"width": "size", "height": "size"}  # our field, OpenAI's parameter
+
+Event = Literal["image_generation", "image_edit"]
+
+
+def make_routes(context: Context) -> list[Route]:
+    async def generations(request: Request) -> Response:
+        with counted(request, context.uploads) as uploading:
+            own, parameters = parse_generation(await read_json_body(uploading))
+        model = _served(context, own)
+        return await _answer(request, context, "image_generation", text_task(parameters, model, context.policy()), own)
+
+    async def edits(request: Request) -> Response:
+        return await _answer(request, context, "image_edit", *await _read_edit_task(request, context))
+
+    async def models(request: Request) -> Response:
+        model = context.model()
+        created = int(model.path.stat().st_mtime)
+        listed = {"id": model.name, "object": "model", "created": created, "owned_by": "stable-diffusion"}
+        return JSONResponse({"object": "list", "data": [listed]})
+
+    return [
+        Route("/v1/images/generations", answering_errors(generations, error_answer), methods=["POST"]),
+        Route("/v1/images/edits", answering_errors(edits, error_answer), methods=["POST"]),
+        Route("/v1/models", answering_errors(models, error_answer), methods=["GET"]),
+    ]
+
+
+async def _read_edit_task(request: Request, context: Context) -> tuple[Task, OpenaiParameters]:
+    """What was uploaded ends with this call: nothing keeps it while the pictures wait and are drawn."""
+    with counted(request, context.uploads) as uploading:
+        texts, content, mask_content = await _read_edit(uploading)
+        own, parameters = parse_edit(read_texts(texts))
+        model = _served(context, own)
+
+        def work() -> Task:
+            picture = read_picture(content, "image")
+            mask = None if mask_content is None else _mask_for(picture, mask_content)
+            return image_task(parameters, model, context.policy(), picture, mask)
+
+        return await decoded(request, context.decoding, work), own
+
+
+async def _read_edit(request: Request) -> tuple[dict[str, str], bytes, bytes | None]:
+    """The text fields, the image and the mask if there is one."""
+    async with opened_form(request, max_pictures=2, max_parts=64) as form:
+        count = len(form.getlist("image")) + len(form.getlist("image[]"))
+        if count > 1:
+            raise InvalidRequest(f"image: {count} were sent, exactly one can be edited", field="image")
+        content = await file_part(form, "image[]" if "image[]" in form else "image")
+        if len(form.getlist("mask")) > 1:
+            raise InvalidRequest("mask: is given more than once", field="mask")
+        mask = await file_part(form, "mask") if "mask" in form else None
+        return _texts(form), content, mask
+
+
+def _texts(form: FormData) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for name, value in form.multi_items():
+        if name in ("image", "image[]", "mask"):
+            continue
+        if name in texts:
+            raise InvalidRequest(f"{name[:60]}: is given more than once", field=name[:60])
+        if not isinstance(value, str):
+            raise InvalidRequest(f"{name[:60]}: must be text, not a file", field=name[:60])
+        texts[name] = value
+    return texts
+
+
+def _mask_for(picture: Image.Image, content: bytes) -> Image.Image:
+    mask = read_transparency_as_mask(content, "mask")
+    if mask.size != picture.size:
+        raise InvalidRequest(
+            f"mask: {mask.width} x {mask.height}, it must have the image's size, {picture.width} x {picture.height}", field="mask"
+        )
+    return mask
+
+
+def _served(context: Context, own: OpenaiParameters) -> ModelFolder:
+    model = context.model()
+    if own.model and own.model != model.name:
+        raise ModelNotFound(f"model: there is no {own.model[:60]!r} here, this server has {model.name!r}", field="model")
+    return model
+
+
+async def _answer(request: Request, context: Context, event: Event, task: Task, own: OpenaiParameters) -> Response:
+    ticket = ticket_of(request)
+    if own.stream:
+        task = replace(task, preview_every_steps=_steps_between(own.partial_images, task))
+        news = await while_connected(request, begin(context.client, task, ticket, follow=own.partial_images > 0))
+        return event_stream(_events(news, context, event, task, own))
+    tasks = several(task, own.n)
+    pictures = await while_connected(request, draw_all(context.client, tasks, ticket))
+    return await run_in_threadpool(_pictures_answer, tasks, pictures, context.model(), own)
+
+
+def _pictures_answer(tasks: list[Task], pictures: list[Picture], model: ModelFolder, own: OpenaiParameters) -> Response:
+    """Encodes: not for an event loop."""
+    data = [_described(one, picture, model, own) for one, picture in zip(tasks, pictures, strict=True)]
+    return JSONResponse({"created": int(time.time()), "data": data, **_look(tasks[0], own)})
+
+
+async def _events(news: News, context: Context, event: Event, task: Task, own: OpenaiParameters) -> AsyncGenerator[bytes, None]:
+    """partial_image as often as asked for, then completed, or an error, which the official clients raise."""
+    sent = 0
+    try:
+        async with aclosing(news):
+            async for one in news:
+                # One more than asked for may fall on the last steps.
+                if isinstance(one, Progress) and one.preview is not None and sent < own.partial_images:
+                    yield await run_in_threadpool(_partial_event, f"{event}.partial_image", task, one.preview, sent, own)
+                    sent += 1
+                elif isinstance(one, Picture):
+                    yield await run_in_threadpool(_completed_event, f"{event}.completed", task, one, context.model(), own)
+    except Exception as error:
+        known = known_error(error, f"The stream of events of an {event}")
+        yield sse.event("error", {"type": "error", **_error_body(known.status, known.type, known.message, _param(known))})
+
+
+def _steps_between(partial_images: int, task: Task) -> int:
+    """How many steps lie between previews, so that they are spread evenly over all steps; 0: none.
+
+    A noise scheduler that calls the UNet twice for most steps (Heun) has them all in the first half.
+    """
+    if not partial_images:
+        return 0
+    return max(1, int(task.num_inference_steps * task.strength) // (partial_images + 1))
+
+
+def _partial_event(name: str, task: Task, preview: Image.Image, index: int, own: OpenaiParameters) -> bytes:
+    """Encodes: not for an event loop."""
+    content = encode_preview(preview, (task.width, task.height), own.output_format)
+    return _event(name, task, own, {"b64_json": as_base64(content), "partial_image_index": index})
+
+
+def _completed_event(name: str, task: Task, picture: Picture, model: ModelFolder, own: OpenaiParameters) -> bytes:
+    """Encodes: not for an event loop."""
+    return _event(name, task, own, {**_described(task, picture, model, own), "usage": _NO_USAGE})
+
+
+def _event(name: str, task: Task, own: OpenaiParameters, data: dict[str, Any]) -> bytes:
+    return sse.event(name, {"type": name, "created_at": int(time.time()), "quality": "auto", **_look(task, own), **data})
+
+
+# Nothing is counted or paid for; typed clients expect the numbers in a stream.
+_NO_USAGE = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0, "input_tokens_details": {"text_tokens": 0, "image_tokens": 0}}
+
+
+def _look(task: Task, own: OpenaiParameters) -> dict[str, str]:
+    return {"size": f"{task.width}x{task.height}", "output_format": own.output_format, "background": "opaque"}
+
+
+def _described(task: Task, picture: Picture, model: ModelFolder, own: OpenaiParameters) -> dict[str, Any]:
+    """A finished picture and what OpenAI's clients do not ask for but keep. `safety_flagged` is null where nobody looked."""
+    content = image_file(task, picture, model, own.output_format, own.output_compression)
+    dropped = {"prompt_dropped": picture.dropped_prompt, "negative_prompt_dropped": picture.dropped_negative_prompt}
+    return {
+        "b64_json": as_base64(content),
+        "seed": task.seed,
+        "safety_flagged": picture.flagged,
+        **{name: text for name, text in dropped.items() if text},
+    }
+
+
+def error_answer(error: ServiceError) -> Response:
+    """An error in OpenAI's form."""
+    headers = retry_after(error)
+    if error.status >= 500 and not headers:
+        headers["x-should-retry"] = "false"  # the official clients would pay for the same failure three times
+    return JSONResponse(_error_body(error.status, error.type, error.message, _param(error)), error.status, headers)
+
+
+def refusal(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
+    """What never reached an endpoint, in OpenAI's form and, where it has one, with its code."""
+    return JSONResponse(_error_body(status, _CODES.get(kind, kind), message, None), status, headers)
+
+
+_CODES = {"unauthorized": "invalid_api_key", "rate_limited": "rate_limit_exceeded"}
+
+
+def _error_body(status: int, code: str, message: str, param: str | None) -> dict[str, Any]:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": sendable(message), "type": kind, "param": param and sendable(param), "code": code}}
+
+
+def _param(error: ServiceError) -> str | None:
+    field = error.problems[0].field
+    return field and _PARAMS.get(field, field)

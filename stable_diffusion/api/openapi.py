@@ -1,0 +1,141 @@
+"""What the OpenAPI document says of everything that generates: load, deadlines, headers, errors, responses.
+
+Knows nothing of how requests are answered.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stable_diffusion.core.requests import GenerationRequest, ImageToImageRequest
+from stable_diffusion.core.settings import MAX_TIMEOUT_S
+from stable_diffusion.images.encode import MEDIA_TYPES
+from stable_diffusion.state.jobs import MAX_UNATTENDED, PICTURES_KEPT, PICTURES_KEPT_S
+from stable_diffusion.web import sse
+from stable_diffusion.web.caller import TIMEOUT_HEADER
+
+TIMEOUT_PARAMETER: dict[str, Any] = {
+    "name": TIMEOUT_HEADER,
+    "in": "header",
+    "description": f"Seconds until the answer has to be there, above 0, at most {MAX_TIMEOUT_S:.0f}, which is the default. A request that "
+    "cannot be met is refused at once, one that is late is dropped: 504.",
+    "schema": {"type": "string", "pattern": r"^[0-9]{1,4}(\.[0-9]{1,3})?$"},
+}
+LOAD_ERRORS = {
+    "429": "As much work as is allowed has been taken on (`queue_full`). The header Retry-After says when there should be room.",
+    "503": "The model process is being started (`model_loading`: the message says how far it is), has ended or cannot be reached "
+    "(`model_unavailable`), or the server is being stopped (`shutting_down`). The header Retry-After says when to try again.",
+    "504": f"The time that {TIMEOUT_HEADER} allows cannot be enough, or was not (`deadline_exceeded`).",
+}
+
+
+# Of the plain endpoints.
+REQUEST_HEADERS: list[dict[str, Any]] = [
+    {
+        "name": "Prefer",
+        "in": "header",
+        "description": "`respond-async`: answer at once with 202 and the job's address; the picture is fetched later.",
+        "schema": {"type": "string"},
+    },
+    {
+        "name": "Idempotency-Key",
+        "in": "header",
+        "description": "A second request with the same key gets the first one's job, running or done, instead of another. Such a job is "
+        "drawn to its end even if the client leaves.",
+        "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
+    },
+]
+_ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+_JOB = {"application/json": {"schema": {"$ref": "#/components/schemas/Job"}}}
+ACCEPTED = {
+    "description": f"The job is being drawn. Its picture is kept for {PICTURES_KEPT_S // 60} minutes, the last {PICTURES_KEPT} are.",
+    "headers": {"Location": {"description": "The job's address.", "schema": {"type": "string"}}},
+    "content": _JOB,
+}
+ERRORS: dict[str, dict[str, Any]] = {
+    "422": {"description": "The Idempotency-Key was used for another request.", "content": _ERROR},
+    "429": {
+        "description": f"{LOAD_ERRORS['429']} Or {MAX_UNATTENDED} jobs that nobody waits for are not finished (`too_many_jobs`).",
+        "headers": {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
+        "content": _ERROR,
+    },
+    "499": {"description": "The job was cancelled.", "content": _ERROR},
+}
+
+
+_ANSWER_HEADERS = {
+    "prompt": "The prompt as it was used. Text in headers is percent-encoded UTF-8, cut after 1024 characters.",
+    "negative_prompt": "The negative prompt as it was used.",
+    "prompt_dropped": "Only there if the prompt was too long: the end of it that was not used.",
+    "negative_prompt_dropped": "Only there if the negative prompt was too long: the end of it that was not used.",
+    "height": "Height in pixels.",
+    "width": "Width in pixels.",
+    "num_inference_steps": "Denoising steps.",
+    "guidance_scale": "Guidance scale.",
+    "guidance_end": "The share of the steps that were guided.",
+    "seed": "The seed: send it again to get the same picture.",
+    "scheduler": "Noise scheduler.",
+    "strength": "Strength (img2img and inpaint only).",
+    "safety_check": "Whether the safety checker was to look at the picture, where the model has one.",
+    "safety_flagged": "true: the picture was flagged and is blank. false: it was not. unchecked: nobody looked.",
+    "model": "The model; `demo` is the embedded demo model.",
+    "Job-Id": "The id of this request's job.",
+}
+_ERRORS = {
+    "400": "A field or a part is missing, malformed or out of range.",
+    "403": "A page of another site sent it, in a browser.",
+    "406": "The Accept header allows none of the image types.",
+    "408": "The body stalled or came too slowly; the connection is closed.",
+    "413": "The body or an image is too large.",
+    "415": "The body is not of the type that the endpoint takes.",
+    "500": "The picture could not be computed.",
+    **{status: text for status, text in LOAD_ERRORS.items() if status not in ERRORS},
+}
+EXAMPLE = {"prompt": "a small red circle on a blue background", "num_inference_steps": 50, "guidance_scale": 7.5, "seed": 1}
+
+
+def schema_reference(model: type[GenerationRequest]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+def multipart(parts: dict[str, str]) -> dict[str, Any]:
+    files = {name: {"type": "string", "format": "binary", "description": text} for name, text in parts.items()}
+    return {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": [*parts, "data"],
+                "properties": {**files, "data": {**schema_reference(ImageToImageRequest), "example": {**EXAMPLE, "strength": 0.8}}},
+            },
+            "encoding": {"data": {"contentType": "application/json"}},
+        }
+    }
+
+
+def generates(name: str, summary: str, content: dict[str, Any]) -> dict[str, Any]:
+    headers = {
+        header: {"description": text, "schema": {"type": "string"}}
+        for header, text in _ANSWER_HEADERS.items()
+        if header != "strength" or name != "txt2img"
+    }
+    answers: dict[str, Any] = {
+        "200": {
+            "description": "The picture. Or, where Accept asks for text/event-stream, what happens until it is there: the events "
+            "queued, progress, preview, completed and error, each with JSON.",
+            "headers": headers,
+            "content": {media_type: {} for media_type in (*MEDIA_TYPES.values(), sse.MEDIA_TYPE)},
+        }
+    }
+    answers |= {"202": ACCEPTED, **ERRORS}
+    for status, text in _ERRORS.items():
+        answers[status] = {"description": text, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+    return {
+        "post": {
+            "operationId": name,
+            "summary": summary,
+            "tags": ["images"],
+            "parameters": [*REQUEST_HEADERS, TIMEOUT_PARAMETER],
+            "requestBody": {"required": True, "content": content},
+            "responses": answers,
+        }
+    }

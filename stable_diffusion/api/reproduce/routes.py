@@ -1,0 +1,152 @@
+"""POST /reproduce: a picture whose file says how it was drawn is drawn again, and what differs is said.
+
+Answers like the plain endpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from stable_diffusion.api.context import Context
+from stable_diffusion.api.deliver import answer
+from stable_diffusion.api.reproduce.reproduction import Reproduction, differs_in_computing, differs_in_input, has_its_mask, reproduction_of
+from stable_diffusion.api.tasks import image_task, text_task
+from stable_diffusion.core.errors import InvalidRequest
+from stable_diffusion.core.requests import (
+    ImageToImageRequest,
+    ReproductionRequest,
+    TextToImageRequest,
+    parse_image_to_image,
+    parse_text_to_image,
+)
+from stable_diffusion.core.safety import SafetyPolicy
+from stable_diffusion.core.types import Kind, Picture, Task
+from stable_diffusion.images import infotext
+from stable_diffusion.images.decode import read_description, read_mask, read_picture, read_transparency_as_mask
+from stable_diffusion.models.folder import ModelFolder
+from stable_diffusion.web.body import counted, read_reproduction_form
+from stable_diffusion.web.decode_queue import decoded
+from stable_diffusion.web.responses import answering_errors, as_headers
+
+_INPUTS: dict[Kind, tuple[str, ...]] = {"txt2img": (), "img2img": ("img",), "inpaint": ("img", "mask")}
+
+
+def make_routes(context: Context) -> list[Route]:
+    async def reproduce(request: Request) -> Response:
+        asked = await _read_request(request, context)
+        reproduction, task = asked.reproduction, asked.task
+        if task is None:
+            return _description(reproduction, asked.missing, reproduction.differs)
+        differs = [*reproduction.differs, *differs_in_input(reproduction.infotext, task)]
+        if asked.dry_run:
+            return _description(reproduction, [], differs)
+
+        def remarks(picture: Picture) -> dict[str, Any]:
+            return {"differs": _as_text([*differs, *differs_in_computing(reproduction.infotext, picture)])}
+
+        answered = await answer(request, context, task, asked.parameters, remarks)
+        # Of a picture that is kept for later, and of a stream, what is known now.
+        answered.headers.setdefault("differs", as_headers({"differs": _as_text(differs)})["differs"])
+        return answered
+
+    return [Route("/reproduce", answering_errors(reproduce), methods=["POST"])]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """`task` is None where inputs are `missing`, which only a dry run may have."""
+
+    reproduction: Reproduction
+    parameters: TextToImageRequest | ImageToImageRequest
+    missing: list[str]
+    task: Task | None
+    dry_run: bool
+
+
+async def _read_request(request: Request, context: Context) -> _Asked:
+    """What was uploaded ends with this call: nothing keeps it while the picture waits and is drawn."""
+    with counted(request, context.uploads) as uploading:
+        wishes, files = await read_reproduction_form(uploading)
+        model, policy = context.model(), context.policy()
+        reproduction = await run_in_threadpool(_read, files["picture"], model)
+        parameters = _parameters(reproduction, wishes)
+        missing = _missing(reproduction.kind, files)
+        if missing and not wishes.dry_run:
+            raise _missing_input(missing[0], reproduction.kind)
+        work = partial(_task, parameters, model, policy, files, reproduction.infotext)
+        task = None if missing else await decoded(request, context.decoding, work)
+        return _Asked(reproduction, parameters, missing, task, wishes.dry_run)
+
+
+def _read(content: bytes, model: ModelFolder) -> Reproduction:
+    text = read_description(content, "picture")
+    if text is None:
+        raise InvalidRequest(
+            "picture: its file does not say how it was drawn: no PNG text named parameters, no EXIF comment. Many programs drop them.",
+            field="picture",
+        )
+    return reproduction_of(infotext.read(text, "picture"), model)
+
+
+def _parameters(reproduction: Reproduction, wishes: ReproductionRequest) -> TextToImageRequest | ImageToImageRequest:
+    fields = reproduction.fields | {"output_format": wishes.output_format, "metadata": wishes.metadata}
+    try:
+        text_only = reproduction.kind == "txt2img"
+        parsed: TextToImageRequest | ImageToImageRequest = parse_text_to_image(fields) if text_only else parse_image_to_image(fields)
+    except InvalidRequest as error:
+        raise InvalidRequest(f"picture: it cannot be drawn here: {error.message}", field="picture") from None
+    if not reproduction.is_ours:
+        return parsed
+    # Ours were cleaned before they were drawn; cleaning once more could change them.
+    return parsed.model_copy(update={name: fields[name] for name in ("prompt", "negative_prompt")})
+
+
+def _missing(kind: Kind, files: dict[str, bytes]) -> list[str]:
+    """The inputs that are not there. Raises InvalidRequest for one that the picture was not drawn from."""
+    for name in files:
+        if name not in ("picture", *_INPUTS[kind]):
+            raise InvalidRequest(f"{name}: the picture is a {kind}, which starts from no such part", field=name)
+    return [name for name in _INPUTS[kind] if name not in files]
+
+
+def _missing_input(name: str, kind: Kind) -> InvalidRequest:
+    what = "the picture that it was drawn from" if name == "img" else "the mask under which it was drawn"
+    return InvalidRequest(f"{name}: the part is missing; an {kind} does not hold {what} (curl: -F {name}=@input.jpg)", field=name)
+
+
+def _task(
+    parameters: TextToImageRequest | ImageToImageRequest,
+    model: ModelFolder,
+    policy: SafetyPolicy,
+    files: dict[str, bytes],
+    said: infotext.Infotext,
+) -> Task:
+    if isinstance(parameters, TextToImageRequest):
+        return text_task(parameters, model, policy)
+    picture = read_picture(files["img"], "img")
+    if "mask" not in files:
+        return image_task(parameters, model, policy, picture)
+    task = image_task(parameters, model, policy, picture, read_mask(files["mask"], "mask"))
+    if has_its_mask(said, task):
+        return task
+    # A picture of OpenAI's door: its mask is read by what is transparent in it.
+    try:
+        by_transparency = image_task(parameters, model, policy, picture, read_transparency_as_mask(files["mask"], "mask"))
+    except InvalidRequest:  # nothing is
+        return task
+    return by_transparency if has_its_mask(said, by_transparency) else task
+
+
+def _description(reproduction: Reproduction, missing: list[str], differs: list[str]) -> Response:
+    return JSONResponse({"kind": reproduction.kind, "parameters": reproduction.fields, "missing": missing, "differs": differs})
+
+
+def _as_text(differs: list[str]) -> str:
+    return "; ".join(differs) or "nothing"

@@ -1,0 +1,5 @@
+"""/status, /capabilities, and the pages of readiness and metrics."""
+
+from stable_diffusion.api.status.routes import make_routes, readiness_page, show_metrics
+
+__all__ = ["readiness_page", "make_routes", "show_metrics"]

@@ -1,0 +1,110 @@
+"""From a request to a task: whatever was left open is resolved, pictures are fitted. The same for every door.
+
+Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import get_args
+
+from PIL import Image
+
+from stable_diffusion.core.errors import InvalidRequest
+from stable_diffusion.core.requests import (
+    MAX_PIXEL_STEPS,
+    SEED_LIMIT,
+    GenerationRequest,
+    ImageToImageRequest,
+    TextToImageRequest,
+    random_seed,
+)
+from stable_diffusion.core.safety import SafetyPolicy, is_checked
+from stable_diffusion.core.types import Kind, Task
+from stable_diffusion.images.transform import digest, fit, output_size, scale_mask
+from stable_diffusion.models.folder import ModelFolder
+
+
+def kinds_of(model: ModelFolder) -> tuple[Kind, ...]:
+    """What `model` can draw."""
+    return ("inpaint",) if model.only_inpaints else get_args(Kind)
+
+
+def text_task(parameters: TextToImageRequest, model: ModelFolder, policy: SafetyPolicy) -> Task:
+    """Raises InvalidRequest if the model only inpaints, or if the policy forbids what is asked for."""
+    _require_whole_pictures(model)
+    size = parameters.width or model.native_width, parameters.height or model.native_height
+    return _task("txt2img", parameters, model, policy, *size)
+
+
+def image_task(
+    parameters: ImageToImageRequest, model: ModelFolder, policy: SafetyPolicy, picture: Image.Image, mask: Image.Image | None = None
+) -> Task:
+    """img2img, or with a mask (L, white is repainted) inpainting; both are scaled to what will be drawn. Takes up to a second.
+
+    Raises InvalidRequest as `text_task`, if the mask has other proportions than the picture, or if the model only inpaints and there is
+    none.
+    """
+    native = model.native_width, model.native_height
+    size = output_size(picture.size, native, parameters.width, parameters.height)
+    if mask is None:
+        _require_whole_pictures(model)
+        return _task("img2img", parameters, model, policy, *size, fit(picture, *size))
+    mask = fit(scale_mask(mask, picture.size, "mask"), *size)
+    return _task("inpaint", parameters, model, policy, *size, fit(picture, *size), mask)
+
+
+def several(task: Task, count: int) -> list[Task]:
+    """The tasks of a request for `count` pictures: number i is what a request for one draws with a seed that is higher by i.
+
+    Raises InvalidRequest if they are too much work together.
+    """
+    _require_bounded_work(task.width, task.height, task.num_inference_steps, count)
+    return [replace(task, seed=(task.seed + index) % SEED_LIMIT) for index in range(count)]
+
+
+def _require_bounded_work(width: int, height: int, steps: int, count: int) -> None:
+    pixel_steps = width * height * steps * count
+    if pixel_steps > MAX_PIXEL_STEPS:
+        raise InvalidRequest(
+            f"{count} x {width} x {height} pixels x {steps} steps are {pixel_steps} pixel steps, at most {MAX_PIXEL_STEPS} are allowed: "
+            "ask for fewer pictures, fewer steps or a smaller size"
+        )
+
+
+def _require_whole_pictures(model: ModelFolder) -> None:
+    if model.only_inpaints:
+        raise InvalidRequest(f"the model {model.name} only inpaints: it needs a picture and a mask")
+
+
+def _task(
+    kind: Kind,
+    parameters: GenerationRequest,
+    model: ModelFolder,
+    policy: SafetyPolicy,
+    width: int,
+    height: int,
+    image: Image.Image | None = None,
+    mask: Image.Image | None = None,
+) -> Task:
+    _require_bounded_work(width, height, parameters.num_inference_steps, 1)
+    return Task(
+        kind=kind,
+        prompt=parameters.prompt,
+        negative_prompt=parameters.negative_prompt,
+        width=width,
+        height=height,
+        num_inference_steps=parameters.num_inference_steps,
+        guidance_scale=parameters.guidance_scale,
+        guidance_end=parameters.guidance_end,
+        preview_every_steps=parameters.preview_every_steps,
+        metadata=parameters.metadata,
+        seed=random_seed() if parameters.seed is None else parameters.seed,
+        scheduler=parameters.scheduler or model.scheduler,
+        safety_check=is_checked(parameters.safety_check, policy),
+        strength=parameters.strength if isinstance(parameters, ImageToImageRequest) else 1.0,
+        image=image,
+        mask=mask,
+        image_hash=None if image is None else digest(image),
+        mask_hash=None if mask is None else digest(mask),
+    )

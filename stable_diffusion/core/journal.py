@@ -1,0 +1,160 @@
+"""One line of JSON for each request that makes or changes something or has no key, when it has ended, and for each job that nobody
+waited for.
+
+Says who asked for how much, how long it took and how it ended. Knows no header, no body, no picture and no secret; prompts only if
+they are asked for. What is drawn notes itself here: the line of a request is that of the context which the request runs in.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any, TypeVar
+
+from stable_diffusion.core.errors import GenerationFailed, ServiceError
+from stable_diffusion.core.types import Picture, RequestContext, Task
+
+T = TypeVar("T")
+logger = logging.getLogger("stable_diffusion.requests")
+
+
+PROMPTS_VARIABLE = "SD_LOG_PROMPTS"
+
+
+@dataclass
+class Line:
+    """What is known so far of a request, or of a job once nobody waits for it: then there is no `answer`."""
+
+    client: str | None = None  # its address
+    context: RequestContext | None = None
+    answer: dict[str, Any] | None = None
+    began_s: float = field(default_factory=time.monotonic)
+    tasks: dict[int, dict[str, Any]] = field(default_factory=dict)  # by the number of their pictures, which begin in any order
+    waited_for: int = 0  # pictures
+    flags: list[bool | None] = field(default_factory=list)  # of those that are there
+    waits_s: list[float] = field(default_factory=list)
+    error: ServiceError | None = None
+
+    def values(self) -> dict[str, Any]:
+        """What goes into the log. What is not known is left out."""
+        first, context = self.tasks[min(self.tasks)] if self.tasks else {}, self.context
+        known = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "id": None if context is None else context.job_in_path or context.job_id,
+            "key": None if context is None else context.key_name,
+            "client": self.client,
+            **(self.answer or {}),
+            **first,
+            "images": len(self.tasks) or None,
+            "wait_s": round(min(self.waits_s), 3) if self.waits_s else None,
+            "time_s": round(time.monotonic() - self.began_s, 3),
+            "outcome": self.outcome(),
+        }
+        return {name: value for name, value in known.items() if value is not None}
+
+    def outcome(self) -> str:
+        status = None if self.answer is None else self.answer.get("status")
+        if status == 202:
+            return "accepted"
+        if self.error is not None:
+            return _outcome_of_error(self.error.status)
+        if self.answer is not None and (status is None or status >= 400):
+            return "refused" if status == 503 and not self.tasks else _outcome_of_error(status or 499)
+        if len(self.flags) < self.waited_for:
+            return "cancelled"
+        return "flagged" if any(self.flags) else "completed"
+
+    def note_picture(self, picture: Picture) -> None:
+        self.flags.append(picture.flagged)
+        if picture.waited_s is not None:
+            self.waits_s.append(picture.waited_s)
+
+    def note_end(self, error: ServiceError | None, flagged: bool | None) -> None:
+        if error is None:
+            self.flags.append(flagged)
+        else:
+            self.error = self.error or error
+
+
+def _outcome_of_error(status: int) -> str:
+    """Of a status from 400 on. 499: nobody waited for it any more, or somebody cancelled it."""
+    if status == 499:
+        return "cancelled"
+    return "refused" if status < 500 else "failed"
+
+
+current_line: ContextVar[Line | None] = ContextVar("request_log_line", default=None)
+
+
+def identify(context: RequestContext) -> None:
+    """The current request is for this job and carries this key."""
+    if (line := current_line.get()) is not None:
+        line.context = context
+
+
+@contextmanager
+def noting(task: Task, index: int) -> Iterator[Callable[[Picture], None]]:
+    """While `task`, picture number `index` of the current request or job, is drawn; what is given is to be called with its picture."""
+    line = current_line.get() or Line()
+    line.tasks[index] = _described(task)
+    line.waited_for += 1
+    try:
+        yield line.note_picture
+    except Exception as error:
+        line.error = line.error or (error if isinstance(error, ServiceError) else GenerationFailed("a defect"))
+        raise
+
+
+@contextmanager
+def waiting_for_job() -> Iterator[Callable[[ServiceError | None, bool | None], None]]:
+    """While the current request waits for a job that goes on without it; what is given is to be called with the job's error, or without
+    one with whether its picture is flagged.
+    """
+    line = current_line.get() or Line()
+    line.waited_for += 1
+    yield line.note_end
+
+
+def note_accepted(task: Task) -> None:
+    """The current request is for `task` and does not wait for it."""
+    if (line := current_line.get()) is not None:
+        line.tasks[0] = _described(task)
+
+
+async def as_job(drawing: Coroutine[Any, Any, T], is_taken_on: Callable[[], bool]) -> T:
+    """Await the drawing of a job for which no request waits: it has a line of its own when it has ended, if it was taken on.
+
+    To be run as a task.
+    """
+    asked = current_line.get()
+    line = Line() if asked is None else Line(asked.client, asked.context)
+    current_line.set(line)
+    try:
+        return await drawing
+    finally:
+        if is_taken_on():
+            write_line(line)
+
+
+def _described(task: Task) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "kind": task.kind,
+        "width": task.width,
+        "height": task.height,
+        "steps": task.num_inference_steps,
+        "seed": task.seed,
+    }
+    if os.environ.get(PROMPTS_VARIABLE) == "1":
+        values |= {"prompt": task.prompt, "negative_prompt": task.negative_prompt}
+    return values
+
+
+def write_line(line: Line) -> None:
+    logger.info("%s", json.dumps(line.values()))  # in ASCII: whatever a client sent, it is one line

@@ -1,0 +1,54 @@
+"""JSON from clients, read strictly and within bounds. Knows nothing of what a document should say."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from stable_diffusion.core.errors import InvalidRequest
+
+MAX_NAMES = 64  # of a JSON object; a request has about a dozen
+MAX_VALUES = 2**14  # of a JSON body, at all depths: reading millions of them would hold up every other request
+
+
+def parse_json(body: bytes | str, where: str, max_names: int = MAX_NAMES) -> dict[str, Any]:
+    """Read a JSON object strictly: no NaN, no Infinity, no duplicate names. `where` names the body or part in errors.
+
+    No object in it may have more than `max_names`, nor the whole more than MAX_VALUES values.
+    """
+
+    def no_constant(name: str) -> Any:
+        raise InvalidRequest(f"{where}: {name} is not a number in JSON", field=where)
+
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(pairs) > max_names:
+            raise InvalidRequest(f"{where}: {len(pairs)} names, at most {max_names} are allowed", field=where)
+        document: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in document:
+                raise InvalidRequest(f"{name[:60]} is given more than once", field=name[:60])
+            document[name] = value
+        return document
+
+    try:
+        text = body.decode("utf-8") if isinstance(body, bytes) else body
+        _require_few_values(text, where)
+        document = json.loads(text, parse_constant=no_constant, object_pairs_hook=no_duplicates)
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"{where}: not UTF-8", field=where) from None
+    except json.JSONDecodeError as error:
+        raise InvalidRequest(
+            f"{where}: not valid JSON, {error.msg.lower()} at line {error.lineno} column {error.colno}", field=where
+        ) from None
+    except (RecursionError, ValueError):  # nested too deeply, or an integer of more digits than Python reads
+        raise InvalidRequest(f"{where}: JSON is nested too deeply or has a number that is too long", field=where) from None
+    if not isinstance(document, dict):
+        raise InvalidRequest(f'{where}: must be a JSON object, such as {{"prompt": "a red circle"}}', field=where)
+    return document
+
+
+def _require_few_values(text: str, where: str) -> None:
+    """Each value but the first stands behind one of these. What is within strings counts too; base64 has none of them."""
+    count = sum(text.count(mark) for mark in ",[{")
+    if count > MAX_VALUES:
+        raise InvalidRequest(f"{where}: some {count} values, at most {MAX_VALUES} are allowed", field=where)

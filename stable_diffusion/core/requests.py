@@ -1,0 +1,194 @@
+"""The request models: names, defaults and limits. Every API reads these, and the OpenAPI document is made of them.
+
+Knows nothing of HTTP, of images or of the model that is loaded: what depends on the model (its native size,
+its own noise scheduler) stays None here and is resolved where the model is known.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any, Literal, TypeVar
+
+import ftfy
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stable_diffusion.core.errors import FieldError, InvalidRequest
+from stable_diffusion.core.schedulers import SCHEDULERS, known_scheduler
+
+MIN_SIDE = 64
+MAX_SIDE = 1024
+SIDE_MULTIPLE = 8
+MAX_STEPS = 150
+MAX_GUIDANCE_SCALE = 30.0
+MAX_PROMPT_CHARACTERS = 2000
+MAX_IMAGES = 10  # of one request, in the doors that take several
+# Of one request: pixels of a picture x its steps, summed over its pictures. Ten of 512x512 in 150 steps, not three of 1024x1024.
+MAX_PIXEL_STEPS = 400_000_000
+SEED_LIMIT = 2**32  # every client's language keeps such a number exactly
+
+
+_MAX_PROBLEMS = 20  # that are told of one request
+
+
+def _clean_text(text: str) -> str:
+    """Repair broken Unicode and unescape entities as CLIP's original tokenizer did; drop white space around it."""
+    cleaned: str = ftfy.fix_text(text)
+    return cleaned.strip()
+
+
+def _not_blank(text: str) -> str:
+    if not text:
+        raise ValueError("must not be empty")
+    return text
+
+
+def _whole_blocks(side: int | None) -> int | None:
+    if side is not None and side % SIDE_MULTIPLE:
+        raise ValueError(f"must be a multiple of {SIDE_MULTIPLE}, {side} is not")
+    return side
+
+
+Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(_clean_text)]
+Side = Annotated[
+    int | None,
+    Field(ge=MIN_SIDE, le=MAX_SIDE, json_schema_extra={"multipleOf": SIDE_MULTIPLE}),
+    AfterValidator(_whole_blocks),
+]
+
+
+class GenerationRequest(BaseModel):
+    """What all three kinds of request have in common."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    prompt: Annotated[Prompt, AfterValidator(_not_blank)] = Field(
+        description="What to draw. Whatever does not fit into the model's 77 tokens is reported in the header `prompt_dropped`.",
+        examples=["a small red circle on a blue background"],
+    )
+    negative_prompt: Prompt = Field("", description="What to keep away from. Used when guidance_scale is above 1.")
+    height: Side = Field(None, description="Height in pixels. By default the model's native height, or as the input image asks for.")
+    width: Side = Field(None, description="Width in pixels. By default the model's native width, or as the input image asks for.")
+    num_inference_steps: int = Field(50, ge=1, le=MAX_STEPS, description="Denoising steps.")
+    guidance_scale: float = Field(
+        7.5, ge=0, le=MAX_GUIDANCE_SCALE, description="How closely to follow the prompt. Up to 1: no guidance, half the work."
+    )
+    guidance_end: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="The share of the steps that are guided. After them a step is half the work; the picture is another one than with 1.",
+    )
+    preview_every_steps: int = Field(
+        0,
+        ge=0,
+        le=MAX_STEPS,
+        description="With Accept: text/event-stream, send a coarse look at the picture every so many steps. 0: none.",
+    )
+    seed: int | None = Field(
+        None,
+        ge=0,
+        lt=SEED_LIMIT,
+        description="The same seed draws the same picture. By default random; the header `seed` says which.",
+    )
+    scheduler: Annotated[str, AfterValidator(known_scheduler)] | None = Field(
+        None,
+        description="Noise scheduler: "
+        + ", ".join(short_names[0] for short_names in SCHEDULERS.values())
+        + ", or diffusers' class name. By default the model's own.",
+        examples=[short_names[0] for short_names in SCHEDULERS.values()],
+    )
+    safety_check: bool | None = Field(
+        None,
+        description="Whether the safety checker looks at this picture, where the model has one. By default as the server's policy says "
+        "(GET /capabilities); where that is always, false is refused.",
+    )
+    output_format: Literal["jpeg", "png", "webp"] | None = Field(
+        None, description="Image format of the answer. By default what the Accept header prefers, else jpeg."
+    )
+    metadata: bool = Field(True, description="Write into the image file how it was drawn, as A1111 does. POST /reproduce reads it.")
+
+
+class TextToImageRequest(GenerationRequest):
+    """The body of POST /txt2img."""
+
+
+class ImageToImageRequest(GenerationRequest):
+    """The `data` part of POST /img2img and POST /inpaint."""
+
+    strength: float = Field(
+        0.8, gt=0, le=1, description="How far to leave the input image: num_inference_steps * strength steps are run; there must be one."
+    )
+
+    @model_validator(mode="after")
+    def _some_step_is_left(self) -> ImageToImageRequest:
+        if int(self.num_inference_steps * self.strength) < 1:
+            raise ValueError(
+                f"strength {self.strength} leaves no step to run out of {self.num_inference_steps}: raise strength or num_inference_steps"
+            )
+        return self
+
+
+class ReproductionRequest(BaseModel):
+    """The `data` part of POST /reproduce."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    dry_run: bool = Field(False, description="Only say, as JSON, what would be drawn and what would differ.")
+    output_format: Literal["jpeg", "png", "webp"] | None = Field(
+        None, description="Image format of the answer. By default what the Accept header prefers, else jpeg."
+    )
+    metadata: bool = Field(True, description="Write into the image file how it was drawn.")
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def random_seed() -> int:
+    return secrets.randbelow(SEED_LIMIT)
+
+
+def parse_text_to_image(document: dict[str, Any]) -> TextToImageRequest:
+    return validated(TextToImageRequest, document)
+
+
+def parse_image_to_image(document: dict[str, Any]) -> ImageToImageRequest:
+    return validated(ImageToImageRequest, document)
+
+
+def parse_reproduction(document: dict[str, Any]) -> ReproductionRequest:
+    return validated(ReproductionRequest, document)
+
+
+def validated(model: type[Model], document: dict[str, Any]) -> Model:
+    """Raises InvalidRequest, which names each field that is wrong and what is allowed."""
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        details = error.errors(include_url=False, include_input=False)[:_MAX_PROBLEMS]
+        problems = [_problem(detail, model) for detail in details]
+        message = "; ".join(problem.message for problem in problems[:5])
+        raise InvalidRequest(message, problems=problems) from None
+
+
+def _problem(detail: Any, model: type[BaseModel]) -> FieldError:
+    """A pydantic error in words that name the field and the limit."""
+    # A check over the whole model has no place in it; the one that there is is about strength.
+    is_about_strength = detail["type"] == "value_error" and not detail["loc"]
+    field = "strength" if is_about_strength else str(next(iter(detail["loc"]), "body"))[:60]
+    context = detail.get("ctx", {})
+    match detail["type"]:
+        case "missing":
+            reason = "is required"
+        case "extra_forbidden":
+            reason = f"is not a known field, allowed are {', '.join(model.model_fields)}"
+        case "value_error":
+            reason = str(context["error"])
+        case "literal_error":
+            reason = f"must be one of {context['expected']}"
+        case "string_too_long":
+            reason = f"must have at most {context['max_length']} characters"
+        case _:
+            reason = detail["msg"][:1].lower() + detail["msg"][1:]
+            reason = reason.removeprefix("input ").removeprefix("should").strip()
+            reason = f"must {reason}" if not reason.startswith("must") else reason
+    return FieldError(field, reason if is_about_strength else f"{field}: {reason}")

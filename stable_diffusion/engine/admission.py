@@ -1,0 +1,149 @@
+"""How much work the engine has taken on, in seconds of its device, whether more is taken, and whether a deadline can be met.
+
+Estimated from measured steps. Pure Python: no torch, no clock. Used by the thread that submits and by the engine's.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stable_diffusion.core.errors import DeadlineExceeded, QueueFull
+from stable_diffusion.engine.job import Job
+
+Size = tuple[int, int]  # height and width in pixels: a batch key
+
+# In the moving means. Some turns wait for a GPU that was given the steps of many: single ones say little.
+_WEIGHT_OF_THE_LAST = 0.05
+_MOST_SIZES = 64
+
+
+@dataclass(frozen=True)
+class QueueLimits:
+    """`seconds` of estimated work, and how many pictures. Where they are reached, an owner still gets its share of them."""
+
+    seconds: float
+    pictures: float
+
+
+NO_LIMITS = QueueLimits(math.inf, math.inf)
+# What owners' shares may add to a full queue: there may be many owners.
+_ABOVE_THE_LIMITS = 2
+
+
+class StepTimes:
+    """Seconds of a step by size and by how many jobs share it: moving means of what was measured."""
+
+    def __init__(self) -> None:
+        self._measured: dict[Size, dict[int, float]] = {}
+
+    def note(self, size: Size, jobs: int, seconds: float) -> None:
+        if size not in self._measured and len(self._measured) == _MOST_SIZES:
+            del self._measured[list(self._measured)[1]]  # the first is the native size
+        measured = self._measured.setdefault(size, {})
+        last = measured.get(jobs)
+        measured[jobs] = seconds if last is None else last + _WEIGHT_OF_THE_LAST * (seconds - last)
+
+    def is_known(self, size: Size) -> bool:
+        return size in self._measured
+
+    def seconds(self, size: Size, jobs: int) -> float:
+        """Of a number that was not measured, as if sharing gained nothing; of a size that was not, by its pixels; 0 if nothing was."""
+        if not self._measured:
+            return 0.0
+        nearest = size if size in self._measured else self._nearest(size)
+        measured = self._measured[nearest]
+        count = min(measured, key=lambda known: abs(known - jobs))
+        return measured[count] * (jobs / count) * (size[0] * size[1] / (nearest[0] * nearest[1]))
+
+    def _nearest(self, size: Size) -> Size:
+        pixels = size[0] * size[1]
+        return min(self._measured, key=lambda known: abs(math.log(known[0] * known[1] / pixels)))
+
+
+class Workload:
+    """The jobs that have been taken on and have not ended."""
+
+    def __init__(self, limits: QueueLimits, cap: Callable[[Size], int]) -> None:
+        """`cap`: how many jobs of a size may share a step."""
+        self._limits = limits
+        self._cap = cap
+        self._jobs: set[Job] = set()
+        self._times = StepTimes()
+        self._lock = threading.Lock()
+
+    def note_step(self, size: Size, jobs: int, seconds: float) -> None:
+        with self._lock:
+            self._times.note(size, jobs, seconds)
+
+    def step_seconds(self, size: Size, jobs: int) -> float:
+        with self._lock:
+            return self._times.seconds(size, jobs)
+
+    def seconds(self) -> float:
+        """Of work that is left."""
+        with self._lock:
+            return sum(self._by_owner().values())
+
+    def take(self, job: Job, timeout_s: float) -> None:
+        """Count a job among those that have been taken on. `timeout_s`: how long it may take until its picture is there.
+
+        Raises QueueFull, with the seconds after which there should be room, or DeadlineExceeded if the time cannot be enough.
+        """
+        with self._lock:
+            seconds = self._by_owner()
+            self._require_room(job, seconds)
+            self._require_time(job, seconds, timeout_s)
+            self._jobs.add(job)
+
+    def leave(self, job: Job) -> None:
+        with self._lock:
+            self._jobs.discard(job)
+
+    def _by_owner(self) -> defaultdict[str, float]:
+        seconds: defaultdict[str, float] = defaultdict(float)
+        of_a_step = {size: self._share_of_a_step(size) for size in {job.batch_key for job in self._jobs}}
+        for job in self._jobs:
+            seconds[job.owner] += job.steps_left * of_a_step[job.batch_key]
+        return seconds
+
+    def _share_of_a_step(self, size: Size) -> float:
+        """Seconds of the device for a step of one job, where as many share it as may."""
+        cap = self._cap(size)
+        return self._times.seconds(size, cap) / cap
+
+    def _require_room(self, job: Job, seconds: defaultdict[str, float]) -> None:
+        total, count = sum(seconds.values()), len(self._jobs)
+        over_s, over = total - self._limits.seconds, count - self._limits.pictures + 1
+        if over_s <= 0 and over <= 0:
+            return
+        owners = len(seconds.keys() | {job.owner})
+        own_count = sum(other.owner == job.owner for other in self._jobs)
+        has_share_left = seconds[job.owner] < self._limits.seconds / owners and own_count < self._limits.pictures / owners
+        if has_share_left and total <= _ABOVE_THE_LIMITS * self._limits.seconds and count < _ABOVE_THE_LIMITS * self._limits.pictures:
+            return
+        retry_after_s = max(1, math.ceil(max(over_s, total / count * over)))
+        raise QueueFull(
+            f"{count} pictures, about {total:.0f} s of work, are waiting or being drawn; more are not taken on",
+            retry_after_s=retry_after_s,
+        )
+
+    def _require_time(self, job: Job, seconds: defaultdict[str, float], timeout_s: float) -> None:
+        """Owners share the device: before a job is done, each of the others has had at most what its own owner has."""
+        if not self._times.is_known(job.batch_key):
+            return
+        share_s = self._share_of_a_step(job.batch_key)
+        # An owner's longer jobs do not go before it.
+        before = [other for other in self._jobs if other.owner == job.owner and other.steps_left <= job.steps_left]
+        own = job.steps_left * share_s + sum(other.steps_left * self._share_of_a_step(other.batch_key) for other in before)
+        shared = own + sum(min(other, own) for owner, other in seconds.items() if owner != job.owner)
+        alone = job.steps_left * self._times.seconds(job.batch_key, 1)
+        expected_s = max(alone, shared)
+        if expected_s > timeout_s:
+            raise DeadlineExceeded(
+                f"the picture would take about {expected_s:.1f} s and may take {max(0.0, timeout_s):.2f} s: "
+                "ask for fewer steps, a smaller picture or more time",
+            )

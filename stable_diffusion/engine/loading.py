@@ -1,0 +1,83 @@
+"""Weights on disk to the parts of a pipeline, once. The only place that chooses the device and the dtype.
+
+Knows nothing of jobs, of batching or of HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from stable_diffusion.engine.allocator import keep_freed_memory
+from stable_diffusion.engine.previews import latent_to_rgb
+from stable_diffusion.models.folder import ModelFolder
+
+logger = logging.getLogger("stable_diffusion")
+
+
+Precision = Literal["fp32", "fp16"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A loaded Stable Diffusion model. Shared by all jobs, so nobody changes anything in it."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    scheduler: Any  # a diffusers noise scheduler: the pattern from which each job makes its own
+    safety_checker: StableDiffusionSafetyChecker | None
+    feature_extractor: Any | None
+    device: torch.device
+    dtype: torch.dtype
+    latent_to_rgb: torch.Tensor  # for previews
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's, or the processor's with the number of threads that compute."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.exists() else []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def placement(precision: Precision) -> tuple[torch.device, torch.dtype]:
+    """Where a model goes, and what it is computed in there."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device, torch.float16 if precision == "fp16" and device.type == "cuda" else torch.float32
+
+
+def load(model: ModelFolder, precision: Precision) -> Parts:
+    """Load `model` onto the GPU if there is one. Half precision on a CPU is computed in float32: its kernels are slow or missing."""
+    device, dtype = placement(precision)
+    if device.type == "cpu":
+        keep_freed_memory()
+    if precision == "fp16" and dtype == torch.float32:
+        logger.warning("No GPU: the half-precision weights are computed in float32.")
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        model.path, dtype=dtype, variant=model.variant, use_safetensors=True, local_files_only=True
+    ).to(device)
+    logger.info("Loaded %s on %s as %s.", model.name, device, dtype)
+    return Parts(
+        tokenizer=pipeline.tokenizer,
+        text_encoder=pipeline.text_encoder.eval(),
+        unet=pipeline.unet.eval(),
+        vae=pipeline.vae.eval(),
+        scheduler=pipeline.scheduler,
+        safety_checker=pipeline.safety_checker,
+        feature_extractor=pipeline.feature_extractor,
+        device=device,
+        dtype=dtype,
+        latent_to_rgb=latent_to_rgb(model.path),
+    )

@@ -1,0 +1,151 @@
+"""The text that says how a picture was drawn, in the form that A1111 writes and its readers know ("infotext").
+
+Writes it for a finished picture and reads it back. Knows nothing of image files, nor of what can be drawn again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+
+from stable_diffusion import __version__
+from stable_diffusion.core.errors import InvalidRequest
+from stable_diffusion.core.schedulers import sampler_of
+from stable_diffusion.core.types import Picture, Task
+from stable_diffusion.models.folder import ModelFolder
+
+PROGRAM = "stable-diffusion-bentoml"  # with the version behind it; A1111 takes a bare number for a version of its own
+LIBRARIES = ("torch", "diffusers")  # whose versions may change a picture
+MAX_CHARACTERS = 2**16  # of an infotext; two prompts of the largest size, written twice, take half of it
+_NEGATIVE = "Negative prompt:"
+_FEWEST_PAIRS = 3  # on the last line; with fewer A1111 takes it for a line of the prompt
+# A name, and a value that is a JSON string or goes to the next comma. What A1111 finds with its own expression.
+_PAIR = re.compile(r'\s*(?P<name>\w[\w \-/]+):\s*(?P<value>"(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+@dataclass(frozen=True)
+class Infotext:
+    """What an infotext says: both prompts, and the values of its last line by their names there, such as "CFG scale"."""
+
+    prompt: str
+    negative_prompt: str
+    values: Mapping[str, str]
+
+
+def write(task: Task, picture: Picture, model: ModelFolder) -> str:
+    """Everything that determines the picture of `task`. Of an input picture and a mask it has only hashes of what they were scaled to.
+
+    Values are written only where they are not what A1111's readers take for granted.
+    """
+    values = _values(task, picture, model)
+    prompts = f"{task.prompt}\n{_NEGATIVE} {task.negative_prompt}" if task.negative_prompt else task.prompt
+    if _prompts_of(prompts.lstrip()) != (task.prompt, task.negative_prompt):
+        # Lines that look like the start of something else, or white space that readers drop.
+        values["Exact prompt"] = task.prompt
+        if task.negative_prompt:
+            values["Exact negative prompt"] = task.negative_prompt
+    last_line = ", ".join(f"{name}: {_quoted(value)}" for name, value in values.items())
+    return f"{prompts}\n{last_line}".strip()
+
+
+def _values(task: Task, picture: Picture, model: ModelFolder) -> dict[str, str]:
+    sampler, schedule = sampler_of(task.scheduler)
+    drawn_on = {"Precision": picture.dtype, "Device": picture.device}
+    values = {
+        "Steps": str(task.num_inference_steps),
+        "Sampler": sampler,
+        "Schedule type": schedule,
+        "CFG scale": _number(task.guidance_scale),
+        "Seed": str(task.seed),
+        "Size": f"{task.width}x{task.height}",
+        "Model hash": model.hash,
+        "Model": model.name,
+        "Denoising strength": None if task.kind == "txt2img" else _number(task.strength),
+        "Guidance end": None if task.guidance_end == 1 else _number(task.guidance_end),
+        "Kind": task.kind,
+        "Input hash": task.image_hash,
+        "Mask hash": task.mask_hash,
+        "Safety check": None if task.safety_check else "false",
+        **{name: value or None for name, value in drawn_on.items()},
+        **library_versions(),
+        "Version": program_version(),
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def read(text: str, field: str = "infotext") -> Infotext:
+    """Read what `write` or A1111 wrote. Raises InvalidRequest, naming `field`, where the text is none."""
+    if len(text) > MAX_CHARACTERS:
+        raise InvalidRequest(f"{field}: an infotext of {len(text)} characters, at most {MAX_CHARACTERS} are allowed", field=field)
+    prompts, _, last_line = text.strip().rpartition("\n")
+    values = _pairs(last_line)
+    if len(values) < _FEWEST_PAIRS:
+        raise InvalidRequest(
+            f"{field}: no infotext: its last line must say how the picture was drawn (Steps: 20, Sampler: Euler a, ...)", field=field
+        )
+    prompt, negative_prompt = _prompts_of(prompts)
+    if "Exact prompt" in values:
+        prompt, negative_prompt = values.pop("Exact prompt"), values.pop("Exact negative prompt", "")
+    return Infotext(prompt, negative_prompt, values)
+
+
+def program_version() -> str:
+    return f"{PROGRAM} {__version__}"
+
+
+@functools.cache
+def library_versions() -> dict[str, str]:
+    """Of the installed libraries by their names, without loading them."""
+    return {name: metadata.version(name) for name in LIBRARIES}
+
+
+def _prompts_of(lines: str) -> tuple[str, str]:
+    """The prompt and, from the first line that begins so, the negative prompt. White space around each line is lost."""
+    prompt: list[str] = []
+    negative: list[str] = []
+    current = prompt
+    for line in (part.strip() for part in lines.split("\n")):
+        if line.startswith(_NEGATIVE):
+            current = negative
+            line = line.removeprefix(_NEGATIVE).strip()
+        current.append(line)
+    return "\n".join(prompt), "\n".join(negative)
+
+
+def _pairs(line: str) -> dict[str, str]:
+    """What is no pair is passed over up to the next comma, so that a long line costs no more than its length."""
+    pairs: dict[str, str] = {}
+    position = 0
+    while position < len(line):
+        if match := _PAIR.match(line, position):
+            pairs[match["name"]] = _unquoted(match["value"])
+            position = match.end()
+        else:
+            comma = line.find(",", position)
+            position = len(line) if comma < 0 else comma + 1
+    return pairs
+
+
+def _quoted(value: str) -> str:
+    if value != value.strip() or any(character in value for character in ',:\n"'):
+        return json.dumps(value, ensure_ascii=False)
+    return value
+
+
+def _unquoted(value: str) -> str:
+    if not (len(value) > 2 and value[0] == value[-1] == '"'):
+        return value
+    try:
+        text = str(json.loads(value))
+    except ValueError:
+        return value
+    return text.encode("utf-8", "replace").decode("utf-8")  # JSON can say half of a surrogate pair, headers and prompts cannot
+
+
+def _number(value: float) -> str:
+    """As short as it can be said exactly: 7 and not 7.0."""
+    return str(int(value)) if value == int(value) else repr(value)

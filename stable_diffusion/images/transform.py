@@ -1,0 +1,61 @@
+"""Sizes: what a model can generate, fitting an image or a mask to it, putting back what a mask keeps. No file formats."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+from PIL import Image, ImageOps
+
+from stable_diffusion.core.errors import InvalidRequest
+from stable_diffusion.core.requests import MAX_SIDE, MIN_SIDE, SIDE_MULTIPLE
+
+_SAME_PROPORTIONS = 0.02  # a mask drawn on a scaled down picture is off by a pixel
+
+
+def output_size(picture_size: tuple[int, int], native_size: tuple[int, int], width: int | None, height: int | None) -> tuple[int, int]:
+    """The (width, height) to draw an input picture at.
+
+    Asked for sides are taken as they are, a missing one follows from the picture's proportions. With neither,
+    the picture is fitted to the model's native area. Sides are multiples of 8 and within the limits.
+    """
+    if width is not None and height is not None:
+        return width, height
+    proportion = picture_size[0] / picture_size[1]
+    if width is not None:
+        return width, _allowed_side(width / proportion)
+    if height is not None:
+        return _allowed_side(height * proportion), height
+    area = native_size[0] * native_size[1]
+    return _allowed_side(math.sqrt(area * proportion)), _allowed_side(math.sqrt(area / proportion))
+
+
+def _allowed_side(side: float) -> int:
+    return min(MAX_SIDE, max(MIN_SIDE, round(side / SIDE_MULTIPLE) * SIDE_MULTIPLE))
+
+
+def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Scale to cover `width` x `height` and cut what sticks out: proportions are kept, nothing is squashed."""
+    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+
+
+def scale_mask(mask: Image.Image, size: tuple[int, int], field: str) -> Image.Image:
+    """Scale a mask to its picture's size. Raises InvalidRequest if their proportions differ: it would cover something else."""
+    if abs(mask.width * size[1] - mask.height * size[0]) > _SAME_PROPORTIONS * mask.width * size[1]:
+        raise InvalidRequest(
+            f"{field}: {mask.width} x {mask.height} has other proportions than the picture, {size[0]} x {size[1]}", field=field
+        )
+    return mask.resize(size, Image.Resampling.BILINEAR)
+
+
+def digest(picture: Image.Image) -> str:
+    """Ten hexadecimal digits that tell one picture from another by its pixels."""
+    return hashlib.sha256(f"{picture.mode} {picture.width}x{picture.height} ".encode() + picture.tobytes()).hexdigest()[:10]
+
+
+def keep_outside_mask(repainted: Image.Image, original: Image.Image, mask: Image.Image) -> Image.Image:
+    """The original where the mask is black, the repainted picture where it is white, a blend in between.
+
+    The autoencoder changes every pixel a little, also those that nobody asked to be repainted.
+    """
+    return Image.composite(repainted, original, mask)

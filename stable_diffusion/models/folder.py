@@ -1,0 +1,199 @@
+"""Which model folder is served, and whether it is whole: reads names, JSON and file headers, never a tensor.
+
+Loads neither torch nor diffusers, because API workers ask it too. What the tensors mean is `pipelines.py`'s business.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stable_diffusion.core.errors import ModelFolderError
+from stable_diffusion.models.safetensors import check_safetensors, samples_of
+
+DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "model"
+DEMO_NAME = "demo"
+MODEL_VARIABLE = "SD_MODEL"
+
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+_COMPONENTS_WITH_WEIGHTS = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "safety_checker": "model",
+}
+_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+_HALF_PRECISION = ".fp16"
+_HASH_DIGITS = 10  # as A1111 shows them
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A checked diffusers folder of a Stable Diffusion 1.x or 2.x model, and what its JSON files say of it."""
+
+    path: Path
+    name: str
+    is_demo: bool
+    native_width: int  # pixels
+    native_height: int  # pixels
+    scheduler: str  # diffusers' class name
+    only_inpaints: bool  # a UNet with 9 input channels, which needs a mask
+    has_safety_checker: bool
+    variant: str | None  # "fp16" where only half-precision files are there under the hub's names
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Ten hexadecimal digits that tell this model's pictures from another's. Read once, when it is first asked for.
+
+        A SHA-256 over name, dtype, shape and the middle 4 KiB of every tensor that draws, and over the noise scheduler's configuration.
+        Training changes all values of the tensors that it trains, so a sample of each shows it without reading gigabytes; and
+        what is saved again, in other files or other shards, keeps its hash. The safety checker draws nothing and does not count.
+        Not the hash that A1111 or the hub show, which is of one file's bytes.
+        """
+        digest = hashlib.sha256()
+        for component, stem in _COMPONENTS_WITH_WEIGHTS.items():
+            if component != "safety_checker":
+                files, _ = _find_weights(self.path / component, stem)
+                for described, sample in sorted(sample for file in files for sample in samples_of(file)):
+                    digest.update(f"{component} {described}\n".encode() + sample)
+        scheduler = _read_json(self.path / "scheduler" / "scheduler_config.json", "the noise scheduler's configuration")
+        digest.update(json.dumps({name: scheduler[name] for name in scheduler if name != "_diffusers_version"}, sort_keys=True).encode())
+        return digest.hexdigest()[:_HASH_DIGITS]
+
+
+def choose_model(weights: Path, environment: Mapping[str, str], *, in_bento: bool) -> ModelFolder:
+    """The model to serve: what SD_MODEL asks for ("demo" or a folder), else `weights`, else the demo model.
+
+    A built bento never falls back to the demo model by itself. Raises ModelFolderError.
+    """
+    asked_for = environment.get(MODEL_VARIABLE, "").strip()
+    if asked_for == DEMO_NAME:
+        return _demo()
+    if asked_for:
+        return check_model(Path(asked_for).expanduser())
+    if _has_weights(weights):
+        return check_model(weights)
+    if in_bento:
+        raise ModelFolderError(
+            f"this bento holds no weights in models/{weights.name}: run 'make model' before 'bentoml build', set {MODEL_VARIABLE} "
+            f"to a model folder, or set {MODEL_VARIABLE}={DEMO_NAME} to serve the demo model, which draws coloured shapes only"
+        )
+    return _demo()
+
+
+def _demo() -> ModelFolder:
+    return check_model(DEMO_FOLDER, name=DEMO_NAME, is_demo=True)
+
+
+def _has_weights(folder: Path) -> bool:
+    # Whatever lies there, a download that was broken off included, must not be passed over in silence.
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False) -> ModelFolder:
+    """Check that `folder` is a whole SD 1.x or 2.x model in safetensors. Raises ModelFolderError that names the wrong file."""
+    if not folder.is_dir():
+        raise ModelFolderError(f"{folder}: no such folder")
+    _refuse_pickles(folder)
+    index = _read_json(folder / "model_index.json", "not a diffusers model folder")
+    pipeline = index.get("_class_name")
+    if pipeline not in _PIPELINES:
+        raise ModelFolderError(
+            f"{folder / 'model_index.json'}: a {pipeline} is no Stable Diffusion 1.x or 2.x model, expected {' or '.join(_PIPELINES)}"
+        )
+    has_checker = (index.get("safety_checker") or [None])[0] is not None
+    variants = {
+        _check_weights(folder / component, stem)
+        for component, stem in _COMPONENTS_WITH_WEIGHTS.items()
+        if component != "safety_checker" or has_checker
+    }
+    if len(variants) > 1:
+        raise ModelFolderError(f"{folder}: some components have only half-precision files, others only full-precision ones")
+    if has_checker:
+        _read_json(folder / "feature_extractor" / "preprocessor_config.json", "what the safety checker looks at")
+    _check_tokenizer(folder / "tokenizer")
+    unet = _read_json(folder / "unet" / "config.json", "the UNet's configuration")
+    vae = _read_json(folder / "vae" / "config.json", "the autoencoder's configuration")
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", "the noise scheduler's configuration")
+    channels = unet.get("in_channels")
+    if channels not in (4, 9):
+        raise ModelFolderError(f"{folder / 'unet' / 'config.json'}: in_channels is {channels}, expected 4, or 9 for inpainting")
+    native = unet.get("sample_size")
+    latent_height, latent_width = native if isinstance(native, list) and len(native) == 2 else (native, native)
+    if not (isinstance(latent_height, int) and isinstance(latent_width, int)):
+        raise ModelFolderError(f"{folder / 'unet' / 'config.json'}: sample_size is {native}, expected a number of latent pixels")
+    if not isinstance(vae.get("block_out_channels"), list):
+        raise ModelFolderError(f"{folder / 'vae' / 'config.json'}: block_out_channels is missing")
+    pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
+    return ModelFolder(
+        path=folder,
+        name=name or folder.name,
+        is_demo=is_demo,
+        native_width=latent_width * pixels_per_latent,
+        native_height=latent_height * pixels_per_latent,
+        scheduler=str(scheduler.get("_class_name", "PNDMScheduler")),
+        only_inpaints=channels == 9,
+        has_safety_checker=has_checker,
+        variant=variants.pop(),
+    )
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Wherever they lie, and whatever lies beside them: nothing that can run code is left for a library to find."""
+    for file in sorted({*folder.rglob("*"), *folder.glob("*/*")}):  # a component may be a link, which rglob does not follow
+        if file.suffix.lower() in _PICKLES:
+            raise ModelFolderError(
+                f"{file}: a pickle can run code when it is loaded, only safetensors are served; move it out of the model's folder, "
+                "and get the weights as safetensors if this was the only form of them"
+            )
+
+
+def _check_tokenizer(folder: Path) -> None:
+    _read_json(folder / "tokenizer_config.json", "how many tokens the text encoder takes")
+    for names in _TOKENIZER_FILES:
+        if all((folder / name).is_file() for name in names):
+            _read_json(folder / names[0], "the tokenizer's vocabulary")
+            return
+    raise ModelFolderError(f"{folder}: tokenizer.json, or vocab.json and merges.txt, are missing")
+
+
+def _read_json(file: Path, meaning: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise ModelFolderError(f"{file}: missing ({meaning})")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelFolderError(f"{file}: not valid JSON ({error}), perhaps half downloaded") from None
+    if not isinstance(content, dict):
+        raise ModelFolderError(f"{file}: not a JSON object ({meaning})")
+    return content
+
+
+def _check_weights(component: Path, stem: str) -> str | None:
+    """Check one component's weights. Returns the variant ("fp16" or None) that has to be asked of diffusers."""
+    _read_json(component / "config.json", "a component's configuration")
+    files, variant = _find_weights(component, stem)
+    for file in files:
+        check_safetensors(file)
+    return variant
+
+
+def _find_weights(component: Path, stem: str) -> tuple[list[Path], str | None]:
+    """The files of one component's weights, and the variant that they are."""
+    for suffix in ("", _HALF_PRECISION):
+        single = component / f"{stem}{suffix}.safetensors"
+        index = component / f"{stem}.safetensors.index{suffix}.json"
+        if index.is_file():
+            shards = sorted(set(_read_json(index, "the list of weight files").get("weight_map", {}).values()))
+        elif single.is_file():
+            shards = [single.name]
+        else:
+            continue
+        return [component / shard for shard in shards], suffix.removeprefix(".") or None
+    raise ModelFolderError(f"{component / (stem + '.safetensors')}: missing")

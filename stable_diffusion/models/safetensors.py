@@ -1,0 +1,47 @@
+"""Safetensors files read without torch: whether one is whole, and samples of its tensors for a hash."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from stable_diffusion.core.errors import ModelFolderError
+
+SAMPLE_BYTES = 4096  # of each tensor
+
+
+def check_safetensors(file: Path) -> None:
+    """A safetensors file says in its header how long it has to be (https://github.com/huggingface/safetensors, Format)."""
+    if not file.is_file():
+        raise ModelFolderError(f"{file}: missing")
+    size = file.stat().st_size
+    try:
+        tensors, header_size = _read_tensor_list(file)
+        data_size = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    except (ValueError, TypeError, LookupError, AttributeError):
+        raise ModelFolderError(f"{file}: not a safetensors file, perhaps half downloaded or a Git LFS pointer") from None
+    if size != 8 + header_size + data_size:
+        raise ModelFolderError(f"{file}: has {size} bytes, {8 + header_size + data_size} are expected, perhaps half downloaded")
+
+
+def _read_tensor_list(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of each tensor by its name, and the length of that header. Raises what broken JSON raises."""
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        header_bytes = stream.read(header_size) if 0 < header_size <= min(file.stat().st_size, 100_000_000) else b""
+    return {name: tensor for name, tensor in json.loads(header_bytes).items() if name != "__metadata__"}, header_size
+
+
+def samples_of(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Of each tensor: its name, dtype and shape, and the bytes in its middle."""
+    tensors, header_size = _read_tensor_list(file)
+    with file.open("rb") as stream:
+        for name, tensor in tensors.items():
+            start, end = tensor["data_offsets"]
+            length = min(end - start, SAMPLE_BYTES)
+            stream.seek(8 + header_size + start + (end - start - length) // 2)
+            yield f"{name} {tensor['dtype']} {tensor['shape']}", stream.read(length)

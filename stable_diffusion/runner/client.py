@@ -1,0 +1,247 @@
+"""An API worker's side of the way to the model process: a task there, news and the picture back, or a job for which nobody waits.
+
+Knows nothing of requests and answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import aiohttp
+import anyio
+import bentoml
+from bentoml.exceptions import BentoMLException
+from starlette.concurrency import run_in_threadpool
+
+from stable_diffusion.core import journal
+from stable_diffusion.core.errors import (
+    GenerationFailed,
+    InvalidRequest,
+    JobsUnavailable,
+    ModelUnavailable,
+    ServiceError,
+    ShuttingDown,
+    as_service_error,
+)
+from stable_diffusion.core.safety import SafetyPolicy
+from stable_diffusion.core.shutdown import Unfinished
+from stable_diffusion.core.types import Picture, Progress, Task, Ticket
+from stable_diffusion.runner.readiness import Readiness
+from stable_diffusion.runner.wire import TakenOn, pack_task, unpack_news
+from stable_diffusion.state.jobs import JobRecord, Jobs
+
+logger = logging.getLogger("stable_diffusion")
+
+
+_LOOK_AGAIN_S = 0.1
+_TAKEN_ON_WITHIN_S = 30.0
+_TIME_TO_FETCH_S = 10.0
+_HELD_AGAIN_S = 20.0
+_ABANDON_AGAIN_S = 5.0
+_MOST_LOOKS_PER_S = 100  # at the store, of all who follow jobs: each takes 0.8 ms of a core
+
+
+@dataclass(frozen=True)
+class RunnerClient:
+    """The model processes as an API worker sees them. `policy` says what is checked, or raises SettingError."""
+
+    runner: bentoml.Runner
+    policy: Callable[[], SafetyPolicy]
+    jobs: Jobs
+    unfinished: Unfinished
+    followers: set[object] = field(default_factory=set)  # of jobs
+
+    @cached_property
+    def readiness(self) -> Readiness:
+        return Readiness(self.runner)
+
+
+News = AsyncGenerator[TakenOn | Progress | Picture, None]
+
+
+async def draw(client: RunnerClient, task: Task, ticket: Ticket) -> Picture:
+    return await _picture_of(await begin(client, task, ticket, follow=False))
+
+
+async def draw_all(client: RunnerClient, tasks: Sequence[Task], ticket: Ticket) -> list[Picture]:
+    """Several at once, so that they share the engine's steps. The first one that fails ends the others."""
+    drawing = [asyncio.ensure_future(draw(client, task, replace(ticket, index=index))) for index, task in enumerate(tasks)]
+    try:
+        return await asyncio.gather(*drawing)
+    finally:
+        for one in drawing:
+            one.cancel()
+        await asyncio.gather(*drawing, return_exceptions=True)
+
+
+async def begin(client: RunnerClient, task: Task, ticket: Ticket, *, follow: bool) -> News:
+    """Have a model process take on a task: returns then, or raises why it was not taken on.
+
+    What is returned has what the model process says from then on; a picture comes last. Closing it cancels the job, if it is attended.
+    """
+    if client.unfinished.is_stopping:
+        raise ShuttingDown("the server is shutting down, try again in a minute")
+    if task.preview_every_steps and client.policy() == "always":
+        raise InvalidRequest("this server checks every picture, so it sends no previews of what has not been checked")
+    await client.readiness.require_ready()
+    news = _logged_news_of(client, task, ticket, follow=follow)
+    try:
+        # A model process that stops does not answer new connections, nor close them. Not asyncio.wait_for: that of Python before 3.12
+        # loses a cancellation that comes together with the answer.
+        with anyio.fail_after(_TAKEN_ON_WITHIN_S):
+            await anext(news)
+    except TimeoutError:
+        raise ModelUnavailable("the model process does not answer, try again in a minute") from None
+    except BaseException:
+        await news.aclose()
+        raise
+    return news
+
+
+async def _picture_of(news: News) -> Picture:
+    async with aclosing(news):
+        async for one in news:
+            if isinstance(one, Picture):
+                return one
+    raise AssertionError("news end with a picture or an error")
+
+
+async def _logged_news_of(client: RunnerClient, task: Task, ticket: Ticket, *, follow: bool) -> News:
+    with journal.noting(task, ticket.index) as note_picture:
+        async with aclosing(_news_of(client, task, ticket, follow=follow)) as news:
+            async for one in news:
+                if isinstance(one, Picture):
+                    note_picture(one)
+                yield one
+
+
+async def _news_of(client: RunnerClient, task: Task, ticket: Ticket, *, follow: bool) -> News:
+    stream = client.runner.draw.async_stream(pack_task(task, ticket, follow=follow))
+    pieces: list[str] = []
+    has_picture = False
+    try:
+        async with aclosing(_until(client.unfinished.grace_is_over, stream)) as timely:
+            async for piece in timely:
+                pieces.append(piece)
+                if "\n" in piece:  # lines are cut anywhere, and the one with the picture is long
+                    *lines, rest = "".join(pieces).split("\n")
+                    pieces = [rest]
+                    for line in lines:
+                        one = await run_in_threadpool(unpack_news, line)
+                        has_picture = isinstance(one, Picture)
+                        yield one
+    except asyncio.TimeoutError:
+        raise GenerationFailed("the picture was not finished within the time that the server's configuration allows") from None
+    except (BentoMLException, aiohttp.ClientError) as error:
+        logger.error("The runner did not answer: %s", error)
+        raise ModelUnavailable("the model process cannot be reached, try again in a minute") from None
+    finally:
+        await stream.aclose()
+    if not has_picture:
+        raise ModelUnavailable("the model process stopped before the picture was finished, try again in a minute")
+
+
+async def _until(end: asyncio.Event, stream: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    """The same pieces. Raises ShuttingDown at `end`."""
+    ending = asyncio.ensure_future(end.wait())
+    piece: asyncio.Future[str | None] = ending.get_loop().create_future()
+    try:
+        while True:
+            piece = asyncio.ensure_future(anext(stream, None))
+            await asyncio.wait({piece, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if not piece.done():
+                raise ShuttingDown("the server stops and cannot finish the picture, try again in a minute")
+            if (content := piece.result()) is None:
+                return
+            yield content
+    finally:
+        ending.cancel()
+        piece.cancel()
+        await asyncio.gather(ending, piece, return_exceptions=True)
+
+
+async def draw_unattended(client: RunnerClient, task: Task, ticket: Ticket) -> None:
+    """Have a model process draw a job that was accepted; whoever wants to know how far it is asks the store.
+
+    Returns once it is taken on; raises why it is not, and that is the job's end.
+    A connection to the runner is held until it is done: BentoML stops both processes at once, and each waits for what it has open.
+    """
+    refusal: asyncio.Future[ServiceError | None] = asyncio.get_running_loop().create_future()
+
+    async def hold() -> None:
+        with client.unfinished.piece_of_work():
+            error = await journal.as_job(_hold(client, task, ticket, refusal), lambda: refusal.done() and refusal.result() is None)
+            await _abandon(client, ticket.job_id, error)
+            with suppress(JobsUnavailable):
+                await _time_to_fetch(client, ticket.job_id)
+
+    holding = asyncio.create_task(hold())
+    _held.add(holding)
+    holding.add_done_callback(_held.discard)
+    if (error := await asyncio.shield(refusal)) is not None:
+        raise error
+    journal.note_accepted(task)
+
+
+async def _hold(client: RunnerClient, task: Task, ticket: Ticket, refusal: asyncio.Future[ServiceError | None]) -> ServiceError:
+    """Wait until a job has ended. Returns what became of it if the model process has not noted that."""
+    where = f"Job {ticket.job_id}"
+    try:
+        news = await begin(client, task, ticket, follow=False)
+    except Exception as error:
+        known = as_service_error(error, where)
+        refusal.set_result(known)
+        return known
+    refusal.set_result(None)
+    drawing = asyncio.ensure_future(_picture_of(news))
+    while not (await asyncio.wait({drawing}, timeout=_HELD_AGAIN_S))[0]:
+        with suppress(JobsUnavailable):
+            await run_in_threadpool(client.jobs.note_held, ticket.job_id)
+    return as_service_error(drawing.exception() or GenerationFailed("the picture was drawn and could not be kept"), where)
+
+
+async def _abandon(client: RunnerClient, job_id: str, error: ServiceError) -> None:
+    """The job's end, unless it has one already. As often as it takes: a job without an end would keep its place and its followers."""
+    while True:
+        try:
+            return await run_in_threadpool(client.jobs.abandon, job_id, error)
+        except JobsUnavailable:
+            if client.unfinished.is_stopping:  # what is known of jobs goes with the server
+                return
+        await asyncio.sleep(_ABANDON_AGAIN_S)
+
+
+async def _time_to_fetch(client: RunnerClient, job_id: str) -> None:
+    """A server that stops takes its pictures with it: whoever waited for one has a moment to fetch it."""
+    deadline = time.monotonic() + _TIME_TO_FETCH_S
+    while time.monotonic() < deadline:
+        if client.unfinished.is_stopping and not await run_in_threadpool(client.jobs.is_to_be_fetched, job_id):
+            return
+        await asyncio.sleep(_LOOK_AGAIN_S)
+
+
+_held: set[asyncio.Task[None]] = set()  # an event loop alone would let go of them
+
+
+async def follow(client: RunnerClient, job_id: str) -> AsyncGenerator[list[JobRecord], None]:
+    """Where the pictures of a job stand, whenever that has changed; last when all have ended. Raises UnknownJob."""
+    last: list[JobRecord] = []
+    follower = object()
+    client.followers.add(follower)
+    try:
+        while True:
+            records = await run_in_threadpool(client.jobs.get, job_id)
+            if records != last:
+                yield records
+                last = records
+            if all(record.is_ended for record in records):
+                return
+            await asyncio.sleep(max(_LOOK_AGAIN_S, len(client.followers) / _MOST_LOOKS_PER_S))
+    finally:
+        client.followers.discard(follower)

@@ -1,0 +1,142 @@
+"""The start of a model process: load the model, measure how many images share a step, start the engine.
+
+The imports are within the functions: API workers import this module too and must stay without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+from collections.abc import Callable
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from stable_diffusion.core.settings import Limits
+from stable_diffusion.core.telemetry import CapRecord, Record, StepRecord
+from stable_diffusion.runner.batch_limit_cache import keep, recall
+from stable_diffusion.state.metrics import counting
+from stable_diffusion.state.runner_status import Placement, RunnerState, StepCap
+
+if TYPE_CHECKING:
+    from stable_diffusion.engine.calibration import Cap
+    from stable_diffusion.engine.denoiser import Denoiser
+    from stable_diffusion.engine.engine import Engine
+    from stable_diffusion.engine.loading import Parts, Precision
+    from stable_diffusion.models.folder import ModelFolder
+
+logger = logging.getLogger("stable_diffusion")
+
+
+CUDA_GRAPHS_VARIABLE = "SD_CUDA_GRAPHS"
+
+
+def start_engine(
+    model: ModelFolder,
+    precision: Precision,
+    max_batch_size: int,
+    on_step: Callable[[StepRecord], None] | None = None,
+    runner_index: int | None = None,
+    limits: Limits | None = None,
+    make_denoiser: Callable[[Parts], Denoiser] | None = None,
+) -> Engine:
+    """Load the model, find out how many pictures should share a step, and start the engine; returns when it can draw.
+
+    `runner_index`: BentoML's number of this process, under which it says how far it is; None if nobody would read that.
+    `limits`: how much work is taken on, and when a step counts as stuck, which ends this process; None: no limits.
+    `make_denoiser`: of tests, which have it fail.
+    """
+    # Imported here because API workers import this module too and must stay without torch.
+    from stable_diffusion.engine.admission import NO_LIMITS, QueueLimits
+    from stable_diffusion.engine.calibration import cap_for_size
+    from stable_diffusion.engine.denoiser import Denoiser
+    from stable_diffusion.engine.engine import Engine
+    from stable_diffusion.engine.loading import load
+    from stable_diffusion.engine.watchdog import Watchdog
+
+    width, height = model.native_width, model.native_height
+    caps: list[Cap] = []
+    step_seconds: list[float] = []
+    state = RunnerState(runner_index, precision, model.name)
+    state.enter("starting")
+    count = counting()
+
+    def load_and_warm_up() -> Denoiser:
+        state.enter("loading weights")
+        parts = load(model, precision)
+        state.placement = _placement(parts)
+        state.enter("warming up")
+        denoiser = (make_denoiser or Denoiser)(parts)
+        step_seconds.append(denoiser.warm_up(width, height))
+        if os.environ.get(CUDA_GRAPHS_VARIABLE) == "1":
+            _record_steps(denoiser, parts, width, height, max_batch_size)
+        state.enter("measuring the cap")
+        cap = _recall_or_measure(denoiser, parts, model, max_batch_size)
+        logger.info("Up to %d pictures of %dx%d share a step: %s.", cap.jobs, width, height, cap.reason)
+        state.set_cap(StepCap(width, height, cap.jobs, cap.reason))
+        caps.append(cap)
+        return denoiser
+
+    def cap_for(size: tuple[int, int]) -> int:
+        return cap_for_size(caps[0], width * height, size[0] * size[1], max_batch_size)
+
+    def note_step(record: StepRecord) -> None:
+        count(record)
+        if on_step is not None:
+            on_step(record)
+
+    def note(record: Record) -> None:
+        count(record)
+        if isinstance(record, CapRecord):
+            state.set_cap(StepCap(record.width, record.height, record.jobs, f"{record.tried} pictures did not fit into memory"))
+
+    queue = NO_LIMITS if limits is None else QueueLimits(limits.queue_s, limits.queue_pictures)
+    watchdog = None if limits is None else Watchdog(limits.stuck_step_s)
+    engine = Engine(load_and_warm_up, max_batch_size, note_step, cap_for, note, queue, watchdog)
+    engine.assume_step(height, width, step_seconds[0])
+    state.enter("ready")
+    return engine
+
+
+def _placement(parts: Parts) -> Placement:
+    from stable_diffusion.engine.loading import device_name
+
+    versions = {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "bentoml")}
+    versions["python"] = platform.python_version()
+    return Placement(device_name(parts.device), str(parts.dtype).removeprefix("torch."), versions)
+
+
+def _record_steps(denoiser: Denoiser, parts: Parts, width: int, height: int, max_batch_size: int) -> None:
+    from stable_diffusion.engine.cuda_graphs import CudaGraphs
+
+    if parts.device.type != "cuda":
+        logger.warning("%s=1 is ignored: there is no GPU.", CUDA_GRAPHS_VARIABLE)
+        return
+    rows = denoiser.record_steps(CudaGraphs(), width, height, max_batch_size)
+    logger.info("Steps of up to %d rows of %dx%d are recorded as CUDA graphs.", rows, width, height)
+
+
+def _recall_or_measure(denoiser: Denoiser, parts: Parts, model: ModelFolder, max_batch_size: int) -> Cap:
+    import torch
+
+    from stable_diffusion.engine.calibration import choose_cap
+    from stable_diffusion.engine.loading import device_name
+
+    width, height = model.native_width, model.native_height
+    key: dict[str, str | int] = {
+        "device": device_name(parts.device),
+        "dtype": str(parts.dtype),
+        "torch": torch.__version__,
+        "unet": hashlib.sha256(parts.unet.to_json_string().encode()).hexdigest(),
+        "width": width,
+        "height": height,
+        "max_batch_size": max_batch_size,
+        CUDA_GRAPHS_VARIABLE: os.environ.get(CUDA_GRAPHS_VARIABLE, ""),
+    }
+    if (cap := recall(key)) is not None:
+        return cap
+    cap = choose_cap(lambda jobs: denoiser.step_seconds(jobs, width, height), max_batch_size)
+    if max_batch_size > 1 and not cap.limited_by_memory:
+        keep(key, cap)
+    return cap

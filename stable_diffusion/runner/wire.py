@@ -1,0 +1,106 @@
+"""How a task crosses the process hop and how its outcome comes back: the only place that knows both sides' form.
+
+A BentoML runner takes any picklable argument but streams text only, so a task travels as plain values and an
+outcome as one JSON line with the pixels in base64. Knows nothing of HTTP or of torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from PIL import Image
+
+from stable_diffusion.core.errors import ServiceError, error_of_type
+from stable_diffusion.core.types import Picture, Progress, Task, Ticket
+
+
+def pack_task(task: Task, ticket: Ticket, *, follow: bool = False) -> dict[str, Any]:
+    """A task as plain values, pictures as (mode, size, bytes), for whom it is, and whether its progress is wanted too."""
+    values = {field.name: _pack_image(getattr(task, field.name)) for field in fields(task)}
+    return {"task": values, "ticket": asdict(ticket), "follow": follow}
+
+
+def unpack_task(packed: dict[str, Any]) -> tuple[Task, Ticket, bool]:
+    values = packed["task"]
+    images = {name: Image.frombytes(*values[name]) for name in ("image", "mask") if values[name] is not None}
+    return Task(**{**values, **images}), Ticket(**packed["ticket"]), packed["follow"]
+
+
+def _pack_image(value: Any) -> Any:
+    return (value.mode, value.size, value.tobytes()) if isinstance(value, Image.Image) else value
+
+
+def pack_outcome(outcome: Picture | ServiceError) -> str:
+    """One line of ASCII, so that it does not matter where a transport cuts it: JSON, and after a tab the pixels.
+
+    As a JSON string they would be looked through for what has to be escaped, twice.
+    """
+    if isinstance(outcome, ServiceError):
+        content: dict[str, Any] = {"error": {"type": outcome.type, "message": outcome.message, "retry_after_s": outcome.retry_after_s}}
+        pixels = ""
+    else:
+        content = {
+            "size": outcome.image.size,
+            "flagged": outcome.flagged,
+            "dropped_prompt": outcome.dropped_prompt,
+            "dropped_negative_prompt": outcome.dropped_negative_prompt,
+            "device": outcome.device,
+            "dtype": outcome.dtype,
+            "decoded_again": outcome.decoded_again,
+            "waited_s": outcome.waited_s,
+        }
+        pixels = base64.b64encode(outcome.image.tobytes()).decode("ascii")
+    return f"{json.dumps(content)}\t{pixels}\n"
+
+
+def pack_progress(progress: Progress) -> str:
+    preview = progress.preview
+    packed = {
+        "position": progress.position,
+        "step": progress.step,
+        "steps": progress.steps,
+        "seconds_left": progress.seconds_left,
+        "preview": None if preview is None else [preview.size, base64.b64encode(preview.tobytes()).decode("ascii")],
+    }
+    return json.dumps({"progress": packed}) + "\n"
+
+
+@dataclass(frozen=True)
+class TakenOn:
+    """The task is in the engine's queue. What comes before it is no answer to whoever asked."""
+
+
+_TAKEN_ON = "taken on"
+
+
+def pack_taken_on() -> str:
+    return json.dumps({_TAKEN_ON: True}) + "\n"
+
+
+def unpack_news(line: str) -> TakenOn | Progress | Picture:
+    """What a runner has sent. Raises the error if it sent one."""
+    described, _, pixels = line.partition("\t")
+    content = json.loads(described)
+    if _TAKEN_ON in content:
+        return TakenOn()
+    if "progress" in content:
+        values = content["progress"]
+        if values["preview"] is not None:
+            size, small = values["preview"]
+            values["preview"] = Image.frombytes("RGB", tuple(size), base64.b64decode(small))
+        return Progress(**values)
+    if "error" in content:
+        raise error_of_type(**content["error"])
+    return Picture(
+        image=Image.frombytes("RGB", tuple(content["size"]), base64.b64decode(pixels)),
+        flagged=content["flagged"],
+        dropped_prompt=content["dropped_prompt"],
+        dropped_negative_prompt=content["dropped_negative_prompt"],
+        device=content["device"],
+        dtype=content["dtype"],
+        decoded_again=content["decoded_again"],
+        waited_s=content["waited_s"],
+    )

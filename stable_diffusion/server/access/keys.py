@@ -1,0 +1,169 @@
+"""API keys: who has one, and which one a request carries. `python -m stable_diffusion.keys NAME` makes a new one.
+
+In memory there are names and SHA-256 digests, no keys. Knows nothing of what a key is needed for.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import sys
+from collections.abc import Iterable, Mapping, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from starlette.datastructures import Headers
+
+from stable_diffusion.core.errors import SettingError
+
+logger = logging.getLogger("stable_diffusion")
+
+
+VARIABLE = "SD_API_KEYS"
+FILE_VARIABLE = "SD_API_KEYS_FILE"
+MIN_CHARACTERS = 16
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_SECRET = re.compile(r"[!-+\--9;-~]+")  # what is printable, but for the space, the comma and the colon
+_DIGEST = re.compile(r"[0-9a-fA-F]{64}")
+_DIGEST_PREFIX = "sha256:"
+
+
+@dataclass(frozen=True)
+class Key:
+    name: str
+    digest: bytes  # SHA-256 of the key
+
+    def __str__(self) -> str:
+        """As an entry of SD_API_KEYS."""
+        return f"{self.name}:{_DIGEST_PREFIX}{self.digest.hex()}"
+
+
+def read_keys(variables: Mapping[str, str]) -> tuple[Key, ...]:
+    """The keys that SD_API_KEYS and the file of SD_API_KEYS_FILE have; none where neither is set.
+
+    Raises SettingError, which names the entry that is wrong, never its secret.
+    """
+    entries = [(f"{VARIABLE}, entry {number}", entry) for number, entry in _filled(variables.get(VARIABLE, "").split(","))]
+    path = variables.get(FILE_VARIABLE, "")
+    if path:
+        entries += [(f"{FILE_VARIABLE}, line {number}", entry) for number, entry in _lines_of(path)]
+    if not entries and (path or variables.get(VARIABLE, "").strip()):
+        raise SettingError(f"{FILE_VARIABLE if path else VARIABLE} is set and holds no key")
+    keys = tuple(_key(where, entry, number) for number, (where, entry) in enumerate(entries, 1))
+    _refuse_doubles(keys)
+    return keys
+
+
+def _filled(parts: Iterable[str]) -> list[tuple[int, str]]:
+    return [(number, part.strip()) for number, part in enumerate(parts, 1) if part.strip()]
+
+
+def _lines_of(path: str) -> list[tuple[int, str]]:
+    file = Path(path)
+    try:
+        content = file.read_text(encoding="utf-8")
+        mode = file.stat().st_mode
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise SettingError(f"{FILE_VARIABLE}: {path} cannot be read: {reason}") from None
+    if mode & 0o077:
+        logger.warning("Others than its owner may read or change %s, which holds API keys: chmod 600 %s", path, path)
+    return [(number, line) for number, line in _filled(content.splitlines()) if not line.startswith("#")]
+
+
+def _key(where: str, entry: str, number: int) -> Key:
+    """`name:key`, `name:sha256:HEX`, or either without a name. A secret that looks like a name is not told in any message."""
+    name, colon, secret = entry.partition(":")
+    if not colon or entry.lower().startswith(_DIGEST_PREFIX):
+        name, secret = f"key{number}", entry
+    elif not _NAME.fullmatch(name):
+        raise SettingError(f"{where}: what is before the colon is no name: 1 to 64 letters, digits, '_', '-', '.'")
+    where = f"{where} ({name})"
+    if secret.lower().startswith(_DIGEST_PREFIX):
+        digest = secret[len(_DIGEST_PREFIX) :]
+        if not _DIGEST.fullmatch(digest):
+            raise SettingError(f"{where}: {_DIGEST_PREFIX} must be followed by 64 hexadecimal digits")
+        return Key(name, bytes.fromhex(digest))
+    if len(secret) < MIN_CHARACTERS:
+        raise SettingError(f"{where}: a key must have at least {MIN_CHARACTERS} characters, this one has {len(secret)}")
+    if not _SECRET.fullmatch(secret):
+        raise SettingError(f"{where}: a key must be printable ASCII without spaces, commas and colons")
+    return Key(name, _digest(secret.encode()))
+
+
+def _refuse_doubles(keys: tuple[Key, ...]) -> None:
+    names: dict[str, None] = {}
+    digests: dict[bytes, str] = {}
+    for key in keys:
+        if key.name in names:
+            raise SettingError(f"{VARIABLE}: there are two keys with the name {key.name}")
+        if key.digest in digests:
+            raise SettingError(f"{VARIABLE}: {digests[key.digest]} and {key.name} are the same key")
+        names[key.name], digests[key.digest] = None, key.name
+
+
+def keep_only_digests(variables: MutableMapping[str, str]) -> None:
+    """Put the digests of all keys in the place of the keys, so that processes which get these variables know no key.
+
+    What is wrong stays as it is: whoever reads it says so.
+    """
+    with suppress(SettingError):
+        keys = read_keys(variables)
+        variables.pop(FILE_VARIABLE, None)
+        if keys:
+            variables[VARIABLE] = ",".join(map(str, keys))
+
+
+def name_of_key(keys: tuple[Key, ...], headers: Headers) -> str | None:
+    """The name of the key that a request carries, if it is one of `keys`. Takes as long whichever it is."""
+    found = None
+    for presented in _presented(headers):
+        digest = _digest(presented)
+        for key in keys:
+            if hmac.compare_digest(digest, key.digest):
+                found = found or key.name
+    return found
+
+
+def carries_key(headers: Headers) -> bool:
+    """Whether a request carries any key, right or wrong. Clients without one send an empty header, or a scheme with nothing behind it."""
+    return bool(_presented(headers))
+
+
+def _presented(headers: Headers) -> list[bytes]:
+    """From `Authorization: Bearer KEY`, `Authorization: Basic base64(anything:KEY)` and `X-API-Key: KEY`."""
+    scheme, _, value = headers.get("authorization", "").strip().partition(" ")
+    credentials = value.strip().encode("latin-1")
+    if scheme.lower() == "basic":
+        try:
+            credentials = base64.b64decode(credentials, validate=True).partition(b":")[2]
+        except binascii.Error:
+            credentials = b""
+    elif scheme.lower() != "bearer":
+        credentials = b""
+    return [given for given in (credentials, headers.get("x-api-key", "").strip().encode("latin-1")) if given]
+
+
+def _digest(secret: bytes) -> bytes:
+    return hashlib.sha256(secret).digest()
+
+
+def _make(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise SystemExit("NAME must be 1 to 64 letters, digits, '_', '-' and '.', starting with a letter or digit")
+    secret = secrets.token_urlsafe(32)
+    print(f"The new key of {name}, shown this once and kept nowhere:\n\n  {secret}\n")
+    print(f"The line for the file that {FILE_VARIABLE} names (or an entry of {VARIABLE}), from which the key cannot be read:\n")
+    print(f"  {Key(name, _digest(secret.encode()))}")
+
+
+def main() -> None:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        raise SystemExit("usage: python -m stable_diffusion.keys NAME")
+    _make(sys.argv[1])

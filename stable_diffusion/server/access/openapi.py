@@ -1,0 +1,45 @@
+"""API keys and the rate limit in the OpenAPI document: what every operation but the probes may answer besides.
+
+Knows nothing of how keys are checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stable_diffusion.state.rates import LIMITED_PATHS
+
+SECURITY_SCHEMES: dict[str, Any] = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "The key."},
+    "basic": {"type": "http", "scheme": "basic", "description": "Any user, the key as the password. Browsers ask for it by themselves."},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The key."},
+}
+# The empty one: a server without keys needs none.
+SECURITY: list[dict[str, Any]] = [{}, *({name: []} for name in SECURITY_SCHEMES)]
+_OPEN = ("/livez", "/readyz", "/healthz")
+_ERROR_SCHEMAS = {"/v1/": "OpenaiError", "/sdapi/": "A1111Error", "/internal/": "A1111Error"}
+_RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+_RATE_LIMITED = "This caller has sent more drawing requests to this machine than its operator allows in a minute (`rate_limited`)."
+
+
+def with_keys(paths: dict[str, Any]) -> dict[str, Any]:
+    """The same paths, with 401 and 429 where these can be answered."""
+    return {path: {method: _with_keys(path, method, operation) for method, operation in item.items()} for path, item in paths.items()}
+
+
+def _with_keys(path: str, method: str, operation: Any) -> Any:
+    if method == "parameters":
+        return operation
+    if path in _OPEN:
+        return {**operation, "security": []}
+    schema = next((name for prefix, name in _ERROR_SCHEMAS.items() if path.startswith(prefix)), "Error")
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    challenge = {"WWW-Authenticate": {"description": "Basic and Bearer.", "schema": {"type": "string"}}}
+    added = {
+        "401": {"description": "The server has API keys, and the request carries none of them.", "headers": challenge, "content": content}
+    }
+    if method == "post" and path in LIMITED_PATHS:
+        other = operation["responses"].get("429", {"description": ""})
+        description = f"{other['description']} {_RATE_LIMITED}".strip()
+        added["429"] = {"description": description, "headers": _RETRY_AFTER, "content": content}
+    return {**operation, "responses": {**operation["responses"], **added}}

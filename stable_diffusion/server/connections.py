@@ -1,0 +1,247 @@
+"""Bounds for what clients do with their connections to an API worker. Knows nothing of requests.
+
+uvicorn waits for ever for a client that sends nothing or half a head, and for one that does not read its answer: it keeps the
+answer, the connection and what waits behind it, and does not stop before all connections have gone. BentoML sets no bound either.
+Here a connection on which no request is being answered is ended after a while, and so is one whose answer is not read. One that
+waits for its next request after a whole answer is left to uvicorn's keep-alive timer: balancers pool such connections, and a server
+that closes one before they do loses a request.
+WebSockets, which nothing here speaks, are not taken on: uvicorn never forgets one whose first request is malformed, and does not stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import resource
+import socket
+import stat
+import struct
+import termios
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger("stable_diffusion")
+
+
+# On a connection there was no request that is being answered for that long, nor anything taken of the answer before.
+IDLE_TIMEOUT_S = 60.0
+# A client that takes nothing of its answer for so long does not read it; nor does one that had us wait for
+# READING_GRACE_S and a second for each READING_BYTES_PER_S of it.
+READING_PAUSE_S = 60.0
+READING_GRACE_S = 60.0
+READING_BYTES_PER_S = 16 * 2**10
+LOOK_EVERY_S = 5.0
+_PIECE_BYTES = 64 * 2**10  # as much as uvicorn buffers before it waits for the client
+# For clients that have gone without a word: the operating system asks, and gives up after about two minutes.
+_KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4, socket.TCP_USER_TIMEOUT: 120_000}
+_RESET_WHEN_CLOSED = struct.pack("ii", 1, 0)  # what was not read is dropped
+
+
+@dataclass
+class _Idle:
+    """A connection on which no request is being answered: since when, and what is left of the last answer in the operating system."""
+
+    inode: int
+    since_s: float
+    unread_bytes: int
+
+    def __post_init__(self) -> None:
+        self.changed_s = self.since_s
+        self.read_until_s = self.since_s + READING_GRACE_S + self.unread_bytes / READING_BYTES_PER_S
+
+    def is_over(self, unread_bytes: int, now_s: float) -> bool:
+        if unread_bytes != self.unread_bytes:
+            self.unread_bytes, self.changed_s = unread_bytes, now_s
+        return now_s - self.changed_s >= IDLE_TIMEOUT_S or (unread_bytes > 0 and now_s >= self.read_until_s)
+
+
+class Connections:
+    """The outermost of an API worker's middleware."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        # How many requests of each connection are being answered. Not by file descriptor: an answer may outlive its connection,
+        # whose descriptor is another connection's by then.
+        self._answering: dict[asyncio.WriteTransport, int] = {}
+        self._idle: dict[int, _Idle] = {}  # by file descriptor
+        self._ports: set[int] = set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            raise_descriptor_limit()
+            _take_on_no_websockets(receive)
+            self._ports = _prepare_listening_sockets()
+            ending = asyncio.create_task(self._end_idle_ones())
+            try:
+                return await self._app(scope, receive, send)
+            finally:
+                ending.cancel()
+        transport = _transport_of(receive)
+        if transport is None:  # not served by uvicorn: whose connection it is cannot be known, so none is ended
+            self._ports = set()
+            return await self._app(scope, receive, send)
+        with self._while_answering(transport):
+            await self._app(scope, receive, _Answer(send, transport).send)
+
+    @contextmanager
+    def _while_answering(self, transport: asyncio.WriteTransport) -> Iterator[None]:
+        self._answering[transport] = self._answering.get(transport, 0) + 1
+        try:
+            yield
+        finally:
+            self._answering[transport] -= 1
+            if not transport.is_closing():
+                self._idle.pop(_descriptor_of(transport), None)
+
+    async def _end_idle_ones(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            self._look_for_idle_ones(time.monotonic())
+
+    def _look_for_idle_ones(self, now_s: float) -> None:
+        """Some 2 ms for 1,000 connections."""
+        there = dict(_open_sockets()) if self._ports else {}
+        for descriptor in [*self._idle]:
+            if self._idle[descriptor].inode != there.get(descriptor):
+                del self._idle[descriptor]  # closed, or another one by now
+        self._answering = {one: count for one, count in self._answering.items() if count or not one.is_closing()}
+        transports = {_descriptor_of(one): one for one in self._answering if not one.is_closing()}
+        for descriptor, inode in there.items():
+            transport, unread_bytes = transports.get(descriptor), _unread_bytes(descriptor)
+            if transport is not None and (self._answering[transport] or (not unread_bytes and _is_kept_alive(transport))):
+                self._idle.pop(descriptor, None)
+                continue
+            idle = self._idle.setdefault(descriptor, _Idle(inode, now_s, unread_bytes))
+            if idle.is_over(unread_bytes, now_s):
+                _end_if_accepted(descriptor, self._ports, reset=unread_bytes > 0)
+                self._idle[descriptor] = _Idle(inode, now_s, unread_bytes)  # if it is none of a client's it is looked at again
+
+
+class _Answer:
+    """One answer on its way to a client, which has to read it."""
+
+    def __init__(self, send: Send, transport: asyncio.WriteTransport) -> None:
+        self._send = send
+        self._transport = transport
+        self._sent_bytes = 0
+        self._waited_s = 0.0
+
+    async def send(self, message: Message) -> None:
+        if self._transport.is_closing():
+            await asyncio.sleep(0)  # uvicorn, which refused what came after the request's head, hears that it is closed
+            return
+        for piece in _pieces(message):
+            began_s = time.monotonic()
+            left_s = READING_GRACE_S + self._sent_bytes / READING_BYTES_PER_S - self._waited_s
+            with anyio.move_on_after(min(READING_PAUSE_S, left_s)) as waiting:
+                await self._send(piece)
+            if waiting.cancelled_caught:
+                logger.warning("A client did not read its answer: the connection was ended after %d bytes.", self._sent_bytes)
+                await self._end()
+                return
+            self._waited_s += time.monotonic() - began_s
+            self._sent_bytes += len(piece.get("body", b""))
+
+    async def _end(self) -> None:
+        """What follows is as if the client had closed the connection."""
+        self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_WHEN_CLOSED)
+        self._transport.abort()
+        await asyncio.sleep(0)  # uvicorn hears of it
+
+
+def _pieces(message: Message) -> Iterator[Message]:
+    """uvicorn waits for the client before it takes the next message, not in the middle of one."""
+    body = memoryview(message.get("body", b""))
+    if len(body) <= _PIECE_BYTES:
+        yield message
+        return
+    for begin in range(0, len(body), _PIECE_BYTES):
+        is_last = begin + _PIECE_BYTES >= len(body)
+        more_body = message.get("more_body", False) if is_last else True
+        yield {**message, "body": bytes(body[begin : begin + _PIECE_BYTES]), "more_body": more_body}
+
+
+def _take_on_no_websockets(receive: Any) -> None:
+    """BentoML passes uvicorn no such option; uvicorn reads its configuration, which `receive` leads to, again for each connection."""
+    configuration = getattr(getattr(receive, "__self__", None), "config", None)
+    if isinstance(configuration, uvicorn.Config):
+        configuration.ws_protocol_class = None
+
+
+def _transport_of(receive: Any) -> asyncio.WriteTransport | None:
+    """ASGI does not say on which connection a request has come; uvicorn's `receive` is a method of what knows it."""
+    transport: asyncio.WriteTransport | None = getattr(getattr(receive, "__self__", None), "transport", None)
+    return transport
+
+
+def _descriptor_of(transport: asyncio.WriteTransport) -> int:
+    """Of one that is not closing."""
+    descriptor: int = transport.get_extra_info("socket").fileno()
+    return descriptor
+
+
+def _is_kept_alive(transport: asyncio.WriteTransport) -> bool:
+    """Whether a whole answer was sent and nothing has come since: uvicorn's own timer runs, and stops at the next request's first byte."""
+    return getattr(transport.get_protocol(), "timeout_keep_alive_task", None) is not None
+
+
+def _unread_bytes(descriptor: int) -> int:
+    """What the operating system has of an answer and the client has not taken; 0 for what is no connection."""
+    with suppress(OSError):
+        return int(struct.unpack("i", fcntl.ioctl(descriptor, termios.TIOCOUTQ, b"\0" * 4))[0])
+    return 0
+
+
+def raise_descriptor_limit() -> None:
+    """Each connection takes a file descriptor: allow as many as the operating system lets us have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _open_sockets() -> Iterator[tuple[int, int]]:
+    """File descriptors and inodes."""
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # the one of the listing itself
+            status = os.fstat(int(name))
+            if stat.S_ISSOCK(status.st_mode):
+                yield int(name), status.st_ino
+
+
+@contextmanager
+def _opened(descriptor: int) -> Iterator[socket.socket]:
+    with socket.socket(fileno=os.dup(descriptor)) as opened:
+        yield opened
+
+
+def _prepare_listening_sockets() -> set[int]:
+    """Connections inherit what is set here. Returns the ports."""
+    ports = set()
+    for descriptor, _ in _open_sockets():
+        with _opened(descriptor) as one:
+            is_tcp = one.family in (socket.AF_INET, socket.AF_INET6) and one.type == socket.SOCK_STREAM
+            if is_tcp and one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in _KEEPALIVE.items():
+                    one.setsockopt(socket.IPPROTO_TCP, option, value)
+                ports.add(one.getsockname()[1])
+    return ports
+
+
+def _end_if_accepted(descriptor: int, ports: set[int], *, reset: bool) -> None:
+    """End the connection, if it is one of a client's. The event loop then finds it closed. `reset`: what was not read is dropped."""
+    with suppress(OSError), _opened(descriptor) as one:
+        if one.family not in (socket.AF_INET, socket.AF_INET6) or one.getsockname()[1] not in ports:
+            return
+        if not one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            if reset:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_WHEN_CLOSED)
+            one.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,190 @@
+"""The front door: who comes in, which paths and methods there are, who may ask how often. And what is answered before an API is reached.
+
+Knows the paths of the APIs and how each refuses; nothing of what they do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stable_diffusion.api import a1111, openai
+from stable_diffusion.api.dialect import Dialect
+from stable_diffusion.core import journal
+from stable_diffusion.core.errors import RateLimited, Unauthorized
+from stable_diffusion.core.types import RequestContext
+from stable_diffusion.server.access.keys import carries_key, name_of_key
+from stable_diffusion.server.access.policy import Access
+from stable_diffusion.server.bentoml_fixes import cors_options
+from stable_diffusion.server.pages import PAGE_ASSETS
+from stable_diffusion.state.folder import shared_folder
+from stable_diffusion.state.jobs import new_job_id
+from stable_diffusion.state.rates import LIMITED_PATHS, RateLimit, caller_at
+from stable_diffusion.web import responses
+
+
+class NoSniffing:
+    """Adds to every answer that it is of the type that it says; browsers would otherwise guess."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        await self._app(scope, receive, marked)
+
+
+class FrontDoor:
+    """Gives each request that makes or changes something an id, and answers some paths by `pages` in place of BentoML's routes.
+
+    Refuses what is no path of ours before BentoML's metrics see it, and has them see `/jobs/{job_id}` instead of each job:
+    they keep a series for every path that is tried. Refuses what a page of another site would have started or changed. Before all
+    that, and before anything is read: who carries no API key, where there are keys, and who asks for too much.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Sequence[Route], pages: Mapping[str, ASGIApp], access: Callable[[], Access]) -> None:
+        self._app = app
+        self._keys = access().keys
+        self._open = frozenset((*_PROBES, *(path for name in access().open for path in _OPENED[name])))
+        per_minute = access().requests_per_minute
+        self._rate_limit = None if per_minute is None else RateLimit(shared_folder, per_minute)
+        self._cors = cors_options()
+        self._cors_middleware = CORSMiddleware(_no_app, **(self._cors or {}))
+        self._pages = {path: self._readable(page) for path, page in pages.items()}
+        self._methods: dict[str, set[str]] = {path: {"GET", "HEAD"} for path in (*self._pages, *_BENTOML_PATHS)}
+        for route in routes:
+            self._methods.setdefault(route.path, set()).update(route.methods or ())
+        self._routes_with_values = [route for route in routes if route.param_convertors]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        assert scope["type"] == "http", "connections.py lets nothing else in"
+        path, method, headers = scope["path"], scope["method"], Headers(scope=scope)
+        key_name = name_of_key(self._keys, headers) if self._keys else None
+        if self._keys and key_name is None and path not in self._open and not self._is_preflight(method, headers):
+            return await self._readable(_no_key(path, headers))(scope, receive, send)
+        template, job_in_path = self._template_of(path)
+        if template not in self._methods:
+            return await self._readable(_refusal(path, 404, "not_found", f"no such path: {path[:200]}"))(scope, receive, send)
+        allowed = self._methods[template]
+        # A browser's question before a request from another site is answered by BentoML's CORS setting.
+        if method != "OPTIONS" and method not in allowed:
+            return await self._readable(_not_allowed(path, method, sorted(allowed)))(scope, receive, send)
+        if method not in _READING_METHODS and self._is_from_elsewhere(headers):
+            message = "pages of other sites cannot do this, unless BentoML's api_server.http.cors allows their origin"
+            return await _refusal(path, 403, "cross_site", message)(scope, receive, send)
+        if method == "POST" and (wait_s := await self._wait_s(template, scope, key_name)):
+            return await self._readable(_too_many(path, wait_s))(scope, receive, send)
+        if template in self._pages and method != "OPTIONS":
+            return await self._pages[template](scope, receive, send)
+        context = RequestContext(new_job_id(), path, job_in_path, key_name)
+        journal.identify(context)
+        inner = {**scope, "path": template, "raw_path": template.encode(), RequestContext.KEY: context}
+        await self._app(inner, receive, _naming_job(context, send) if method == "POST" else send)
+
+    def _is_preflight(self, method: str, headers: Headers) -> bool:
+        """A browser's question before a request from another site, which carries no key; CORS answers it without going further."""
+        asked = method == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
+        return asked and self._cors is not None
+
+    def _readable(self, answer: ASGIApp) -> ASGIApp:
+        return _readable(answer, self._cors)
+
+    async def _wait_s(self, template: str, scope: Scope, key_name: str | None) -> float:
+        """Without keys by the address: anybody could make up another Authorization."""
+        if self._rate_limit is None or template not in LIMITED_PATHS:
+            return 0.0
+        address = scope["client"][0] if scope.get("client") else ""
+        return await run_in_threadpool(self._rate_limit.wait_s, caller_at(address) if key_name is None else f"key {key_name}")
+
+    def _is_from_elsewhere(self, headers: Headers) -> bool:
+        """Browsers say so by a header that pages cannot set; whatever is no browser does not send it."""
+        return headers.get("sec-fetch-site") == "cross-site" and not self._is_allowed_origin(headers.get("origin", ""))
+
+    def _is_allowed_origin(self, origin: str) -> bool:
+        return self._cors is not None and self._cors_middleware.is_allowed_origin(origin)
+
+    def _template_of(self, path: str) -> tuple[str, str | None]:
+        """The template that a path matches, itself where it has no values, and the job that it names."""
+        for route in self._routes_with_values:
+            if match := route.path_regex.fullmatch(path):
+                return route.path, match.groupdict().get("job_id")
+        return path, None
+
+
+def _readable(answer: ASGIApp, cors: dict[str, Any] | None) -> ASGIApp:
+    """What pages of sites that CORS allows can read too. Answers of the doors behind the front door get that from BentoML."""
+    return answer if cors is None else CORSMiddleware(answer, **cors)
+
+
+async def _no_app(scope: Scope, receive: Receive, send: Send) -> None:
+    raise NotImplementedError
+
+
+_READING_METHODS = ("GET", "HEAD", "OPTIONS")
+
+
+def _naming_job(context: RequestContext, send: Send) -> Send:
+    """Add the header Job-Id to the response."""
+
+    async def named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message)["Job-Id"] = context.job_id
+        await send(message)
+
+    return named
+
+
+def _not_allowed(path: str, method: str, allowed: list[str]) -> Response:
+    named = " or ".join(one for one in allowed if one != "HEAD")
+    message = f"{method} is not allowed here, use {named}"
+    return _refusal(path, 405, "method_not_allowed", message, {"Allow": ", ".join(allowed)})
+
+
+def _no_key(path: str, headers: Headers) -> Response:
+    """401. Its challenge has browsers ask for a password: any user, the key as the password."""
+    carried = "the API key is not one of this server's" if carries_key(headers) else "an API key is needed"
+    message = f"{carried}: send it as Authorization: Bearer KEY, as X-API-Key: KEY, or as the password of Basic with any user"
+    challenge = {"WWW-Authenticate": f'Basic realm="{_REALM}", charset="UTF-8", Bearer realm="{_REALM}"'}
+    return _refusal(path, Unauthorized.status, Unauthorized.type, message, challenge)
+
+
+def _too_many(path: str, wait_s: float) -> Response:
+    seconds = max(1, math.ceil(wait_s))
+    message = f"more requests that draw came from you than are allowed in a minute, try again in {seconds} s"
+    return _refusal(path, RateLimited.status, RateLimited.type, message, {"Retry-After": str(seconds)})
+
+
+async def refuse_while_stopping(scope: Scope, receive: Receive, send: Send) -> None:
+    message = "the server is shutting down, try again in a minute"
+    refusal = _refusal(scope["path"], 503, "shutting_down", message, {"Connection": "close"})
+    await _readable(refusal, cors_options())(scope, receive, send)
+
+
+def _refusal(path: str, status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
+    """What is refused before it reaches a door, in the form of the door that it was meant for."""
+    dialect = next((one for one in _DIALECTS if path.startswith(one.PREFIXES)), None)
+    refuse = responses.refusal if dialect is None else dialect.refusal
+    return refuse(status, kind, message, headers)
+
+
+# Their clients know another form of errors than ours.
+_DIALECTS: tuple[Dialect, ...] = (openai, a1111)
+_REALM = "stable_diffusion"
+_PROBES = ("/livez", "/readyz", "/healthz")  # load balancers have no key
+_ASSETS = tuple(f"/static_content/{name}" for name in PAGE_ASSETS)
+_BENTOML_PATHS = ("/livez", "/healthz", *_ASSETS)
+_OPENED = {"docs": ("/", "/docs.json", *_ASSETS), "metrics": ("/metrics",)}  # by SD_OPEN

@@ -1,0 +1,116 @@
+"""`create_service`: checks the settings, puts the APIs behind the front door and the middleware around both. For both precisions.
+
+Runs in API workers, which load no torch: what is computed crosses to the model process.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+
+import bentoml
+from bentoml.legacy import Service
+from starlette.applications import Starlette
+from starlette.responses import HTMLResponse, JSONResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from stable_diffusion import __version__
+from stable_diffusion.api import a1111, jobs, native, openai, reproduce, status
+from stable_diffusion.api.context import Context
+from stable_diffusion.core.errors import ModelFolderError, SettingError
+from stable_diffusion.core.safety import SafetyPolicy, safety_policy
+from stable_diffusion.core.settings import Limits, read_limits
+from stable_diffusion.core.shutdown import Unfinished
+from stable_diffusion.core.types import RequestContext
+from stable_diffusion.models.folder import ModelFolder
+from stable_diffusion.runner.client import RunnerClient
+from stable_diffusion.server import bentoml_fixes, openapi, pages
+from stable_diffusion.server.access.keys import keep_only_digests
+from stable_diffusion.server.access.policy import check_exposure, read_access
+from stable_diffusion.server.connections import Connections
+from stable_diffusion.server.front_door import FrontDoor, NoSniffing, refuse_while_stopping
+from stable_diffusion.server.shutdown import Draining
+from stable_diffusion.state.folder import name_shared_folder, shared_folder
+from stable_diffusion.state.jobs import Jobs
+from stable_diffusion.web.request_log import RequestLog
+
+logger = logging.getLogger("stable_diffusion")
+
+
+def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[], ModelFolder], *, in_bento: bool) -> Service:
+    """The BentoML service `name`: `runner` generates, `choose_model` says which model it has loaded (or raises ModelFolderError)."""
+    logger.setLevel(logging.INFO)
+    bentoml_fixes.restart_workers_in_containers()
+    bentoml_fixes.switch_off_request_timers()
+    name_shared_folder()  # here, because BentoML copies the environment for the runner before on_deployment
+    keep_only_digests(os.environ)  # here, for the same reason
+    choose_model = functools.lru_cache(maxsize=1)(choose_model)
+    access = functools.lru_cache(maxsize=1)(functools.partial(read_access, os.environ))
+
+    @functools.cache
+    def policy() -> SafetyPolicy:
+        return safety_policy(os.environ, has_checker=choose_model().has_safety_checker)
+
+    def check_start() -> None:
+        """Runs once, before any process is started: one clear line instead of workers that die one after the other."""
+        try:
+            read_limits(os.environ)
+            model = choose_model()
+            policy()
+            check_exposure(access(), bentoml_fixes.host(), in_bento=in_bento)
+        except (ModelFolderError, SettingError) as error:
+            raise SystemExit(f"Not started: {error}") from None
+        if model.is_demo:
+            logger.warning("Serving the demo model, which draws coloured shapes only. 'make model' downloads Stable Diffusion v1.4.")
+        logger.info("When the server is ready, its address has a page to draw with at /ui, and one to try the API at /.")
+
+    unfinished = Unfinished(_grace_s())
+    context = Context(RunnerClient(runner, policy, Jobs(shared_folder), unfinished), choose_model)
+    routes = _routes(context)
+    service = Service(name, runners=[runner])
+    service.on_deployment(check_start)
+    service.mount_asgi_app(_with_path_as_sent(Starlette(routes=routes)), path="/")
+    service.add_asgi_middleware(Connections)
+    service.add_asgi_middleware(RequestLog)
+    service.add_asgi_middleware(NoSniffing)
+    service.add_asgi_middleware(Draining, unfinished=unfinished, refusal=refuse_while_stopping)
+    service.add_asgi_middleware(FrontDoor, routes=routes, pages=_pages(name, context), access=access)
+    return service
+
+
+def _grace_s() -> float:
+    """What cannot be read is said where the server starts, and ends that."""
+    try:
+        return read_limits(os.environ).stop_grace_s
+    except SettingError:
+        return Limits.stop_grace_s
+
+
+def _routes(context: Context) -> list[Route]:
+    of_apis = [route for api in (native, jobs, reproduce, openai, a1111, status) for route in api.make_routes(context)]
+    return [*of_apis, *pages.routes()]
+
+
+def _pages(name: str, context: Context) -> dict[str, ASGIApp]:
+    """What is answered in place of BentoML's routes."""
+    return {
+        "/": HTMLResponse(pages.PAGE, headers=pages.PAGE_HEADERS),
+        "/docs.json": JSONResponse(openapi.document(name, __version__)),
+        "/readyz": status.readiness_page(context),
+        "/metrics": status.show_metrics,
+    }
+
+
+def _with_path_as_sent(app: ASGIApp) -> ASGIApp:
+    """The front door has BentoML's metrics see templates of paths; the routes behind them get the path itself."""
+
+    async def restored(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            path = scope[RequestContext.KEY].path
+            scope = {**scope, "path": path, "raw_path": path.encode()}
+        await app(scope, receive, send)
+
+    return restored

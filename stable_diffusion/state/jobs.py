@@ -1,0 +1,399 @@
+"""Where every job stands, for whoever asks: one SQLite file in the folder that the server's processes share.
+
+The model process writes what happens to a job, API workers read it, accept jobs that nobody waits for and ask for cancellations.
+Knows nothing of HTTP, and not how pictures are drawn. Every call may wait for the disk: not for an event loop.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import secrets
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from stable_diffusion.core.errors import (
+    Cancelled,
+    GenerationFailed,
+    IdempotencyMismatch,
+    JobsUnavailable,
+    PictureExpired,
+    PictureNotKept,
+    ServiceError,
+    TooManyJobs,
+    UnknownJob,
+    error_of_type,
+)
+from stable_diffusion.core.types import ImageFormat, Picture, Progress, Task, Ticket
+
+logger = logging.getLogger("stable_diffusion")
+
+
+PICTURES_KEPT_S = 3600
+PICTURES_KEPT = 100
+MAX_UNATTENDED = 64  # that are not finished; each holds one of BentoML's connections to the runner, of which there are 800
+_JOBS_REMEMBERED_S = 24 * 3600
+_JOBS_REMEMBERED = 10_000
+_HELD_FOR_S = 60  # without word from the API worker that is to hand the job to a runner, it is taken for dead
+_GIVEN_UP_S = 10
+_BUSY_TIMEOUT_S = 5
+
+State = Literal["queued", "running", "completed", "failed", "cancelled"]
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    id TEXT NOT NULL, image_index INTEGER NOT NULL, owner TEXT NOT NULL, unattended INTEGER NOT NULL, task TEXT NOT NULL,
+    runner INTEGER, state TEXT NOT NULL, position INTEGER NOT NULL, step INTEGER NOT NULL, steps INTEGER NOT NULL, seconds_left REAL,
+    preview BLOB, cancel INTEGER NOT NULL DEFAULT 0, created_at REAL NOT NULL, ended_at REAL, outcome TEXT, picture BLOB,
+    fetched INTEGER NOT NULL DEFAULT 0, held_at REAL, image_format TEXT,
+    UNIQUE (id, image_index)
+);
+CREATE INDEX IF NOT EXISTS unfinished ON jobs (owner) WHERE ended_at IS NULL;
+CREATE INDEX IF NOT EXISTS to_cancel ON jobs (runner) WHERE cancel = 1;
+CREATE INDEX IF NOT EXISTS ended ON jobs (ended_at) WHERE ended_at IS NOT NULL;
+CREATE INDEX IF NOT EXISTS kept ON jobs (ended_at) WHERE picture IS NOT NULL;
+CREATE TABLE IF NOT EXISTS idempotency_keys (
+    key TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, job_id TEXT NOT NULL, created_at REAL NOT NULL
+);
+"""
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What is known of one picture of a job. Times in seconds since 1970; the preview is not in `progress`."""
+
+    id: str
+    index: int
+    task: Task  # without its pictures
+    unattended: bool
+    state: State
+    progress: Progress
+    is_estimated: bool  # else its place and the seconds that are left are not known yet
+    preview_png: bytes | None
+    image_format: ImageFormat | None  # that was asked for
+    created_at: float
+    ended_at: float | None
+    outcome: dict[str, Any]
+    picture: bytes | None  # PNG
+
+    @property
+    def is_ended(self) -> bool:
+        return self.ended_at is not None
+
+    @property
+    def preview(self) -> Image.Image | None:
+        return None if self.preview_png is None else _image(self.preview_png)
+
+    @property
+    def kept_until(self) -> float | None:
+        return None if self.picture is None or self.ended_at is None else self.ended_at + PICTURES_KEPT_S
+
+    @property
+    def error(self) -> ServiceError | None:
+        return error_of_type(**self.outcome) if self.state in ("failed", "cancelled") else None
+
+    def finished(self) -> Picture:
+        """The picture of a completed job. Raises the job's error, PictureNotKept or PictureExpired."""
+        if self.error is not None:
+            raise self.error
+        if not self.unattended:
+            raise PictureNotKept("the picture of this job was sent to the client that asked for it and is not kept")
+        if self.picture is None:
+            raise PictureExpired(f"the picture is gone: the last {PICTURES_KEPT} are kept, for {PICTURES_KEPT_S // 60} minutes")
+        return Picture(_image(self.picture), **self.outcome)
+
+
+def new_job_id() -> str:
+    return secrets.token_hex(16)
+
+
+class Jobs:
+    """The store. Processes and threads may use it at once; every call opens the file for itself.
+
+    Raises JobsUnavailable where the file cannot be read or written; why is in the log.
+    """
+
+    def __init__(self, folder: Callable[[], Path]) -> None:
+        """`folder` says where the file lies and makes the folder, at each call: whoever cleans up a temporary folder does not stop jobs."""
+        self._folder = folder
+
+    @contextmanager
+    def _database(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with closing(sqlite3.connect(self._folder() / "jobs.sqlite", timeout=_BUSY_TIMEOUT_S)) as database:
+                database.row_factory = sqlite3.Row
+                # What is in it does not outlive the server, so nothing has to be safe from a power cut.
+                database.execute("PRAGMA synchronous = OFF")
+                if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'idempotency_keys'").fetchone():
+                    database.execute("PRAGMA journal_mode = WAL")
+                    database.executescript(_SCHEMA)
+                with database:
+                    yield database
+        except (OSError, sqlite3.Error) as error:
+            logger.error("Where jobs stand cannot be read or written: %s", error)
+            raise JobsUnavailable("where jobs stand cannot be read or written; pictures can be drawn while somebody waits") from None
+
+    # --- the model process ---------------------------------------------------------------------------
+
+    def begin(self, ticket: Ticket, task: Task, runner: int) -> None:
+        with self._database() as database:
+            _insert(database, ticket, task, runner)
+
+    def note(self, notes: Mapping[Ticket, Progress]) -> None:
+        """How far jobs are; an older preview stays where there is no newer one."""
+        values = [
+            (
+                "queued" if progress.position else "running",
+                progress.position,
+                progress.step,
+                progress.steps,
+                progress.seconds_left,
+                None if progress.preview is None else _png(progress.preview),
+                ticket.job_id,
+                ticket.index,
+            )
+            for ticket, progress in notes.items()
+        ]
+        with self._database() as database:
+            database.executemany(
+                "UPDATE jobs SET state = ?, position = ?, step = ?, steps = ?, seconds_left = ?, preview = coalesce(?, preview)"
+                " WHERE id = ? AND image_index = ? AND ended_at IS NULL",
+                values,
+            )
+
+    def end(self, ticket: Ticket, outcome: Picture | ServiceError) -> None:
+        """How it ended; the picture itself is kept if nobody waits for it. Forgets what is too old or too much."""
+        picture = _png(outcome.image) if isinstance(outcome, Picture) and ticket.unattended else None
+        if isinstance(outcome, Picture):
+            state: State = "completed"
+            described: dict[str, Any] = {
+                "flagged": outcome.flagged,
+                "dropped_prompt": outcome.dropped_prompt,
+                "dropped_negative_prompt": outcome.dropped_negative_prompt,
+                "device": outcome.device,
+                "dtype": outcome.dtype,
+                "decoded_again": outcome.decoded_again,
+            }
+        else:
+            state, described = _state_of(outcome), _described(outcome)
+        now = time.time()
+        with self._database() as database:
+            database.execute(
+                "UPDATE jobs SET state = ?, step = iif(?, steps, step), outcome = ?, picture = ?, ended_at = ?, position = 0,"
+                " seconds_left = 0, preview = NULL WHERE id = ? AND image_index = ? AND ended_at IS NULL",
+                (state, state == "completed", json.dumps(described), picture, now, ticket.job_id, ticket.index),
+            )
+            _forget(database, now)
+
+    def to_cancel(self, runner: int) -> list[tuple[str, int]]:
+        """The (id, index) of the jobs of this runner whose cancellation was asked for, or that were given up elsewhere a moment ago."""
+        with self._database() as database:
+            rows = database.execute(
+                "SELECT id, image_index FROM jobs WHERE runner = ? AND cancel = 1 AND (ended_at IS NULL OR ended_at > ?)",
+                (runner, time.time() - _GIVEN_UP_S),
+            )
+            return [(row["id"], row["image_index"]) for row in rows]
+
+    def fail_what_was_left(self, runner: int) -> None:
+        """At the start of a runner: what the one before it had not finished will not be finished."""
+        with self._database() as database:
+            _fail(database, "runner = ?", (runner,))
+
+    # --- API workers ---------------------------------------------------------------------------------
+
+    def accept(
+        self, ticket: Ticket, task: Task, idempotency_key: str | None, fingerprint: str, image_format: ImageFormat | None = None
+    ) -> str:
+        """Take on a job that nobody waits for; the caller has to hand it to a runner. Returns its id.
+
+        That is another one than the ticket's if `idempotency_key` was used by this owner before: then there is nothing to hand over.
+        Raises IdempotencyMismatch if it was used for something else, TooManyJobs where too many are not finished.
+        """
+        with self._database() as database:
+            database.execute("BEGIN IMMEDIATE")
+            key = None if idempotency_key is None else hashlib.sha256(f"{ticket.owner}\n{idempotency_key}".encode()).hexdigest()
+            if key is not None and (known := self._known(database, key)) is not None:
+                if known["fingerprint"] != fingerprint:
+                    raise IdempotencyMismatch("Idempotency-Key: was used for another request", field="Idempotency-Key")
+                return str(known["job_id"])
+            _fail(database, _UNCLAIMED, (time.time() - _HELD_FOR_S,))
+            if (unfinished := _too_many_unattended(database, ticket.owner)) is not None:
+                (soonest,) = database.execute("SELECT min(seconds_left) FROM jobs WHERE ended_at IS NULL AND unattended = 1").fetchone()
+                raise TooManyJobs(
+                    f"{unfinished} jobs with Prefer: respond-async or an Idempotency-Key are not finished, more are not accepted",
+                    retry_after_s=max(1, round(soonest or 1)),
+                )
+            _insert(database, ticket, task, None)
+            database.execute("UPDATE jobs SET held_at = ?, image_format = ? WHERE id = ?", (time.time(), image_format, ticket.job_id))
+            if key is not None:
+                database.execute(
+                    "INSERT OR REPLACE INTO idempotency_keys VALUES (?, ?, ?, ?)", (key, fingerprint, ticket.job_id, time.time())
+                )
+            return ticket.job_id
+
+    def _known(self, database: sqlite3.Connection, key: str) -> sqlite3.Row | None:
+        """What the key stands for, unless that failed or was cancelled, or its picture is gone: then it may be tried again."""
+        row: sqlite3.Row | None = database.execute(
+            "SELECT fingerprint, job_id FROM idempotency_keys JOIN jobs ON jobs.id = job_id"
+            " WHERE key = ? AND (ended_at IS NULL OR (picture IS NOT NULL AND ended_at > ?))",
+            (key, time.time() - PICTURES_KEPT_S),
+        ).fetchone()
+        return row
+
+    def get(self, job_id: str, owner: str | None = None) -> list[JobRecord]:
+        """A record for each picture of the job. Raises UnknownJob, also where an `owner` asks for another one's."""
+        now = time.time()
+        find = "SELECT * FROM jobs WHERE id = ? ORDER BY image_index"
+        with self._database() as database:
+            rows = database.execute(find, (job_id,)).fetchall()
+            if any(row["ended_at"] is None and row["runner"] is None and row["held_at"] < now - _HELD_FOR_S for row in rows):
+                _fail(database, _UNCLAIMED, (now - _HELD_FOR_S,))
+                rows = database.execute(find, (job_id,)).fetchall()
+        if not rows or (owner is not None and any(row["owner"] != owner for row in rows)):
+            raise UnknownJob("no such job; a finished one is forgotten after a day, and another server knows nothing of it")
+        return [_record(row, now) for row in rows]
+
+    def cancel(self, job_id: str) -> None:
+        with self._database() as database:
+            database.execute("UPDATE jobs SET cancel = 1 WHERE id = ? AND ended_at IS NULL", (job_id,))
+
+    def note_held(self, job_id: str) -> None:
+        """The API worker that hands the job to a runner lives, and waits for the runner to take it."""
+        with self._database() as database:
+            database.execute("UPDATE jobs SET held_at = ? WHERE id = ? AND runner IS NULL", (time.time(), job_id))
+
+    def note_fetched(self, job_id: str) -> None:
+        with self._database() as database:
+            database.execute("UPDATE jobs SET fetched = 1 WHERE id = ? AND fetched = 0", (job_id,))
+
+    def is_to_be_fetched(self, job_id: str) -> bool:
+        """Whether there is a picture that nobody has seen."""
+        with self._database() as database:
+            return bool(database.execute("SELECT 1 FROM jobs WHERE id = ? AND picture IS NOT NULL AND fetched = 0", (job_id,)).fetchone())
+
+    def of_owner(self, owner: str) -> list[JobRecord]:
+        """The unfinished ones, the oldest first."""
+        with self._database() as database:
+            rows = database.execute("SELECT * FROM jobs WHERE owner = ? AND ended_at IS NULL ORDER BY rowid", (owner,)).fetchall()
+        return [_record(row, time.time()) for row in rows]
+
+    def cancel_of_owner(self, owner: str) -> None:
+        with self._database() as database:
+            database.execute("UPDATE jobs SET cancel = 1 WHERE owner = ? AND ended_at IS NULL", (owner,))
+
+    def abandon(self, job_id: str, error: ServiceError) -> None:
+        """The job's end, if it has none yet; a runner that draws it all the same stops."""
+        with self._database() as database:
+            _fail(database, "id = ?", (job_id,), error)
+            _forget(database, time.time())
+
+
+def _too_many_unattended(database: sqlite3.Connection, owner: str) -> int | None:
+    """How many are not finished, if no more are accepted of this owner: each has its share, up to twice as many in all."""
+    rows = database.execute("SELECT owner, count(*) FROM jobs WHERE ended_at IS NULL AND unattended = 1 GROUP BY owner").fetchall()
+    counts: dict[str, int] = {row[0]: row[1] for row in rows}
+    unfinished = sum(counts.values())
+    has_share_left = counts.get(owner, 0) < MAX_UNATTENDED / len(counts.keys() | {owner}) and unfinished < 2 * MAX_UNATTENDED
+    return None if unfinished < MAX_UNATTENDED or has_share_left else unfinished
+
+
+def fingerprint(task: Task, seed: int | None) -> str:
+    """What tells two requests apart. `seed`: as it was asked for, since a random one differs each time."""
+    digest = hashlib.sha256()
+    for field in fields(Task):
+        value = seed if field.name == "seed" else getattr(task, field.name)
+        digest.update(repr((field.name, None if isinstance(value, Image.Image) else value)).encode("utf-8", "replace"))
+        if isinstance(value, Image.Image):
+            digest.update(repr((value.mode, value.size)).encode())
+            digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def _insert(database: sqlite3.Connection, ticket: Ticket, task: Task, runner: int | None) -> None:
+    """As queued; one that an API worker has accepted is claimed by the runner that got it."""
+    described = json.dumps({field.name: getattr(task, field.name) for field in fields(Task) if field.name not in ("image", "mask")})
+    database.execute(
+        "INSERT INTO jobs (id, image_index, owner, unattended, task, runner, state, position, step, steps, created_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, 'queued', 1, 0, ?, ?) ON CONFLICT DO UPDATE SET runner = excluded.runner",
+        (
+            ticket.job_id,
+            ticket.index,
+            ticket.owner,
+            ticket.unattended,
+            described,
+            runner,
+            task.num_inference_steps,
+            time.time(),
+        ),
+    )
+
+
+_UNCLAIMED = "runner IS NULL AND held_at < ?"
+
+
+def _fail(database: sqlite3.Connection, which: str, values: tuple[object, ...], error: ServiceError | None = None) -> None:
+    error = error or GenerationFailed("the model process stopped before the picture was finished")
+    database.execute(
+        "UPDATE jobs SET state = ?, outcome = ?, ended_at = ?, cancel = 1, position = 0, seconds_left = 0, preview = NULL"
+        f" WHERE {which} AND ended_at IS NULL",
+        (_state_of(error), json.dumps(_described(error)), time.time(), *values),
+    )
+
+
+def _described(error: ServiceError) -> dict[str, Any]:
+    return {"type": error.type, "message": error.message, "retry_after_s": error.retry_after_s}
+
+
+def _state_of(error: ServiceError) -> State:
+    return "cancelled" if isinstance(error, Cancelled) else "failed"
+
+
+def _forget(database: sqlite3.Connection, now: float) -> None:
+    database.execute("UPDATE jobs SET picture = NULL WHERE picture IS NOT NULL AND ended_at < ?", (now - PICTURES_KEPT_S,))
+    database.execute(
+        "UPDATE jobs SET picture = NULL WHERE rowid IN"
+        " (SELECT rowid FROM jobs WHERE picture IS NOT NULL ORDER BY ended_at DESC LIMIT -1 OFFSET ?)",
+        (PICTURES_KEPT,),
+    )
+    database.execute("DELETE FROM jobs WHERE ended_at < ?", (now - _JOBS_REMEMBERED_S,))
+    database.execute("DELETE FROM jobs WHERE ended_at IS NOT NULL AND rowid <= (SELECT max(rowid) FROM jobs) - ?", (_JOBS_REMEMBERED,))
+    database.execute("DELETE FROM idempotency_keys WHERE created_at < ?", (now - _JOBS_REMEMBERED_S,))
+
+
+def _record(row: sqlite3.Row, now: float) -> JobRecord:
+    is_too_old = row["ended_at"] is not None and row["ended_at"] < now - PICTURES_KEPT_S
+    return JobRecord(
+        id=row["id"],
+        index=row["image_index"],
+        task=Task(**json.loads(row["task"])),
+        unattended=bool(row["unattended"]),
+        state=row["state"],
+        progress=Progress(row["position"], row["step"], row["steps"], row["seconds_left"] or 0.0),
+        is_estimated=row["seconds_left"] is not None,
+        preview_png=row["preview"],
+        image_format=row["image_format"],
+        created_at=row["created_at"],
+        ended_at=row["ended_at"],
+        outcome=json.loads(row["outcome"] or "{}"),
+        picture=None if is_too_old else row["picture"],
+    )
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _image(png: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        return image.copy()

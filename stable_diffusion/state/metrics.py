@@ -1,0 +1,182 @@
+"""Prometheus metrics: every name, what the engine's records add to it, and the page that `/metrics` shows.
+
+Counts are kept by prometheus_client in one file for each process, in a folder that BentoML names, and added up for the page. What is
+true now of a runner (its model, its caps) is read from what it says of itself instead: in those files an old label would stay for ever.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from stable_diffusion.core.telemetry import (
+    DecodedAgainRecord,
+    EndRecord,
+    Outcome,
+    OutOfMemoryRecord,
+    Record,
+    Refusal,
+    RefusalRecord,
+    StartRecord,
+    StepRecord,
+    SubmitRecord,
+    TurnRecord,
+    WorkloadRecord,
+)
+from stable_diffusion.core.types import Kind
+from stable_diffusion.state.runner_status import RunnerState, is_alive, living_runners
+
+_FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600)
+_ROWS = (1, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20)
+
+
+@dataclass(frozen=True)
+class _Series:
+    queue_jobs: Gauge
+    running_jobs: Gauge
+    workload_seconds: Gauge
+    refused: Counter
+    queue_wait_seconds: Histogram
+    unet_rows: Histogram
+    step_seconds: Histogram
+    image_seconds: Histogram
+    images: Counter
+    out_of_memory: Counter
+    decoded_again: Counter
+
+
+@functools.cache
+def _series() -> _Series:
+    # Made in runners only, and late: BentoML names the folder of the files after it has imported the service.
+    series = _Series(
+        queue_jobs=Gauge("stable_diffusion_queue_jobs", "Pictures that wait for their first step.", multiprocess_mode="livesum"),
+        running_jobs=Gauge("stable_diffusion_running_jobs", "Pictures that are being drawn.", multiprocess_mode="livesum"),
+        workload_seconds=Gauge(
+            "stable_diffusion_workload_seconds",
+            "Work that has been taken on and is left, in estimated seconds of the device.",
+            multiprocess_mode="livesum",
+        ),
+        refused=Counter("stable_diffusion_refused", "Pictures that were not taken on, and why.", labelnames=["reason"]),
+        queue_wait_seconds=Histogram(
+            "stable_diffusion_queue_wait_seconds", "From the arrival of a picture's task to its first step.", buckets=_SECONDS
+        ),
+        unet_rows=Histogram(
+            "stable_diffusion_unet_rows", "Rows of a UNet call: two for a picture with guidance, one without.", buckets=_ROWS
+        ),
+        step_seconds=Histogram(
+            "stable_diffusion_step_seconds",
+            "Turns of the loop: a step, preparing newcomers, decoding at most one picture. On a GPU only the mean of many says something.",
+            buckets=_SECONDS,
+        ),
+        image_seconds=Histogram(
+            "stable_diffusion_image_seconds", "From a picture's first step to the picture.", labelnames=["kind"], buckets=_SECONDS
+        ),
+        images=Counter("stable_diffusion_images", "Pictures that have ended, and how.", labelnames=["kind", "outcome"]),
+        out_of_memory=Counter("stable_diffusion_out_of_memory", "How often the device had no room for a call, retried or not."),
+        decoded_again=Counter(
+            "stable_diffusion_decoded_again", "Pictures that came out black or as no numbers and were decoded again in float32."
+        ),
+    )
+    # From the start, so that the first picture is a rise too.
+    for reason in get_args(Refusal):
+        series.refused.labels(reason)
+    for kind in get_args(Kind):
+        series.image_seconds.labels(kind)
+        for outcome in get_args(Outcome):
+            series.images.labels(kind, outcome)
+    return series
+
+
+def counting() -> Callable[[Record | StepRecord], None]:
+    """Make the series of this process, at zero; what is returned counts a record, on any thread."""
+    _series()
+    return _count
+
+
+def _count(record: Record | StepRecord) -> None:
+    series = _series()
+    match record:
+        case StepRecord(rows=rows):
+            series.unet_rows.observe(rows)
+        case TurnRecord(seconds):
+            series.step_seconds.observe(seconds)
+        case SubmitRecord():
+            series.queue_jobs.inc()
+        case RefusalRecord(reason):
+            series.refused.labels(reason).inc()
+        case WorkloadRecord(seconds):
+            series.workload_seconds.set(seconds)
+        case StartRecord(waited_s):
+            series.queue_jobs.dec()
+            series.running_jobs.inc()
+            series.queue_wait_seconds.observe(waited_s)
+        case EndRecord(kind, outcome, drawn_s):
+            (series.queue_jobs if drawn_s is None else series.running_jobs).dec()
+            series.images.labels(kind, outcome).inc()
+            if drawn_s is not None and outcome in ("completed", "flagged"):
+                series.image_seconds.labels(kind).observe(drawn_s)
+        case OutOfMemoryRecord():
+            series.out_of_memory.inc()
+        case DecodedAgainRecord():
+            series.decoded_again.inc()
+
+
+def page() -> bytes:
+    """What all processes of the server have counted, BentoML's own metrics included, in Prometheus' text format. Reads files."""
+    registry = CollectorRegistry()
+    _forget_the_dead(Path(os.environ[_FOLDER_VARIABLE]))
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    registry.register(_Runners())
+    return generate_latest(registry)
+
+
+def _forget_the_dead(folder: Path) -> None:
+    """A process that was killed would be counted among those that are working for ever."""
+    for file in folder.glob("gauge_live*_*.db"):
+        pid = re.search(r"_(\d+)\.db$", file.name)
+        if pid and not is_alive(int(pid[1])):
+            mark_process_dead(int(pid[1]), str(folder))  # type: ignore[no-untyped-call]
+
+
+class _Runners:
+    """What is true now of each runner."""
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        runners = living_runners()
+        yield _caps(runners)
+        yield _models(runners)
+
+
+def _caps(runners: list[RunnerState]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(
+        "stable_diffusion_step_cap_pictures",
+        "How many pictures of a size may share a step, and why: the model's native size, and those that ran out of memory.",
+        labels=["runner", "width", "height", "reason"],
+    )
+    for runner in runners:
+        for cap in runner.caps:
+            family.add_metric([str(runner.index), str(cap.width), str(cap.height), cap.reason], cap.pictures)
+    return family
+
+
+def _models(runners: list[RunnerState]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(
+        "stable_diffusion_model_info",
+        "Always 1: the model that a runner has loaded, the precision that was asked for, and what it is computed on and in.",
+        labels=["runner", "model", "precision", "device", "dtype"],
+    )
+    for runner in runners:
+        if runner.placement is not None:
+            labels = [str(runner.index), runner.model, runner.precision, runner.placement.device, runner.placement.dtype]
+            family.add_metric(labels, 1)
+    return family

@@ -1,0 +1,80 @@
+"""How much each caller may ask for: so many drawing requests a minute, counted once for all API workers of a machine.
+
+The generic cell rate algorithm: one number for each caller, the moment at which all of its requests are paid off. Knows nothing
+of who calls and what is answered. A call may wait for the disk: not for an event loop.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+logger = logging.getLogger("stable_diffusion")
+
+
+# POST to these draws. What asks, cancels or sets options is not counted.
+LIMITED_PATHS = (
+    *("/txt2img", "/img2img", "/inpaint", "/reproduce", "/v1/images/generations", "/v1/images/edits"),
+    *("/sdapi/v1/txt2img", "/sdapi/v1/img2img"),
+)
+_BUSY_TIMEOUT_S = 2
+_SCHEMA = "CREATE TABLE IF NOT EXISTS callers (caller TEXT PRIMARY KEY, paid_off_s REAL NOT NULL) WITHOUT ROWID"
+
+
+def caller_at(address: str) -> str:
+    """Whom an address stands for. Of IPv6 a whole /64, which is the least that anybody is given."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return f"address {address}"
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is None:
+            return f"address {ipaddress.IPv6Network((int(parsed) >> 64 << 64, 64))}"
+        parsed = parsed.ipv4_mapped
+    return f"address {parsed}"
+
+
+class RateLimit:
+    """`requests_per_minute` at once, and each comes back after its share of a minute."""
+
+    def __init__(self, folder: Callable[[], Path], requests_per_minute: int) -> None:
+        """`folder` says where the file lies and makes the folder."""
+        self._folder = folder
+        self._interval_s = 60 / requests_per_minute
+        self._burst_s = 60.0
+
+    def wait_s(self, caller: str) -> float:
+        """0: the request is let in and counted. Else the seconds until one would be; it is not counted.
+
+        Where the file cannot be used everybody is let in, and the log says so.
+        """
+        # The same in all processes of a machine, and nobody sets it.
+        now = time.monotonic()
+        try:
+            with closing(sqlite3.connect(self._folder() / "rates.sqlite", timeout=_BUSY_TIMEOUT_S, isolation_level=None)) as database:
+                database.execute("PRAGMA synchronous = OFF")  # what is in it does not outlive the server
+                if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'callers'").fetchone():
+                    database.execute("PRAGMA journal_mode = WAL")
+                    database.execute(_SCHEMA)
+                database.execute("BEGIN IMMEDIATE")
+                wait_s = self._counted(database, caller, now)
+                database.execute("COMMIT")
+                return wait_s
+        except (OSError, sqlite3.Error) as error:
+            logger.error("Requests are let in uncounted, because their number cannot be kept: %s", error)
+            return 0.0
+
+    def _counted(self, database: sqlite3.Connection, caller: str, now: float) -> float:
+        database.execute("DELETE FROM callers WHERE paid_off_s <= ?", (now,))
+        row = database.execute("SELECT paid_off_s FROM callers WHERE caller = ?", (caller,)).fetchone()
+        paid_off_s = (now if row is None else float(row[0])) + self._interval_s
+        wait_s = paid_off_s - now - self._burst_s
+        if wait_s > 1e-6:  # more than adding up fractions of a minute is off by
+            return wait_s
+        database.execute("INSERT OR REPLACE INTO callers VALUES (?, ?)", (caller, paid_off_s))
+        return 0.0

@@ -1,0 +1,160 @@
+"""Request bodies within their limits of size and time: JSON, forms, their parts. Knows nothing of what is generated."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import anyio
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+from starlette.requests import Request
+from starlette.types import Message
+
+from stable_diffusion.core.errors import InvalidRequest, RequestTimeout, TooLarge, UnsupportedMediaType
+from stable_diffusion.core.json import MAX_NAMES, parse_json
+from stable_diffusion.core.requests import ImageToImageRequest, ReproductionRequest, parse_image_to_image, parse_reproduction
+from stable_diffusion.images.decode import MAX_UPLOAD_BYTES
+from stable_diffusion.web.caller import owner_of
+from stable_diffusion.web.upload_budget import Uploads
+
+MAX_JSON_BYTES = 2**20
+
+
+# A body that is still coming after UPLOAD_GRACE_S and a second for each UPLOAD_BYTES_PER_S of it is too slow.
+UPLOAD_PAUSE_S = 15.0
+UPLOAD_GRACE_S = 20.0
+UPLOAD_BYTES_PER_S = 16 * 2**10
+UPLOAD_TIMEOUT_S = 300.0
+
+
+async def read_json_body(request: Request, *, max_bytes: int = MAX_JSON_BYTES, max_names: int = MAX_NAMES) -> dict[str, Any]:
+    """Raises InvalidRequest, TooLarge or UnsupportedMediaType."""
+    return await run_in_threadpool(parse_json, await json_content(request, max_bytes), "body", max_names)
+
+
+async def json_content(request: Request, max_bytes: int) -> bytes:
+    """A JSON body as it was sent. Raises TooLarge or UnsupportedMediaType."""
+    require_content_type(request, "application/json")
+    return await limited(request, max_bytes).body()
+
+
+async def read_form(request: Request, *files: str) -> tuple[ImageToImageRequest, dict[str, bytes]]:
+    """The `data` part, validated, and the bytes of the named file parts."""
+    contents, data = await _read_parts(request, files, ())
+    if data is None:
+        raise InvalidRequest('data: the part is missing, send JSON (curl: -F data=\'{"prompt":"a red circle"}\')', field="data")
+    return parse_image_to_image(parse_json(data, "data")), contents
+
+
+async def read_reproduction_form(request: Request) -> tuple[ReproductionRequest, dict[str, bytes]]:
+    """The `data` part, validated; it may be left out. The bytes of the part `picture`, and of `img` and `mask` where they are there."""
+    contents, data = await _read_parts(request, ("picture",), ("img", "mask"))
+    return parse_reproduction({} if data is None else parse_json(data, "data")), contents
+
+
+async def _read_parts(request: Request, required: Sequence[str], optional: Sequence[str]) -> tuple[dict[str, bytes], bytes | str | None]:
+    """The files by their names, and what the part `data` holds."""
+    files = (*required, *optional)
+    async with opened_form(request, max_pictures=max(2, len(files)), max_parts=8) as form:
+        _refuse_unknown_parts(form, (*files, "data"))
+        contents = {name: await file_part(form, name) for name in files if name in required or name in form}
+        return contents, await _data_part(form)
+
+
+@asynccontextmanager
+async def opened_form(request: Request, *, max_pictures: int, max_parts: int) -> AsyncIterator[FormData]:
+    """The parts of a multipart body, whose files can be read until the block ends. `max_pictures` of the largest size fit into it."""
+    require_content_type(request, "multipart/form-data")
+    whole = limited(request, max_pictures * MAX_UPLOAD_BYTES + 2 * MAX_JSON_BYTES)
+    try:
+        async with whole.form(max_files=max_parts, max_fields=max_parts, max_part_size=MAX_JSON_BYTES) as form:
+            yield form
+    except (MultiPartException, HTTPException) as error:
+        reason = error.message if isinstance(error, MultiPartException) else error.detail
+        raise InvalidRequest(f"body: not a readable multipart form: {reason}", field="body") from None
+
+
+def require_content_type(request: Request, expected: str) -> None:
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != expected:
+        given = f"not {content_type[:60]}" if content_type else "it is missing"
+        raise UnsupportedMediaType(f"Content-Type must be {expected}, {given}", field="Content-Type")
+
+
+@contextmanager
+def counted(request: Request, uploads: Uploads) -> Iterator[Request]:
+    """The same request, whose body counts among `uploads` until the block ends, which is to be when it is decoded.
+
+    Reading it raises QueueFull where there is no room.
+    """
+    declared = request.headers.get("content-length", "")
+    with uploads.of(owner_of(request), int(declared) if declared.isdigit() else 0) as count:
+
+        async def receive() -> Message:
+            message = await request.receive()
+            count(len(message.get("body", b"")))
+            return message
+
+        yield Request(request.scope, receive)
+
+
+def limited(request: Request, max_bytes: int) -> Request:
+    """The same request, whose body may have at most `max_bytes`, whether it says how long it is or not, and must not be slow."""
+    received, began_s = 0, time.monotonic()
+
+    async def receive() -> Message:
+        nonlocal received
+        message = await _received_in_time(request, received, began_s)
+        received += len(message.get("body", b""))
+        if received > max_bytes:
+            raise TooLarge(f"the body has more than {max_bytes} bytes", field="body")
+        return message
+
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > max_bytes:
+        raise TooLarge(f"the body has {int(declared)} bytes, at most {max_bytes} are allowed", field="body")
+    return Request(request.scope, receive)
+
+
+async def _received_in_time(request: Request, received: int, began_s: float) -> Message:
+    """The next piece of a body of which `received` bytes are there. Raises RequestTimeout."""
+    passed_s = time.monotonic() - began_s
+    left_s = min(UPLOAD_TIMEOUT_S, UPLOAD_GRACE_S + received / UPLOAD_BYTES_PER_S) - passed_s
+    with anyio.move_on_after(min(UPLOAD_PAUSE_S, left_s)):
+        return await request.receive()
+    raise RequestTimeout(
+        f"the body came too slowly, {received} bytes in {time.monotonic() - began_s:.0f} s: allowed are {UPLOAD_GRACE_S:g} s and one "
+        f"more for every {UPLOAD_BYTES_PER_S} bytes, at most {UPLOAD_TIMEOUT_S:g} s, and pauses of {UPLOAD_PAUSE_S:g} s",
+        field="body",
+    )
+
+
+def _refuse_unknown_parts(form: FormData, known: tuple[str, ...]) -> None:
+    for name in form:
+        if name not in known:
+            raise InvalidRequest(f"{name[:60]}: not a known part, allowed are {', '.join(known)}", field=name[:60])
+        if len(form.getlist(name)) > 1:
+            raise InvalidRequest(f"{name}: the part is given more than once", field=name)
+
+
+async def file_part(form: FormData, name: str) -> bytes:
+    part = form.get(name)
+    if part is None:
+        raise InvalidRequest(f"{name}: the part is missing, send an image file (curl: -F {name}=@input.jpg)", field=name)
+    if not isinstance(part, UploadFile):
+        raise InvalidRequest(f"{name}: must be a file, not text (curl: -F {name}=@input.jpg)", field=name)
+    return await part.read()
+
+
+async def _data_part(form: FormData) -> bytes | str | None:
+    part = form.get("data")
+    if isinstance(part, UploadFile):
+        if part.size is not None and part.size > MAX_JSON_BYTES:
+            raise TooLarge(f"data: at most {MAX_JSON_BYTES} bytes are allowed", field="data")
+        return await part.read()
+    return part

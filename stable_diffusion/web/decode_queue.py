@@ -1,0 +1,95 @@
+"""Decodes and scales what is uploaded: few pictures at a time, callers in turn, and no more of them waiting than are bounded.
+
+Knows nothing of HTTP and of pictures. Only for the event loop of an API worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+
+from stable_diffusion.core.errors import QueueFull
+from stable_diffusion.web.caller import owner_of
+from stable_diffusion.web.disconnect import while_connected
+
+T = TypeVar("T")
+
+
+_MAX_AT_ONCE = 2  # a picture of the largest size takes some 300 MB and a second while it is decoded
+MAX_WAITING = 400
+MAX_WAITING_OF_CALLER = MAX_WAITING // 2
+_RETRY_AFTER_S = 5
+
+
+class Decoding:
+    def __init__(self) -> None:
+        self._running = 0
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # callers in the order of their turns
+
+    async def run(self, caller: str, work: Callable[[], T]) -> T:
+        """Run `work` on a thread when it is `caller`'s turn. Raises QueueFull where too many wait already.
+
+        Who is cancelled while waiting takes no turn; what has begun keeps its place to its end, since a thread cannot be stopped.
+        """
+        if self._running < _MAX_AT_ONCE:
+            self._running += 1
+        else:
+            await self._turn_of(caller)
+        working = asyncio.ensure_future(run_in_threadpool(work))
+        working.add_done_callback(self._note_end)
+        return await asyncio.shield(working)
+
+    def _note_end(self, working: asyncio.Future[T]) -> None:
+        self._pass_on()
+        if not working.cancelled():
+            working.exception()  # of which nobody hears who has left
+
+    async def _turn_of(self, caller: str) -> None:
+        self._require_room(caller)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(caller, deque()).append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                self._leave(caller, turn)
+            else:  # it was given its turn a moment ago
+                self._pass_on()
+            raise
+
+    def _require_room(self, caller: str) -> None:
+        if len(self._waiting.get(caller, ())) >= MAX_WAITING_OF_CALLER:
+            raise QueueFull(_told(f"{MAX_WAITING_OF_CALLER} pictures of yours"), retry_after_s=_RETRY_AFTER_S)
+        if sum(map(len, self._waiting.values())) >= MAX_WAITING:
+            raise QueueFull(_told(f"{MAX_WAITING} pictures"), retry_after_s=_RETRY_AFTER_S)
+
+    def _leave(self, caller: str, turn: asyncio.Future[None]) -> None:
+        turns = self._waiting[caller]
+        turns.remove(turn)
+        if not turns:
+            del self._waiting[caller]
+
+    def _pass_on(self) -> None:
+        """The place of one that is done goes to the caller whose last turn is the longest ago."""
+        if not self._waiting:
+            self._running -= 1
+            return
+        caller, turns = next(iter(self._waiting.items()))
+        turns.popleft().set_result(None)
+        del self._waiting[caller]
+        if turns:
+            self._waiting[caller] = turns
+
+
+def _told(how_many: str) -> str:
+    return f"{how_many} wait for being decoded already, try again in {_RETRY_AFTER_S} s"
+
+
+async def decoded(request: Request, decoding: Decoding, work: Callable[[], T]) -> T:
+    """What `work` makes of what was uploaded, when it is this caller's turn. Raises QueueFull, and ClientGone once nobody waits for it."""
+    return await while_connected(request, decoding.run(owner_of(request), work))

@@ -1,0 +1,187 @@
+"""Pictures and errors as answers of the plain endpoints: bytes, headers, JSON. One form for all doors that have none of their own.
+
+Knows nothing of who draws.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from typing import Any
+from urllib.parse import quote
+
+from PIL import Image
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from stable_diffusion.core.errors import ClientGone, FieldError, ServiceError, as_service_error
+from stable_diffusion.core.types import ImageFormat, Picture, Progress, Task
+from stable_diffusion.images import infotext
+from stable_diffusion.images.encode import MEDIA_TYPES, encode, encode_preview
+from stable_diffusion.models.folder import ModelFolder
+from stable_diffusion.state.folder import server_token
+from stable_diffusion.state.jobs import PICTURES_KEPT_S
+from stable_diffusion.web import sse
+
+logger = logging.getLogger("stable_diffusion")
+
+
+SERVER_COOKIE = "job_server"
+_MAX_HEADER_CHARACTERS = 1024  # of a text in a header; proxies allow 4 KB for all of them together
+# What may stand in a header as it is; everything else, and "%" itself, is percent-encoded.
+_PLAIN_IN_HEADERS = " !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"
+
+
+def error_answer(error: ServiceError) -> Response:
+    return error_response(error.status, error.type, error.message, error.problems, retry_after(error))
+
+
+def retry_after(error: ServiceError) -> dict[str, str]:
+    """The header that says when to try again, where that is known."""
+    return {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+
+
+def answering_errors(
+    endpoint: Callable[[Request], Awaitable[Response]], answer_of: Callable[[ServiceError], Response] = error_answer
+) -> Callable[[Request], Awaitable[Response]]:
+    """The one place where errors become answers; a door whose clients know another form of them brings its own `answer_of`."""
+
+    @functools.wraps(endpoint)
+    async def answer(request: Request) -> Response:
+        try:
+            return await endpoint(request)
+        except Exception as error:
+            known = known_error(error, request.url.path)
+            response = answer_of(known)
+            if known.closes_connection:
+                response.headers["Connection"] = "close"
+            return response
+
+    return answer
+
+
+def known_error(error: BaseException, where: str) -> ServiceError:
+    """What is told of an error. One that nobody foresaw goes to the log, with `where`."""
+    return ClientGone("the client closed the connection") if isinstance(error, ClientDisconnect) else as_service_error(error, where)
+
+
+def refusal(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
+    return error_response(status, kind, message, [FieldError(None, message)], headers)
+
+
+def error_response(status: int, kind: str, message: str, problems: list[FieldError], headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse(error_body(kind, message, problems), status, headers)
+
+
+def error_body(kind: str, message: str, problems: list[FieldError]) -> dict[str, Any]:
+    listed = [{"field": problem.field and sendable(problem.field), "message": sendable(problem.message)} for problem in problems]
+    return {"error": {"type": kind, "message": sendable(message), "problems": listed}}
+
+
+def sendable(text: str) -> str:
+    """A name that a client sent may hold half of a surrogate pair, which UTF-8 cannot say."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def image_file(task: Task, picture: Picture, model: ModelFolder, image_format: ImageFormat, quality: int | None = None) -> bytes:
+    """The picture encoded, with what determines it where that is wanted. Of a blank picture, one that was flagged, nothing is told."""
+    description = infotext.write(task, picture, model) if task.metadata and not picture.flagged else None
+    return encode(picture.image, image_format, description, quality)
+
+
+def picture_answer(
+    task: Task, picture: Picture, model: ModelFolder, image_format: ImageFormat, remarks: Mapping[str, Any] | None = None
+) -> Response:
+    """Encodes: takes up to a second. `remarks` are told beside the parameters."""
+    headers = parameter_headers(task, picture, model) | as_headers(remarks or {})
+    headers["content-disposition"] = f'inline; filename="{task.kind}-{task.seed}.{image_format}"'
+    return Response(image_file(task, picture, model, image_format), media_type=MEDIA_TYPES[image_format], headers=headers)
+
+
+def event_stream(pieces: AsyncGenerator[bytes, None]) -> Response:
+    return StreamingResponse(sse.kept_alive(pieces), media_type=sse.MEDIA_TYPE, headers=sse.HEADERS | followed_headers())
+
+
+def followed_headers() -> dict[str, str]:
+    """Of answers that name a job which is going on: by the cookie a balancer can lead the questions about it to this server."""
+    return {"Set-Cookie": f"{SERVER_COOKIE}={server_token()}; Path=/; Max-Age={PICTURES_KEPT_S}; HttpOnly; SameSite=Lax"}
+
+
+def progress_event(progress: Progress) -> bytes:
+    seconds_left = round(progress.seconds_left, 1)
+    if progress.position:
+        return sse.event("queued", {"position": progress.position, "seconds_left": seconds_left})
+    return sse.event("progress", {"step": progress.step, "steps": progress.steps, "seconds_left": seconds_left})
+
+
+def preview_event(step: int, preview: Image.Image, task: Task) -> bytes:
+    """Encodes: not for an event loop."""
+    content = encode_preview(preview, (task.width, task.height))
+    return sse.event("preview", {"step": step, **_as_data(content, "jpeg")})
+
+
+def completed_event(
+    task: Task, picture: Picture, model: ModelFolder, image_format: ImageFormat, remarks: Mapping[str, Any] | None = None
+) -> bytes:
+    """Encodes: not for an event loop. `remarks` are told beside the parameters."""
+    parameters = {**parameters_of(task, picture, model), **(remarks or {})}
+    content = image_file(task, picture, model, image_format)
+    return sse.event("completed", {**_as_data(content, image_format), "parameters": parameters})
+
+
+def error_event(error: Exception, where: str) -> bytes:
+    known = known_error(error, where)
+    return sse.event("error", error_body(known.type, known.message, known.problems))
+
+
+def _as_data(content: bytes, image_format: ImageFormat) -> dict[str, str]:
+    return {"media_type": MEDIA_TYPES[image_format], "image": as_base64(content)}
+
+
+def as_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
+
+
+def parameters_of(task: Task, picture: Picture, model: ModelFolder) -> dict[str, Any]:
+    """Every resolved parameter under its own name, as in the reference."""
+    parameters = {
+        "prompt": task.prompt,
+        "negative_prompt": task.negative_prompt,
+        "prompt_dropped": picture.dropped_prompt or None,
+        "negative_prompt_dropped": picture.dropped_negative_prompt or None,
+        "height": task.height,
+        "width": task.width,
+        "num_inference_steps": task.num_inference_steps,
+        "guidance_scale": task.guidance_scale,
+        "guidance_end": task.guidance_end,
+        "seed": task.seed,
+        "scheduler": task.scheduler,
+        "strength": None if task.kind == "txt2img" else task.strength,
+        "safety_check": task.safety_check,
+        "safety_flagged": "unchecked" if picture.flagged is None else picture.flagged,
+        "decoded_again": "float32" if picture.decoded_again else None,
+        "model": model.name,
+    }
+    return {name: value for name, value in parameters.items() if value is not None}
+
+
+def parameter_headers(task: Task, picture: Picture, model: ModelFolder) -> dict[str, str]:
+    return as_headers(parameters_of(task, picture, model))
+
+
+def as_headers(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: _header_text(value if isinstance(value, str) else json.dumps(value)) for name, value in values.items()}
+
+
+def _header_text(text: str) -> str:
+    """Percent-encoded UTF-8, cut at a whole character. A header has no white space at its ends: a server would not send it."""
+    encoded = ""
+    for character in text:
+        piece = quote(character, safe=_PLAIN_IN_HEADERS)
+        if len(encoded) + len(piece) > _MAX_HEADER_CHARACTERS:
+            break
+        encoded += piece
+    return encoded.strip()

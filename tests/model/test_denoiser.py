@@ -1,0 +1,256 @@
+"""The engine with one job against diffusers' own pipelines: the same seed gives the same picture, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+
+from stable_diffusion.core.schedulers import SCHEDULERS
+from stable_diffusion.core.types import Task
+from stable_diffusion.engine.denoiser import Denoiser
+from stable_diffusion.engine.engine import Engine
+from stable_diffusion.engine.job import Job
+from stable_diffusion.engine.loading import Parts, load
+from stable_diffusion.models.folder import DEMO_FOLDER, check_model
+from tests.model.recording_engine import RecordingEngine
+from tests.tasks import make_task
+
+PIPELINES = {
+    "txt2img": StableDiffusionPipeline,
+    "img2img": StableDiffusionImg2ImgPipeline,
+    "inpaint": StableDiffusionInpaintPipeline,
+}
+
+
+def stop_guidance_after(step: int) -> Callable[..., dict[str, Any]]:
+    """diffusers' documented way: a callback at the end of each step that changes the pipeline."""
+
+    def at_step_end(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if index + 1 == step:
+            pipeline._guidance_scale = 0.0
+            tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        return tensors
+
+    return at_step_end
+
+
+def draw_with_diffusers(folder: Path, task: Task, **options_of_the_call: Any) -> Image.Image:
+    """The task as a user of diffusers would draw it, with a pipeline loaded for it alone."""
+    pipeline = PIPELINES[task.kind].from_pretrained(folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    name, _, karras = task.scheduler.partition(" ")
+    options = {"use_karras_sigmas": True} if karras else {}
+    pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **options)
+    arguments = dict(options_of_the_call)
+    if task.kind in ("txt2img", "inpaint"):
+        arguments |= {"width": task.width, "height": task.height}
+    if task.kind in ("img2img", "inpaint"):
+        arguments |= {"image": task.image, "strength": task.strength}
+    if task.kind == "inpaint":
+        arguments |= {"mask_image": task.mask}
+    images: list[Image.Image] = pipeline(
+        prompt=task.prompt,
+        negative_prompt=task.negative_prompt,
+        num_inference_steps=task.num_inference_steps,
+        guidance_scale=task.guidance_scale,
+        generator=torch.Generator("cpu").manual_seed(task.seed),
+        **arguments,
+    ).images
+    return images[0]
+
+
+def assert_same_picture(ours: Image.Image, theirs: Image.Image) -> None:
+    assert ours.size == theirs.size
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs)), f"up to {np.ptp(np.asarray(ours).astype(int) - np.asarray(theirs))} levels"
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_one_job_gives_the_picture_of_diffusers(
+    recording_engine: RecordingEngine, input_picture: Image.Image, right_half_mask: Image.Image, scheduler: str, kind: str
+) -> None:
+    changes: dict[str, object] = {"kind": kind, "scheduler": scheduler, "negative_prompt": "green", "seed": 11}
+    if kind != "txt2img":
+        changes |= {"image": input_picture, "strength": 0.7}
+    if kind == "inpaint":
+        changes |= {"mask": right_half_mask}
+    task = make_task(**changes)
+    (picture,) = recording_engine.draw([task])
+    assert_same_picture(picture.image, draw_with_diffusers(DEMO_FOLDER, task))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 0.0, "scheduler": "EulerDiscreteScheduler"},
+        {"width": 96, "height": 72},
+        {"num_inference_steps": 50},
+        {"prompt": "red circle " * 60},
+        {"kind": "img2img", "strength": 1.0},
+        {"kind": "img2img", "strength": 0.7, "guidance_scale": 1.0},
+        {"kind": "inpaint", "strength": 1.0},
+        {"kind": "inpaint", "strength": 0.7, "guidance_scale": 1.0, "scheduler": "EulerAncestralDiscreteScheduler"},
+    ],
+    ids=str,
+)
+def test_other_settings_give_the_picture_of_diffusers_too(
+    recording_engine: RecordingEngine, input_picture: Image.Image, right_half_mask: Image.Image, changes: dict[str, object]
+) -> None:
+    kind = changes.get("kind", "txt2img")
+    inputs: dict[str, object] = {"image": input_picture} if kind != "txt2img" else {}
+    if kind == "inpaint":
+        inputs["mask"] = right_half_mask
+    task = make_task(**(changes | inputs))
+    (picture,) = recording_engine.draw([task])
+    assert_same_picture(picture.image, draw_with_diffusers(DEMO_FOLDER, task))
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduler", "guided", "calls"),
+    [
+        ("txt2img", "DDIMScheduler", 6, 10),
+        ("img2img", "UniPCMultistepScheduler", 5, 8),
+        ("txt2img", "HeunDiscreteScheduler", 12, 19),  # two calls a step but for the last one
+    ],
+)
+def test_guidance_that_ends_early_gives_the_picture_of_diffusers_with_half_the_rows_from_then_on(
+    recording_engine: RecordingEngine, input_picture: Image.Image, kind: str, scheduler: str, guided: int, calls: int
+) -> None:
+    task = make_task(kind=kind, scheduler=scheduler, image=input_picture if kind == "img2img" else None, strength=0.8, guidance_end=0.6)
+    task = replace(task, num_inference_steps=10)
+    recording_engine.steps.clear()
+    (picture,) = recording_engine.draw([task])
+    assert [record.rows for record in recording_engine.steps] == [2] * guided + [1] * (calls - guided)
+    theirs = draw_with_diffusers(
+        DEMO_FOLDER, task, callback_on_step_end=stop_guidance_after(guided), callback_on_step_end_tensor_inputs=["prompt_embeds"]
+    )
+    assert_same_picture(picture.image, theirs)
+
+
+def test_guidance_that_ends_at_once_is_no_guidance(recording_engine: RecordingEngine) -> None:
+    never, off = recording_engine.draw([make_task(guidance_end=0.0), make_task(guidance_scale=1.0)])
+    assert_same_picture(never.image, off.image)
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_no_step_looks_at_a_value_on_the_device(
+    demo_parts: Parts, input_picture: Image.Image, right_half_mask: Image.Image, scheduler: str, kind: str
+) -> None:
+    """Tensors on the "meta" device have no values: whatever looks at one, for which a GPU would have to be waited for, raises."""
+    parts = on_meta_device(demo_parts)
+    job = Job(make_task(kind=kind, scheduler=scheduler, num_inference_steps=4), on_end=lambda outcome: None)
+    # An image is encoded, and compared and clipped, before the first step: that may wait.
+    ready = Denoiser(demo_parts).prepare(replace(job.task, image=input_picture, mask=right_half_mask, strength=0.8))
+    for name in ("latents", "unet_timesteps", "embeddings", "mask", "image_latents", "noise"):
+        tensor = getattr(ready, name)
+        setattr(ready, name, tensor if tensor is None else tensor.to("meta"))
+    job.tensors = ready
+    denoiser = Denoiser(parts)
+    while not job.is_denoised:
+        denoiser.advance(job, denoiser.predict([job])[0])
+    assert ready.latents.device.type == "meta"
+
+
+def on_meta_device(parts: Parts) -> Parts:
+    return replace(parts, unet=deepcopy(parts.unet).to("meta"), device=torch.device("meta"))
+
+
+def test_half_precision_starts_from_the_same_noise(demo_parts: Parts) -> None:
+    """So a seed means the same image in both services. torch 2.11 drew other numbers in half precision."""
+    single = Denoiser(demo_parts).prepare(make_task(scheduler="DDIMScheduler"))
+    half = Denoiser(replace(demo_parts, dtype=torch.float16)).prepare(make_task(scheduler="DDIMScheduler"))
+    assert half.latents.dtype == torch.float16
+    assert torch.equal(half.latents, single.latents.half())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_scheduler_can_take_very_few_steps(recording_engine: RecordingEngine, scheduler: str, steps: int) -> None:
+    (picture,) = recording_engine.draw([make_task(scheduler=scheduler, num_inference_steps=steps)])
+    assert picture.image.size == (64, 64)
+
+
+def test_the_shared_scheduler_is_never_changed(recording_engine: RecordingEngine, demo_parts: Parts) -> None:
+    before = dict(demo_parts.scheduler.config), demo_parts.scheduler.num_inference_steps
+    recording_engine.draw([make_task(scheduler="DPMSolverMultistepScheduler Karras"), make_task()])
+    assert (dict(demo_parts.scheduler.config), demo_parts.scheduler.num_inference_steps) == before
+
+
+def test_what_does_not_fit_into_77_tokens_is_reported(recording_engine: RecordingEngine) -> None:
+    words = "a red circle on a blue background"
+    long_prompt = words + ", very nice" * 40
+    picture, other = recording_engine.draw([make_task(prompt=long_prompt), make_task(prompt=words, negative_prompt=long_prompt)])
+    assert picture.dropped_prompt.endswith("very nice")
+    assert picture.dropped_negative_prompt == ""
+    assert other.dropped_prompt == ""
+    assert other.dropped_negative_prompt == picture.dropped_prompt
+
+
+def test_a_text_that_was_encoded_before_is_not_encoded_again_and_draws_the_same(demo_parts: Parts) -> None:
+    encoded: list[torch.nn.Module] = []
+    hook = demo_parts.text_encoder.register_forward_hook(lambda module, inputs, output: encoded.append(module))
+    denoiser = Denoiser(demo_parts)
+    first = denoiser.prepare(make_task(prompt="a red circle"))
+    assert len(encoded) == 2  # and the empty negative prompt
+    second = denoiser.prepare(make_task(prompt="a red circle", seed=2))
+    assert len(encoded) == 2
+    denoiser.prepare(make_task(prompt="a blue circle"))
+    assert len(encoded) == 3
+    hook.remove()
+    assert torch.equal(first.embeddings, second.embeddings)
+    assert torch.equal(first.embeddings, Denoiser(demo_parts).prepare(make_task(prompt="a red circle")).embeddings)
+
+
+def test_a_step_is_timed_on_the_real_model_and_changes_nothing(demo_parts: Parts) -> None:
+    denoiser = Denoiser(demo_parts)
+    state = torch.random.get_rng_state()
+    seconds = denoiser.step_seconds(2, 64, 64)
+    assert seconds is not None
+    assert 0.001 < seconds < 30
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_jobs_that_do_not_fit_into_memory_have_no_step_time(demo_parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser = Denoiser(demo_parts)
+
+    def full(jobs: object) -> list[torch.Tensor]:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(denoiser, "predict", full)
+    assert denoiser.step_seconds(2, 64, 64) is None
+
+
+@pytest.fixture(scope="module")
+def inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with a UNet of 9 input channels and random weights, as models made for inpainting have."""
+    folder = tmp_path_factory.mktemp("inpainting")
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO_FOLDER, dtype=torch.float32)
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(pipeline.unet.config, in_channels=9)
+    StableDiffusionInpaintPipeline(**(pipeline.components | {"unet": unet}), requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_a_model_made_for_inpainting_gives_the_picture_of_diffusers(
+    inpainting_folder: Path, input_picture: Image.Image, right_half_mask: Image.Image, strength: float
+) -> None:
+    model = check_model(inpainting_folder)
+    assert model.only_inpaints
+    engine = RecordingEngine(Engine(lambda: Denoiser(load(model, "fp32")), max_batch_size=2), [])
+    task = make_task(kind="inpaint", image=input_picture, mask=right_half_mask, strength=strength)
+    (picture,) = engine.draw([task])
+    engine.engine.close()
+    assert_same_picture(picture.image, draw_with_diffusers(inpainting_folder, task))

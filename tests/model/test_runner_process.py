@@ -1,0 +1,199 @@
+"""What a model process does with a task: lines back, a note of where it stands, an end to what is cancelled or left."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from stable_diffusion.core.errors import Cancelled, GenerationFailed, JobsUnavailable, QueueFull, ServiceError, UnknownJob
+from stable_diffusion.core.telemetry import StepRecord
+from stable_diffusion.core.types import Picture, Progress, Task, Ticket
+from stable_diffusion.engine.admission import QueueLimits
+from stable_diffusion.engine.denoiser import Denoiser
+from stable_diffusion.engine.engine import Engine
+from stable_diffusion.engine.loading import Parts
+from stable_diffusion.runner import process
+from stable_diffusion.runner.process import RunnerJobs
+from stable_diffusion.runner.wire import TakenOn, pack_task, unpack_news
+from stable_diffusion.state.jobs import Jobs
+from tests.tasks import make_task
+
+TICKET = Ticket("a1", "somebody")
+UNATTENDED = Ticket("b2", "somebody", unattended=True)
+
+
+@pytest.fixture
+def steps() -> list[StepRecord]:
+    return []
+
+
+@pytest.fixture
+def engine(demo_parts: Parts, steps: list[StepRecord]) -> Iterator[Engine]:
+    engine = Engine(lambda: Denoiser(demo_parts), 4, steps.append)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Jobs:
+    return Jobs(lambda: tmp_path)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
+async def lines(runner_jobs: RunnerJobs, task: Task, ticket: Ticket = TICKET, *, follow: bool = False) -> list[str]:
+    """What is said after the task was taken on."""
+    taken_on, *others = [line async for line in runner_jobs.draw(pack_task(task, ticket, follow=follow))]
+    assert unpack_news(taken_on) == TakenOn()
+    return others
+
+
+def test_drawing_yields_one_line_and_notes_the_end(engine: Engine, jobs: Jobs) -> None:
+    async def draw() -> None:
+        (line,) = await lines(RunnerJobs(engine, jobs, 0), make_task(num_inference_steps=2))
+        picture = unpack_news(line)
+        assert isinstance(picture, Picture)
+        assert picture.image.size == (64, 64)
+        await until(lambda: jobs.get("a1")[0].state == "completed")
+        assert jobs.get("a1")[0].picture is None, "it went to whoever asked"
+
+    asyncio.run(draw())
+
+
+def test_who_follows_gets_a_line_for_each_step_before_the_picture(engine: Engine, jobs: Jobs) -> None:
+    task = make_task(num_inference_steps=4, scheduler="DDIMScheduler")
+    *progress, picture = [unpack_news(line) for line in asyncio.run(lines(RunnerJobs(engine, jobs, 0), task, follow=True))]
+    assert [one.step for one in progress if isinstance(one, Progress)] == [1, 2, 3, 4]
+    assert isinstance(picture, Picture)
+
+
+def test_a_consumer_that_leaves_stops_its_job_within_two_steps(engine: Engine, jobs: Jobs, steps: list[StepRecord]) -> None:
+    left_at: list[int] = []
+
+    async def leave_early() -> None:
+        runner_jobs = RunnerJobs(engine, jobs, 0)
+        stream = runner_jobs.draw(pack_task(make_task(num_inference_steps=150), TICKET))
+        await anext(stream)
+        waiting = asyncio.ensure_future(anext(stream))
+        await until(lambda: len(steps) >= 3)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        left_at.append(len(steps))
+        await stream.aclose()
+        # Another job in the same engine: when it is done, the abandoned one had every chance to take steps.
+        await lines(runner_jobs, make_task(num_inference_steps=10), Ticket("c3", "somebody"))
+
+    asyncio.run(leave_early())
+    abandoned = steps[0].job_numbers[0]
+    assert sum(abandoned in record.job_numbers for record in steps) <= left_at[0] + 2
+    assert jobs.get("a1")[0].state == "cancelled"
+
+
+def test_an_unattended_job_goes_on_when_its_consumer_leaves_and_its_picture_is_kept(engine: Engine, jobs: Jobs) -> None:
+    task = make_task(num_inference_steps=20)
+
+    async def leave_early() -> Picture:
+        runner_jobs = RunnerJobs(engine, jobs, 0)
+        stream = runner_jobs.draw(pack_task(task, UNATTENDED))
+        await anext(stream)
+        waiting = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0.2)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await stream.aclose()
+        await until(lambda: jobs.get("b2")[0].is_ended)
+        record = jobs.get("b2")[0]
+        (line,) = await lines(runner_jobs, task)
+        attended = unpack_news(line)
+        assert isinstance(attended, Picture)
+        assert record.finished().image == attended.image
+        return attended
+
+    asyncio.run(leave_early())
+
+
+def test_a_cancelled_job_ends_within_a_second_and_its_neighbour_is_drawn(engine: Engine, jobs: Jobs, steps: list[StepRecord]) -> None:
+    async def cancel_one() -> None:
+        runner_jobs = RunnerJobs(engine, jobs, 0)
+        cancelled = asyncio.ensure_future(lines(runner_jobs, make_task(num_inference_steps=150)))
+        neighbour = asyncio.ensure_future(lines(runner_jobs, make_task(num_inference_steps=20), Ticket("c3", "somebody else")))
+        await until(lambda: len(steps) >= 3)
+        began = time.monotonic()
+        jobs.cancel("a1")
+        with pytest.raises(Cancelled):
+            unpack_news((await cancelled)[-1])
+        assert time.monotonic() - began < 1
+        assert isinstance(unpack_news((await neighbour)[-1]), Picture)
+
+    asyncio.run(cancel_one())
+    assert jobs.get("a1")[0].state == "cancelled"
+    assert len(steps) < 100, "the rest of its 150 steps was not taken"
+
+
+def test_a_task_that_is_not_taken_on_is_refused_in_its_first_line_and_leaves_nothing(demo_parts: Parts, jobs: Jobs) -> None:
+    engine = Engine(lambda: Denoiser(demo_parts), 4, limits=QueueLimits(seconds=600, pictures=1))
+
+    async def fill() -> list[str]:
+        runner_jobs = RunnerJobs(engine, jobs, 0)
+        first = runner_jobs.draw(pack_task(make_task(num_inference_steps=150), TICKET))
+        await anext(first)
+        refused = [line async for line in runner_jobs.draw(pack_task(make_task(), Ticket("c3", "somebody")))]
+        await first.aclose()
+        return refused
+
+    (line,) = asyncio.run(fill())
+    engine.close()
+    with pytest.raises(QueueFull) as refusal:
+        unpack_news(line)
+    assert refusal.value.retry_after_s is not None
+    assert refusal.value.retry_after_s >= 1
+    with pytest.raises(UnknownJob):
+        jobs.get("c3")
+
+
+def test_pictures_are_drawn_where_nothing_can_be_noted(engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    unwritable = Jobs(lambda: tmp_path / "file")
+    with caplog.at_level(logging.ERROR, logger="stable_diffusion"):
+        (line,) = asyncio.run(lines(RunnerJobs(engine, unwritable, 0), make_task(num_inference_steps=2)))
+    assert isinstance(unpack_news(line), Picture)
+    assert "Where jobs stand cannot be read or written" in caplog.text
+
+
+class _Failing(Jobs):
+    """A store on a disk that is full: a picture cannot be written any more, a few bytes can."""
+
+    def end(self, ticket: Ticket, outcome: Picture | ServiceError) -> None:
+        if isinstance(outcome, Picture):
+            raise JobsUnavailable("no space left")
+        super().end(ticket, outcome)
+
+
+def test_a_picture_that_cannot_be_kept_is_a_job_that_failed(engine: Engine, tmp_path: Path) -> None:
+    jobs = _Failing(lambda: tmp_path)
+    (line,) = asyncio.run(lines(RunnerJobs(engine, jobs, 0), make_task(num_inference_steps=2), UNATTENDED))
+    with pytest.raises(GenerationFailed, match="could not be kept"):
+        unpack_news(line)
+    assert jobs.get("b2")[0].state == "failed"
+
+
+def test_a_picture_that_cannot_be_finished_is_an_error_and_nobody_waits_for_ever(
+    engine: Engine, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(task: Task, outcome: Picture) -> Picture:
+        raise MemoryError
+
+    monkeypatch.setattr(process, "_finished", broken)
+    (line,) = asyncio.run(lines(RunnerJobs(engine, jobs, 0), make_task(num_inference_steps=2)))
+    with pytest.raises(GenerationFailed, match="could not be finished"):
+        unpack_news(line)

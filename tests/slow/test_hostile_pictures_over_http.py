@@ -1,0 +1,105 @@
+"""The worst files at every door that takes pictures: refused in the door's own form, and the server draws on."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from tests.hostile_pictures import RGB, chunk, corpus, flat_png, header_only_png
+from tests.http.servers import Server
+from tests.http.test_http import PROMPT
+
+MAX_TAKEN_S = 20
+NAMES = {
+    "png of 65535 x 65535 in its header": 413,
+    "png, zTXt of 200 MiB before the pixels": 400,
+    "png, a million empty chunks": 413,
+    "jpeg, a million empty segments": 413,
+    "jpeg of 4096 pixels, 100,000 scans": 413,
+    "jpeg, EXIF of 15 MiB": 413,
+    "webp of 16383 x 16383 in its header": 413,
+    "webp with a frame larger than itself": 400,
+    "a GIF file": 400,
+    "an SVG file": 400,
+    "a PostScript program": 400,
+    "nothing": 400,
+}
+
+
+@pytest.fixture(scope="module")
+def files() -> dict[str, bytes]:
+    return {case.name: case.content for case in corpus() if case.name in NAMES}
+
+
+def through_img2img(client: httpx.Client, content: bytes) -> tuple[int, str]:
+    answer = client.post("/img2img", files={"img": content}, data={"data": json.dumps({"prompt": PROMPT, "num_inference_steps": 2})})
+    problem = answer.json()["error"]["problems"][0]
+    return answer.status_code, f"{problem['field']} {problem['message']}"
+
+
+def through_inpaint(client: httpx.Client, content: bytes) -> tuple[int, str]:
+    right = flat_png(64, 64, 8, RGB)
+    answer = client.post("/inpaint", files={"img": right, "mask": content}, data={"data": json.dumps({"prompt": PROMPT})})
+    problem = answer.json()["error"]["problems"][0]
+    return answer.status_code, f"{problem['field']} {problem['message']}"
+
+
+def through_reproduce(client: httpx.Client, content: bytes) -> tuple[int, str]:
+    answer = client.post("/reproduce", files={"picture": content})
+    problem = answer.json()["error"]["problems"][0]
+    return answer.status_code, f"{problem['field']} {problem['message']}"
+
+
+def through_openai(client: httpx.Client, content: bytes) -> tuple[int, str]:
+    answer = client.post("/v1/images/edits", files={"image": content}, data={"prompt": PROMPT})
+    error = answer.json()["error"]
+    return answer.status_code, f"{error['param']} {error['message']}"
+
+
+def through_a1111(client: httpx.Client, content: bytes) -> tuple[int, str]:
+    body = {"prompt": PROMPT, "init_images": [base64.b64encode(content).decode()]}
+    answer = client.post("/sdapi/v1/img2img", json=body)
+    return answer.status_code, answer.json()["detail"]
+
+
+DOORS: dict[Callable[[httpx.Client, bytes], tuple[int, str]], str] = {
+    through_img2img: "img img: ",
+    through_inpaint: "mask mask: ",
+    through_reproduce: "picture picture: ",
+    through_openai: "image image: ",
+    through_a1111: "init_images: ",
+}
+
+
+@pytest.mark.parametrize("through", DOORS)
+def test_the_worst_files_are_refused_by_name(
+    server: Server, files: dict[str, bytes], through: Callable[[httpx.Client, bytes], tuple[int, str]]
+) -> None:
+    assert files.keys() == NAMES.keys()
+    with server.client() as client:
+        client.timeout = httpx.Timeout(MAX_TAKEN_S)
+        for name, content in files.items():
+            status, told = through(client, content)
+            # An empty text is no picture but a missing one to a form's reader, and A1111 answers 400 to what is no picture.
+            assert status in (NAMES[name], 400 if through is through_a1111 else NAMES[name]), (name, status, told)
+            assert told.startswith(DOORS[through]), (name, told)
+
+
+def test_the_server_draws_after_them(server: Server) -> None:
+    picture = file_with_everything_odd()
+    with server.client() as client:
+        answer = client.post("/img2img", files={"img": picture}, data={"data": json.dumps({"prompt": PROMPT, "num_inference_steps": 2})})
+        assert answer.status_code == 200, answer.text
+        assert client.get("/readyz").status_code == 200
+    assert "Traceback" not in server.log
+    assert "PIL" not in server.log
+
+
+def file_with_everything_odd() -> bytes:
+    """Read all the same: 16 bits, an animation that is announced and absent, EXIF that makes no sense, another file behind it."""
+    odd = chunk(b"acTL", bytes(8)) + chunk(b"eXIf", b"MM\0*" + b"\xff" * 400) + chunk(b"aaAa", b"%!PS")
+    return flat_png(64, 64, 16, RGB, before=odd) + header_only_png(60_000, 60_000)

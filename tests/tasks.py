@@ -1,0 +1,22 @@
+"""Tasks as tests ask for them."""
+
+from __future__ import annotations
+
+from stable_diffusion.core.types import Task
+
+
+def make_task(**changes: object) -> Task:
+    """A small text-to-image task with some values changed."""
+    values: dict[str, object] = {
+        "kind": "txt2img",
+        "prompt": "a red circle on a blue background",
+        "negative_prompt": "",
+        "width": 64,
+        "height": 64,
+        "num_inference_steps": 8,
+        "guidance_scale": 7.5,
+        "seed": 1,
+        "scheduler": "PNDMScheduler",
+        "safety_check": True,
+    }
+    return Task(**(values | changes))  # type: ignore[arg-type]

@@ -1,0 +1,221 @@
+"""From an API worker to the model process: what is not taken on, and when it is given up."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stable_diffusion.core.errors import (
+    GenerationFailed,
+    InvalidRequest,
+    JobsUnavailable,
+    ModelLoading,
+    ModelUnavailable,
+    QueueFull,
+    ServiceError,
+    ShuttingDown,
+)
+from stable_diffusion.core.shutdown import Unfinished
+from stable_diffusion.core.types import Task, Ticket
+from stable_diffusion.runner import client as client_module
+from stable_diffusion.runner.client import RunnerClient, begin, draw, draw_unattended, follow
+from stable_diffusion.runner.wire import pack_outcome, pack_taken_on
+from stable_diffusion.state.folder import shared_folder
+from stable_diffusion.state.jobs import JobRecord, Jobs
+from stable_diffusion.state.runner_status import RunnerState
+from tests.tasks import make_task
+
+TICKET = Ticket("a1", "somebody")
+Lines = Callable[[dict[str, Any]], AsyncGenerator[str, None]]
+
+
+@pytest.fixture(autouse=True)
+def _ready_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SD_SHARED_FOLDER", str(tmp_path / "shared"))
+    RunnerState(1, "fp32", "demo").enter("ready")
+
+
+def client_of(lines: Lines, policy: Any = "default-on", grace_s: float = 60) -> RunnerClient:
+    runner = SimpleNamespace(draw=SimpleNamespace(async_stream=lines))
+    return RunnerClient(runner, lambda: policy, Jobs(shared_folder), Unfinished(grace_s))
+
+
+async def never_answers(_: dict[str, Any]) -> AsyncGenerator[str, None]:
+    await asyncio.sleep(60)
+    yield ""
+
+
+async def draws_for_ever(_: dict[str, Any]) -> AsyncGenerator[str, None]:
+    yield pack_taken_on()
+    await asyncio.sleep(60)
+
+
+async def at_once(call: Callable[..., Any], *arguments: Any) -> Any:
+    return call(*arguments)
+
+
+async def dies(_: dict[str, Any]) -> AsyncGenerator[str, None]:
+    yield pack_taken_on()
+
+
+async def end_of(client: RunnerClient, job_id: str) -> list[JobRecord]:
+    last: list[JobRecord] = []
+    async with aclosing(follow(client, job_id)) as standings:
+        async for records in standings:
+            last = records
+    return last
+
+
+async def full(_: dict[str, Any]) -> AsyncGenerator[str, None]:
+    yield pack_outcome(QueueFull("200 pictures are waiting", retry_after_s=7))
+
+
+def error_of(client: RunnerClient, task: Task, *, stopping: bool = False) -> ServiceError:
+    async def to_its_end() -> None:
+        if stopping:
+            client.unfinished._stop = lambda: None
+        async for _ in await begin(client, task, TICKET, follow=False):
+            pass
+
+    with pytest.raises(ServiceError) as caught:
+        asyncio.run(to_its_end())
+    return caught.value
+
+
+def test_a_request_that_was_read_while_the_server_began_to_stop_is_not_handed_to_a_model_process_that_stops_too() -> None:
+    assert isinstance(error_of(client_of(never_answers), make_task(), stopping=True), ShuttingDown)
+
+
+def test_a_model_process_that_does_not_take_a_task_on_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "_TAKEN_ON_WITHIN_S", 0.1)
+    error = error_of(client_of(never_answers), make_task())
+    assert isinstance(error, ModelUnavailable)
+    assert error.message.startswith("the model process does not answer")
+
+
+def test_while_the_model_loads_the_error_says_how_far_it_is() -> None:
+    RunnerState(1, "fp32", "demo").enter("loading weights")
+    error = error_of(client_of(never_answers), make_task())
+    assert isinstance(error, ModelLoading)
+    assert error.message == "the model process is not ready: loading weights"
+
+
+def test_what_is_not_finished_when_the_grace_period_is_over_is_told() -> None:
+    async def stop_and_wait() -> None:
+        client = client_of(draws_for_ever, grace_s=0.1)
+        with client.unfinished.piece_of_work():
+            news = await begin(client, make_task(), TICKET, follow=False)
+            client.unfinished.stop_when_done(lambda: None)
+            async for _ in news:
+                pass
+
+    with pytest.raises(ShuttingDown):
+        asyncio.run(asyncio.wait_for(stop_and_wait(), 5))
+
+
+@pytest.mark.parametrize("moment", range(8))
+def test_a_client_that_leaves_about_when_the_task_is_taken_on_has_it_cancelled(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(client_module, "run_in_threadpool", at_once)  # so that the moments can be counted
+
+    async def leave() -> None:
+        may_be_taken_on = asyncio.Event()
+
+        async def lines(_: dict[str, Any]) -> AsyncGenerator[str, None]:
+            try:
+                await may_be_taken_on.wait()
+                yield pack_taken_on()
+                await asyncio.sleep(60)
+            finally:
+                closed.append("closed")
+
+        drawing = asyncio.ensure_future(draw(client_of(lines), make_task(), TICKET))
+        await asyncio.sleep(0.1)
+        may_be_taken_on.set()
+        for _ in range(moment):
+            await asyncio.sleep(0)
+        drawing.cancel()
+        await asyncio.wait({drawing}, timeout=5)
+        assert drawing.cancelled()
+
+    asyncio.run(leave())
+    assert closed == ["closed"]
+
+
+def test_a_job_has_its_end_even_if_the_store_fails_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "_ABANDON_AGAIN_S", 0.05)
+    failures = iter(range(3))
+
+    async def hold() -> ServiceError | None:
+        client = client_of(dies)
+        abandon = client.jobs.abandon
+
+        def full_disk(job_id: str, error: ServiceError) -> None:
+            if next(failures, None) is not None:
+                raise JobsUnavailable("where jobs stand cannot be read or written")
+            abandon(job_id, error)
+
+        monkeypatch.setattr(client.jobs, "abandon", full_disk)
+        ticket = Ticket("c3", "somebody", unattended=True)
+        client.jobs.accept(ticket, make_task(), None, "what")
+        await draw_unattended(client, make_task(), ticket)
+        [record] = await end_of(client, "c3")
+        assert client.followers == set()
+        return record.error
+
+    assert isinstance(asyncio.run(asyncio.wait_for(hold(), 20)), ModelUnavailable)
+    assert next(failures, None) is None
+
+
+def test_followers_look_less_often_where_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[str] = []
+
+    async def follow_with(many: int) -> int:
+        client = client_of(full)
+        client.jobs.accept(Ticket("d4", "somebody", unattended=True), make_task(), None, "what")
+        get = client.jobs.get
+
+        def look(job_id: str) -> list[JobRecord]:
+            looks.append(job_id)
+            return get(job_id)
+
+        monkeypatch.setattr(client.jobs, "get", look)
+        client.followers.update(object() for _ in range(many))
+        looks.clear()
+        following = asyncio.ensure_future(end_of(client, "d4"))
+        await asyncio.sleep(1)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        client.jobs.abandon("d4", GenerationFailed("not drawn"))
+        return len(looks)
+
+    assert asyncio.run(follow_with(0)) >= 4
+    assert asyncio.run(follow_with(50)) <= 3
+
+
+def test_a_server_that_checks_every_picture_shows_none_before_that() -> None:
+    task = make_task(preview_every_steps=1)
+    assert isinstance(error_of(client_of(full, policy="always"), task), InvalidRequest)
+    assert isinstance(error_of(client_of(full, policy="default-on"), task), QueueFull)
+
+
+def test_an_unattended_job_that_is_not_taken_on_is_refused_at_once_and_its_record_says_when_to_try_again() -> None:
+    async def ask() -> RunnerClient:
+        client = client_of(full)
+        ticket = Ticket("b2", "somebody", unattended=True)
+        client.jobs.accept(ticket, make_task(), None, "what")
+        with pytest.raises(QueueFull):
+            await draw_unattended(client, make_task(), ticket)
+        while not client.jobs.get("b2")[0].is_ended:
+            await asyncio.sleep(0.01)
+        return client
+
+    error = asyncio.run(ask()).jobs.get("b2")[0].error
+    assert isinstance(error, QueueFull)
+    assert error.retry_after_s == 7

@@ -1,0 +1,163 @@
+"""API keys: what the operator may write, what a request may carry, and that nothing readable is kept or told."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from starlette.datastructures import Headers
+
+from stable_diffusion.core.errors import SettingError
+from stable_diffusion.server.access.keys import Key, carries_key, keep_only_digests, name_of_key, read_keys
+from tests.http.servers import ROOT
+
+ALICE, BOB = "correct-horse-battery-staple", "tr0ub4dor/and+three=="
+DIGEST = hashlib.sha256(BOB.encode()).hexdigest()
+KEYS = read_keys({"SD_API_KEYS": f"alice:{ALICE},bob:sha256:{DIGEST}"})
+
+
+def basic(user: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
+def named(**headers: str) -> str | None:
+    return name_of_key(KEYS, Headers({name.replace("_", "-"): value for name, value in headers.items()}))
+
+
+def test_keys_come_with_or_without_a_name_and_as_themselves_or_as_digests() -> None:
+    keys = read_keys({"SD_API_KEYS": f" alice:{ALICE} , sha256:{DIGEST.upper()},, {'x' * 16} "})
+    assert [key.name for key in keys] == ["alice", "key2", "key3"]
+    assert [key.digest.hex() for key in keys] == [hashlib.sha256(one.encode()).hexdigest() for one in (ALICE, BOB, "x" * 16)]
+
+
+def test_without_the_variables_or_with_empty_ones_there_are_no_keys() -> None:
+    assert read_keys({}) == read_keys({"SD_API_KEYS": "", "SD_API_KEYS_FILE": ""}) == ()
+
+
+def test_a_file_has_one_key_a_line_and_comments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# of the office\nalice:{ALICE}\n\n  bob:sha256:{DIGEST}\n")
+    file.chmod(0o600)
+    variables = {"SD_API_KEYS_FILE": str(file)}
+    assert read_keys(variables) == KEYS
+    assert caplog.text == ""
+    file.chmod(0o640)
+    with caplog.at_level(logging.WARNING):
+        assert read_keys(variables) == KEYS
+    assert f"chmod 600 {file}" in caplog.text
+    assert [key.name for key in read_keys({**variables, "SD_API_KEYS": "carol:" + "c" * 20})] == ["carol", "alice", "bob"]
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("alice:secret-of-15-ch", "SD_API_KEYS, entry 1 (alice): a key must have at least 16 characters, this one has 15"),
+        (f"alice:{ALICE},bob:", "SD_API_KEYS, entry 2 (bob): a key must have at least 16 characters, this one has 0"),
+        ("my name:" + "s" * 20, "SD_API_KEYS, entry 1: what is before the colon is no name"),
+        ('{"key":"' + "s" * 20 + '"}', "SD_API_KEYS, entry 1: what is before the colon is no name"),
+        ("alice:" + "s" * 20 + " s", "must be printable ASCII without spaces"),
+        ("alice:" + "s" * 20 + ":s", "without spaces, commas and colons"),
+        ("alice:" + "sü" * 20, "must be printable ASCII"),
+        ("alice:sha256:0123", "sha256: must be followed by 64 hexadecimal digits"),
+        ("sha256:" + "g" * 64, "sha256: must be followed by 64 hexadecimal digits"),
+        (f"alice:{ALICE},alice:{BOB}", "there are two keys with the name alice"),
+        (f"bob:{BOB},carol:sha256:{DIGEST}", "bob and carol are the same key"),
+        (" , ", "SD_API_KEYS is set and holds no key"),
+    ],
+)
+def test_what_is_wrong_is_told_by_the_entry_and_never_with_the_secret(value: str, words: str) -> None:
+    with pytest.raises(SettingError) as refused:
+        read_keys({"SD_API_KEYS": value})
+    assert words in str(refused.value)
+    assert not [secret for secret in (ALICE, BOB, "secret-of", "ssss") if secret in str(refused.value)]
+
+
+def test_a_file_that_is_missing_or_empty_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="SD_API_KEYS_FILE: .*missing cannot be read: No such file"):
+        read_keys({"SD_API_KEYS_FILE": str(tmp_path / "missing")})
+    (tmp_path / "empty").write_text("# nobody\n")
+    (tmp_path / "empty").chmod(0o600)
+    with pytest.raises(SettingError, match="SD_API_KEYS_FILE is set and holds no key"):
+        read_keys({"SD_API_KEYS_FILE": str(tmp_path / "empty")})
+
+
+def test_processes_that_are_started_later_get_digests_of_the_same_keys_and_no_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"bob:{BOB}")
+    file.chmod(0o600)
+    variables = {"SD_API_KEYS": f"alice:{ALICE}", "SD_API_KEYS_FILE": str(file)}
+    keep_only_digests(variables)
+    assert list(variables) == ["SD_API_KEYS"]
+    assert ALICE not in str(variables)
+    assert BOB not in str(variables)
+    assert read_keys(variables) == KEYS
+    before = dict(variables)
+    keep_only_digests(variables)
+    assert variables == before
+
+
+def test_what_is_wrong_is_left_for_whoever_says_so() -> None:
+    variables = {"SD_API_KEYS": "short"}
+    keep_only_digests(variables)
+    assert variables == {"SD_API_KEYS": "short"}
+
+
+def test_a_request_carries_its_key_in_any_of_three_ways() -> None:
+    assert named(Authorization=f"Bearer {ALICE}") == "alice"
+    assert named(Authorization=f"bearer  {ALICE} ") == "alice"
+    assert named(Authorization=basic("anything", BOB)) == "bob"
+    assert named(Authorization=basic("", BOB)) == "bob"
+    assert named(X_API_Key=ALICE) == "alice"
+    assert named(Authorization=basic("of", "the proxy before us"), X_API_Key=ALICE) == "alice"
+
+
+@pytest.mark.parametrize(
+    "authorization",
+    [
+        *("", "Bearer", "Bearer ", "Basic", "Basic !", "Basic é", ALICE, f"Digest {ALICE}", f"Bearer {ALICE}x", f"Bearer {ALICE[:-1]}"),
+        *(f"Bearer alice:{ALICE}", f"Bearer {DIGEST}", f"Bearer sha256:{DIGEST}", f"Bearer {ALICE.upper()}", f"Bearer {ALICE},{BOB}"),
+        *(basic(ALICE, ""), basic("alice", ALICE + "\n"), basic("alice", "alice"), f"Basic {ALICE}"),
+    ],
+)
+def test_anything_else_is_no_key(authorization: str) -> None:
+    assert named(Authorization=authorization) is None
+
+
+def test_an_empty_header_carries_no_key_and_a_wrong_key_is_one() -> None:
+    assert not any(
+        carries_key(Headers(headers)) for headers in ({}, {"Authorization": ""}, {"Authorization": "Bearer "}, {"X-API-Key": ""})
+    )
+    assert all(carries_key(Headers(headers)) for headers in ({"Authorization": "Bearer wrong"}, {"X-API-Key": "wrong"}))
+
+
+def test_a_key_does_not_show_itself() -> None:
+    assert ALICE not in repr(KEYS)
+    assert str(KEYS[1]) == f"bob:sha256:{DIGEST}"
+
+
+def test_the_command_makes_a_key_and_the_line_from_which_it_cannot_be_read() -> None:
+    told = [run("carol") for _ in range(2)]
+    for output in told:
+        secret, line = (text.strip() for text in output.stdout.splitlines() if text.startswith("  "))
+        assert len(secret) == 43
+        assert read_keys({"SD_API_KEYS": line}) == (Key("carol", hashlib.sha256(secret.encode()).digest()),)
+        assert read_keys({"SD_API_KEYS": f"carol:{secret}"}) == read_keys({"SD_API_KEYS": line})
+    assert told[0].stdout != told[1].stdout
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("a", "b"), ("a name",)])
+def test_the_command_says_how_it_is_used(arguments: tuple[str, ...]) -> None:
+    finished = run(*arguments)
+    assert finished.returncode == 1
+    assert "NAME" in finished.stderr
+    assert finished.stdout == ""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stable_diffusion.keys", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)

@@ -1,0 +1,81 @@
+"""What the operator may decide about who comes in, and with which of it a server starts where."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from stable_diffusion.core.errors import SettingError
+from stable_diffusion.server.access.keys import read_keys
+from stable_diffusion.server.access.policy import Access, check_exposure, is_loopback, read_access
+
+KEY = "correct-horse-battery-staple"
+KEYED = Access(read_keys({"SD_API_KEYS": f"alice:{KEY}"}))
+
+
+def test_nothing_is_set_nothing_is_open_and_nobody_is_limited() -> None:
+    assert read_access({}) == Access()
+
+
+def test_every_variable_is_read() -> None:
+    access = read_access({"SD_API_KEYS": KEY, "SD_OPEN": "docs, metrics", "SD_WITHOUT_KEYS": "1", "SD_RATE_LIMIT": "30"})
+    assert access == Access(read_keys({"SD_API_KEYS": KEY}), frozenset({"docs", "metrics"}), True, 30)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("SD_OPEN", "docs,ui", "SD_OPEN: 'ui' cannot be opened, only docs and metrics"),
+        ("SD_WITHOUT_KEYS", "yes", "SD_WITHOUT_KEYS: must be 1, 0 or empty, 'yes' is not"),
+        *(
+            ("SD_RATE_LIMIT", value, "SD_RATE_LIMIT: must be a whole number from 1 to 100000")
+            for value in ("0", "-1", "1.5", "1e3", "٣", "x")
+        ),
+        ("SD_RATE_LIMIT", "9" * 5000, "SD_RATE_LIMIT: must be a whole number"),
+    ],
+)
+def test_a_bad_value_is_refused_by_the_name_of_its_variable(name: str, value: str, words: str) -> None:
+    with pytest.raises(SettingError) as refused:
+        read_access({name: value})
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1"])
+def test_these_addresses_are_reached_from_this_machine_only(host: str) -> None:
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "::ffff:10.0.0.1", "localhost", ""])
+def test_these_addresses_are_not(host: str) -> None:
+    assert not is_loopback(host)
+
+
+@pytest.mark.parametrize("in_bento", [True, False])
+def test_at_a_loopback_address_a_server_without_keys_starts_quietly(in_bento: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        check_exposure(Access(), "127.0.0.1", in_bento=in_bento)
+    assert caplog.text == ""
+
+
+def test_elsewhere_a_source_checkout_without_keys_starts_with_a_loud_warning(caplog: pytest.LogCaptureFixture) -> None:
+    check_exposure(Access(), "0.0.0.0", in_bento=False)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage().startswith("NO API KEY IS SET, AND THE SERVER LISTENS ON 0.0.0.0: everybody who reaches")
+
+
+def test_elsewhere_a_bento_without_keys_does_not_start_unless_it_is_told_to(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(SettingError) as refused:
+        check_exposure(Access(), "0.0.0.0", in_bento=True)
+    assert all(words in str(refused.value) for words in ("SD_API_KEYS", "python -m stable_diffusion.keys", "SD_WITHOUT_KEYS=1"))
+    check_exposure(Access(is_without_keys_on_purpose=True), "0.0.0.0", in_bento=True)
+    assert "NO API KEY IS SET" in caplog.text
+
+
+def test_with_keys_a_server_starts_anywhere_and_the_log_has_their_names_alone(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        check_exposure(KEYED, "0.0.0.0", in_bento=True)
+    assert "There are keys of: alice" in caplog.text
+    assert KEY not in caplog.text
+    assert KEYED.keys[0].digest.hex() not in caplog.text

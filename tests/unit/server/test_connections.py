@@ -1,0 +1,279 @@
+"""Clients that do not read, do not write or only listen, at a real uvicorn on a thread, with short times."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+
+import httpx
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from stable_diffusion.server import connections
+from stable_diffusion.server.connections import Connections
+
+PICTURE = bytes(range(256)) * 2**15  # 8 MiB, more than the operating system takes for a client that does not read
+TAIL = bytes(range(256)) * 2**10  # 256 KiB, which it takes whole
+
+
+@dataclass
+class Worker:
+    """An API worker of which only the connections matter."""
+
+    server: uvicorn.Server
+    port: int
+    cancelled: threading.Event  # the source of /endless
+
+    @property
+    def connections(self) -> int:
+        return len(self.server.server_state.connections)
+
+    @property
+    def descriptors(self) -> set[int]:
+        return {protocol.transport.get_extra_info("socket").fileno() for protocol in self.server.server_state.connections}
+
+    def connect(self, *, read_buffer_bytes: int | None = None) -> socket.socket:
+        client = socket.socket()
+        if read_buffer_bytes is not None:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, read_buffer_bytes)
+        client.settimeout(20)
+        client.connect(("127.0.0.1", self.port))
+        return client
+
+    def ask(self, path: str) -> socket.socket:
+        """For `path`, with a small buffer for the answer."""
+        client = self.connect(read_buffer_bytes=4096)
+        client.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        return client
+
+    def seconds_until_connections(self, count: int, timeout_s: float = 20) -> float:
+        began = time.monotonic()
+        while self.connections != count:
+            assert time.monotonic() - began < timeout_s, f"{self.connections} connections"
+            time.sleep(0.01)
+        return time.monotonic() - began
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    for name, seconds in {"IDLE_TIMEOUT_S": 1.0, "READING_PAUSE_S": 1.0, "READING_GRACE_S": 2.0, "LOOK_EVERY_S": 0.1}.items():
+        monkeypatch.setattr(connections, name, seconds)
+
+    cancelled = threading.Event()
+
+    async def picture(request: Request) -> Response:
+        return Response(PICTURE)
+
+    async def tail(request: Request) -> Response:
+        return Response(TAIL)
+
+    async def slow(request: Request) -> Response:
+        await asyncio.sleep(3)
+        return Response(b"drawn")
+
+    async def endless(request: Request) -> Response:
+        async def events() -> AsyncIterator[bytes]:
+            try:
+                while True:
+                    yield b"data: x\n\n" * 1000
+                    await asyncio.sleep(0)
+            finally:
+                cancelled.set()
+
+        return StreamingResponse(events())
+
+    routes = [Route("/picture", picture), Route("/tail", tail), Route("/slow", slow), Route("/endless", endless)]
+    app = Starlette(routes=routes, middleware=[Middleware(Connections)])
+    with socket.socket() as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * len(TAIL))
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(128)
+        server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None))
+        there = Worker(server, listening.getsockname()[1], cancelled)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield there
+        finally:
+            server.should_exit = True
+            thread.join(20)
+        assert not thread.is_alive(), "it did not stop"
+
+
+def everything(client: socket.socket, pause_s: float = 0.0, piece_bytes: int = 2**16) -> bytes:
+    """All that comes until the other side closes."""
+    received = bytearray()
+    while piece := client.recv(piece_bytes):
+        received += piece
+        time.sleep(pause_s)
+    return bytes(received)
+
+
+def test_a_whole_answer_comes_to_who_reads_it(worker: Worker) -> None:
+    assert httpx.get(f"http://127.0.0.1:{worker.port}/picture", trust_env=False).content == PICTURE
+
+
+def test_a_client_that_reads_slowly_but_steadily_gets_its_answer(worker: Worker) -> None:
+    with worker.connect(read_buffer_bytes=2**17) as client:
+        client.sendall(b"GET /picture HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert everything(client, pause_s=0.05, piece_bytes=2**17).endswith(PICTURE)
+
+
+def test_an_answer_that_is_not_read_is_given_up(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
+    with worker.ask("/picture") as client:
+        worker.seconds_until_connections(1)
+        assert 0.5 < worker.seconds_until_connections(0) < 5
+        with pytest.raises(ConnectionResetError):
+            everything(client)
+    assert [record.levelname for record in caplog.records] == ["WARNING"], "it is no defect"
+    assert "did not read its answer" in caplog.text
+
+
+def test_an_answer_that_is_read_byte_by_byte_is_given_up(worker: Worker) -> None:
+    with worker.ask("/picture") as client:
+        worker.seconds_until_connections(1)
+        began = time.monotonic()
+        with pytest.raises(ConnectionResetError):
+            everything(client, pause_s=0.1, piece_bytes=512)
+        assert time.monotonic() - began < 15
+        assert worker.connections == 0
+
+
+def test_events_that_are_not_read_end_their_source(worker: Worker) -> None:
+    with worker.ask("/endless"):
+        assert worker.cancelled.wait(10)
+        worker.seconds_until_connections(0)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /picture HT", b"GET /picture HTTP/1.1\r\nHost: x\r\n"], ids=["nothing", "a line", "a head"])
+def test_a_connection_without_a_whole_request_is_ended(worker: Worker, sent: bytes) -> None:
+    with worker.connect() as client:
+        client.sendall(sent)
+        worker.seconds_until_connections(1)
+        assert 0.5 < worker.seconds_until_connections(0) < 5
+        assert everything(client) == b""
+
+
+def test_a_head_that_trickles_is_ended(worker: Worker) -> None:
+    with worker.connect() as client:
+        worker.seconds_until_connections(1)
+        began = time.monotonic()
+        with suppress(BrokenPipeError, ConnectionResetError):
+            for byte in b"GET /picture HTTP/1.1\r\nX: " + b"x" * 1000:
+                client.sendall(bytes([byte]))
+                time.sleep(0.05)
+        assert time.monotonic() - began < 5
+
+
+def test_who_waits_for_an_answer_is_not_idle(worker: Worker) -> None:
+    assert httpx.get(f"http://127.0.0.1:{worker.port}/slow", trust_env=False, timeout=20).content == b"drawn"
+
+
+def test_a_connection_with_a_request_now_and_then_is_not_idle(worker: Worker) -> None:
+    with worker.connect() as client:
+        for _ in range(6):
+            client.sendall(b"HEAD /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(4096).startswith(b"HTTP/1.1 404")
+            time.sleep(0.5)
+
+
+def test_an_answer_that_outlives_its_connection_takes_nothing_from_the_next_one_on_its_descriptor(
+    worker: Worker, caplog: pytest.LogCaptureFixture
+) -> None:
+    with worker.connect() as first, socket.socket() as second:
+        first.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(1.5)
+        before = worker.descriptors
+        first.shutdown(socket.SHUT_RDWR)  # its descriptor stays taken, the server's does not
+        worker.seconds_until_connections(0)
+        second.settimeout(20)
+        second.connect(("127.0.0.1", worker.port))
+        second.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+        worker.seconds_until_connections(1)
+        assert worker.descriptors == before
+        assert second.recv(4096).startswith(b"HTTP/1.1 200")
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_pipelined_requests_are_all_answered(worker: Worker) -> None:
+    with worker.connect() as client:
+        client.sendall(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\nGET /slow HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert everything(client).endswith(b"drawn")
+
+
+def test_a_connection_that_is_kept_alive_is_left_to_uvicorn_until_half_a_request_comes(worker: Worker) -> None:
+    """A balancer keeps such connections for its next request."""
+    with worker.connect() as client:
+        for _ in range(2):
+            client.sendall(b"HEAD /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(4096).startswith(b"HTTP/1.1 404")
+            time.sleep(2.5)  # uvicorn waits for 5 s
+        client.sendall(b"HEAD /nothing HTTP/1.1\r\nHo")
+        assert 0.5 < worker.seconds_until_connections(0) < 4
+        assert everything(client) == b""
+
+
+def test_the_end_of_an_answer_is_waited_for_while_it_is_read(worker: Worker) -> None:
+    """The application is done with it, and the operating system has what is left."""
+    with worker.ask("/tail") as client:
+        received, began = b"", time.monotonic()
+        while not received.endswith(TAIL):
+            received += client.recv(4096)
+            time.sleep(0.03)
+        assert time.monotonic() - began > 1.5
+
+
+def test_the_end_of_an_answer_that_is_not_read_is_given_up(worker: Worker) -> None:
+    with worker.ask("/tail") as client:
+        worker.seconds_until_connections(1)
+        assert 0.5 < worker.seconds_until_connections(0) < 4
+        with pytest.raises(ConnectionResetError):
+            everything(client)
+
+
+def test_an_answer_to_a_request_whose_body_is_broken_is_no_defect(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
+    """uvicorn answers it, and the application too."""
+    with worker.connect() as client:
+        client.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
+        assert everything(client).startswith(b"HTTP/1.1 400 ")
+    worker.seconds_until_connections(0)
+    assert [record.levelname for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+def test_clients_that_do_not_read_do_not_hold_a_worker_that_stops(worker: Worker) -> None:
+    with worker.ask("/picture"), worker.ask("/endless"), worker.connect():
+        worker.seconds_until_connections(3)
+        worker.server.should_exit = True
+        worker.seconds_until_connections(0)
+
+
+def test_connections_inherit_the_questions_of_the_operating_system(worker: Worker) -> None:
+    with worker.connect():
+        worker.seconds_until_connections(1)
+        (protocol,) = worker.server.server_state.connections
+        accepted = protocol.transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 120_000
+
+
+def test_a_worker_may_open_as_many_files_as_it_is_allowed_to() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    try:
+        connections.raise_descriptor_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -1,0 +1,256 @@
+"""Where jobs stand, for several processes at once; what is kept, for how long, and what a key is good for."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stable_diffusion.core.errors import (
+    Cancelled,
+    GenerationFailed,
+    IdempotencyMismatch,
+    JobsUnavailable,
+    PictureExpired,
+    PictureNotKept,
+    TooManyJobs,
+    UnknownJob,
+)
+from stable_diffusion.core.types import Picture, Progress, Ticket
+from stable_diffusion.state.jobs import MAX_UNATTENDED, PICTURES_KEPT, PICTURES_KEPT_S, Jobs, fingerprint, new_job_id
+from tests.tasks import make_task
+
+IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 16, 3), dtype=np.uint8))
+PICTURE = Picture(IMAGE, True, "\u732b", "")
+TICKET = Ticket("a1", "somebody")
+UNATTENDED = replace(TICKET, unattended=True)
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Jobs:
+    return Jobs(lambda: tmp_path)
+
+
+def completed(jobs: Jobs, job_id: str) -> None:
+    ticket = Ticket(job_id, "somebody", unattended=True)
+    jobs.begin(ticket, make_task(), 0)
+    jobs.end(ticket, PICTURE)
+
+
+def test_a_job_is_queued_then_running_then_completed(jobs: Jobs) -> None:
+    jobs.begin(TICKET, make_task(prompt="\u732b"), 0)
+    (record,) = jobs.get("a1")
+    assert (record.state, record.task.prompt, record.is_ended, record.is_estimated) == ("queued", "\u732b", False, False)
+    jobs.note({TICKET: Progress(3, 0, 50, 12.5)})
+    (record,) = jobs.get("a1")
+    assert (record.state, record.progress) == ("queued", Progress(3, 0, 50, 12.5))
+    jobs.note({TICKET: Progress(0, 7, 50, 4.0, IMAGE)})
+    jobs.note({TICKET: Progress(0, 8, 50, 3.9)})
+    (record,) = jobs.get("a1")
+    assert (record.state, record.progress.step, record.preview) == ("running", 8, IMAGE)
+    jobs.end(TICKET, PICTURE)
+    (record,) = jobs.get("a1")
+    assert (record.state, record.progress.step, record.progress.seconds_left, record.preview) == ("completed", 50, 0.0, None)
+
+
+def test_the_picture_is_kept_bit_for_bit_only_where_nobody_waited(jobs: Jobs) -> None:
+    completed(jobs, "kept")
+    assert jobs.get("kept")[0].finished() == PICTURE
+    jobs.begin(TICKET, make_task(), 0)
+    jobs.end(TICKET, PICTURE)
+    with pytest.raises(PictureNotKept):
+        jobs.get("a1")[0].finished()
+
+
+def test_what_comes_after_the_end_changes_nothing(jobs: Jobs) -> None:
+    jobs.begin(UNATTENDED, make_task(), 0)
+    jobs.end(UNATTENDED, Cancelled("the job was cancelled"))
+    jobs.end(UNATTENDED, PICTURE)
+    jobs.note({UNATTENDED: Progress(0, 1, 2, 3.0)})
+    jobs.abandon("a1", GenerationFailed("gone"))
+    (record,) = jobs.get("a1")
+    assert record.state == "cancelled"
+    with pytest.raises(Cancelled, match="the job was cancelled"):
+        record.finished()
+
+
+def test_a_picture_is_gone_after_its_time_and_the_job_after_a_day(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    completed(jobs, "old")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + PICTURES_KEPT_S + 1)
+    with pytest.raises(PictureExpired, match="for 60 minutes"):
+        jobs.get("old")[0].finished()
+    monkeypatch.setattr(time, "time", lambda: now + 24 * 3600 + 1)
+    completed(jobs, "new")
+    with pytest.raises(UnknownJob):
+        jobs.get("old")
+
+
+def test_the_last_pictures_are_kept_and_attended_jobs_do_not_count(jobs: Jobs, tmp_path: Path) -> None:
+    for number in range(PICTURES_KEPT + 1):
+        completed(jobs, f"job {number}")
+        attended = Ticket(f"attended {number}", "somebody")
+        jobs.begin(attended, make_task(), 0)
+        jobs.end(attended, PICTURE)
+    with pytest.raises(PictureExpired):
+        jobs.get("job 0")[0].finished()
+    assert jobs.get("job 1")[0].finished() == PICTURE
+
+
+def test_an_unknown_job_is_an_error(jobs: Jobs) -> None:
+    with pytest.raises(UnknownJob):
+        jobs.get("nobody")
+    jobs.cancel("nobody")
+
+
+def test_a_cancellation_is_found_by_the_runner_that_has_the_job_only(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs.begin(TICKET, make_task(), 1)
+    jobs.begin(replace(TICKET, index=1), make_task(), 0)
+    jobs.cancel("a1")
+    assert jobs.to_cancel(0) == [("a1", 1)]
+    assert jobs.to_cancel(1) == [("a1", 0)]
+    jobs.end(replace(TICKET, index=1), Cancelled("the job was cancelled"))
+    later = time.time() + 11
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert jobs.to_cancel(0) == []
+    assert jobs.to_cancel(1) == [("a1", 0)]
+
+
+def test_only_the_callers_own_jobs_are_cancelled(jobs: Jobs) -> None:
+    jobs.begin(TICKET, make_task(), 0)
+    jobs.begin(Ticket("b2", "somebody else"), make_task(), 0)
+    assert [record.id for record in jobs.of_owner("somebody")] == ["a1"]
+    jobs.cancel_of_owner("somebody")
+    assert jobs.to_cancel(0) == [("a1", 0)]
+
+
+def test_what_a_runner_left_fails_when_it_starts_again(jobs: Jobs) -> None:
+    jobs.begin(TICKET, make_task(), 1)
+    jobs.begin(Ticket("b2", "somebody"), make_task(), 0)
+    jobs.fail_what_was_left(1)
+    assert jobs.get("a1")[0].state == "failed"
+    assert jobs.get("b2")[0].state == "queued"
+
+
+def test_a_job_whose_worker_died_before_a_runner_got_it_fails_after_a_minute(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs.accept(UNATTENDED, make_task(), None, "")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 59)
+    assert jobs.get("a1")[0].state == "queued"
+    jobs.note_held("a1")
+    monkeypatch.setattr(time, "time", lambda: now + 118)
+    assert jobs.get("a1")[0].state == "queued", "its worker still waits for a runner that loads"
+    monkeypatch.setattr(time, "time", lambda: now + 120)
+    assert jobs.get("a1")[0].state == "failed"
+
+
+def test_an_owner_who_has_all_places_does_not_keep_others_out(jobs: Jobs) -> None:
+    for number in range(MAX_UNATTENDED):
+        jobs.accept(Ticket(f"{number}", "greedy", unattended=True), make_task(), None, "what")
+    with pytest.raises(TooManyJobs):
+        jobs.accept(Ticket("one more", "greedy", unattended=True), make_task(), None, "what")
+    for number in range(MAX_UNATTENDED // 2):
+        jobs.accept(Ticket(f"other {number}", "other", unattended=True), make_task(), None, "what")
+    with pytest.raises(TooManyJobs):
+        jobs.accept(Ticket("other one more", "other", unattended=True), make_task(), None, "what")
+
+
+def test_jobs_whose_worker_died_do_not_keep_their_places(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(MAX_UNATTENDED):
+        jobs.accept(Ticket(f"job {number}", "somebody", unattended=True), make_task(), None, "")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 61)
+    assert jobs.accept(UNATTENDED, make_task(), None, "") == "a1"
+
+
+def test_a_job_that_was_given_up_is_stopped_where_it_is_drawn(jobs: Jobs) -> None:
+    jobs.begin(UNATTENDED, make_task(), 0)
+    jobs.note({UNATTENDED: Progress(0, 3, 50, 12.5)})
+    jobs.abandon("a1", GenerationFailed("too late"))
+    assert jobs.to_cancel(0) == [("a1", 0)]
+    (record,) = jobs.get("a1")
+    assert (record.state, record.progress.seconds_left) == ("failed", 0.0)
+
+
+def test_a_job_that_was_given_up_because_it_was_cancelled_is_cancelled(jobs: Jobs) -> None:
+    jobs.begin(UNATTENDED, make_task(), 0)
+    jobs.abandon("a1", Cancelled("the job was cancelled"))
+    assert jobs.get("a1")[0].state == "cancelled"
+
+
+def test_a_key_stands_for_the_job_that_it_was_first_sent_with(jobs: Jobs) -> None:
+    assert jobs.accept(UNATTENDED, make_task(), "key", "print") == "a1"
+    again = Ticket("b2", "somebody", unattended=True)
+    assert jobs.accept(again, make_task(), "key", "print") == "a1"
+    with pytest.raises(UnknownJob):
+        jobs.get("b2")
+    with pytest.raises(IdempotencyMismatch):
+        jobs.accept(again, make_task(), "key", "another print")
+    assert jobs.accept(replace(again, owner="somebody else"), make_task(), "key", "another print") == "b2", "keys are each caller's own"
+
+
+def test_a_key_whose_job_failed_may_be_tried_again(jobs: Jobs) -> None:
+    jobs.accept(UNATTENDED, make_task(), "key", "print")
+    jobs.abandon("a1", GenerationFailed("gone"))
+    assert jobs.accept(Ticket("b2", "somebody", unattended=True), make_task(), "key", "print") == "b2"
+
+
+def test_one_of_many_that_come_at_once_with_a_key_gets_the_job(jobs: Jobs) -> None:
+    accepted: list[str] = []
+
+    def accept() -> None:
+        accepted.append(jobs.accept(Ticket(new_job_id(), "somebody", unattended=True), make_task(), "key", "print"))
+
+    threads = [threading.Thread(target=accept) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(accepted) == 16
+    assert len(set(accepted)) == 1
+
+
+def test_more_unattended_jobs_than_may_wait_are_refused(jobs: Jobs) -> None:
+    for number in range(MAX_UNATTENDED):
+        jobs.accept(Ticket(f"job {number}", "somebody", unattended=True), make_task(), None, "")
+    with pytest.raises(TooManyJobs) as refusal:
+        jobs.accept(UNATTENDED, make_task(), None, "")
+    assert refusal.value.retry_after_s == 1
+    jobs.begin(TICKET, make_task(), 0)
+    jobs.end(Ticket("job 0", "somebody", unattended=True), PICTURE)
+    assert jobs.accept(replace(UNATTENDED, job_id="c3"), make_task(), None, "") == "c3"
+
+
+def test_the_fingerprint_follows_the_request_and_not_the_random_seed(input_picture: Image.Image) -> None:
+    task = make_task(image=input_picture)
+    same = fingerprint(task, None)
+    assert fingerprint(replace(task, seed=7, image=input_picture.copy()), None) == same
+    assert fingerprint(task, 7) != same
+    assert fingerprint(replace(task, prompt="another"), None) != same
+    assert fingerprint(replace(task, image=input_picture.rotate(90)), None) != same
+
+
+def test_a_folder_that_was_removed_is_no_reason_to_stop(tmp_path: Path) -> None:
+    def folder() -> Path:
+        (tmp_path / "shared").mkdir(exist_ok=True)
+        return tmp_path / "shared"
+
+    jobs = Jobs(folder)
+    completed(jobs, "a1")
+    for file in folder().iterdir():
+        file.unlink()
+    with pytest.raises(UnknownJob):
+        jobs.get("a1")
+    completed(jobs, "b2")
+    assert jobs.get("b2")[0].finished() == PICTURE
+
+
+def test_a_broken_file_is_an_error_that_callers_know(tmp_path: Path) -> None:
+    (tmp_path / "jobs.sqlite").write_text("not a database" * 100)
+    with pytest.raises(JobsUnavailable):
+        Jobs(lambda: tmp_path).get("a1")

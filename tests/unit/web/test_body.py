@@ -1,0 +1,117 @@
+"""Bodies that stall or trickle, and clients that leave while they upload, without a server: messages as uvicorn hands them over."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Message
+
+from stable_diffusion.api.a1111 import responses as a1111_responses
+from stable_diffusion.api.openai import routes as openai_routes
+from stable_diffusion.core.errors import RequestTimeout, ServiceError
+from stable_diffusion.web import body
+from stable_diffusion.web.responses import answering_errors, error_answer
+
+FORM = {"content-type": "multipart/form-data; boundary=x"}
+FILE = b'--x\r\nContent-Disposition: form-data; name="img"; filename="a.png"\r\n\r\n'
+
+
+def request(pieces: AsyncIterator[bytes], headers: dict[str, str] | None = None) -> Request:
+    """A request whose body comes as `pieces` come, and after them nothing more."""
+
+    async def receive() -> Message:
+        async for piece in pieces:
+            return {"type": "http.request", "body": piece, "more_body": True}
+        return {"type": "http.disconnect"}
+
+    encoded = [(name.encode(), value.encode()) for name, value in (headers or {"content-type": "application/json"}).items()]
+    return Request({"type": "http", "method": "POST", "path": "/txt2img", "query_string": b"", "headers": encoded}, receive)
+
+
+async def trickling(pause_s: float, piece: bytes = b"x") -> AsyncIterator[bytes]:
+    while True:
+        await asyncio.sleep(pause_s)
+        yield piece
+
+
+async def stalling(*pieces: bytes) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+    await asyncio.sleep(60)
+
+
+async def leaving(*pieces: bytes) -> AsyncIterator[bytes]:
+    for piece in pieces:
+        yield piece
+
+
+@pytest.fixture(autouse=True)
+def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "UPLOAD_PAUSE_S", 0.3)
+    monkeypatch.setattr(body, "UPLOAD_GRACE_S", 1.0)
+    monkeypatch.setattr(body, "UPLOAD_TIMEOUT_S", 2.0)
+
+
+async def seconds_to_refuse(slow: Request) -> float:
+    began = time.monotonic()
+    with pytest.raises(RequestTimeout, match="the body came too slowly"):
+        await body.json_content(slow, 2**20)
+    return time.monotonic() - began
+
+
+def test_a_body_that_stalls_is_refused_after_the_longest_pause() -> None:
+    assert 0.3 <= asyncio.run(seconds_to_refuse(request(stalling(b'{"prompt": ')))) < 1.0
+
+
+def test_a_body_that_trickles_is_refused_when_the_grace_is_over() -> None:
+    assert 1.0 <= asyncio.run(seconds_to_refuse(request(trickling(0.05)))) < 2.0
+
+
+def test_a_body_at_the_allowed_speed_is_refused_when_the_longest_time_is_over() -> None:
+    assert 2.0 <= asyncio.run(seconds_to_refuse(request(trickling(0.05, b"x" * 2000)))) < 3.0
+
+
+def test_each_door_answers_a_slow_body_with_408_in_its_form_and_closes() -> None:
+    async def endpoint(slow: Request) -> Response:
+        return Response(await body.json_content(slow, 2**20))
+
+    doors: dict[bytes, Callable[[ServiceError], Response]] = {
+        b'"type":"request_timeout"': error_answer,
+        b'"code":"request_timeout"': openai_routes.error_answer,
+        b'"error": "RequestTimeout"': a1111_responses.error_response,
+    }
+
+    async def answer_of_door(form: Callable[[ServiceError], Response]) -> Response:
+        return await answering_errors(endpoint, form)(request(stalling(b"{")))
+
+    for told, form in doors.items():
+        answer = asyncio.run(answer_of_door(form))
+        assert (answer.status_code, answer.headers["connection"]) == (408, "close")
+        assert told in answer.body
+
+
+def test_an_upload_that_is_given_up_leaves_no_file_open() -> None:
+    """Beyond a megabyte a part lies in a temporary file."""
+    big = FILE + b"x" * 3 * 2**20
+
+    async def abandon(pieces: AsyncIterator[bytes], error: type[Exception]) -> Any:
+        with pytest.raises(error):
+            async with body.opened_form(request(pieces, FORM), max_pictures=1, max_parts=4):
+                raise AssertionError("there is no whole form")
+
+    before = len(os.listdir("/proc/self/fd"))
+    gc.disable()  # nothing may depend on it
+    try:
+        asyncio.run(abandon(stalling(big), RequestTimeout))
+        asyncio.run(abandon(leaving(big), ClientDisconnect))
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        gc.enable()

@@ -1,0 +1,154 @@
+"""Pictures are decoded few at a time, callers in turn; what waits is bounded, and who has left takes no turn."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from stable_diffusion.core.errors import QueueFull
+from stable_diffusion.web import decode_queue
+from stable_diffusion.web.decode_queue import Decoding
+
+
+class Decoder:
+    """Work that is done when `go_on` is called, and the order in which it was begun."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.at_once = 0
+        self.most_at_once = 0
+        self._may_end = threading.Semaphore(0)
+        self._lock = threading.Lock()
+
+    def of(self, name: str) -> Callable[[], str]:
+        def work() -> str:
+            with self._lock:
+                self.begun.append(name)
+                self.at_once += 1
+                self.most_at_once = max(self.most_at_once, self.at_once)
+            assert self._may_end.acquire(timeout=10)
+            with self._lock:
+                self.at_once -= 1
+            return name
+
+        return work
+
+    def go_on(self, count: int) -> None:
+        self._may_end.release(count)
+
+
+async def until_all_have_begun_or_wait() -> None:
+    await asyncio.sleep(0.05)
+
+
+def test_two_are_decoded_at_a_time_and_callers_take_turns() -> None:
+    async def decode() -> list[str]:
+        queue, decoder = Decoding(), Decoder()
+        asked = [asyncio.ensure_future(queue.run("many", decoder.of(f"many {number}"))) for number in range(6)]
+        await until_all_have_begun_or_wait()
+        asked += [asyncio.ensure_future(queue.run("one", decoder.of("one")))]
+        await until_all_have_begun_or_wait()
+        decoder.go_on(7)
+        assert await asyncio.gather(*asked) == [*(f"many {number}" for number in range(6)), "one"]
+        assert decoder.most_at_once == 2
+        return decoder.begun
+
+    begun = asyncio.run(decode())
+    assert begun.index("one") <= 4, "after one of the others' at each of the two places"
+
+
+def test_who_leaves_while_waiting_takes_no_turn_and_leaves_no_place_behind() -> None:
+    async def decode() -> list[str]:
+        queue, decoder = Decoding(), Decoder()
+        drawn = [asyncio.ensure_future(queue.run("a", decoder.of("first"))) for _ in range(2)]
+        left = [asyncio.ensure_future(queue.run("a", decoder.of("left"))) for _ in range(3)]
+        await until_all_have_begun_or_wait()
+        for one in left:
+            one.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        last = [asyncio.ensure_future(queue.run("a", decoder.of("last"))) for _ in range(2)]
+        decoder.go_on(4)
+        await asyncio.gather(*drawn, *last)
+        assert (queue._running, queue._waiting) == (0, {})
+        return decoder.begun
+
+    assert asyncio.run(decode()) == ["first", "first", "last", "last"]
+
+
+def test_who_leaves_in_the_moment_of_the_turn_passes_it_on() -> None:
+    async def decode() -> None:
+        queue, decoder = Decoding(), Decoder()
+        busy = [asyncio.ensure_future(queue.run("a", decoder.of("first"))) for _ in range(2)]
+        await until_all_have_begun_or_wait()
+        leaving, staying = (asyncio.ensure_future(queue.run("a", decoder.of(name))) for name in ("leaves", "stays"))
+        await until_all_have_begun_or_wait()
+        queue._pass_on()  # as if one were done: the turn is given, and not yet taken
+        leaving.cancel()
+        await until_all_have_begun_or_wait()
+        assert decoder.begun == ["first", "first", "stays"]
+        decoder.go_on(3)
+        assert await asyncio.gather(*busy, staying) == ["first", "first", "stays"]
+
+    asyncio.run(decode())
+
+
+def test_what_was_begun_for_who_has_left_keeps_its_place_until_it_is_done(caplog: pytest.LogCaptureFixture) -> None:
+    async def decode() -> None:
+        queue, decoder = Decoding(), Decoder()
+
+        def broken() -> str:
+            decoder.of("broken")()
+            raise ValueError("no picture")
+
+        left = [asyncio.ensure_future(queue.run("a", work)) for work in (decoder.of("left"), broken)]
+        await until_all_have_begun_or_wait()
+        for one in left:
+            one.cancel()
+        staying = [asyncio.ensure_future(queue.run("a", decoder.of("stays"))) for _ in range(2)]
+        await until_all_have_begun_or_wait()
+        assert sorted(decoder.begun) == ["broken", "left"]
+        decoder.go_on(4)
+        assert await asyncio.gather(*staying) == ["stays"] * 2
+        assert decoder.most_at_once == 2
+        assert queue._running == 0
+
+    asyncio.run(decode())
+    gc.collect()
+    assert caplog.text == ""
+
+
+def test_too_many_are_refused_of_one_caller_and_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_queue, "MAX_WAITING", 4)
+    monkeypatch.setattr(decode_queue, "MAX_WAITING_OF_CALLER", 3)
+
+    async def decode() -> None:
+        queue, decoder = Decoding(), Decoder()
+        asked = [asyncio.ensure_future(queue.run("a", decoder.of("a"))) for _ in range(5)]
+        await until_all_have_begun_or_wait()
+        with pytest.raises(QueueFull, match="^3 pictures of yours wait for being decoded already, try again in 5 s") as refused:
+            await queue.run("a", decoder.of("refused"))
+        assert refused.value.retry_after_s == 5
+        asked.append(asyncio.ensure_future(queue.run("b", decoder.of("b"))))
+        await until_all_have_begun_or_wait()
+        with pytest.raises(QueueFull, match="^4 pictures wait"):
+            await queue.run("b", decoder.of("refused"))
+        decoder.go_on(6)
+        assert await asyncio.gather(*asked) == ["a"] * 5 + ["b"]
+        assert "refused" not in decoder.begun
+
+    asyncio.run(decode())
+
+
+def test_an_error_leaves_no_place_behind() -> None:
+    async def decode() -> None:
+        queue = Decoding()
+        for _ in range(5):
+            with pytest.raises(ZeroDivisionError):
+                await queue.run("a", lambda: 1 // 0)
+        assert await queue.run("a", lambda: 1) == 1
+
+    asyncio.run(decode())

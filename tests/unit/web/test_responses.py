@@ -1,0 +1,48 @@
+"""Pictures as answers."""
+
+from __future__ import annotations
+
+import h11
+import pytest
+from PIL import Image
+
+from stable_diffusion.core.requests import MAX_PROMPT_CHARACTERS
+from stable_diffusion.core.types import ImageFormat, Picture
+from stable_diffusion.images import infotext
+from stable_diffusion.images.decode import read_description
+from stable_diffusion.images.encode import MEDIA_TYPES
+from stable_diffusion.models.folder import DEMO_FOLDER, check_model
+from stable_diffusion.web.responses import as_headers, image_file
+from tests.tasks import make_task
+
+MODEL = check_model(DEMO_FOLDER)
+
+
+@pytest.mark.parametrize(
+    ("flagged", "metadata", "is_told"), [(None, True, True), (False, True, True), (True, True, False), (False, False, False)]
+)
+def test_the_file_says_how_it_was_drawn_unless_it_is_blank_or_that_is_not_wanted(
+    flagged: bool | None, metadata: bool, is_told: bool
+) -> None:
+    task, picture = make_task(metadata=metadata), Picture(Image.new("RGB", (64, 64)), flagged, "", "")
+    text = read_description(image_file(task, picture, MODEL, "png"), "picture")
+    assert text == (infotext.write(task, picture, MODEL) if is_told else None)
+
+
+@pytest.mark.parametrize("image_format", MEDIA_TYPES)
+@pytest.mark.parametrize("character", ["\U0001f534", '"', "ffi"])
+def test_the_longest_prompts_fit_into_every_format(image_format: ImageFormat, character: str) -> None:
+    """An EXIF block in a JPEG has at most 64 KB. A ligature, of which the cleaned prompt has three characters, is the worst."""
+    prompt = character * MAX_PROMPT_CHARACTERS + "\n"
+    task, picture = make_task(prompt=prompt, negative_prompt=prompt), Picture(Image.new("RGB", (64, 64)), None, "", "")
+    text = read_description(image_file(task, picture, MODEL, image_format), "picture")
+    assert text is not None
+    read = infotext.read(text)
+    assert (read.prompt, read.negative_prompt) == (prompt, prompt)
+
+
+def test_a_text_that_is_cut_between_words_is_a_header_that_can_be_sent() -> None:
+    for words in ("0 " * 1000, " 0" * 1000, " "):
+        header = as_headers({"prompt_dropped": words})["prompt_dropped"]
+        h11.Response(status_code=200, headers=[("prompt_dropped", header)])
+        assert header == words[:1024].strip()
