@@ -9,8 +9,8 @@ from pathlib import Path
 # In processes of their own: prometheus_client decides when it is imported whether it counts for several processes.
 COUNT = """
 import os, sys
-from stable_diffusion.engine.records import *
-from stable_diffusion.metrics import counting
+from stable_diffusion.core.telemetry import *
+from stable_diffusion.state.metrics import counting
 count = counting()
 for _ in range(3):
     count(SubmitRecord())
@@ -27,7 +27,7 @@ sys.stdout.write("counted\\n")
 sys.stdout.flush()
 sys.stdin.read()
 """
-PAGE = "from stable_diffusion.metrics import page; print(page().decode())"
+PAGE = "from stable_diffusion.state.metrics import page; print(page().decode())"
 
 
 def test_counts_of_two_processes_are_added_up_and_a_dead_ones_gauges_go(tmp_path: Path) -> None:
