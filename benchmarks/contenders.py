@@ -26,7 +26,7 @@ from stable_diffusion.core.errors import ServiceError
 from stable_diffusion.core.types import Picture, Task
 
 if TYPE_CHECKING:
-    from stable_diffusion.engine.loading import Precision
+    from stable_diffusion.core.types import Precision
 
 MAX_BATCH_SIZE = 10
 

@@ -1,4 +1,7 @@
-"""Stable Diffusion in single precision as a BentoML service. What is the same in both precisions is in `stable_diffusion/`."""
+"""Stable Diffusion as a BentoML service: text to image, image to image and inpainting. Requests share the model's steps.
+
+Both precisions have this file; what it calls is in `stable_diffusion/`.
+"""
 
 from __future__ import annotations
 
@@ -6,56 +9,53 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import bentoml
 
-from stable_diffusion.core.settings import read_limits
-from stable_diffusion.models.folder import ModelFolder, choose_model
-from stable_diffusion.runner.process import RunnerJobs
-from stable_diffusion.runner.startup import start_engine
+from stable_diffusion.runner.startup import start_model_process
 from stable_diffusion.server.service import create_service
-from stable_diffusion.state.folder import shared_folder
-from stable_diffusion.state.jobs import Jobs
 
-HERE = Path(__file__).parent
-WEIGHTS = HERE / "models" / "v1_4"
-# A built bento keeps this folder as src/, beside its own description.
-IN_BENTO = (HERE.parent / "bento.yaml").is_file()
-MAX_BATCH_SIZE = 10
+PRECISION: Final = "fp32"  # the one line in which the services differ
+MAX_BATCH_SIZE = 10  # at most so many images share a step; how many do is measured when the model process starts
+FOLDER = Path(__file__).parent
 
 # Served from the store, where nobody names the file, the workers would give up after BentoML's 60 seconds.
-os.environ.setdefault("BENTOML_CONFIG", str(HERE / "configuration.yaml"))
-
-
-def model() -> ModelFolder:
-    return choose_model(WEIGHTS, os.environ, in_bento=IN_BENTO)
+os.environ.setdefault("BENTOML_CONFIG", str(FOLDER / "configuration.yaml"))
 
 
 class StableDiffusionRunnable(bentoml.Runnable):
+    """The model, in a process of its own.
+
+    Its methods are asynchronous generators, the one kind that BentoML calls again while it is still running: so a request joins the
+    running batch at its next step.
+    """
+
     SUPPORTED_RESOURCES = ("nvidia.com/gpu", "cpu")
     SUPPORTS_CPU_MULTI_THREADING = True
 
-    def __init__(self, max_batch_size: int) -> None:
-        index = bentoml.server_context.worker_index or 0
-        limits = read_limits(os.environ)
-        engine = start_engine(model(), "fp32", max_batch_size, runner_index=index, limits=limits)
-        self._jobs = RunnerJobs(engine, Jobs(shared_folder), index)
+    def __init__(self) -> None:
+        self._process = start_model_process(FOLDER, PRECISION, MAX_BATCH_SIZE)
 
-    # An async generator is the one kind of method that BentoML calls again while it is still running,
-    # so that a request can join the others at their next step.
     @bentoml.Runnable.method(batchable=False)
-    async def draw(self, task: dict[str, Any]) -> AsyncIterator[str]:
-        async with aclosing(self._jobs.draw(task)) as outcome:
-            async for line in outcome:
+    async def txt2img(self, task: dict[str, Any]) -> AsyncIterator[str]:
+        async with aclosing(self._process.generate(task)) as lines:
+            async for line in lines:
+                yield line
+
+    @bentoml.Runnable.method(batchable=False)
+    async def img2img(self, task: dict[str, Any]) -> AsyncIterator[str]:
+        async with aclosing(self._process.generate(task)) as lines:
+            async for line in lines:
+                yield line
+
+    @bentoml.Runnable.method(batchable=False)
+    async def inpaint(self, task: dict[str, Any]) -> AsyncIterator[str]:
+        async with aclosing(self._process.generate(task)) as lines:
+            async for line in lines:
                 yield line
 
 
-stable_diffusion_runner = bentoml.Runner(
-    StableDiffusionRunnable,
-    name="stable_diffusion_runner",
-    runnable_init_params={"max_batch_size": MAX_BATCH_SIZE},
-    max_batch_size=MAX_BATCH_SIZE,
-)
+stable_diffusion_runner = bentoml.Runner(StableDiffusionRunnable, name="stable_diffusion_runner", max_batch_size=MAX_BATCH_SIZE)
 
-svc = create_service("stable_diffusion_fp32", stable_diffusion_runner, model, in_bento=IN_BENTO)
+svc = create_service(f"stable_diffusion_{PRECISION}", stable_diffusion_runner, FOLDER, PRECISION)

@@ -33,7 +33,8 @@ from stable_diffusion.engine.cuda_graphs import CudaGraphs
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.job import Job
-from stable_diffusion.engine.loading import Parts, Precision, load
+from stable_diffusion.core.types import Precision
+from stable_diffusion.engine.loading import Parts, load
 from stable_diffusion.models.folder import check_model
 from tests.safety_checkers import make_checked_model
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+Precision = Literal["fp32", "fp16"]
 ImageFormat = Literal["jpeg", "png", "webp"]
 Kind = Literal["txt2img", "img2img", "inpaint"]
 

@@ -9,21 +9,19 @@ import logging
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from stable_diffusion.core.types import Precision
 from stable_diffusion.engine.allocator import keep_freed_memory
 from stable_diffusion.engine.previews import latent_to_rgb
 from stable_diffusion.models.folder import ModelFolder
 
 logger = logging.getLogger("stable_diffusion")
-
-
-Precision = Literal["fp32", "fp16"]
 
 
 @dataclass(frozen=True)

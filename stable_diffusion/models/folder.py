@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from stable_diffusion.core.errors import ModelFolderError
+from stable_diffusion.core.types import Precision
 from stable_diffusion.models.safetensors import check_safetensors, samples_of
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "model"
 DEMO_NAME = "demo"
 MODEL_VARIABLE = "SD_MODEL"
 
+_WEIGHTS: dict[Precision, str] = {"fp32": "v1_4", "fp16": "v1_4_fp16"}
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
 _COMPONENTS_WITH_WEIGHTS = {
     "unet": "diffusion_pytorch_model",
@@ -65,6 +67,16 @@ class ModelFolder:
         scheduler = _read_json(self.path / "scheduler" / "scheduler_config.json", "the noise scheduler's configuration")
         digest.update(json.dumps({name: scheduler[name] for name in scheduler if name != "_diffusers_version"}, sort_keys=True).encode())
         return digest.hexdigest()[:_HASH_DIGITS]
+
+
+def is_in_bento(service_folder: Path) -> bool:
+    """A built bento keeps a service's folder as src/, beside its own description."""
+    return (service_folder.parent / "bento.yaml").is_file()
+
+
+def model_of_service(service_folder: Path, precision: Precision, environment: Mapping[str, str]) -> ModelFolder:
+    """The model that the service in `service_folder` serves. Raises ModelFolderError."""
+    return choose_model(service_folder / "models" / _WEIGHTS[precision], environment, in_bento=is_in_bento(service_folder))
 
 
 def choose_model(weights: Path, environment: Mapping[str, str], *, in_bento: bool) -> ModelFolder:

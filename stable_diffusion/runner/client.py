@@ -122,7 +122,8 @@ async def _logged_news_of(client: RunnerClient, task: Task, ticket: Ticket, *, f
 
 
 async def _news_of(client: RunnerClient, task: Task, ticket: Ticket, *, follow: bool) -> News:
-    stream = client.runner.draw.async_stream(pack_task(task, ticket, follow=follow))
+    method = getattr(client.runner, task.kind)
+    stream = method.async_stream(pack_task(task, ticket, follow=follow))
     pieces: list[str] = []
     has_picture = False
     try:

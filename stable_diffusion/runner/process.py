@@ -42,8 +42,8 @@ class _Drawing:
     to_client: News
 
 
-class RunnerJobs:
-    """Everything that one model process is drawing. To be used on one event loop."""
+class ModelProcess:
+    """Everything that one model process is generating. To be used on one event loop."""
 
     def __init__(self, engine: Engine, jobs: Jobs, runner: int) -> None:
         """`runner`: the number of this process among those that share `jobs`."""
@@ -57,7 +57,7 @@ class RunnerJobs:
         with suppress(JobsUnavailable):
             jobs.fail_what_was_left(runner)
 
-    async def draw(self, packed: dict[str, Any]) -> AsyncGenerator[str, None]:
+    async def generate(self, packed: dict[str, Any]) -> AsyncGenerator[str, None]:
         """Run one task: yield that it was taken on, its progress if that is followed, and its outcome.
 
         Closing this generator early cancels the job, unless it is an unattended one.

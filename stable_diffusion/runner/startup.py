@@ -11,25 +11,47 @@ import os
 import platform
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stable_diffusion.core.settings import Limits
+import bentoml
+
+from stable_diffusion.core.settings import Limits, read_limits
 from stable_diffusion.core.telemetry import CapRecord, Record, StepRecord
+from stable_diffusion.models.folder import model_of_service
 from stable_diffusion.runner.batch_limit_cache import keep, recall
+from stable_diffusion.runner.process import ModelProcess
+from stable_diffusion.state.folder import shared_folder
+from stable_diffusion.state.jobs import Jobs
 from stable_diffusion.state.metrics import counting
 from stable_diffusion.state.runner_status import Placement, RunnerState, StepCap
 
 if TYPE_CHECKING:
+    from stable_diffusion.core.types import Precision
     from stable_diffusion.engine.calibration import Cap
     from stable_diffusion.engine.denoiser import Denoiser
     from stable_diffusion.engine.engine import Engine
-    from stable_diffusion.engine.loading import Parts, Precision
+    from stable_diffusion.engine.loading import Parts
     from stable_diffusion.models.folder import ModelFolder
 
 logger = logging.getLogger("stable_diffusion")
 
 
 CUDA_GRAPHS_VARIABLE = "SD_CUDA_GRAPHS"
+
+
+def start_model_process(
+    service_folder: Path, precision: Precision, max_batch_size: int, make_denoiser: Callable[[Parts], Denoiser] | None = None
+) -> ModelProcess:
+    """Load the model that the service in `service_folder` serves and start its engine. Returns when it can generate.
+
+    `make_denoiser`: of tests, which have it fail.
+    """
+    index = bentoml.server_context.worker_index or 0
+    limits = read_limits(os.environ)
+    model = model_of_service(service_folder, precision, os.environ)
+    engine = start_engine(model, precision, max_batch_size, runner_index=index, limits=limits, make_denoiser=make_denoiser)
+    return ModelProcess(engine, Jobs(shared_folder), index)
 
 
 def start_engine(

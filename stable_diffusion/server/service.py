@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from pathlib import Path
 
 import bentoml
 from bentoml.legacy import Service
@@ -24,8 +24,8 @@ from stable_diffusion.core.errors import ModelFolderError, SettingError
 from stable_diffusion.core.safety import SafetyPolicy, safety_policy
 from stable_diffusion.core.settings import Limits, read_limits
 from stable_diffusion.core.shutdown import Unfinished
-from stable_diffusion.core.types import RequestContext
-from stable_diffusion.models.folder import ModelFolder
+from stable_diffusion.core.types import Precision, RequestContext
+from stable_diffusion.models.folder import ModelFolder, is_in_bento, model_of_service
 from stable_diffusion.runner.client import RunnerClient
 from stable_diffusion.server import bentoml_fixes, openapi, pages
 from stable_diffusion.server.access.keys import keep_only_digests
@@ -40,35 +40,39 @@ from stable_diffusion.web.request_log import RequestLog
 logger = logging.getLogger("stable_diffusion")
 
 
-def create_service(name: str, runner: bentoml.Runner, choose_model: Callable[[], ModelFolder], *, in_bento: bool) -> Service:
-    """The BentoML service `name`: `runner` generates, `choose_model` says which model it has loaded (or raises ModelFolderError)."""
+def create_service(name: str, runner: bentoml.Runner, folder: Path, precision: Precision) -> Service:
+    """The BentoML service `name` in `folder`, whose `runner` generates."""
     logger.setLevel(logging.INFO)
     bentoml_fixes.restart_workers_in_containers()
     bentoml_fixes.switch_off_request_timers()
     name_shared_folder()  # here, because BentoML copies the environment for the runner before on_deployment
     keep_only_digests(os.environ)  # here, for the same reason
-    choose_model = functools.lru_cache(maxsize=1)(choose_model)
+    in_bento = is_in_bento(folder)
     access = functools.lru_cache(maxsize=1)(functools.partial(read_access, os.environ))
 
     @functools.cache
+    def model() -> ModelFolder:
+        return model_of_service(folder, precision, os.environ)
+
+    @functools.cache
     def policy() -> SafetyPolicy:
-        return safety_policy(os.environ, has_checker=choose_model().has_safety_checker)
+        return safety_policy(os.environ, has_checker=model().has_safety_checker)
 
     def check_start() -> None:
         """Runs once, before any process is started: one clear line instead of workers that die one after the other."""
         try:
             read_limits(os.environ)
-            model = choose_model()
+            served = model()
             policy()
             check_exposure(access(), bentoml_fixes.host(), in_bento=in_bento)
         except (ModelFolderError, SettingError) as error:
             raise SystemExit(f"Not started: {error}") from None
-        if model.is_demo:
+        if served.is_demo:
             logger.warning("Serving the demo model, which draws coloured shapes only. 'make model' downloads Stable Diffusion v1.4.")
         logger.info("When the server is ready, its address has a page to draw with at /ui, and one to try the API at /.")
 
     unfinished = Unfinished(_grace_s())
-    context = Context(RunnerClient(runner, policy, Jobs(shared_folder), unfinished), choose_model)
+    context = Context(RunnerClient(runner, policy, Jobs(shared_folder), unfinished), model)
     routes = _routes(context)
     service = Service(name, runners=[runner])
     service.on_deployment(check_start)

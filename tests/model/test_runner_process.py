@@ -18,7 +18,7 @@ from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.loading import Parts
 from stable_diffusion.runner import process
-from stable_diffusion.runner.process import RunnerJobs
+from stable_diffusion.runner.process import ModelProcess
 from stable_diffusion.runner.wire import TakenOn, pack_task, unpack_news
 from stable_diffusion.state.jobs import Jobs
 from tests.tasks import make_task
@@ -51,16 +51,16 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
-async def lines(runner_jobs: RunnerJobs, task: Task, ticket: Ticket = TICKET, *, follow: bool = False) -> list[str]:
+async def lines(runner_jobs: ModelProcess, task: Task, ticket: Ticket = TICKET, *, follow: bool = False) -> list[str]:
     """What is said after the task was taken on."""
-    taken_on, *others = [line async for line in runner_jobs.draw(pack_task(task, ticket, follow=follow))]
+    taken_on, *others = [line async for line in runner_jobs.generate(pack_task(task, ticket, follow=follow))]
     assert unpack_news(taken_on) == TakenOn()
     return others
 
 
 def test_drawing_yields_one_line_and_notes_the_end(engine: Engine, jobs: Jobs) -> None:
     async def draw() -> None:
-        (line,) = await lines(RunnerJobs(engine, jobs, 0), make_task(num_inference_steps=2))
+        (line,) = await lines(ModelProcess(engine, jobs, 0), make_task(num_inference_steps=2))
         picture = unpack_news(line)
         assert isinstance(picture, Picture)
         assert picture.image.size == (64, 64)
@@ -72,7 +72,7 @@ def test_drawing_yields_one_line_and_notes_the_end(engine: Engine, jobs: Jobs) -
 
 def test_who_follows_gets_a_line_for_each_step_before_the_picture(engine: Engine, jobs: Jobs) -> None:
     task = make_task(num_inference_steps=4, scheduler="DDIMScheduler")
-    *progress, picture = [unpack_news(line) for line in asyncio.run(lines(RunnerJobs(engine, jobs, 0), task, follow=True))]
+    *progress, picture = [unpack_news(line) for line in asyncio.run(lines(ModelProcess(engine, jobs, 0), task, follow=True))]
     assert [one.step for one in progress if isinstance(one, Progress)] == [1, 2, 3, 4]
     assert isinstance(picture, Picture)
 
@@ -81,8 +81,8 @@ def test_a_consumer_that_leaves_stops_its_job_within_two_steps(engine: Engine, j
     left_at: list[int] = []
 
     async def leave_early() -> None:
-        runner_jobs = RunnerJobs(engine, jobs, 0)
-        stream = runner_jobs.draw(pack_task(make_task(num_inference_steps=150), TICKET))
+        runner_jobs = ModelProcess(engine, jobs, 0)
+        stream = runner_jobs.generate(pack_task(make_task(num_inference_steps=150), TICKET))
         await anext(stream)
         waiting = asyncio.ensure_future(anext(stream))
         await until(lambda: len(steps) >= 3)
@@ -103,8 +103,8 @@ def test_an_unattended_job_goes_on_when_its_consumer_leaves_and_its_picture_is_k
     task = make_task(num_inference_steps=20)
 
     async def leave_early() -> Picture:
-        runner_jobs = RunnerJobs(engine, jobs, 0)
-        stream = runner_jobs.draw(pack_task(task, UNATTENDED))
+        runner_jobs = ModelProcess(engine, jobs, 0)
+        stream = runner_jobs.generate(pack_task(task, UNATTENDED))
         await anext(stream)
         waiting = asyncio.ensure_future(anext(stream))
         await asyncio.sleep(0.2)
@@ -124,7 +124,7 @@ def test_an_unattended_job_goes_on_when_its_consumer_leaves_and_its_picture_is_k
 
 def test_a_cancelled_job_ends_within_a_second_and_its_neighbour_is_drawn(engine: Engine, jobs: Jobs, steps: list[StepRecord]) -> None:
     async def cancel_one() -> None:
-        runner_jobs = RunnerJobs(engine, jobs, 0)
+        runner_jobs = ModelProcess(engine, jobs, 0)
         cancelled = asyncio.ensure_future(lines(runner_jobs, make_task(num_inference_steps=150)))
         neighbour = asyncio.ensure_future(lines(runner_jobs, make_task(num_inference_steps=20), Ticket("c3", "somebody else")))
         await until(lambda: len(steps) >= 3)
@@ -144,10 +144,10 @@ def test_a_task_that_is_not_taken_on_is_refused_in_its_first_line_and_leaves_not
     engine = Engine(lambda: Denoiser(demo_parts), 4, limits=QueueLimits(seconds=600, pictures=1))
 
     async def fill() -> list[str]:
-        runner_jobs = RunnerJobs(engine, jobs, 0)
-        first = runner_jobs.draw(pack_task(make_task(num_inference_steps=150), TICKET))
+        runner_jobs = ModelProcess(engine, jobs, 0)
+        first = runner_jobs.generate(pack_task(make_task(num_inference_steps=150), TICKET))
         await anext(first)
-        refused = [line async for line in runner_jobs.draw(pack_task(make_task(), Ticket("c3", "somebody")))]
+        refused = [line async for line in runner_jobs.generate(pack_task(make_task(), Ticket("c3", "somebody")))]
         await first.aclose()
         return refused
 
@@ -165,7 +165,7 @@ def test_pictures_are_drawn_where_nothing_can_be_noted(engine: Engine, tmp_path:
     (tmp_path / "file").touch()
     unwritable = Jobs(lambda: tmp_path / "file")
     with caplog.at_level(logging.ERROR, logger="stable_diffusion"):
-        (line,) = asyncio.run(lines(RunnerJobs(engine, unwritable, 0), make_task(num_inference_steps=2)))
+        (line,) = asyncio.run(lines(ModelProcess(engine, unwritable, 0), make_task(num_inference_steps=2)))
     assert isinstance(unpack_news(line), Picture)
     assert "Where jobs stand cannot be read or written" in caplog.text
 
@@ -181,7 +181,7 @@ class _Failing(Jobs):
 
 def test_a_picture_that_cannot_be_kept_is_a_job_that_failed(engine: Engine, tmp_path: Path) -> None:
     jobs = _Failing(lambda: tmp_path)
-    (line,) = asyncio.run(lines(RunnerJobs(engine, jobs, 0), make_task(num_inference_steps=2), UNATTENDED))
+    (line,) = asyncio.run(lines(ModelProcess(engine, jobs, 0), make_task(num_inference_steps=2), UNATTENDED))
     with pytest.raises(GenerationFailed, match="could not be kept"):
         unpack_news(line)
     assert jobs.get("b2")[0].state == "failed"
@@ -194,6 +194,6 @@ def test_a_picture_that_cannot_be_finished_is_an_error_and_nobody_waits_for_ever
         raise MemoryError
 
     monkeypatch.setattr(process, "_finished", broken)
-    (line,) = asyncio.run(lines(RunnerJobs(engine, jobs, 0), make_task(num_inference_steps=2)))
+    (line,) = asyncio.run(lines(ModelProcess(engine, jobs, 0), make_task(num_inference_steps=2)))
     with pytest.raises(GenerationFailed, match="could not be finished"):
         unpack_news(line)

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bentoml
 
-from stable_diffusion.core.settings import read_limits
-from stable_diffusion.models.folder import DEMO_FOLDER, ModelFolder, check_model
-from stable_diffusion.runner.process import RunnerJobs
-from stable_diffusion.runner.startup import start_engine
+from stable_diffusion.runner.startup import start_model_process
 from stable_diffusion.server.service import create_service
-from stable_diffusion.state.folder import shared_folder
-from stable_diffusion.state.jobs import Jobs
 
 if TYPE_CHECKING:
     from stable_diffusion.engine.denoiser import Denoiser
     from stable_diffusion.engine.loading import Parts
 
-
-def model() -> ModelFolder:
-    return check_model(DEMO_FOLDER, name="demo", is_demo=True)
+FOLDER = Path(__file__).parent  # without weights: the demo model
 
 
 def faulty_denoiser(parts: Parts) -> Denoiser:
@@ -37,15 +30,25 @@ class FaultyRunnable(bentoml.Runnable):
     SUPPORTS_CPU_MULTI_THREADING = True
 
     def __init__(self) -> None:
-        index = bentoml.server_context.worker_index or 0
-        engine = start_engine(model(), "fp32", 10, runner_index=index, limits=read_limits(os.environ), make_denoiser=faulty_denoiser)
-        self._jobs = RunnerJobs(engine, Jobs(shared_folder), index)
+        self._process = start_model_process(FOLDER, "fp32", 10, make_denoiser=faulty_denoiser)
 
     @bentoml.Runnable.method(batchable=False)
-    async def draw(self, task: dict[str, Any]) -> AsyncIterator[str]:
-        async with aclosing(self._jobs.draw(task)) as outcome:
-            async for line in outcome:
+    async def txt2img(self, task: dict[str, Any]) -> AsyncIterator[str]:
+        async with aclosing(self._process.generate(task)) as lines:
+            async for line in lines:
+                yield line
+
+    @bentoml.Runnable.method(batchable=False)
+    async def img2img(self, task: dict[str, Any]) -> AsyncIterator[str]:
+        async with aclosing(self._process.generate(task)) as lines:
+            async for line in lines:
+                yield line
+
+    @bentoml.Runnable.method(batchable=False)
+    async def inpaint(self, task: dict[str, Any]) -> AsyncIterator[str]:
+        async with aclosing(self._process.generate(task)) as lines:
+            async for line in lines:
                 yield line
 
 
-svc = create_service("stable_diffusion_faulty", bentoml.Runner(FaultyRunnable, name="faulty_runner"), model, in_bento=False)
+svc = create_service("stable_diffusion_faulty", bentoml.Runner(FaultyRunnable, name="faulty_runner"), FOLDER, "fp32")

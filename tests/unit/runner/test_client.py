@@ -42,7 +42,7 @@ def _ready_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def client_of(lines: Lines, policy: Any = "default-on", grace_s: float = 60) -> RunnerClient:
-    runner = SimpleNamespace(draw=SimpleNamespace(async_stream=lines))
+    runner = SimpleNamespace(txt2img=SimpleNamespace(async_stream=lines))
     return RunnerClient(runner, lambda: policy, Jobs(shared_folder), Unfinished(grace_s))
 
 

@@ -66,7 +66,7 @@ def client_of(draws: Draws, requests: list[str]) -> openai.OpenAI:
     async def is_ready(timeout: int) -> bool:
         return True
 
-    runner = SimpleNamespace(draw=SimpleNamespace(async_stream=draw), runner_handle_is_ready=is_ready)
+    runner = SimpleNamespace(txt2img=SimpleNamespace(async_stream=draw), runner_handle_is_ready=is_ready)
     client = RunnerClient(runner, lambda: "default-on", Jobs(shared_folder), Unfinished(grace_s=60))
     api = Starlette(routes=make_routes(Context(client, lambda: check_model(DEMO_FOLDER))))
 
