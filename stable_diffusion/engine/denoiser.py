@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -23,10 +24,12 @@ from PIL import Image
 
 from stable_diffusion.core.errors import GenerationFailed
 from stable_diffusion.core.types import Picture, Task
-from stable_diffusion.engine import previews
+from stable_diffusion.engine import previews, threads
 from stable_diffusion.engine.cuda_graphs import Record, RecordedCalls
 from stable_diffusion.engine.job import Job, Latents
 from stable_diffusion.engine.loading import Parts
+
+logger = logging.getLogger("stable_diffusion")
 
 _KARRAS = " Karras"
 # A quarter of a megabyte each at Stable Diffusion's size.
@@ -50,6 +53,8 @@ class Denoiser:
         # Above all for the empty negative prompt, which nearly every request has.
         self._encode_text = lru_cache(maxsize=_KEPT_TEXTS)(self._encode_new_text)
         self.call_unet = RecordedCalls(self._run_unet)
+        is_on_cpu = parts.device.type == "cpu"
+        self._threads = threads.of_process(torch.set_num_threads, torch.get_num_threads(), logger.info) if is_on_cpu else None
 
     @torch.inference_mode()
     def _run_unet(self, latents: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
@@ -234,7 +239,12 @@ class Denoiser:
     @torch.inference_mode()
     def predict(self, jobs: Sequence[Job]) -> list[torch.Tensor]:
         """One UNet call for the next step of all `jobs`, which share a batch key. Returns each job's rows and changes no job."""
-        predicted = self.call_unet(*self.unet_inputs(jobs))
+        inputs = self.unet_inputs(jobs)
+        began_s = time.perf_counter()
+        predicted = self.call_unet(*inputs)
+        if self._threads is not None:
+            now_s = time.perf_counter()
+            self._threads.note_step(inputs[0].shape, now_s - began_s, now_s)
         return list(torch.split(predicted, [job.rows for job in jobs]))
 
     @torch.inference_mode()

@@ -1,0 +1,50 @@
+"""Two processes that compute at once, as two servers on one machine or a server beside a game: neither holds up the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+from tests.http.servers import ROOT
+
+SECONDS = 12.0
+TIMES_ALONE = 3.0  # two would be ideal on two cores
+
+
+def compute(processes: int, jobs: int = 2) -> list[list[float]]:
+    """The times of the steps of each process, in ms, all begun at once."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "MKL_"))}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.slow.computing", str(jobs), str(SECONDS)]
+    started = [
+        subprocess.Popen(command, cwd=ROOT, env=kept, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for _ in range(processes)
+    ]
+    found = []
+    for process in started:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in started:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    for process in started:
+        output, _ = process.communicate(timeout=SECONDS + 120)
+        found.append(json.loads(output))
+    return found
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_two_processes_that_compute_at_once_take_at_most_three_times_as_long() -> None:
+    (alone,) = compute(1)
+    beside = compute(2)
+    usual_ms = statistics.median(alone)
+    for times_ms in beside:
+        # Of the whole time, also what it takes to notice: so many steps are made in it.
+        assert SECONDS * 1000 / len(times_ms) <= TIMES_ALONE * usual_ms, (
+            f"{usual_ms:.0f} ms alone, {statistics.median(times_ms):.0f} beside"
+        )
