@@ -1,5 +1,7 @@
 # make serve      start the service (PRECISION=fp32 or fp16, HOST, PORT)
+# make quick      lint, types, import rules and unit tests: two minutes, needs what make serve installs
 # make test       install, check and run every test
+# make test-NAME  the tests of one folder: unit, model, http, browser, slow, deployment, benchmarks
 # make image-test build both Docker images and run them (needs Docker; half an hour at first)
 # make bench      this project against plain diffusers and BentoML's batching on the demo model: about 40 minutes
 # make soak       half an hour of mixed load and faults: memory flat, every request answered (MINUTES)
@@ -38,7 +40,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # PyFilesystem, of which BentoML is made, says so at every start.
 export PYTHONWARNINGS := ignore:pkg_resources is deprecated:UserWarning
 
-.PHONY: serve test image-test bench soak check format audit model demo lock precision
+.PHONY: serve quick test image-test bench soak check format audit model demo lock precision
 
 $(INSTALLED): requirements.txt requirements-runtime.txt requirements.lock bentoctl/aws-ec2/requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
@@ -62,8 +64,14 @@ serve: precision $(INSTALLED)
 	@echo "or open http://$(HOST):$(PORT)/ui in a browser. Ctrl+C stops it."
 	@cd $(PRECISION) && BENTOML_CONFIG=configuration.yaml exec $(BIN)/bentoml serve service:svc --production --host $(HOST) --port $(PORT)
 
+quick: check
+	$(BIN)/python -m pytest tests/unit
+
 test: check $(TOOLS_INSTALLED)
 	$(BIN)/python -m pytest
+
+test-%: $(TOOLS_INSTALLED)
+	$(BIN)/python -m pytest tests/$*
 
 image-test: $(INSTALLED)
 	$(BIN)/python -m pytest -m image tests/image
@@ -79,6 +87,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy $(CODE)
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/pip check
 
 format: $(INSTALLED)
