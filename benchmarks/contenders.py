@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,11 +22,12 @@ import pynvml  # type: ignore[import-untyped]
 
 from benchmarks.clients import Round, play
 from benchmarks.loads import Load, task
+from benchmarks.setup import Setup
 from stable_diffusion.core.errors import ServiceError
 from stable_diffusion.core.types import Picture, Task
 
 if TYPE_CHECKING:
-    from stable_diffusion.core.types import Precision
+    pass
 
 MAX_BATCH_SIZE = 10
 
@@ -39,17 +40,6 @@ class Contender(Protocol):
 
     def draw(self, load: Load) -> Round: ...
     def end(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What is drawn with. `side`: pixels. `cache`: where measured batch limits are kept; None: each contender measures its own."""
-
-    model: Path
-    precision: Precision
-    side: int
-    cuda_graphs: bool = False
-    cache: Path | None = None
 
 
 class InProcess:

@@ -6,18 +6,16 @@ One call draws one task, or several that agree in all but prompt and seed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 from PIL import Image
 
+from benchmarks.setup import Setup
 from stable_diffusion.core.types import Task
 from stable_diffusion.engine.loading import Parts, placement
-
-if TYPE_CHECKING:
-    from benchmarks.contenders import Setup
 
 
 class Plain:

@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from benchmarks import loads, servers
 from benchmarks.clients import Round
-from benchmarks.contenders import Contender, InProcess, Setup, engine, plain_diffusers
+from benchmarks.contenders import Contender, InProcess, engine, plain_diffusers
 from benchmarks.loads import Load
 from benchmarks.report import Report, Row, Start, machine, markdown, row, write
+from benchmarks.setup import Setup
 from benchmarks.steps import time_steps
 from stable_diffusion.models.folder import DEMO_FOLDER
 

@@ -17,8 +17,9 @@ import psutil
 from PIL import Image
 
 from benchmarks.clients import Round, play
-from benchmarks.contenders import Setup, with_memory
+from benchmarks.contenders import with_memory
 from benchmarks.loads import Load
+from benchmarks.setup import Setup
 from stable_diffusion.core.types import Task
 from tests.http.servers import Server, serve
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from benchmarks.contenders import MAX_BATCH_SIZE, InProcess, Setup
+from benchmarks.contenders import MAX_BATCH_SIZE, InProcess
 from benchmarks.loads import task
+from benchmarks.setup import Setup
 from stable_diffusion.engine.job import Job
 
 if TYPE_CHECKING:

@@ -21,19 +21,18 @@ import torch
 from PIL import Image
 
 from benchmarks import loads
-from benchmarks.contenders import Setup
 from benchmarks.gpu.checks import Checks, Finding
 from benchmarks.plain import Plain
 from benchmarks.report import machine
+from benchmarks.setup import Setup
 from stable_diffusion.core.errors import ServiceError
 from stable_diffusion.core.schedulers import SCHEDULERS
 from stable_diffusion.core.telemetry import CapRecord, OutOfMemoryRecord, Record
-from stable_diffusion.core.types import Kind, Picture, Task
+from stable_diffusion.core.types import Kind, Picture, Precision, Task
 from stable_diffusion.engine.cuda_graphs import CudaGraphs
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.job import Job
-from stable_diffusion.core.types import Precision
 from stable_diffusion.engine.loading import Parts, load
 from stable_diffusion.models.folder import check_model
 from tests.safety_checkers import make_checked_model

@@ -18,8 +18,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from benchmarks.contenders import MAX_BATCH_SIZE, Setup
+from benchmarks.contenders import MAX_BATCH_SIZE
 from benchmarks.loads import task
+from benchmarks.setup import Setup
 from stable_diffusion.core.types import Ticket
 from stable_diffusion.runner.wire import pack_task, unpack_task
 from stable_diffusion.state.jobs import new_job_id

@@ -30,6 +30,7 @@ from stable_diffusion.web.responses import (
     error_event,
     event_stream,
     followed_headers,
+    known_error,
     picture_answer,
     preview_event,
     progress_event,
@@ -44,36 +45,46 @@ def accepted_answer(records: Sequence[JobRecord]) -> Response:
     return JSONResponse(description(records), 202, headers | followed_headers())
 
 
-async def awaited_picture(context: Context, job_id: str, image_format: ImageFormat) -> Response:
+async def _awaited_picture(context: Context, job_id: str, image_format: ImageFormat, note_end: journal.NoteEnd) -> Response:
     """The picture of an unattended job, as soon as it is there."""
     last: list[JobRecord] = []
     async with aclosing(follow(context.client, job_id)) as standings:
         async for records in standings:
             last = records
-    answer = await run_in_threadpool(_picture_answer, context, last[0], image_format)
-    await _note_fetched(context, last[0])
+    answer = await run_in_threadpool(kept_picture_answer, context, last[0], image_format)
+    await note_fetched(context, last[0])
     answer.headers.update(followed_headers())
+    note_end(*_end_of(last))
     return answer
 
 
-def _picture_answer(context: Context, record: JobRecord, image_format: ImageFormat) -> Response:
+def kept_picture_answer(context: Context, record: JobRecord, image_format: ImageFormat) -> Response:
     return picture_answer(record.task, record.finished(), context.model(), image_format)
 
 
-async def _note_fetched(context: Context, record: JobRecord) -> None:
+async def note_fetched(context: Context, record: JobRecord) -> None:
     """A picture that is here is sent, whether that can be noted or not."""
     with suppress(JobsUnavailable):
         await run_in_threadpool(context.jobs.note_fetched, record.id)
 
 
-async def events_of(context: Context, job_id: str, image_format: ImageFormat) -> AsyncGenerator[bytes, None]:
-    """What happens to a job from now on; a picture that is not kept is not in `completed`."""
+def _nobody_notes(error: ServiceError | None, flagged: bool | None) -> None:
+    """The end of a job that the current request only asks about."""
+
+
+async def events_of(
+    context: Context, job_id: str, image_format: ImageFormat, note_end: journal.NoteEnd = _nobody_notes
+) -> AsyncGenerator[bytes, None]:
+    """What happens to a job from now on; a picture that is not kept is not in `completed`.
+
+    `note_end` is called before the last event: the client may close when it has that.
+    """
     told: tuple[object, ...] = ()
     preview = None
     try:
         async with aclosing(follow(context.client, job_id)) as standings:
             async for records in standings:
-                if not _is_ended(records):
+                if not is_ended(records):
                     progress = _progress(records)
                     if not _is_estimated(records):
                         continue
@@ -83,15 +94,27 @@ async def events_of(context: Context, job_id: str, image_format: ImageFormat) ->
                     if records[0].preview_png is not None and records[0].preview_png != preview:
                         preview = records[0].preview_png
                         yield await run_in_threadpool(_preview_event, records[0])
-                elif (error := next((record.error for record in records if record.error is not None), None)) is not None:
+                elif (error := _end_of(records)[0]) is not None:
                     raise error
                 elif records[0].picture is None:
+                    note_end(*_end_of(records))
                     yield sse.event("completed", {"job": description(records)})
                 else:
-                    yield await run_in_threadpool(_completed_event, context, records[0], image_format)
-                    await _note_fetched(context, records[0])
+                    completed = await run_in_threadpool(_completed_event, context, records[0], image_format)
+                    note_end(*_end_of(records))
+                    yield completed
+                    await note_fetched(context, records[0])
     except Exception as error:
-        yield error_event(error, "The stream of events of a job")
+        where = "The stream of events of a job"
+        known = known_error(error, where)
+        note_end(known, None)
+        yield error_event(known, where)
+
+
+def _end_of(records: Sequence[JobRecord]) -> tuple[ServiceError | None, bool | None]:
+    """A job's error, and without one whether its picture is flagged."""
+    error = next((record.error for record in records if record.error is not None), None)
+    return error, None if error is not None else records[0].outcome.get("flagged")
 
 
 def _completed_event(context: Context, record: JobRecord, image_format: ImageFormat) -> bytes:
@@ -118,14 +141,14 @@ def description(records: Sequence[JobRecord]) -> dict[str, Any]:
         "steps": progress.steps,
         "seconds_left": round(progress.seconds_left, 1) if _is_estimated(records) else None,
         "created_at": _iso(first.created_at),
-        "ended_at": _iso(max(ended)) if _is_ended(records) else None,
+        "ended_at": _iso(max(ended)) if is_ended(records) else None,
         "picture": f"/jobs/{first.id}/picture" if first.picture is not None else None,
         "picture_kept_until": None if first.kept_until is None else _iso(first.kept_until),
         **({} if error is None else error_body(error.type, error.message, error.problems)),
     }
 
 
-def _is_ended(records: Sequence[JobRecord]) -> bool:
+def is_ended(records: Sequence[JobRecord]) -> bool:
     return all(record.is_ended for record in records)
 
 
@@ -135,7 +158,7 @@ def _is_estimated(records: Sequence[JobRecord]) -> bool:
 
 def _state(records: Sequence[JobRecord]) -> State:
     states = {record.state for record in records}
-    if not _is_ended(records):
+    if not is_ended(records):
         return "queued" if states == {"queued"} else "running"
     return next(state for state in ("failed", "cancelled", "completed") if state in states)
 
@@ -211,30 +234,14 @@ async def _accept(context: Context, task: Task, ticket: Ticket, key: str | None,
 
 async def _picture_of_job(context: Context, job_id: str, image_format: ImageFormat) -> Response:
     with journal.waiting_for_job() as note_end:
-        answered = await awaited_picture(context, job_id, image_format)
-        note_end(*await _end_of(context, job_id))
-        return answered
+        return await _awaited_picture(context, job_id, image_format, note_end)
 
 
 async def _events_of_job(context: Context, job_id: str, image_format: ImageFormat) -> AsyncGenerator[bytes, None]:
     with journal.waiting_for_job() as note_end:
-        async with aclosing(events_of(context, job_id, image_format)) as pieces:
+        async with aclosing(events_of(context, job_id, image_format, note_end)) as pieces:
             async for piece in pieces:
-                if piece.startswith(_LAST_EVENTS):  # the client may close when it has that
-                    note_end(*await _end_of(context, job_id))
                 yield piece
-
-
-_LAST_EVENTS = (b"event: completed\n", b"event: error\n")
-
-
-async def _end_of(context: Context, job_id: str) -> tuple[ServiceError | None, bool | None]:
-    """A job's error, and without one whether its picture is flagged."""
-    try:
-        record = (await run_in_threadpool(context.jobs.get, job_id))[0]
-    except ServiceError as error:
-        return error, None
-    return record.error, record.outcome.get("flagged")
 
 
 async def _events(news: News, context: Context, task: Task, image_format: ImageFormat, remarks: Remarks) -> AsyncGenerator[bytes, None]:

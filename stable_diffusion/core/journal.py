@@ -22,6 +22,8 @@ from stable_diffusion.core.errors import GenerationFailed, ServiceError
 from stable_diffusion.core.types import Picture, RequestContext, Task
 
 T = TypeVar("T")
+# Takes a job's error, or without one whether its picture is flagged.
+NoteEnd = Callable[[ServiceError | None, bool | None], None]
 logger = logging.getLogger("stable_diffusion.requests")
 
 
@@ -113,7 +115,7 @@ def noting(task: Task, index: int) -> Iterator[Callable[[Picture], None]]:
 
 
 @contextmanager
-def waiting_for_job() -> Iterator[Callable[[ServiceError | None, bool | None], None]]:
+def waiting_for_job() -> Iterator[NoteEnd]:
     """While the current request waits for a job that goes on without it; what is given is to be called with the job's error, or without
     one with whether its picture is flagged.
     """

@@ -73,7 +73,7 @@ def create_service(name: str, runner: bentoml.Runner, folder: Path, precision: P
 
     unfinished = Unfinished(_grace_s())
     context = Context(RunnerClient(runner, policy, Jobs(shared_folder), unfinished), model)
-    routes = _routes(context)
+    routes = all_routes(context)
     service = Service(name, runners=[runner])
     service.on_deployment(check_start)
     service.mount_asgi_app(_with_path_as_sent(Starlette(routes=routes)), path="/")
@@ -81,7 +81,7 @@ def create_service(name: str, runner: bentoml.Runner, folder: Path, precision: P
     service.add_asgi_middleware(RequestLog)
     service.add_asgi_middleware(NoSniffing)
     service.add_asgi_middleware(Draining, unfinished=unfinished, refusal=refuse_while_stopping)
-    service.add_asgi_middleware(FrontDoor, routes=routes, pages=_pages(name, context), access=access)
+    service.add_asgi_middleware(FrontDoor, routes=routes, pages=make_pages(name, context), access=access)
     return service
 
 
@@ -93,12 +93,12 @@ def _grace_s() -> float:
         return Limits.stop_grace_s
 
 
-def _routes(context: Context) -> list[Route]:
+def all_routes(context: Context) -> list[Route]:
     of_apis = [route for api in (native, jobs, reproduce, openai, a1111, status) for route in api.make_routes(context)]
     return [*of_apis, *pages.routes()]
 
 
-def _pages(name: str, context: Context) -> dict[str, ASGIApp]:
+def make_pages(name: str, context: Context) -> dict[str, ASGIApp]:
     """What is answered in place of BentoML's routes."""
     return {
         "/": HTMLResponse(pages.PAGE, headers=pages.PAGE_HEADERS),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from multiprocessing.connection import Connection
 
-from benchmarks.contenders import Setup
+from benchmarks.setup import Setup
 
 
 def die(connection: Connection, setup: Setup) -> None:

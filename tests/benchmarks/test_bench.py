@@ -16,11 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import loads, plot
 from benchmarks.clients import Round, play
-from benchmarks.contenders import InProcess, Setup
+from benchmarks.contenders import InProcess
 from benchmarks.loads import Load
 from benchmarks.plain import Plain
 from benchmarks.report import Report, Row, Start, markdown, row, write
 from benchmarks.run import CONTENDERS, bench, started
+from benchmarks.setup import Setup
 from benchmarks.steps import StepTime, count_tflop, time_step
 from stable_diffusion.core.types import Task
 from stable_diffusion.engine.denoiser import Denoiser

@@ -31,7 +31,7 @@ from tests.http.test_request_log import line_of
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what BentoML is made of, while it is loaded
     from stable_diffusion.server.front_door import FrontDoor
-    from stable_diffusion.server.service import _pages, _routes
+    from stable_diffusion.server.service import all_routes, make_pages
 
 from stable_diffusion.api.context import Context
 from stable_diffusion.core.shutdown import Unfinished
@@ -113,7 +113,7 @@ def client(server: Server, key: str | None) -> httpx.Client:
 def served_routes() -> set[tuple[str, str]]:
     client = RunnerClient(None, lambda: "default-on", Jobs(lambda: Path()), Unfinished(grace_s=60))
     context = Context(client, lambda: pytest.fail("not asked"))
-    door = FrontDoor(PlainTextResponse(), _routes(context), _pages("test", context), Access)
+    door = FrontDoor(PlainTextResponse(), all_routes(context), make_pages("test", context), Access)
     return {(method, path) for path, methods in door._methods.items() for method in methods if method != "HEAD"}
 
 

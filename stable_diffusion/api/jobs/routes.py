@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from stable_diffusion.api.context import Context
-from stable_diffusion.api.deliver import _is_ended, _note_fetched, _picture_answer, accepted_answer, description, events_of
+from stable_diffusion.api.deliver import accepted_answer, description, events_of, is_ended, kept_picture_answer, note_fetched
 from stable_diffusion.core.errors import NotAcceptable
 from stable_diffusion.images.encode import MEDIA_TYPES
 from stable_diffusion.state.jobs import JobRecord
@@ -29,9 +29,9 @@ def make_routes(context: Context) -> list[Route]:
     async def cancel(request: Request) -> Response:
         await run_in_threadpool(context.jobs.cancel, (await _records(request, context))[0].id)
         deadline = time.monotonic() + _CANCELLED_WITHIN_S
-        while not _is_ended(records := await _records(request, context)) and time.monotonic() < deadline:
+        while not is_ended(records := await _records(request, context)) and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        return JSONResponse(description(records), 200 if _is_ended(records) else 202)
+        return JSONResponse(description(records), 200 if is_ended(records) else 202)
 
     async def events(request: Request) -> Response:
         records = await _records(request, context)
@@ -42,11 +42,11 @@ def make_routes(context: Context) -> list[Route]:
         image_format = records[0].image_format or accepted_types(request).image_format
         if image_format is None:
             raise NotAcceptable(f"Accept allows none of {', '.join(MEDIA_TYPES.values())}", field="Accept")
-        if not _is_ended(records):
+        if not is_ended(records):
             return accepted_answer(records)
-        answer = await run_in_threadpool(_picture_answer, context, records[0], image_format)
+        answer = await run_in_threadpool(kept_picture_answer, context, records[0], image_format)
         if request.method != "HEAD":
-            await _note_fetched(context, records[0])
+            await note_fetched(context, records[0])
         return answer
 
     follow_events = Route("/jobs/{job_id}/events", answering_errors(events), methods=["GET"])
