@@ -14,7 +14,7 @@ SafetyPolicy = Literal["always", "default-on", "off"]
 SAFETY_VARIABLE = "SD_SAFETY"
 
 
-def safety_policy(environment: Mapping[str, str], *, has_checker: bool) -> SafetyPolicy:
+def safety_policy(environment: Mapping[str, str], *, model_name: str, has_checker: bool) -> SafetyPolicy:
     """What SD_SAFETY asks for, by default "default-on".
 
     Raises SettingError for another value, and for "always" with a model that has no safety checker.
@@ -24,7 +24,7 @@ def safety_policy(environment: Mapping[str, str], *, has_checker: bool) -> Safet
         if policy == asked_for:
             if policy == "always" and not has_checker:
                 raise SettingError(
-                    f"{SAFETY_VARIABLE}=always, but the model has no safety checker: serve one that has, "
+                    f"{SAFETY_VARIABLE}=always, but the model {model_name} has no safety checker: serve one that has, "
                     f"or set {SAFETY_VARIABLE} to default-on or off"
                 )
             return policy

@@ -56,7 +56,7 @@ def create_service(name: str, runner: bentoml.Runner, folder: Path, precision: P
 
     @functools.cache
     def policy() -> SafetyPolicy:
-        return safety_policy(os.environ, has_checker=model().has_safety_checker)
+        return safety_policy(os.environ, model_name=model().name, has_checker=model().has_safety_checker)
 
     def check_start() -> None:
         """Runs once, before any process is started: one clear line instead of workers that die one after the other."""

@@ -22,19 +22,19 @@ WITH_CHECKER = dataclasses.replace(WITHOUT_CHECKER, has_safety_checker=True)
 
 @pytest.mark.parametrize(("said", "policy"), [(None, "default-on"), ("", "default-on"), ("default-on", "default-on"), ("off", "off")])
 def test_the_environment_says_the_policy(said: str | None, policy: SafetyPolicy) -> None:
-    assert safety_policy({} if said is None else {"SD_SAFETY": said}, has_checker=False) == policy
+    assert safety_policy({} if said is None else {"SD_SAFETY": said}, model_name="model", has_checker=False) == policy
 
 
 def test_always_needs_a_model_with_a_checker() -> None:
-    assert safety_policy({"SD_SAFETY": "always"}, has_checker=True) == "always"
-    with pytest.raises(SettingError, match="SD_SAFETY=always, but the model has no safety checker"):
-        safety_policy({"SD_SAFETY": "always"}, has_checker=False)
+    assert safety_policy({"SD_SAFETY": "always"}, model_name="model", has_checker=True) == "always"
+    with pytest.raises(SettingError, match="SD_SAFETY=always, but the model model has no safety checker"):
+        safety_policy({"SD_SAFETY": "always"}, model_name="model", has_checker=False)
 
 
 @pytest.mark.parametrize("said", ["on", "true", "Always", "default_on", "0"])
 def test_an_unknown_policy_is_refused(said: str) -> None:
     with pytest.raises(SettingError, match="SD_SAFETY is .*, allowed are always, default-on, off"):
-        safety_policy({"SD_SAFETY": said}, has_checker=True)
+        safety_policy({"SD_SAFETY": said}, model_name="model", has_checker=True)
 
 
 @pytest.mark.parametrize(
