@@ -89,9 +89,10 @@ def plain_diffusers(connection: Connection, setup: Setup) -> None:
 
 def engine(connection: Connection, setup: Setup) -> None:
     """This project's engine as the runner starts it, cap measured, without HTTP."""
+    from stable_diffusion.core.settings import CUDA_GRAPHS_VARIABLE
     from stable_diffusion.core.telemetry import StepRecord
     from stable_diffusion.models.folder import check_model
-    from stable_diffusion.runner.startup import CUDA_GRAPHS_VARIABLE, start_engine
+    from stable_diffusion.runner.startup import start_engine
 
     os.environ[CUDA_GRAPHS_VARIABLE] = str(int(setup.cuda_graphs))
     # The batch limit is measured in this run, not recalled from an earlier one.

@@ -19,15 +19,13 @@ from datetime import datetime, timezone
 from typing import Any, TypeVar
 
 from stable_diffusion.core.errors import GenerationFailed, ServiceError
+from stable_diffusion.core.settings import read_settings
 from stable_diffusion.core.types import Picture, RequestContext, Task
 
 T = TypeVar("T")
 # Takes a job's error, or without one whether its picture is flagged.
 NoteEnd = Callable[[ServiceError | None, bool | None], None]
 logger = logging.getLogger("stable_diffusion.requests")
-
-
-PROMPTS_VARIABLE = "SD_LOG_PROMPTS"
 
 
 @dataclass
@@ -153,7 +151,7 @@ def _described(task: Task) -> dict[str, Any]:
         "steps": task.num_inference_steps,
         "seed": task.seed,
     }
-    if os.environ.get(PROMPTS_VARIABLE) == "1":
+    if read_settings(os.environ).log_prompts:
         values |= {"prompt": task.prompt, "negative_prompt": task.negative_prompt}
     return values
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 from stable_diffusion.core.errors import InvalidRequest
@@ -11,29 +12,34 @@ MAX_NAMES = 64  # of a JSON object; a request has about a dozen
 MAX_VALUES = 2**14  # of a JSON body, at all depths: reading millions of them would hold up every other request
 
 
+@dataclass(frozen=True)
+class _Constant:
+    """What JSON has no number for, where it stood: json.loads does not say at which name, so that is refused a little later."""
+
+    name: str  # NaN, Infinity or -Infinity
+
+
 def parse_json(body: bytes | str, where: str, max_names: int = MAX_NAMES) -> dict[str, Any]:
-    """Read a JSON object strictly: no NaN, no Infinity, no duplicate names. `where` names the body or part in errors.
+    """Read a JSON object strictly: no NaN, no Infinity, no duplicate names. `where` names the body or part in errors that have no field.
 
     No object in it may have more than `max_names`, nor the whole more than MAX_VALUES values.
     """
 
-    def no_constant(name: str) -> Any:
-        raise InvalidRequest(f"{where}: {name} is not a number in JSON", field=where)
-
-    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(pairs) > max_names:
             raise InvalidRequest(f"{where}: {len(pairs)} names, at most {max_names} are allowed", field=where)
         document: dict[str, Any] = {}
         for name, value in pairs:
             if name in document:
                 raise InvalidRequest(f"{name[:60]} is given more than once", field=name[:60])
+            _refuse_constant(value, name[:60])
             document[name] = value
         return document
 
     try:
         text = body.decode("utf-8") if isinstance(body, bytes) else body
         _require_few_values(text, where)
-        document = json.loads(text, parse_constant=no_constant, object_pairs_hook=no_duplicates)
+        document = json.loads(text, parse_constant=_Constant, object_pairs_hook=checked_object)
     except UnicodeDecodeError:
         raise InvalidRequest(f"{where}: not UTF-8", field=where) from None
     except json.JSONDecodeError as error:
@@ -42,9 +48,21 @@ def parse_json(body: bytes | str, where: str, max_names: int = MAX_NAMES) -> dic
         ) from None
     except (RecursionError, ValueError):  # nested too deeply, or an integer of more digits than Python reads
         raise InvalidRequest(f"{where}: JSON is nested too deeply or has a number that is too long", field=where) from None
+    _refuse_constant(document, where)
     if not isinstance(document, dict):
         raise InvalidRequest(f'{where}: must be a JSON object, such as {{"prompt": "a red circle"}}', field=where)
     return document
+
+
+def _refuse_constant(value: Any, name: str) -> None:
+    """In `value` itself and in lists within it, however deep; objects within it have been looked at when they were read."""
+    pending = [value]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, _Constant):
+            raise InvalidRequest(f"{name}: {one.name} is not a number in JSON", field=name)
+        if isinstance(one, list):
+            pending.extend(reversed(one))
 
 
 def _require_few_values(text: str, where: str) -> None:

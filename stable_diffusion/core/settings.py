@@ -1,6 +1,6 @@
-"""What whoever runs the server may set of its limits, by environment variables: read and checked in one place.
+"""What whoever runs the server may set, by environment variables: their names and their rules, in this one place.
 
-Knows nothing of what is limited by them.
+Knows nothing of what depends on them. The entries of API keys are read in `server/access/keys.py`, so that no secret lies in `Settings`.
 """
 
 from __future__ import annotations
@@ -8,10 +8,39 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from stable_diffusion.core.errors import SettingError
+from stable_diffusion.core.safety import SafetyPolicy
+
+MODEL_VARIABLE = "SD_MODEL"
+SAFETY_VARIABLE = "SD_SAFETY"
+LOG_PROMPTS_VARIABLE = "SD_LOG_PROMPTS"
+CUDA_GRAPHS_VARIABLE = "SD_CUDA_GRAPHS"
+KEYS_VARIABLE = "SD_API_KEYS"
+KEYS_FILE_VARIABLE = "SD_API_KEYS_FILE"
+OPEN_VARIABLE = "SD_OPEN"
+WITHOUT_KEYS_VARIABLE = "SD_WITHOUT_KEYS"
+RATE_LIMIT_VARIABLE = "SD_RATE_LIMIT"
 
 MAX_TIMEOUT_S = 3600.0  # of a request; the configuration.yaml of both services has the same number for BentoML
+OPENABLE = ("docs", "metrics")
+
+_TOLD_CHARACTERS = 60  # of a value that is wrong
+_POLICIES: tuple[SafetyPolicy, ...] = get_args(SafetyPolicy)
+_ON = ("1", "true", "yes", "on")
+_OFF = ("0", "false", "no", "off", "")
+_MAX_REQUESTS_PER_MINUTE = 100_000
+_DAY_S = 86_400.0
+# Each picture holds one of the 800 connections that BentoML lets an API worker have to the model process, above the limit twice as many.
+_MOST_PICTURES = 400.0
+# Of each field of Limits its variable, and the most that it may be.
+LIMIT_VARIABLES = {
+    "queue_s": ("SD_MAX_QUEUE_S", _DAY_S),
+    "queue_pictures": ("SD_MAX_QUEUE_PICTURES", _MOST_PICTURES),
+    "stuck_step_s": ("SD_STUCK_STEP_S", _DAY_S),
+    "stop_grace_s": ("SD_STOP_GRACE_S", _DAY_S),
+}
 
 
 @dataclass(frozen=True)
@@ -24,22 +53,70 @@ class Limits:
     stop_grace_s: float = MAX_TIMEOUT_S
 
 
-_DAY_S = 86_400.0
-# Each picture holds one of the 800 connections that BentoML lets an API worker have to the model process, above the limit twice as many.
-_MOST_PICTURES = 400.0
-# Of each field its variable, and the most that it may be.
-VARIABLES = {
-    "queue_s": ("SD_MAX_QUEUE_S", _DAY_S),
-    "queue_pictures": ("SD_MAX_QUEUE_PICTURES", _MOST_PICTURES),
-    "stuck_step_s": ("SD_STUCK_STEP_S", _DAY_S),
-    "stop_grace_s": ("SD_STOP_GRACE_S", _DAY_S),
-}
+@dataclass(frozen=True)
+class Settings:
+    """All that can be set but for the API keys."""
+
+    model: str = ""  # "demo" or a folder; empty: whatever weights are there
+    limits: Limits = Limits()
+    safety: SafetyPolicy = "default-on"
+    log_prompts: bool = False
+    cuda_graphs: bool = False
+    open: frozenset[str] = frozenset()  # those of OPENABLE that need no key
+    without_keys: bool = False
+    requests_per_minute: int | None = None  # None: as many as anybody likes
+
+
+def read_settings(environment: Mapping[str, str]) -> Settings:
+    """Raises SettingError, which names the first variable that is wrong and what is allowed."""
+    return Settings(
+        model=_text(environment, MODEL_VARIABLE),
+        limits=_limits(environment),
+        safety=_safety(environment),
+        log_prompts=_flag(environment, LOG_PROMPTS_VARIABLE),
+        cuda_graphs=_flag(environment, CUDA_GRAPHS_VARIABLE),
+        open=_open(environment),
+        without_keys=_flag(environment, WITHOUT_KEYS_VARIABLE),
+        requests_per_minute=_requests_per_minute(environment),
+    )
 
 
 def read_limits(environment: Mapping[str, str]) -> Limits:
-    """Raises SettingError, which names the variable."""
-    set_ones = {field: limits for field, limits in VARIABLES.items() if environment.get(limits[0], "").strip()}
-    return Limits(**{field: _positive(environment[name], name, most) for field, (name, most) in set_ones.items()})
+    """Raises SettingError as `read_settings`."""
+    return read_settings(environment).limits
+
+
+def safety_policy(environment: Mapping[str, str], *, model_name: str, has_checker: bool) -> SafetyPolicy:
+    """Which pictures the safety checker looks at, with a model that has one or has none.
+
+    Raises SettingError as `read_settings`, and for "always" with a model that has no safety checker.
+    """
+    policy = read_settings(environment).safety
+    if policy == "always" and not has_checker:
+        raise SettingError(
+            f"{SAFETY_VARIABLE}=always, but the model {model_name} has no safety checker: serve one that has, "
+            f"or set {SAFETY_VARIABLE} to default-on or off"
+        )
+    return policy
+
+
+def _text(environment: Mapping[str, str], name: str) -> str:
+    return environment.get(name, "").strip()
+
+
+def _flag(environment: Mapping[str, str], name: str) -> bool:
+    """The one rule of everything that is on or off."""
+    text = _text(environment, name)
+    if text.lower() in _ON:
+        return True
+    if text.lower() in _OFF:
+        return False
+    raise SettingError(f"{name} must be 1, true, yes or on, or else 0, false, no, off or empty, not {_told(text)}")
+
+
+def _limits(environment: Mapping[str, str]) -> Limits:
+    given = {field: (name, most) for field, (name, most) in LIMIT_VARIABLES.items() if _text(environment, name)}
+    return Limits(**{field: _positive(_text(environment, name), name, most) for field, (name, most) in given.items()})
 
 
 def _positive(text: str, name: str, most: float) -> float:
@@ -48,5 +125,36 @@ def _positive(text: str, name: str, most: float) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value <= most:
-        raise SettingError(f"{name} must be a number above 0, at most {most:.0f}, not {text[:60]!r}")
+        raise SettingError(f"{name} must be a number above 0, at most {most:.0f}, not {_told(text)}")
     return value
+
+
+def _safety(environment: Mapping[str, str]) -> SafetyPolicy:
+    asked_for = _text(environment, SAFETY_VARIABLE) or Settings.safety
+    for policy in _POLICIES:
+        if policy == asked_for:
+            return policy
+    raise SettingError(f"{SAFETY_VARIABLE} is {_told(asked_for)}, allowed are {', '.join(_POLICIES)}")
+
+
+def _open(environment: Mapping[str, str]) -> frozenset[str]:
+    names = frozenset(name.strip() for name in _text(environment, OPEN_VARIABLE).split(",") if name.strip())
+    if unknown := sorted(names - set(OPENABLE)):
+        raise SettingError(f"{OPEN_VARIABLE}: {_told(unknown[0])} cannot be opened, only {' and '.join(OPENABLE)}")
+    return names
+
+
+def _requests_per_minute(environment: Mapping[str, str]) -> int | None:
+    text = _text(environment, RATE_LIMIT_VARIABLE)
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:7]) <= _MAX_REQUESTS_PER_MINUTE and len(text) <= 6):
+        raise SettingError(
+            f"{RATE_LIMIT_VARIABLE}: must be a whole number from 1 to {_MAX_REQUESTS_PER_MINUTE}, drawing requests a minute, "
+            f"not {_told(text)}"
+        )
+    return int(text)
+
+
+def _told(text: str) -> str:
+    return repr(text[:_TOLD_CHARACTERS])

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from stable_diffusion.core.errors import ModelFolderError
+from stable_diffusion.core.settings import MODEL_VARIABLE, read_settings
 from stable_diffusion.core.types import Precision
 from stable_diffusion.models.safetensors import check_safetensors, samples_of
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "model"
 DEMO_NAME = "demo"
-MODEL_VARIABLE = "SD_MODEL"
 
 _WEIGHTS: dict[Precision, str] = {"fp32": "v1_4", "fp16": "v1_4_fp16"}
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
@@ -82,9 +82,9 @@ def model_of_service(service_folder: Path, precision: Precision, environment: Ma
 def choose_model(weights: Path, environment: Mapping[str, str], *, in_bento: bool) -> ModelFolder:
     """The model to serve: what SD_MODEL asks for ("demo" or a folder), else `weights`, else the demo model.
 
-    A built bento never falls back to the demo model by itself. Raises ModelFolderError.
+    A built bento never falls back to the demo model by itself. Raises ModelFolderError, and SettingError as `read_settings`.
     """
-    asked_for = environment.get(MODEL_VARIABLE, "").strip()
+    asked_for = read_settings(environment).model
     if asked_for == DEMO_NAME:
         return _demo()
     if asked_for:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import bentoml
 
-from stable_diffusion.core.settings import Limits, read_limits
+from stable_diffusion.core.settings import CUDA_GRAPHS_VARIABLE, Limits, read_limits, read_settings
 from stable_diffusion.core.telemetry import CapRecord, Record, StepRecord
 from stable_diffusion.models.folder import model_of_service
 from stable_diffusion.runner.batch_limit_cache import keep, recall
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from stable_diffusion.models.folder import ModelFolder
 
 logger = logging.getLogger("stable_diffusion")
-
-
-CUDA_GRAPHS_VARIABLE = "SD_CUDA_GRAPHS"
 
 
 def start_model_process(
@@ -77,6 +74,7 @@ def start_engine(
     from stable_diffusion.engine.loading import load
     from stable_diffusion.engine.watchdog import Watchdog
 
+    cuda_graphs = read_settings(os.environ).cuda_graphs
     width, height = model.native_width, model.native_height
     caps: list[Cap] = []
     step_seconds: list[float] = []
@@ -91,10 +89,10 @@ def start_engine(
         state.enter("warming up")
         denoiser = (make_denoiser or Denoiser)(parts)
         step_seconds.append(denoiser.warm_up(width, height))
-        if os.environ.get(CUDA_GRAPHS_VARIABLE) == "1":
+        if cuda_graphs:
             _record_steps(denoiser, parts, width, height, max_batch_size)
         state.enter("measuring the cap")
-        cap = _recall_or_measure(denoiser, parts, model, max_batch_size)
+        cap = _recall_or_measure(denoiser, parts, model, max_batch_size, cuda_graphs)
         logger.info("Up to %d pictures of %dx%d share a step: %s.", cap.jobs, width, height, cap.reason)
         state.set_cap(StepCap(width, height, cap.jobs, cap.reason))
         caps.append(cap)
@@ -133,13 +131,13 @@ def _record_steps(denoiser: Denoiser, parts: Parts, width: int, height: int, max
     from stable_diffusion.engine.cuda_graphs import CudaGraphs
 
     if parts.device.type != "cuda":
-        logger.warning("%s=1 is ignored: there is no GPU.", CUDA_GRAPHS_VARIABLE)
+        logger.warning("%s is ignored: there is no GPU.", CUDA_GRAPHS_VARIABLE)
         return
     rows = denoiser.record_steps(CudaGraphs(), width, height, max_batch_size)
     logger.info("Steps of up to %d rows of %dx%d are recorded as CUDA graphs.", rows, width, height)
 
 
-def _recall_or_measure(denoiser: Denoiser, parts: Parts, model: ModelFolder, max_batch_size: int) -> Cap:
+def _recall_or_measure(denoiser: Denoiser, parts: Parts, model: ModelFolder, max_batch_size: int, cuda_graphs: bool) -> Cap:
     import torch
 
     from stable_diffusion.engine.calibration import choose_cap
@@ -154,7 +152,7 @@ def _recall_or_measure(denoiser: Denoiser, parts: Parts, model: ModelFolder, max
         "width": width,
         "height": height,
         "max_batch_size": max_batch_size,
-        CUDA_GRAPHS_VARIABLE: os.environ.get(CUDA_GRAPHS_VARIABLE, ""),
+        CUDA_GRAPHS_VARIABLE: "1" if cuda_graphs else "",
     }
     if (cap := recall(key)) is not None:
         return cap

@@ -20,19 +20,20 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from stable_diffusion import __version__
 from stable_diffusion.api import a1111, jobs, native, openai, reproduce, status
 from stable_diffusion.api.context import Context
-from stable_diffusion.core.errors import ModelFolderError, SettingError
-from stable_diffusion.core.safety import SafetyPolicy, safety_policy
-from stable_diffusion.core.settings import Limits, read_limits
+from stable_diffusion.core.errors import SettingError
+from stable_diffusion.core.safety import SafetyPolicy
+from stable_diffusion.core.settings import Limits, read_limits, safety_policy
 from stable_diffusion.core.shutdown import Unfinished
 from stable_diffusion.core.types import Precision, RequestContext
 from stable_diffusion.models.folder import ModelFolder, is_in_bento, model_of_service
 from stable_diffusion.runner.client import RunnerClient
 from stable_diffusion.server import bentoml_fixes, openapi, pages
 from stable_diffusion.server.access.keys import keep_only_digests
-from stable_diffusion.server.access.policy import check_exposure, read_access
+from stable_diffusion.server.access.policy import read_access
 from stable_diffusion.server.connections import Connections
 from stable_diffusion.server.front_door import FrontDoor, NoSniffing, refuse_while_stopping
 from stable_diffusion.server.shutdown import Draining
+from stable_diffusion.server.start import checked_model
 from stable_diffusion.state.folder import name_shared_folder, shared_folder
 from stable_diffusion.state.jobs import Jobs
 from stable_diffusion.web.request_log import RequestLog
@@ -59,14 +60,8 @@ def create_service(name: str, runner: bentoml.Runner, folder: Path, precision: P
         return safety_policy(os.environ, model_name=model().name, has_checker=model().has_safety_checker)
 
     def check_start() -> None:
-        """Runs once, before any process is started: one clear line instead of workers that die one after the other."""
-        try:
-            read_limits(os.environ)
-            served = model()
-            policy()
-            check_exposure(access(), bentoml_fixes.host(), in_bento=in_bento)
-        except (ModelFolderError, SettingError) as error:
-            raise SystemExit(f"Not started: {error}") from None
+        """Runs once, before any process is started."""
+        served = checked_model(os.environ, model, bentoml_fixes.host(), in_bento=in_bento)
         if served.is_demo:
             logger.warning("Serving the demo model, which draws coloured shapes only. 'make model' downloads Stable Diffusion v1.4.")
         logger.info("When the server is ready, its address has a page to draw with at /ui, and one to try the API at /.")

@@ -9,7 +9,7 @@ import json
 import re
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from stable_diffusion.core.errors import InvalidRequest, UnknownParameter
 from stable_diffusion.core.requests import (
@@ -26,6 +26,10 @@ MAX_PARTIAL_IMAGES = 3  # OpenAI's limit
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 # These come by other names: `size`, `partial_images`, and `output_format` with OpenAI's default.
 _RENAMED = ("width", "height", "preview_every_steps", "output_format")
+# OpenAI's, of pictures that move or are made of shapes. Known here to be refused in words that help.
+_NOT_OF_STILL_IMAGES = ("frame_duration_ms", "svg", "markup")
+_FORMATS_OF_OTHERS = ("gif", "svg")
+_STILL = "this server makes one still image (PNG, JPEG or WebP)"
 ALIASES = {"steps": "num_inference_steps", "cfg_scale": "guidance_scale"}  # what some clients call our extensions
 
 
@@ -33,6 +37,18 @@ def _known_size(size: str) -> str:
     if size != "auto" and not _SIZE.fullmatch(size):
         raise ValueError("must be auto or WIDTHxHEIGHT in pixels, such as 512x512")
     return size
+
+
+def _format_of_still_images(name: Any) -> Any:
+    if name in _FORMATS_OF_OTHERS:
+        raise ValueError(f"{_STILL}, not {name}")
+    return name
+
+
+def _one_frame(count: int) -> int:
+    if count != 1:
+        raise ValueError(f"must be 1, {_STILL}")
+    return count
 
 
 class OpenaiParameters(BaseModel):
@@ -55,9 +71,10 @@ class OpenaiParameters(BaseModel):
         json_schema_extra={"pattern": f"^(auto|{_SIZE.pattern})$"},
     )
     response_format: Literal["b64_json"] = Field("b64_json", description="Pictures are sent in the answer; there are no URLs.")
-    output_format: ImageFormat = Field("png", description="Image format.")
+    output_format: Annotated[ImageFormat, BeforeValidator(_format_of_still_images)] = Field("png", description="Image format.")
     output_compression: int | None = Field(None, ge=0, le=100, description="The quality of jpeg and webp. By default 95.")
     background: Literal["auto", "opaque"] = Field("auto", description="Pictures are opaque.")
+    frame_count: Annotated[int, AfterValidator(_one_frame)] = Field(1, description="Pictures are still.", json_schema_extra={"const": 1})
     stream: bool = Field(False, description="Answer with server-sent events. For one picture only.")
     partial_images: int = Field(0, ge=0, le=MAX_PARTIAL_IMAGES, description="With stream: how many coarse looks at the unfinished picture.")
     # What follows makes no difference here and is accepted because clients send it.
@@ -90,14 +107,21 @@ def drawing_fields(model: type[GenerationRequest]) -> list[str]:
 
 def _parsed(document: dict[str, Any], model: type[Drawn]) -> tuple[OpenaiParameters, Drawn]:
     allowed = [*OpenaiParameters.model_fields, *drawing_fields(model), *ALIASES]
-    for name in document:
-        if name not in allowed:
+    for name, value in document.items():
+        if name in _NOT_OF_STILL_IMAGES:
+            _refuse_unless_null(name, value)
+        elif name not in allowed:
             raise UnknownParameter(f"{name[:60]}: is not a known parameter, allowed are {', '.join(allowed)}", field=name[:60])
     given = _by_our_names({name: value for name, value in document.items() if value is not None})  # OpenAI's null is the default
     own = validated(OpenaiParameters, {name: value for name, value in given.items() if name in OpenaiParameters.model_fields})
     _check_together(own)
     drawing = {name: value for name, value in given.items() if name not in OpenaiParameters.model_fields}
     return own, validated(model, drawing | _sides(own.size))
+
+
+def _refuse_unless_null(name: str, value: Any) -> None:
+    if value is not None:
+        raise InvalidRequest(f"{name}: cannot be given, {_STILL}", field=name)
 
 
 def _by_our_names(given: dict[str, Any]) -> dict[str, Any]:

@@ -21,12 +21,11 @@ from pathlib import Path
 from starlette.datastructures import Headers
 
 from stable_diffusion.core.errors import SettingError
+from stable_diffusion.core.settings import KEYS_FILE_VARIABLE, KEYS_VARIABLE
 
 logger = logging.getLogger("stable_diffusion")
 
 
-VARIABLE = "SD_API_KEYS"
-FILE_VARIABLE = "SD_API_KEYS_FILE"
 MIN_CHARACTERS = 16
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _SECRET = re.compile(r"[!-+\--9;-~]+")  # what is printable, but for the space, the comma and the colon
@@ -49,12 +48,12 @@ def read_keys(variables: Mapping[str, str]) -> tuple[Key, ...]:
 
     Raises SettingError, which names the entry that is wrong, never its secret.
     """
-    entries = [(f"{VARIABLE}, entry {number}", entry) for number, entry in _filled(variables.get(VARIABLE, "").split(","))]
-    path = variables.get(FILE_VARIABLE, "")
+    entries = [(f"{KEYS_VARIABLE}, entry {number}", entry) for number, entry in _filled(variables.get(KEYS_VARIABLE, "").split(","))]
+    path = variables.get(KEYS_FILE_VARIABLE, "")
     if path:
-        entries += [(f"{FILE_VARIABLE}, line {number}", entry) for number, entry in _lines_of(path)]
-    if not entries and (path or variables.get(VARIABLE, "").strip()):
-        raise SettingError(f"{FILE_VARIABLE if path else VARIABLE} is set and holds no key")
+        entries += [(f"{KEYS_FILE_VARIABLE}, line {number}", entry) for number, entry in _lines_of(path)]
+    if not entries and (path or variables.get(KEYS_VARIABLE, "").strip()):
+        raise SettingError(f"{KEYS_FILE_VARIABLE if path else KEYS_VARIABLE} is set and holds no key")
     keys = tuple(_key(where, entry, number) for number, (where, entry) in enumerate(entries, 1))
     _refuse_doubles(keys)
     return keys
@@ -71,7 +70,7 @@ def _lines_of(path: str) -> list[tuple[int, str]]:
         mode = file.stat().st_mode
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise SettingError(f"{FILE_VARIABLE}: {path} cannot be read: {reason}") from None
+        raise SettingError(f"{KEYS_FILE_VARIABLE}: {path} cannot be read: {reason}") from None
     if mode & 0o077:
         logger.warning("Others than its owner may read or change %s, which holds API keys: chmod 600 %s", path, path)
     return [(number, line) for number, line in _filled(content.splitlines()) if not line.startswith("#")]
@@ -102,9 +101,9 @@ def _refuse_doubles(keys: tuple[Key, ...]) -> None:
     digests: dict[bytes, str] = {}
     for key in keys:
         if key.name in names:
-            raise SettingError(f"{VARIABLE}: there are two keys with the name {key.name}")
+            raise SettingError(f"{KEYS_VARIABLE}: there are two keys with the name {key.name}")
         if key.digest in digests:
-            raise SettingError(f"{VARIABLE}: {digests[key.digest]} and {key.name} are the same key")
+            raise SettingError(f"{KEYS_VARIABLE}: {digests[key.digest]} and {key.name} are the same key")
         names[key.name], digests[key.digest] = None, key.name
 
 
@@ -115,9 +114,9 @@ def keep_only_digests(variables: MutableMapping[str, str]) -> None:
     """
     with suppress(SettingError):
         keys = read_keys(variables)
-        variables.pop(FILE_VARIABLE, None)
+        variables.pop(KEYS_FILE_VARIABLE, None)
         if keys:
-            variables[VARIABLE] = ",".join(map(str, keys))
+            variables[KEYS_VARIABLE] = ",".join(map(str, keys))
 
 
 def name_of_key(keys: tuple[Key, ...], headers: Headers) -> str | None:
@@ -159,7 +158,7 @@ def _make(name: str) -> None:
         raise SystemExit("NAME must be 1 to 64 letters, digits, '_', '-' and '.', starting with a letter or digit")
     secret = secrets.token_urlsafe(32)
     print(f"The new key of {name}, shown this once and kept nowhere:\n\n  {secret}\n")
-    print(f"The line for the file that {FILE_VARIABLE} names (or an entry of {VARIABLE}), from which the key cannot be read:\n")
+    print(f"The line for the file that {KEYS_FILE_VARIABLE} names (or an entry of {KEYS_VARIABLE}), from which the key cannot be read:\n")
     print(f"  {Key(name, _digest(secret.encode()))}")
 
 

@@ -13,7 +13,8 @@ from stable_diffusion.api.openai.parameters import parse_generation
 from stable_diffusion.api.tasks import text_task
 from stable_diffusion.core.errors import InvalidRequest, SettingError
 from stable_diffusion.core.requests import TextToImageRequest, parse_text_to_image
-from stable_diffusion.core.safety import SafetyPolicy, is_checked, safety_policy
+from stable_diffusion.core.safety import SafetyPolicy, is_checked
+from stable_diffusion.core.settings import safety_policy
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
 
 WITHOUT_CHECKER = check_model(DEMO_FOLDER)

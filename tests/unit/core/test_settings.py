@@ -1,31 +1,104 @@
-"""What whoever runs the server may set: `stable_diffusion/limits.py`."""
+"""What whoever runs the server may set: each variable has one rule, and what is wrong is refused by its name."""
 
 from __future__ import annotations
+
+import re
+from dataclasses import asdict
 
 import pytest
 
 from stable_diffusion.core.errors import SettingError
-from stable_diffusion.core.settings import VARIABLES, Limits, read_limits
+from stable_diffusion.core.settings import LIMIT_VARIABLES, Limits, Settings, read_limits, read_settings
 from tests.http.servers import ROOT
+
+FLAGS = {"SD_LOG_PROMPTS": "log_prompts", "SD_CUDA_GRAPHS": "cuda_graphs", "SD_WITHOUT_KEYS": "without_keys"}
+OTHERS = ("SD_MODEL", "SD_SAFETY", "SD_OPEN", "SD_RATE_LIMIT", *(name for name, _ in LIMIT_VARIABLES.values()))
+# Where variables may be named: the settings, and a folder's name that one process of a server tells the others.
+HOMES = ("core/settings.py", "state/folder.py")
 
 
 def test_what_is_not_set_has_its_default() -> None:
-    assert read_limits({}) == read_limits(dict.fromkeys((name for name, _ in VARIABLES.values()), " ")) == Limits()
+    assert read_limits({}) == read_limits(dict.fromkeys((name for name, _ in LIMIT_VARIABLES.values()), " ")) == Limits()
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_variable_is_not_set(empty: str) -> None:
+    assert read_settings({}) == read_settings(dict.fromkeys((*FLAGS, *OTHERS), empty)) == Settings()
 
 
 def test_each_variable_sets_its_limit() -> None:
-    values = {name: str(number) for number, (name, _) in enumerate(VARIABLES.values(), 1)}
-    assert read_limits(values) == Limits(1, 2, 3, 4)
+    values = {name: str(number) for number, (name, _) in enumerate(LIMIT_VARIABLES.values(), 1)}
+    assert read_limits(values) == read_settings(values).limits == Limits(1, 2, 3, 4)
+
+
+def test_each_variable_sets_its_field() -> None:
+    values = {"SD_MODEL": " /a/model ", "SD_SAFETY": "always", "SD_OPEN": "docs, metrics,", "SD_RATE_LIMIT": "30"}
+    assert read_settings({**values, **dict.fromkeys(FLAGS, "1")}) == Settings(
+        model="/a/model",
+        safety="always",
+        log_prompts=True,
+        cuda_graphs=True,
+        open=frozenset({"docs", "metrics"}),
+        without_keys=True,
+        requests_per_minute=30,
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        *((text, True) for text in ("1", "true", "True", "TRUE", "yes", "Yes", "on", "ON", " 1 ")),
+        *((text, False) for text in ("0", "false", "False", "no", "NO", "off", "Off", "", " ")),
+    ],
+)
+@pytest.mark.parametrize("name", FLAGS)
+def test_what_is_on_or_off_is_said_in_the_same_words_everywhere(name: str, value: str, meant: bool) -> None:
+    assert asdict(read_settings({name: value})) == asdict(Settings()) | {FLAGS[name]: meant}
+
+
+@pytest.mark.parametrize("value", ["maybe", "2", "-1", "1.0", "y", "t", "enabled", "yes please", "none", "x" * 5000])
+@pytest.mark.parametrize("name", FLAGS)
+def test_any_other_word_is_refused_by_the_name_of_its_variable(name: str, value: str) -> None:
+    with pytest.raises(SettingError) as refused:
+        read_settings({name: value})
+    assert str(refused.value) == f"{name} must be 1, true, yes or on, or else 0, false, no, off or empty, not {value[:60]!r}"
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1e10", "ten", "1,5"])
-@pytest.mark.parametrize("name", [name for name, _ in VARIABLES.values()])
+@pytest.mark.parametrize("name", [name for name, _ in LIMIT_VARIABLES.values()])
 def test_what_cannot_be_is_refused_by_name(name: str, value: str) -> None:
     with pytest.raises(SettingError, match=rf"{name} must be a number above 0, at most \d+, not "):
         read_limits({name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("SD_SAFETY", "on", "SD_SAFETY is 'on', allowed are always, default-on, off"),
+        ("SD_OPEN", "docs,ui", "SD_OPEN: 'ui' cannot be opened, only docs and metrics"),
+        ("SD_RATE_LIMIT", "0", "SD_RATE_LIMIT: must be a whole number from 1 to 100000, drawing requests a minute, not '0'"),
+        ("SD_STUCK_STEP_S", "soon", "SD_STUCK_STEP_S must be a number above 0, at most 86400, not 'soon'"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_is_allowed(name: str, value: str, told: str) -> None:
+    with pytest.raises(SettingError, match=f"^{re.escape(told)}$"):
+        read_settings({name: value})
+
+
+@pytest.mark.parametrize("name", [*FLAGS, *OTHERS[1:]])
+def test_a_long_value_is_cut(name: str) -> None:
+    with pytest.raises(SettingError, match=f"^{name}") as refused:
+        read_settings({name: "x" * 5000})
+    assert len(str(refused.value)) < 250
+
+
 def test_the_readme_has_each_variable_with_its_default() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for field, (name, _) in VARIABLES.items():
+    for field, (name, _) in LIMIT_VARIABLES.items():
         assert f"| `{name}` | {getattr(Limits(), field):.0f} |" in readme
+
+
+def test_no_other_module_has_the_name_of_a_variable() -> None:
+    package = ROOT / "stable_diffusion"
+    modules = {file.relative_to(package).as_posix(): file.read_text(encoding="utf-8") for file in package.rglob("*.py")}
+    assert {path for path, text in modules.items() if re.search(r"""["']SD_[A-Z_]+["']""", text)} == set(HOMES)

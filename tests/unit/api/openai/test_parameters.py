@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,10 +33,58 @@ def test_null_stands_for_the_default_of_every_field() -> None:
     assert parse_edit({"prompt": PROMPT, **dict.fromkeys(names)}) == parse_edit({"prompt": PROMPT})
 
 
-@pytest.mark.parametrize("name", ["sampler", "width", "preview_every_steps", "svg", "markup"])
+@pytest.mark.parametrize("name", ["sampler", "width", "preview_every_steps", "frames"])
 def test_what_neither_openai_nor_this_server_can_do_anything_with_is_an_unknown_parameter(name: str) -> None:
     with pytest.raises(UnknownParameter, match=rf"^{name}: is not a known parameter, allowed are model, n, size"):
         parse_edit({"prompt": PROMPT, name: 1})
+
+
+STILL = "this server makes one still image (PNG, JPEG or WebP)"
+
+
+@pytest.mark.parametrize("value", [1, "<svg/>", True, {}, []])
+@pytest.mark.parametrize("name", ["frame_duration_ms", "svg", "markup"])
+def test_what_is_of_moving_pictures_and_of_shapes_is_refused_by_name(name: str, value: object) -> None:
+    for parse in (parse_generation, parse_edit):
+        assert refusal(parse, {name: value}) == (name, f"{name}: cannot be given, {STILL}")
+        assert parse({"prompt": PROMPT, name: None}) == parse({"prompt": PROMPT})
+
+
+@pytest.mark.parametrize("name", ["gif", "svg"])
+def test_formats_of_moving_pictures_and_of_shapes_are_refused_by_name(name: str) -> None:
+    for parse in (parse_generation, parse_edit):
+        assert refusal(parse, {"output_format": name}) == ("output_format", f"output_format: {STILL}, not {name}")
+
+
+@pytest.mark.parametrize("value", ["bmp", "GIF", 1, [], {}])
+def test_any_other_format_is_refused_with_those_that_there_are(value: object) -> None:
+    field, message = refusal(parse_generation, {"output_format": value})
+    assert (field, message) == ("output_format", "output_format: must be one of 'jpeg', 'png' or 'webp'")
+
+
+@pytest.mark.parametrize("count", [0, 2, 24, -1, 10**60])
+def test_more_frames_than_one_are_refused(count: int) -> None:
+    for parse in (parse_generation, parse_edit):
+        assert refusal(parse, {"frame_count": count}) == ("frame_count", f"frame_count: must be 1, {STILL}")
+    assert refusal(parse_edit, read_texts({"frame_count": str(count)}))[0] == "frame_count"
+
+
+@pytest.mark.parametrize("value", ["two", 1.5, True, []])
+def test_what_is_no_number_of_frames_is_refused(value: object) -> None:
+    assert refusal(parse_generation, {"frame_count": value}) == ("frame_count", "frame_count: must be a valid integer")
+
+
+def test_one_frame_is_what_is_made() -> None:
+    for given in ({"frame_count": 1}, {"frame_count": None}, read_texts({"frame_count": "1"})):
+        assert parse_edit({"prompt": PROMPT, **given}) == parse_edit({"prompt": PROMPT})
+
+
+def refusal(parse: Callable[[dict[str, Any]], object], fields: dict[str, Any]) -> tuple[str | None, str]:
+    """The field and the message that OpenAI's form of errors has, of a request that is wrong but not of an unknown parameter."""
+    with pytest.raises(InvalidRequest) as caught:
+        parse({"prompt": PROMPT, **fields})
+    assert (caught.value.status, caught.value.type) == (400, "invalid_request")
+    return caught.value.problems[0].field, caught.value.message
 
 
 @pytest.mark.parametrize(("alias", "name"), [("steps", "num_inference_steps"), ("cfg_scale", "guidance_scale")])

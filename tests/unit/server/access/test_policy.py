@@ -27,7 +27,7 @@ def test_every_variable_is_read() -> None:
     ("name", "value", "words"),
     [
         ("SD_OPEN", "docs,ui", "SD_OPEN: 'ui' cannot be opened, only docs and metrics"),
-        ("SD_WITHOUT_KEYS", "yes", "SD_WITHOUT_KEYS: must be 1, 0 or empty, 'yes' is not"),
+        ("SD_WITHOUT_KEYS", "maybe", "SD_WITHOUT_KEYS must be 1, true, yes or on, or else 0, false, no, off or empty, not 'maybe'"),
         *(
             ("SD_RATE_LIMIT", value, "SD_RATE_LIMIT: must be a whole number from 1 to 100000")
             for value in ("0", "-1", "1.5", "1e3", "٣", "x")

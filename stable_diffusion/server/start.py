@@ -1,0 +1,25 @@
+"""Whether the server may start: everything that can be set and the model are looked at before any process is started.
+
+One clear line instead of workers that die one after the other. Knows nothing of BentoML.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from stable_diffusion.core.errors import ModelFolderError, SettingError
+from stable_diffusion.core.settings import read_settings, safety_policy
+from stable_diffusion.models.folder import ModelFolder
+from stable_diffusion.server.access.policy import check_exposure, read_access
+
+
+def checked_model(environment: Mapping[str, str], choose_model: Callable[[], ModelFolder], host: str, *, in_bento: bool) -> ModelFolder:
+    """The model of a server that may start at the address `host`; of another one SystemExit says what is wrong."""
+    try:
+        read_settings(environment)  # all of them, those too that only another process needs
+        model = choose_model()
+        safety_policy(environment, model_name=model.name, has_checker=model.has_safety_checker)
+        check_exposure(read_access(environment), host, in_bento=in_bento)
+    except (ModelFolderError, SettingError) as error:
+        raise SystemExit(f"Not started: {error}") from None
+    return model
