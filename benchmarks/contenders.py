@@ -24,7 +24,7 @@ from benchmarks.clients import Round, play
 from benchmarks.loads import Load, task
 from benchmarks.setup import Setup
 from stable_diffusion.core.errors import ServiceError
-from stable_diffusion.core.types import Picture, Task
+from stable_diffusion.core.types import GeneratedImage, Task
 
 if TYPE_CHECKING:
     pass
@@ -103,13 +103,13 @@ def engine(connection: Connection, setup: Setup) -> None:
 
     async def ask(wanted: Task) -> bool:
         loop = asyncio.get_running_loop()
-        ended: asyncio.Future[Picture | ServiceError] = loop.create_future()
+        ended: asyncio.Future[GeneratedImage | ServiceError] = loop.create_future()
 
-        def on_end(outcome: Picture | ServiceError) -> None:
+        def on_end(outcome: GeneratedImage | ServiceError) -> None:
             loop.call_soon_threadsafe(ended.set_result, outcome)
 
         running.submit(wanted, on_end)
-        return isinstance(await ended, Picture)
+        return isinstance(await ended, GeneratedImage)
 
     while (load := connection.recv()) is not None:
         steps.clear()

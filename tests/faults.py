@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stable_diffusion.core.types import Picture, Task
+from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.job import Job, Latents
 
@@ -59,7 +59,7 @@ class FaultyDenoiser(Denoiser):
             predicted = torch.full_like(predicted, torch.nan)
         super().advance(job, predicted)
 
-    def decode(self, job: Job) -> Picture:
+    def decode(self, job: Job) -> GeneratedImage:
         prompt = _prompts(job.task)
         if RAISES_WHEN_DECODED in prompt:
             raise RuntimeError("on purpose")

@@ -401,7 +401,7 @@ def main() -> None:
     from stable_diffusion.images import decode
 
     readers = (
-        decode.read_picture,
+        decode.read_image,
         decode.read_mask,
         decode.read_transparency_as_mask,
         decode.read_mask_or_opacity,

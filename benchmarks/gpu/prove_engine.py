@@ -27,8 +27,8 @@ from benchmarks.report import machine
 from benchmarks.setup import Setup
 from stable_diffusion.core.errors import ServiceError
 from stable_diffusion.core.schedulers import SCHEDULERS
-from stable_diffusion.core.telemetry import CapRecord, OutOfMemoryRecord, Record
-from stable_diffusion.core.types import Kind, Picture, Precision, Task
+from stable_diffusion.core.telemetry import BatchLimitRecord, OutOfMemoryRecord, Record
+from stable_diffusion.core.types import GeneratedImage, Kind, Precision, Task
 from stable_diffusion.engine.cuda_graphs import CudaGraphs
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.engine import Engine
@@ -52,12 +52,12 @@ class Running:
         self.records: list[Record] = []
         self._engine = Engine(lambda: denoiser or Denoiser(parts), max_batch_size, on_record=self.records.append)
 
-    def generate(self, tasks: Sequence[Task]) -> list[Picture]:
+    def generate(self, tasks: Sequence[Task]) -> list[GeneratedImage]:
         """All tasks at once. Raises the first error."""
-        outcomes: queue.SimpleQueue[tuple[int, Picture | ServiceError]] = queue.SimpleQueue()
+        outcomes: queue.SimpleQueue[tuple[int, GeneratedImage | ServiceError]] = queue.SimpleQueue()
         for position, task in enumerate(tasks):
             self._engine.submit(task, partial(lambda number, outcome: outcomes.put((number, outcome)), position))
-        images: dict[int, Picture] = {}
+        images: dict[int, GeneratedImage] = {}
         for _ in tasks:
             position, outcome = outcomes.get(timeout=_WAIT_S)
             if isinstance(outcome, ServiceError):
@@ -200,7 +200,7 @@ class Proof:
 
     def safety_checker(self) -> Finding:
         """A checker that flags everything blanks the image, one that flags nothing leaves it."""
-        flagged: dict[bool, Picture] = {}
+        flagged: dict[bool, GeneratedImage] = {}
         for flags_everything in (True, False):
             with tempfile.TemporaryDirectory() as folder:
                 model = make_checked_model(Path(folder) / "checked", flags_everything=flags_everything)
@@ -228,7 +228,7 @@ class Proof:
             running.records.clear()
             images = running.generate(tasks)
             ran_out = sum(isinstance(record, OutOfMemoryRecord) for record in running.records)
-            limits = [record.jobs for record in running.records if isinstance(record, CapRecord)]
+            limits = [record.jobs for record in running.records if isinstance(record, BatchLimitRecord)]
             (following,) = running.generate([self._task(0)])
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)

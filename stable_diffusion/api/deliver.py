@@ -16,9 +16,9 @@ from stable_diffusion.api.context import Context
 from stable_diffusion.core import journal
 from stable_diffusion.core.errors import InvalidRequest, JobsUnavailable, NotAcceptable, ServiceError
 from stable_diffusion.core.requests import GenerationRequest
-from stable_diffusion.core.types import ImageFormat, Picture, Progress, Task, Ticket
+from stable_diffusion.core.types import GeneratedImage, ImageFormat, Progress, Task, Ticket
 from stable_diffusion.images.encode import MEDIA_TYPES
-from stable_diffusion.runner.client import News, begin, draw, draw_unattended, follow
+from stable_diffusion.runner.client import Updates, begin, follow, generate, generate_asynchronously
 from stable_diffusion.state.jobs import JobRecord, State, fingerprint
 from stable_diffusion.web import sse
 from stable_diffusion.web.caller import rename_job, ticket_of
@@ -30,8 +30,8 @@ from stable_diffusion.web.responses import (
     error_event,
     event_stream,
     followed_headers,
+    image_response,
     known_error,
-    picture_answer,
     preview_event,
     progress_event,
 )
@@ -39,27 +39,27 @@ from stable_diffusion.web.responses import (
 _ASK_AGAIN_S = 1
 
 
-def accepted_answer(records: Sequence[JobRecord]) -> Response:
+def accepted_response(records: Sequence[JobRecord]) -> Response:
     """202: the job is being drawn, and where to ask."""
     headers = {"Location": f"/jobs/{records[0].id}", "Retry-After": str(_ASK_AGAIN_S)}
     return JSONResponse(description(records), 202, headers | followed_headers())
 
 
-async def _awaited_picture(context: Context, job_id: str, image_format: ImageFormat, note_end: journal.NoteEnd) -> Response:
-    """The picture of an unattended job, as soon as it is there."""
+async def _awaited_image(context: Context, job_id: str, image_format: ImageFormat, note_end: journal.NoteEnd) -> Response:
+    """The picture of an asynchronous job, as soon as it is there."""
     last: list[JobRecord] = []
     async with aclosing(follow(context.client, job_id)) as standings:
         async for records in standings:
             last = records
-    answer = await run_in_threadpool(kept_picture_answer, context, last[0], image_format)
+    respond = await run_in_threadpool(kept_image_response, context, last[0], image_format)
     await note_fetched(context, last[0])
-    answer.headers.update(followed_headers())
+    respond.headers.update(followed_headers())
     note_end(*_end_of(last))
-    return answer
+    return respond
 
 
-def kept_picture_answer(context: Context, record: JobRecord, image_format: ImageFormat) -> Response:
-    return picture_answer(record.task, record.finished(), context.model(), image_format)
+def kept_image_response(context: Context, record: JobRecord, image_format: ImageFormat) -> Response:
+    return image_response(record.task, record.finished(), context.model(), image_format)
 
 
 async def note_fetched(context: Context, record: JobRecord) -> None:
@@ -179,14 +179,14 @@ def _iso(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
 
 
-Remarks = Callable[[Picture], dict[str, Any]]
+Remarks = Callable[[GeneratedImage], dict[str, Any]]
 
 
-def _no_remarks(_: Picture) -> dict[str, Any]:
+def _no_remarks(_: GeneratedImage) -> dict[str, Any]:
     return {}
 
 
-async def answer(
+async def respond(
     request: Request,
     context: Context,
     task: Task,
@@ -205,22 +205,22 @@ async def answer(
     if image_format is None and not (accepted.events or is_asynchronous):
         raise NotAcceptable(f"Accept allows none of {', '.join((*MEDIA_TYPES.values(), sse.MEDIA_TYPE))}", field="Accept")
     if is_asynchronous or key is not None:
-        job_id = await _accept(context, task, replace(ticket, unattended=True), key, parameters)
+        job_id = await _accept(context, task, replace(ticket, asynchronous=True), key, parameters)
         rename_job(request, job_id)
         if is_asynchronous:
-            accepted_job = accepted_answer(await run_in_threadpool(context.jobs.get, job_id))
+            accepted_job = accepted_response(await run_in_threadpool(context.jobs.get, job_id))
             accepted_job.headers["Preference-Applied"] = "respond-async"
             return accepted_job
         if accepted.events:
             return event_stream(_events_of_job(context, job_id, image_format or "jpeg"))
         assert image_format is not None
-        return await while_connected(request, _picture_of_job(context, job_id, image_format))
+        return await while_connected(request, _image_of_job(context, job_id, image_format))
     if accepted.events:
-        news = await while_connected(request, begin(context.client, task, ticket, follow=True))
-        return event_stream(_events(news, context, task, image_format or "jpeg", remarks))
+        updates = await while_connected(request, begin(context.client, task, ticket, follow=True))
+        return event_stream(_events(updates, context, task, image_format or "jpeg", remarks))
     assert image_format is not None
-    picture = await while_connected(request, draw(context.client, task, ticket))
-    return await run_in_threadpool(picture_answer, task, picture, context.model(), image_format, remarks(picture))
+    picture = await while_connected(request, generate(context.client, task, ticket))
+    return await run_in_threadpool(image_response, task, picture, context.model(), image_format, remarks(picture))
 
 
 async def _accept(context: Context, task: Task, ticket: Ticket, key: str | None, parameters: GenerationRequest) -> str:
@@ -228,13 +228,13 @@ async def _accept(context: Context, task: Task, ticket: Ticket, key: str | None,
     what = await run_in_threadpool(fingerprint, task, parameters.seed)
     job_id = await run_in_threadpool(context.jobs.accept, ticket, task, key, what, parameters.output_format)
     if job_id == ticket.job_id:
-        await draw_unattended(context.client, task, ticket)
+        await generate_asynchronously(context.client, task, ticket)
     return job_id
 
 
-async def _picture_of_job(context: Context, job_id: str, image_format: ImageFormat) -> Response:
+async def _image_of_job(context: Context, job_id: str, image_format: ImageFormat) -> Response:
     with journal.waiting_for_job() as note_end:
-        return await _awaited_picture(context, job_id, image_format, note_end)
+        return await _awaited_image(context, job_id, image_format, note_end)
 
 
 async def _events_of_job(context: Context, job_id: str, image_format: ImageFormat) -> AsyncGenerator[bytes, None]:
@@ -244,16 +244,18 @@ async def _events_of_job(context: Context, job_id: str, image_format: ImageForma
                 yield piece
 
 
-async def _events(news: News, context: Context, task: Task, image_format: ImageFormat, remarks: Remarks) -> AsyncGenerator[bytes, None]:
+async def _events(
+    updates: Updates, context: Context, task: Task, image_format: ImageFormat, remarks: Remarks
+) -> AsyncGenerator[bytes, None]:
     """queued, progress and preview while it is being drawn, then completed with the picture, or error."""
     try:
-        async with aclosing(news):
-            async for one in news:
+        async with aclosing(updates):
+            async for one in updates:
                 if isinstance(one, Progress):
                     yield progress_event(one)
                     if one.preview is not None:
                         yield await run_in_threadpool(preview_event, one.step, one.preview, task)
-                elif isinstance(one, Picture):
+                elif isinstance(one, GeneratedImage):
                     yield await run_in_threadpool(completed_event, task, one, context.model(), image_format, remarks(one))
     except Exception as error:
         yield error_event(error, f"The stream of events of a {task.kind}")

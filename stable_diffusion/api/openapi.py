@@ -10,7 +10,7 @@ from typing import Any
 from stable_diffusion.core.requests import GenerationRequest, ImageToImageRequest
 from stable_diffusion.core.settings import MAX_TIMEOUT_S
 from stable_diffusion.images.encode import MEDIA_TYPES
-from stable_diffusion.state.jobs import MAX_UNATTENDED, PICTURES_KEPT, PICTURES_KEPT_S
+from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS, PICTURES_KEPT, PICTURES_KEPT_S
 from stable_diffusion.web import sse
 from stable_diffusion.web.caller import TIMEOUT_HEADER
 
@@ -55,7 +55,7 @@ ACCEPTED = {
 ERRORS: dict[str, dict[str, Any]] = {
     "422": {"description": "The Idempotency-Key was used for another request.", "content": _ERROR},
     "429": {
-        "description": f"{LOAD_ERRORS['429']} Or {MAX_UNATTENDED} jobs that nobody waits for are not finished (`too_many_jobs`).",
+        "description": f"{LOAD_ERRORS['429']} Or {MAX_ASYNCHRONOUS_JOBS} jobs that nobody waits for are not finished (`too_many_jobs`).",
         "headers": {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
         "content": _ERROR,
     },

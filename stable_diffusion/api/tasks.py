@@ -54,7 +54,7 @@ def image_task(
     return _task("inpaint", parameters, model, policy, *size, fit(picture, *size), mask)
 
 
-def several(task: Task, count: int) -> list[Task]:
+def consecutive_tasks(task: Task, count: int) -> list[Task]:
     """The tasks of a request for `count` pictures: number i is what a request for one draws with a seed that is higher by i.
 
     Raises InvalidRequest if they are too much work together.

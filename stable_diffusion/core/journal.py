@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from stable_diffusion.core.errors import GenerationFailed, ServiceError
 from stable_diffusion.core.settings import read_settings
-from stable_diffusion.core.types import Picture, RequestContext, Task
+from stable_diffusion.core.types import GeneratedImage, RequestContext, Task
 
 T = TypeVar("T")
 # Takes a job's error, or without one whether its picture is flagged.
@@ -71,7 +71,7 @@ class Line:
             return "cancelled"
         return "flagged" if any(self.flags) else "completed"
 
-    def note_picture(self, picture: Picture) -> None:
+    def note_picture(self, picture: GeneratedImage) -> None:
         self.flags.append(picture.flagged)
         if picture.waited_s is not None:
             self.waits_s.append(picture.waited_s)
@@ -100,7 +100,7 @@ def identify(context: RequestContext) -> None:
 
 
 @contextmanager
-def noting(task: Task, index: int) -> Iterator[Callable[[Picture], None]]:
+def noting(task: Task, index: int) -> Iterator[Callable[[GeneratedImage], None]]:
     """While `task`, picture number `index` of the current request or job, is drawn; what is given is to be called with its picture."""
     line = current_line.get() or Line()
     line.tasks[index] = _described(task)

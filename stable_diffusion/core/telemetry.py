@@ -79,7 +79,7 @@ class OutOfMemoryRecord:
 
 
 @dataclass(frozen=True)
-class CapRecord:
+class BatchLimitRecord:
     """From now on at most `jobs` of this size share a step, because `tried` did not fit into memory. Sizes in pixels."""
 
     width: int
@@ -97,5 +97,5 @@ Record = (
     | EndRecord
     | DecodedAgainRecord
     | OutOfMemoryRecord
-    | CapRecord
+    | BatchLimitRecord
 )

@@ -45,7 +45,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Picture:
+class GeneratedImage:
     """A finished job. `flagged` is None where no safety checker looked at the picture."""
 
     image: Image.Image
@@ -71,7 +71,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Ticket:
-    """For whom a task is drawn. `index`: which picture of the job. An unattended one is drawn to its end and its picture is kept.
+    """For whom a task is drawn. `index`: which picture of the job. An asynchronous one is drawn to its end and its picture is kept.
 
     `timeout_s`: how long it may take from now until the picture is there.
     """
@@ -79,7 +79,7 @@ class Ticket:
     job_id: str
     owner: str
     index: int = 0
-    unattended: bool = False
+    asynchronous: bool = False
     timeout_s: float = MAX_TIMEOUT_S
 
 

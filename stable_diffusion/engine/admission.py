@@ -67,10 +67,10 @@ class StepTimes:
 class Workload:
     """The jobs that have been taken on and have not ended."""
 
-    def __init__(self, limits: QueueLimits, cap: Callable[[Size], int]) -> None:
+    def __init__(self, limits: QueueLimits, batch_limit: Callable[[Size], int]) -> None:
         """`cap`: how many jobs of a size may share a step."""
         self._limits = limits
-        self._cap = cap
+        self._cap = batch_limit
         self._jobs: set[Job] = set()
         self._times = StepTimes()
         self._lock = threading.Lock()
@@ -112,8 +112,8 @@ class Workload:
 
     def _share_of_a_step(self, size: Size) -> float:
         """Seconds of the device for a step of one job, where as many share it as may."""
-        cap = self._cap(size)
-        return self._times.seconds(size, cap) / cap
+        batch_limit = self._cap(size)
+        return self._times.seconds(size, batch_limit) / batch_limit
 
     def _require_room(self, job: Job, seconds: defaultdict[str, float]) -> None:
         total, count = sum(seconds.values()), len(self._jobs)

@@ -53,12 +53,12 @@ class _Arrival:
 class Batching(Generic[JobT]):
     """The jobs that still need steps. Its clock is the number of turns that it has given."""
 
-    def __init__(self, max_batch_size: int, cap_for: Callable[[Any], int] | None = None) -> None:
+    def __init__(self, max_batch_size: int, batch_limit_for: Callable[[Any], int] | None = None) -> None:
         """`max_batch_size`: how many jobs may share a step, at least 1. `cap_for`: how many of a key, where that is fewer."""
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, not {max_batch_size}")
         self._max_batch_size = max_batch_size
-        self._cap_for = cap_for
+        self._cap_for = batch_limit_for
         self._lowered_caps: dict[Hashable, int] = {}
         self._queues: dict[Hashable, dict[JobT, _Arrival]] = {}
         self._turns_given = 0
@@ -108,7 +108,7 @@ class Batching(Generic[JobT]):
 
     def _turns_of(self, job: JobT) -> float:
         """What the rest of a job is worth, where as many share a step as may."""
-        return job.steps_left / self.cap(job.batch_key)
+        return job.steps_left / self.batch_limit(job.batch_key)
 
     def next_turn(self) -> tuple[list[JobT], int]:
         """The jobs of the key whose turn it is, in their order, and how many of them may take the next step together.
@@ -121,7 +121,7 @@ class Batching(Generic[JobT]):
         self._turns_given += 1
         self._last_turns[key] = self._turns_given
         self._last_shares |= dict.fromkeys((job.owner for job in self._queues[key]), self._turns_given)
-        return self._in_order(key), self.cap(key)
+        return self._in_order(key), self.batch_limit(key)
 
     def _waiting_since(self, key: Hashable) -> tuple[int, int]:
         """Since which turn an owner has had no share who has a job here, and this key none. An owner of many keys has one share."""
@@ -156,19 +156,19 @@ class Batching(Generic[JobT]):
         """Where each job stands, as things are now."""
         keys = len(self._queues)
         for key in self._queues:
-            cap, steps_before = self.cap(key), 0
+            batch_limit, steps_before = self.batch_limit(key), 0
             for index, job in enumerate(self._in_order(key)):
-                position = max(0, index - cap + 1)
+                position = max(0, index - batch_limit + 1)
                 # What is before it is done `cap` at a time; the keys take turns.
-                batches_left = keys * (job.steps_left + (steps_before // cap if position else 0))
+                batches_left = keys * (job.steps_left + (steps_before // batch_limit if position else 0))
                 yield Standing(job, position, batches_left)
                 steps_before += job.steps_left
 
-    def cap(self, key: Hashable) -> int:
+    def batch_limit(self, key: Hashable) -> int:
         """How many jobs of `key` may share a step."""
-        cap = self._lowered_caps.get(key, self._max_batch_size)
-        return cap if self._cap_for is None else max(1, min(cap, self._cap_for(key)))
+        batch_limit = self._lowered_caps.get(key, self._max_batch_size)
+        return batch_limit if self._cap_for is None else max(1, min(batch_limit, self._cap_for(key)))
 
-    def lower_cap(self, key: Hashable, cap: int) -> None:
+    def lower_batch_limit(self, key: Hashable, batch_limit: int) -> None:
         """From now on at most `cap` jobs of `key` share a step. Never raises a cap."""
-        self._lowered_caps[key] = max(1, min(cap, self.cap(key)))
+        self._lowered_caps[key] = max(1, min(batch_limit, self.batch_limit(key)))

@@ -20,7 +20,7 @@ FULL_WITH_ONE_S = 2.0
 
 
 @dataclass(frozen=True)
-class Cap:
+class BatchLimit:
     """How many jobs of the native size may share a step, and why."""
 
     jobs: int
@@ -28,10 +28,10 @@ class Cap:
     limited_by_memory: bool = False  # more did not fit: that depends on what else is on the device
 
 
-def choose_cap(step_seconds: Callable[[int], float | None], max_batch_size: int) -> Cap:
+def choose_batch_limit(step_seconds: Callable[[int], float | None], max_batch_size: int) -> BatchLimit:
     """`step_seconds(jobs)` measures a step of so many jobs of the native size, or gives None if they do not fit into memory."""
     if max_batch_size == 1:
-        return Cap(1, "max_batch_size is 1")
+        return BatchLimit(1, "max_batch_size is 1")
     measured: dict[int, float] = {}
     in_vain = 0
     limit = f"max_batch_size is {max_batch_size}"
@@ -42,7 +42,7 @@ def choose_cap(step_seconds: Callable[[int], float | None], max_batch_size: int)
             break
         measured[jobs] = seconds
         if jobs == 1 and seconds > FULL_WITH_ONE_S:
-            return Cap(1, f"a step of one job takes {seconds:.1f} s, so the device is full with one")
+            return BatchLimit(1, f"a step of one job takes {seconds:.1f} s, so the device is full with one")
         best_before = max((_throughput(measured, size) for size in measured if size < jobs), default=0.0)
         in_vain = in_vain + 1 if _throughput(measured, jobs) < STILL_GAINING * best_before else 0
         if in_vain == 2:
@@ -51,16 +51,18 @@ def choose_cap(step_seconds: Callable[[int], float | None], max_batch_size: int)
     return replace(_knee(measured, limit), limited_by_memory=seconds is None)
 
 
-def _knee(measured: dict[int, float], limit: str) -> Cap:
+def _knee(measured: dict[int, float], limit: str) -> BatchLimit:
     times = ", ".join(f"{jobs}: {1000 * seconds:.0f} ms" for jobs, seconds in measured.items())
     if not measured:
-        return Cap(1, limit)
+        return BatchLimit(1, limit)
     best = max(_throughput(measured, jobs) for jobs in measured)
     gain = best / _throughput(measured, 1)
     if gain < LEAST_GAIN:
-        return Cap(1, f"sharing a step gains {gain:.2f}x at most ({times}; {limit})")
+        return BatchLimit(1, f"sharing a step gains {gain:.2f}x at most ({times}; {limit})")
     chosen = min(jobs for jobs in measured if _throughput(measured, jobs) >= NEAR_BEST * best)
-    return Cap(chosen, f"{_throughput(measured, chosen) / _throughput(measured, 1):.1f}x the pictures of one at a time ({times}; {limit})")
+    return BatchLimit(
+        chosen, f"{_throughput(measured, chosen) / _throughput(measured, 1):.1f}x the pictures of one at a time ({times}; {limit})"
+    )
 
 
 def _throughput(measured: dict[int, float], jobs: int) -> float:
@@ -73,6 +75,6 @@ def _sizes(max_batch_size: int) -> list[int]:
     return sorted({*(size for size in doublings if size <= max_batch_size), max_batch_size})
 
 
-def cap_for_size(cap: Cap, native_pixels: int, pixels: int, max_batch_size: int) -> int:
+def batch_limit_for_size(batch_limit: BatchLimit, native_pixels: int, pixels: int, max_batch_size: int) -> int:
     """A device is full with so many pixels, whatever pictures they belong to."""
-    return max(1, min(max_batch_size, round(cap.jobs * native_pixels / pixels)))
+    return max(1, min(max_batch_size, round(batch_limit.jobs * native_pixels / pixels)))

@@ -13,7 +13,7 @@ import torch
 
 UNetCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 # Runs the work once or more and gives back how to run it again on the same memory, and where its result lies then.
-Record = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]]
+Recorder = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RecordedCalls:
         self._recordings: dict[tuple[object, ...], _Recording] = {}
 
     @torch.inference_mode()
-    def record(self, record: Record, latents: torch.Tensor, embeddings: torch.Tensor, rows: Sequence[int]) -> int:
+    def record(self, record: Recorder, latents: torch.Tensor, embeddings: torch.Tensor, rows: Sequence[int]) -> int:
         """Record calls of so many `rows`, each as the one row that is given. Returns the most that fitted into memory, 0 if none did.
 
         The largest goes first, so that the others find memory that is large enough for them.

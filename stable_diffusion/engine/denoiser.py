@@ -23,9 +23,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from stable_diffusion.core.errors import GenerationFailed
-from stable_diffusion.core.types import Picture, Task
+from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.engine import previews, threads
-from stable_diffusion.engine.cuda_graphs import Record, RecordedCalls
+from stable_diffusion.engine.cuda_graphs import RecordedCalls, Recorder
 from stable_diffusion.engine.job import Job, Latents
 from stable_diffusion.engine.loading import Parts
 
@@ -62,7 +62,7 @@ class Denoiser:
         return predicted
 
     @torch.inference_mode()
-    def record_steps(self, record: Record, width: int, height: int, most_jobs: int) -> int:
+    def record_steps(self, record: Recorder, width: int, height: int, most_jobs: int) -> int:
         """Record the UNet calls of 1 to `most_jobs` jobs of one size, from now on replayed. Returns how many rows fitted into memory."""
         channels = self._parts.unet.config.in_channels
         latents = torch.zeros(1, channels, height // self._pixels_per_latent, width // self._pixels_per_latent)
@@ -291,7 +291,7 @@ class Denoiser:
     # --- after the last step ---------------------------------------------------------------------
 
     @torch.inference_mode()
-    def decode(self, job: Job) -> Picture:
+    def decode(self, job: Job) -> GeneratedImage:
         """Latents to RGB, looked at by the safety checker where there is one and the task does not forbid it.
 
         A picture that comes out black or as no numbers, as half precision makes some, is decoded once more in float32.
@@ -310,7 +310,7 @@ class Denoiser:
         if job.task.safety_check and self._parts.safety_checker is not None:
             pixels, flagged = self._check_safety(pixels)
         (image,) = self._images.postprocess(pixels, output_type="pil", do_denormalize=[not flagged])
-        return Picture(
+        return GeneratedImage(
             image,
             flagged,
             state.dropped_prompt,

@@ -20,7 +20,7 @@ import torch
 
 from stable_diffusion.core.errors import DeadlineExceeded, GenerationFailed, ModelUnavailable, QueueFull, ServiceError
 from stable_diffusion.core.telemetry import (
-    CapRecord,
+    BatchLimitRecord,
     DecodedAgainRecord,
     EndRecord,
     Outcome,
@@ -33,7 +33,7 @@ from stable_diffusion.core.telemetry import (
     TurnRecord,
     WorkloadRecord,
 )
-from stable_diffusion.core.types import Picture, Progress, Task
+from stable_diffusion.core.types import GeneratedImage, Progress, Task
 from stable_diffusion.engine.admission import NO_LIMITS, QueueLimits, Workload
 from stable_diffusion.engine.batching import Batching
 from stable_diffusion.engine.job import Job, Latents
@@ -48,7 +48,7 @@ class Steps(Protocol):
     def prepare(self, task: Task) -> Latents: ...
     def predict(self, jobs: Sequence[Job]) -> list[torch.Tensor]: ...
     def advance(self, job: Job, predicted: torch.Tensor) -> None: ...
-    def decode(self, job: Job) -> Picture: ...
+    def decode(self, job: Job) -> GeneratedImage: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Engine:
         load: Callable[[], Steps],
         max_batch_size: int,
         on_step: Callable[[StepRecord], None] | None = None,
-        cap_for: Callable[[tuple[int, int]], int] | None = None,
+        batch_limit_for: Callable[[tuple[int, int]], int] | None = None,
         on_record: Callable[[Record], None] | None = None,
         limits: QueueLimits = NO_LIMITS,
         watchdog: Watchdog | None = None,
@@ -86,8 +86,8 @@ class Engine:
         `limits`: how much work is taken on. `watchdog`: ends the process when a turn hangs or the device has failed for good.
         """
         self._load = load
-        self._batching: Batching[Job] = Batching(max_batch_size, cap_for)
-        self._workload = Workload(limits, self._batching.cap)
+        self._batching: Batching[Job] = Batching(max_batch_size, batch_limit_for)
+        self._workload = Workload(limits, self._batching.batch_limit)
         self._watchdog = watchdog
         self._to_decode: deque[Job] = deque()
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
@@ -108,7 +108,7 @@ class Engine:
     def submit(
         self,
         task: Task,
-        on_end: Callable[[Picture | ServiceError], None],
+        on_end: Callable[[GeneratedImage | ServiceError], None],
         on_progress: Callable[[Progress], None] | None = None,
         *,
         owner: str = "",
@@ -187,11 +187,11 @@ class Engine:
         self._read_inbox()
         began = time.perf_counter()
         self._drop_the_late(began)
-        jobs, cap = self._batching.next_turn()
-        with self._watching(jobs[:cap]):
+        jobs, batch_limit = self._batching.next_turn()
+        with self._watching(jobs[:batch_limit]):
             if self._to_decode:
                 self._decode(self._to_decode.popleft())
-            batch = self._prepared(jobs, cap)
+            batch = self._prepared(jobs, batch_limit)
             if batch:
                 self._step(batch)
         self._note_turn(batch, time.perf_counter() - began)
@@ -257,7 +257,7 @@ class Engine:
             case _Stop():
                 self._stopping = True
 
-    def _prepared(self, jobs: list[Job], cap: int) -> list[Job]:
+    def _prepared(self, jobs: list[Job], batch_limit: int) -> list[Job]:
         """The first `cap` that can take a step.
 
         Newcomers are prepared for it, at most one with an image, so that the others do not wait for long.
@@ -265,7 +265,7 @@ class Engine:
         ready: list[Job] = []
         encoded_image = False
         for job in jobs:
-            if len(ready) == cap:
+            if len(ready) == batch_limit:
                 break
             if job.tensors is None:
                 if job.task.image is not None:
@@ -333,8 +333,8 @@ class Engine:
                 self._tell(OutOfMemoryRecord())
         if ran_out_together and largest_call:
             height, width = key = batch[0].batch_key
-            self._batching.lower_cap(key, largest_call)
-            self._tell(CapRecord(width, height, self._batching.cap(key), len(batch)))
+            self._batching.lower_batch_limit(key, largest_call)
+            self._tell(BatchLimitRecord(width, height, self._batching.batch_limit(key), len(batch)))
             logger.warning("Out of memory with %d jobs in a step: at most %d of this size from now on.", len(batch), largest_call)
         return predictions
 
@@ -399,7 +399,7 @@ class Engine:
         drawn_s = None if job.started_s is None else time.perf_counter() - job.started_s
         self._tell(EndRecord(job.task.kind, outcome, drawn_s))
 
-    def _end(self, job: Job, result: Picture | ServiceError, outcome: Outcome) -> None:
+    def _end(self, job: Job, result: GeneratedImage | ServiceError, outcome: Outcome) -> None:
         self._leave(job, outcome)
         try:
             job.on_end(result)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from stable_diffusion.core.types import Picture, Progress, Task
+from stable_diffusion.core.types import GeneratedImage, Progress, Task
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +57,7 @@ class Job:
     """
 
     task: Task
-    on_end: Callable[[Picture | ServiceError], None]
+    on_end: Callable[[GeneratedImage | ServiceError], None]
     on_progress: Callable[[Progress], None] | None = None
     owner: str = ""  # whose it is: the device is shared between owners
     deadline_s: float = math.inf  # by the clock of submitted_s; a job that has not ended by then is dropped before its next step

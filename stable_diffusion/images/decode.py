@@ -30,7 +30,7 @@ UPLOADS_IN_WORDS = (
 )
 
 
-def read_picture(content: bytes, field: str) -> Image.Image:
+def read_image(content: bytes, field: str) -> Image.Image:
     """Decode an upload to upright RGB; what is transparent becomes white.
 
     Raises InvalidRequest or TooLarge, naming `field`.

@@ -15,7 +15,7 @@ from importlib import metadata
 from stable_diffusion import __version__
 from stable_diffusion.core.errors import InvalidRequest
 from stable_diffusion.core.schedulers import sampler_of
-from stable_diffusion.core.types import Picture, Task
+from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.models.folder import ModelFolder
 
 PROGRAM = "stable-diffusion-bentoml"  # with the version behind it; A1111 takes a bare number for a version of its own
@@ -36,7 +36,7 @@ class Infotext:
     values: Mapping[str, str]
 
 
-def write(task: Task, picture: Picture, model: ModelFolder) -> str:
+def write(task: Task, picture: GeneratedImage, model: ModelFolder) -> str:
     """Everything that determines the picture of `task`. Of an input picture and a mask it has only hashes of what they were scaled to.
 
     Values are written only where they are not what A1111's readers take for granted.
@@ -52,7 +52,7 @@ def write(task: Task, picture: Picture, model: ModelFolder) -> str:
     return f"{prompts}\n{last_line}".strip()
 
 
-def _values(task: Task, picture: Picture, model: ModelFolder) -> dict[str, str]:
+def _values(task: Task, picture: GeneratedImage, model: ModelFolder) -> dict[str, str]:
     sampler, schedule = sampler_of(task.scheduler)
     drawn_on = {"Precision": picture.dtype, "Device": picture.device}
     values = {

@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from stable_diffusion.engine.calibration import Cap
+from stable_diffusion.engine.calibration import BatchLimit
 
 logger = logging.getLogger("stable_diffusion")
 
@@ -26,7 +26,7 @@ _MOST_KEPT = 100
 _KEPT_S = 7 * 86_400
 
 
-def caps_file() -> Path:
+def batch_limits_file() -> Path:
     """Where the XDG base directory specification wants it; a user without a home has none, and keeps it with temporary files."""
     if folder := os.environ.get("XDG_CACHE_HOME"):
         return Path(folder) / _NAME
@@ -36,21 +36,21 @@ def caps_file() -> Path:
         return Path(tempfile.gettempdir()) / _NAME
 
 
-def recall(key: dict[str, str | int]) -> Cap | None:
+def recall(key: dict[str, str | int]) -> BatchLimit | None:
     """The cap that was measured under the same conditions during the last days, if there is one."""
     for entry in _entries():
         if entry["key"] == key:
-            logger.info("The cap is known from %s; remove that file to have it measured again.", caps_file())
+            logger.info("The cap is known from %s; remove that file to have it measured again.", batch_limits_file())
             measured = datetime.fromtimestamp(entry["measured_s"], timezone.utc)
-            return Cap(entry["jobs"], f"{entry['reason']}; measured on {measured:%Y-%m-%d}")
+            return BatchLimit(entry["jobs"], f"{entry['reason']}; measured on {measured:%Y-%m-%d}")
     return None
 
 
-def keep(key: dict[str, str | int], cap: Cap) -> None:
+def keep(key: dict[str, str | int], batch_limit: BatchLimit) -> None:
     """For the next start. A folder that cannot be written to is no reason not to start."""
-    entry = {"key": key, "jobs": cap.jobs, "reason": cap.reason, "measured_s": time.time()}
+    entry = {"key": key, "jobs": batch_limit.jobs, "reason": batch_limit.reason, "measured_s": time.time()}
     entries = [entry, *(other for other in _entries() if other["key"] != key)][:_MOST_KEPT]
-    file = caps_file()
+    file = batch_limits_file()
     unfinished = file.with_suffix(f".{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def keep(key: dict[str, str | int], cap: Cap) -> None:
 def _entries() -> list[dict[str, Any]]:
     """Those that are young and whole. A file that is not ours is taken for empty and written anew."""
     try:
-        entries = json.loads(caps_file().read_text(encoding="utf-8"))
+        entries = json.loads(batch_limits_file().read_text(encoding="utf-8"))
         return [entry for entry in entries if _is_whole(entry) and time.time() - entry["measured_s"] < _KEPT_S]
     except (OSError, ValueError, TypeError):
         return []

@@ -31,9 +31,9 @@ from stable_diffusion.core.errors import (
 )
 from stable_diffusion.core.safety import SafetyPolicy
 from stable_diffusion.core.shutdown import Unfinished
-from stable_diffusion.core.types import Picture, Progress, Task, Ticket
+from stable_diffusion.core.types import GeneratedImage, Progress, Task, Ticket
 from stable_diffusion.runner.readiness import Readiness
-from stable_diffusion.runner.wire import TakenOn, pack_task, unpack_news
+from stable_diffusion.runner.wire import TakenOn, pack_task, unpack_update
 from stable_diffusion.state.jobs import JobRecord, Jobs
 
 logger = logging.getLogger("stable_diffusion")
@@ -62,16 +62,16 @@ class RunnerClient:
         return Readiness(self.runner)
 
 
-News = AsyncGenerator[TakenOn | Progress | Picture, None]
+Updates = AsyncGenerator[TakenOn | Progress | GeneratedImage, None]
 
 
-async def draw(client: RunnerClient, task: Task, ticket: Ticket) -> Picture:
-    return await _picture_of(await begin(client, task, ticket, follow=False))
+async def generate(client: RunnerClient, task: Task, ticket: Ticket) -> GeneratedImage:
+    return await _image_of(await begin(client, task, ticket, follow=False))
 
 
-async def draw_all(client: RunnerClient, tasks: Sequence[Task], ticket: Ticket) -> list[Picture]:
+async def generate_all(client: RunnerClient, tasks: Sequence[Task], ticket: Ticket) -> list[GeneratedImage]:
     """Several at once, so that they share the engine's steps. The first one that fails ends the others."""
-    drawing = [asyncio.ensure_future(draw(client, task, replace(ticket, index=index))) for index, task in enumerate(tasks)]
+    drawing = [asyncio.ensure_future(generate(client, task, replace(ticket, index=index))) for index, task in enumerate(tasks)]
     try:
         return await asyncio.gather(*drawing)
     finally:
@@ -80,7 +80,7 @@ async def draw_all(client: RunnerClient, tasks: Sequence[Task], ticket: Ticket) 
         await asyncio.gather(*drawing, return_exceptions=True)
 
 
-async def begin(client: RunnerClient, task: Task, ticket: Ticket, *, follow: bool) -> News:
+async def begin(client: RunnerClient, task: Task, ticket: Ticket, *, follow: bool) -> Updates:
     """Have a model process take on a task: returns then, or raises why it was not taken on.
 
     What is returned has what the model process says from then on; a picture comes last. Closing it cancels the job, if it is attended.
@@ -90,38 +90,38 @@ async def begin(client: RunnerClient, task: Task, ticket: Ticket, *, follow: boo
     if task.preview_every_steps and client.policy() == "always":
         raise InvalidRequest("this server checks every picture, so it sends no previews of what has not been checked")
     await client.readiness.require_ready()
-    news = _logged_news_of(client, task, ticket, follow=follow)
+    updates = _logged_news_of(client, task, ticket, follow=follow)
     try:
         # A model process that stops does not answer new connections, nor close them. Not asyncio.wait_for: that of Python before 3.12
         # loses a cancellation that comes together with the answer.
         with anyio.fail_after(_TAKEN_ON_WITHIN_S):
-            await anext(news)
+            await anext(updates)
     except TimeoutError:
         raise ModelUnavailable("the model process does not answer, try again in a minute") from None
     except BaseException:
-        await news.aclose()
+        await updates.aclose()
         raise
-    return news
+    return updates
 
 
-async def _picture_of(news: News) -> Picture:
-    async with aclosing(news):
-        async for one in news:
-            if isinstance(one, Picture):
+async def _image_of(updates: Updates) -> GeneratedImage:
+    async with aclosing(updates):
+        async for one in updates:
+            if isinstance(one, GeneratedImage):
                 return one
     raise AssertionError("news end with a picture or an error")
 
 
-async def _logged_news_of(client: RunnerClient, task: Task, ticket: Ticket, *, follow: bool) -> News:
+async def _logged_news_of(client: RunnerClient, task: Task, ticket: Ticket, *, follow: bool) -> Updates:
     with journal.noting(task, ticket.index) as note_picture:
-        async with aclosing(_news_of(client, task, ticket, follow=follow)) as news:
-            async for one in news:
-                if isinstance(one, Picture):
+        async with aclosing(_news_of(client, task, ticket, follow=follow)) as updates:
+            async for one in updates:
+                if isinstance(one, GeneratedImage):
                     note_picture(one)
                 yield one
 
 
-async def _news_of(client: RunnerClient, task: Task, ticket: Ticket, *, follow: bool) -> News:
+async def _news_of(client: RunnerClient, task: Task, ticket: Ticket, *, follow: bool) -> Updates:
     method = getattr(client.runner, task.kind)
     stream = method.async_stream(pack_task(task, ticket, follow=follow))
     pieces: list[str] = []
@@ -134,8 +134,8 @@ async def _news_of(client: RunnerClient, task: Task, ticket: Ticket, *, follow: 
                     *lines, rest = "".join(pieces).split("\n")
                     pieces = [rest]
                     for line in lines:
-                        one = await run_in_threadpool(unpack_news, line)
-                        has_picture = isinstance(one, Picture)
+                        one = await run_in_threadpool(unpack_update, line)
+                        has_picture = isinstance(one, GeneratedImage)
                         yield one
     except asyncio.TimeoutError:
         raise GenerationFailed("the picture was not finished within the time that the server's configuration allows") from None
@@ -167,7 +167,7 @@ async def _until(end: asyncio.Event, stream: AsyncGenerator[str, None]) -> Async
         await asyncio.gather(ending, piece, return_exceptions=True)
 
 
-async def draw_unattended(client: RunnerClient, task: Task, ticket: Ticket) -> None:
+async def generate_asynchronously(client: RunnerClient, task: Task, ticket: Ticket) -> None:
     """Have a model process draw a job that was accepted; whoever wants to know how far it is asks the store.
 
     Returns once it is taken on; raises why it is not, and that is the job's end.
@@ -194,13 +194,13 @@ async def _hold(client: RunnerClient, task: Task, ticket: Ticket, refusal: async
     """Wait until a job has ended. Returns what became of it if the model process has not noted that."""
     where = f"Job {ticket.job_id}"
     try:
-        news = await begin(client, task, ticket, follow=False)
+        updates = await begin(client, task, ticket, follow=False)
     except Exception as error:
         known = as_service_error(error, where)
         refusal.set_result(known)
         return known
     refusal.set_result(None)
-    drawing = asyncio.ensure_future(_picture_of(news))
+    drawing = asyncio.ensure_future(_image_of(updates))
     while not (await asyncio.wait({drawing}, timeout=_HELD_AGAIN_S))[0]:
         with suppress(JobsUnavailable):
             await run_in_threadpool(client.jobs.note_held, ticket.job_id)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from stable_diffusion.core.errors import Cancelled, GenerationFailed, JobsUnavailable, ServiceError
-from stable_diffusion.core.types import Picture, Progress, Task, Ticket
+from stable_diffusion.core.types import GeneratedImage, Progress, Task, Ticket
 from stable_diffusion.engine.job import Job
 from stable_diffusion.images.transform import keep_outside_mask
 from stable_diffusion.runner.wire import pack_outcome, pack_progress, pack_taken_on, unpack_task
@@ -30,16 +30,16 @@ _LOOK_FOR_CANCELLATIONS_S = 0.05  # a step at full size on a GPU takes longer
 _STORE_FAILED_S = 10.0
 _NOTE_S = 0.5  # a place in the queue changes for all who wait whenever one job ends: they are noted together
 
-News = asyncio.Queue[Progress | Picture | ServiceError]
+Messages = asyncio.Queue[Progress | GeneratedImage | ServiceError]
 
 
 @dataclass(frozen=True)
-class _Drawing:
+class _Generation:
     ticket: Ticket
     task: Task
     engine_job: Job
-    from_engine: News
-    to_client: News
+    from_engine: Messages
+    to_client: Messages
 
 
 class ModelProcess:
@@ -50,7 +50,7 @@ class ModelProcess:
         self._engine = engine
         self._jobs = jobs
         self._runner = runner
-        self._drawings: dict[tuple[str, int], _Drawing] = {}
+        self._drawings: dict[tuple[str, int], _Generation] = {}
         self._attending: set[asyncio.Task[None]] = set()
         self._to_note: dict[Ticket, Progress] = {}
         self._keeping: asyncio.Task[None] | None = None
@@ -60,7 +60,7 @@ class ModelProcess:
     async def generate(self, packed: dict[str, Any]) -> AsyncGenerator[str, None]:
         """Run one task: yield that it was taken on, its progress if that is followed, and its outcome.
 
-        Closing this generator early cancels the job, unless it is an unattended one.
+        Closing this generator early cancels the job, unless it is an asynchronous one.
         """
         task, ticket, follow = unpack_task(packed)
         try:
@@ -75,18 +75,18 @@ class ModelProcess:
                     yield pack_progress(what)
             yield pack_outcome(what)
         finally:
-            if not ticket.unattended:
+            if not ticket.asynchronous:
                 self._cancel(drawing)
 
-    def _start(self, task: Task, ticket: Ticket) -> _Drawing:
+    def _start(self, task: Task, ticket: Ticket) -> _Generation:
         loop = asyncio.get_running_loop()
-        from_engine: News = asyncio.Queue()
+        from_engine: Messages = asyncio.Queue()
 
-        def tell(what: Progress | Picture | ServiceError) -> None:
+        def tell(what: Progress | GeneratedImage | ServiceError) -> None:
             loop.call_soon_threadsafe(from_engine.put_nowait, what)
 
         engine_job = self._engine.submit(task, tell, tell, owner=ticket.owner, timeout_s=ticket.timeout_s)
-        drawing = _Drawing(ticket, task, engine_job, from_engine, asyncio.Queue())
+        drawing = _Generation(ticket, task, engine_job, from_engine, asyncio.Queue())
         self._drawings[ticket.job_id, ticket.index] = drawing
         attending = asyncio.create_task(self._attend(drawing))
         self._attending.add(attending)
@@ -95,12 +95,12 @@ class ModelProcess:
             self._keeping = asyncio.create_task(self._keep_the_store())
         return drawing
 
-    def _cancel(self, drawing: _Drawing) -> None:
+    def _cancel(self, drawing: _Generation) -> None:
         """Nothing happens to a drawing that has ended."""
         self._engine.cancel(drawing.engine_job)
         drawing.from_engine.put_nowait(Cancelled("the job was cancelled"))
 
-    async def _attend(self, drawing: _Drawing) -> None:
+    async def _attend(self, drawing: _Generation) -> None:
         """Pass on what the engine tells of a job, to the client first, and note it."""
         ticket = drawing.ticket
         beginning = asyncio.create_task(_noted(self._jobs.begin, ticket, drawing.task, self._runner))  # nobody waits for a store
@@ -113,15 +113,15 @@ class ModelProcess:
         except Exception:
             logger.exception("Job %s was drawn and could not be finished.", ticket.job_id)
             outcome = GenerationFailed("the picture could not be finished")
-        # Who waits for a picture gets it at once; who fetches an unattended one from the store finds it there once the end is told.
-        if not ticket.unattended:
+        # Who waits for a picture gets it at once; who fetches an asynchronous one from the store finds it there once the end is told.
+        if not ticket.asynchronous:
             drawing.to_client.put_nowait(outcome)
         self._to_note.pop(ticket, None)
         await beginning
-        if not await _noted(self._jobs.end, ticket, outcome) and ticket.unattended:
+        if not await _noted(self._jobs.end, ticket, outcome) and ticket.asynchronous:
             outcome = GenerationFailed("the picture was drawn and could not be kept")
             await _noted(self._jobs.end, ticket, outcome)
-        if ticket.unattended:
+        if ticket.asynchronous:
             drawing.to_client.put_nowait(outcome)
         del self._drawings[ticket.job_id, ticket.index]
 
@@ -155,8 +155,8 @@ async def _noted(call: Callable[..., Any], *arguments: Any) -> Any:
     return True if returned is None else returned
 
 
-def _finished(task: Task, outcome: Picture | ServiceError) -> Picture | ServiceError:
+def _finished(task: Task, outcome: GeneratedImage | ServiceError) -> GeneratedImage | ServiceError:
     """Outside the mask of an inpainted picture the original is put back."""
-    if not isinstance(outcome, Picture) or task.image is None or task.mask is None or outcome.flagged:
+    if not isinstance(outcome, GeneratedImage) or task.image is None or task.mask is None or outcome.flagged:
         return outcome
     return replace(outcome, image=keep_outside_mask(outcome.image, task.image, task.mask))

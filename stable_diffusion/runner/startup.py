@@ -17,18 +17,18 @@ from typing import TYPE_CHECKING
 import bentoml
 
 from stable_diffusion.core.settings import CUDA_GRAPHS_VARIABLE, Limits, read_limits, read_settings
-from stable_diffusion.core.telemetry import CapRecord, Record, StepRecord
+from stable_diffusion.core.telemetry import BatchLimitRecord, Record, StepRecord
 from stable_diffusion.models.folder import model_of_service
 from stable_diffusion.runner.batch_limit_cache import keep, recall
 from stable_diffusion.runner.process import ModelProcess
 from stable_diffusion.state.folder import shared_folder
 from stable_diffusion.state.jobs import Jobs
 from stable_diffusion.state.metrics import counting
-from stable_diffusion.state.runner_status import Placement, RunnerState, StepCap
+from stable_diffusion.state.runner_status import Placement, RunnerState, StepBatchLimit
 
 if TYPE_CHECKING:
     from stable_diffusion.core.types import Precision
-    from stable_diffusion.engine.calibration import Cap
+    from stable_diffusion.engine.calibration import BatchLimit
     from stable_diffusion.engine.denoiser import Denoiser
     from stable_diffusion.engine.engine import Engine
     from stable_diffusion.engine.loading import Parts
@@ -68,7 +68,7 @@ def start_engine(
     """
     # Imported here because API workers import this module too and must stay without torch.
     from stable_diffusion.engine.admission import NO_LIMITS, QueueLimits
-    from stable_diffusion.engine.calibration import cap_for_size
+    from stable_diffusion.engine.calibration import batch_limit_for_size
     from stable_diffusion.engine.denoiser import Denoiser
     from stable_diffusion.engine.engine import Engine
     from stable_diffusion.engine.loading import load
@@ -76,7 +76,7 @@ def start_engine(
 
     cuda_graphs = read_settings(os.environ).cuda_graphs
     width, height = model.native_width, model.native_height
-    caps: list[Cap] = []
+    batch_limits: list[BatchLimit] = []
     step_seconds: list[float] = []
     state = RunnerState(runner_index, precision, model.name)
     state.enter("starting")
@@ -92,14 +92,14 @@ def start_engine(
         if cuda_graphs:
             _record_steps(denoiser, parts, width, height, max_batch_size)
         state.enter("measuring the cap")
-        cap = _recall_or_measure(denoiser, parts, model, max_batch_size, cuda_graphs)
-        logger.info("Up to %d pictures of %dx%d share a step: %s.", cap.jobs, width, height, cap.reason)
-        state.set_cap(StepCap(width, height, cap.jobs, cap.reason))
-        caps.append(cap)
+        batch_limit = _recall_or_measure(denoiser, parts, model, max_batch_size, cuda_graphs)
+        logger.info("Up to %d pictures of %dx%d share a step: %s.", batch_limit.jobs, width, height, batch_limit.reason)
+        state.set_batch_limit(StepBatchLimit(width, height, batch_limit.jobs, batch_limit.reason))
+        batch_limits.append(batch_limit)
         return denoiser
 
-    def cap_for(size: tuple[int, int]) -> int:
-        return cap_for_size(caps[0], width * height, size[0] * size[1], max_batch_size)
+    def batch_limit_for(size: tuple[int, int]) -> int:
+        return batch_limit_for_size(batch_limits[0], width * height, size[0] * size[1], max_batch_size)
 
     def note_step(record: StepRecord) -> None:
         count(record)
@@ -108,12 +108,14 @@ def start_engine(
 
     def note(record: Record) -> None:
         count(record)
-        if isinstance(record, CapRecord):
-            state.set_cap(StepCap(record.width, record.height, record.jobs, f"{record.tried} pictures did not fit into memory"))
+        if isinstance(record, BatchLimitRecord):
+            state.set_batch_limit(
+                StepBatchLimit(record.width, record.height, record.jobs, f"{record.tried} pictures did not fit into memory")
+            )
 
     queue = NO_LIMITS if limits is None else QueueLimits(limits.queue_s, limits.queue_pictures)
     watchdog = None if limits is None else Watchdog(limits.stuck_step_s)
-    engine = Engine(load_and_warm_up, max_batch_size, note_step, cap_for, note, queue, watchdog)
+    engine = Engine(load_and_warm_up, max_batch_size, note_step, batch_limit_for, note, queue, watchdog)
     engine.assume_step(height, width, step_seconds[0])
     state.enter("ready")
     return engine
@@ -137,10 +139,10 @@ def _record_steps(denoiser: Denoiser, parts: Parts, width: int, height: int, max
     logger.info("Steps of up to %d rows of %dx%d are recorded as CUDA graphs.", rows, width, height)
 
 
-def _recall_or_measure(denoiser: Denoiser, parts: Parts, model: ModelFolder, max_batch_size: int, cuda_graphs: bool) -> Cap:
+def _recall_or_measure(denoiser: Denoiser, parts: Parts, model: ModelFolder, max_batch_size: int, cuda_graphs: bool) -> BatchLimit:
     import torch
 
-    from stable_diffusion.engine.calibration import choose_cap
+    from stable_diffusion.engine.calibration import choose_batch_limit
     from stable_diffusion.engine.loading import device_name
 
     width, height = model.native_width, model.native_height
@@ -154,9 +156,9 @@ def _recall_or_measure(denoiser: Denoiser, parts: Parts, model: ModelFolder, max
         "max_batch_size": max_batch_size,
         CUDA_GRAPHS_VARIABLE: "1" if cuda_graphs else "",
     }
-    if (cap := recall(key)) is not None:
-        return cap
-    cap = choose_cap(lambda jobs: denoiser.step_seconds(jobs, width, height), max_batch_size)
-    if max_batch_size > 1 and not cap.limited_by_memory:
-        keep(key, cap)
-    return cap
+    if (batch_limit := recall(key)) is not None:
+        return batch_limit
+    batch_limit = choose_batch_limit(lambda jobs: denoiser.step_seconds(jobs, width, height), max_batch_size)
+    if max_batch_size > 1 and not batch_limit.limited_by_memory:
+        keep(key, batch_limit)
+    return batch_limit

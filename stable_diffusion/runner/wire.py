@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from stable_diffusion.core.errors import ServiceError, error_of_type
-from stable_diffusion.core.types import Picture, Progress, Task, Ticket
+from stable_diffusion.core.types import GeneratedImage, Progress, Task, Ticket
 
 
 def pack_task(task: Task, ticket: Ticket, *, follow: bool = False) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def _pack_image(value: Any) -> Any:
     return (value.mode, value.size, value.tobytes()) if isinstance(value, Image.Image) else value
 
 
-def pack_outcome(outcome: Picture | ServiceError) -> str:
+def pack_outcome(outcome: GeneratedImage | ServiceError) -> str:
     """One line of ASCII, so that it does not matter where a transport cuts it: JSON, and after a tab the pixels.
 
     As a JSON string they would be looked through for what has to be escaped, twice.
@@ -80,7 +80,7 @@ def pack_taken_on() -> str:
     return json.dumps({_TAKEN_ON: True}) + "\n"
 
 
-def unpack_news(line: str) -> TakenOn | Progress | Picture:
+def unpack_update(line: str) -> TakenOn | Progress | GeneratedImage:
     """What a runner has sent. Raises the error if it sent one."""
     described, _, pixels = line.partition("\t")
     content = json.loads(described)
@@ -94,7 +94,7 @@ def unpack_news(line: str) -> TakenOn | Progress | Picture:
         return Progress(**values)
     if "error" in content:
         raise error_of_type(**content["error"])
-    return Picture(
+    return GeneratedImage(
         image=Image.frombytes("RGB", tuple(content["size"]), base64.b64decode(pixels)),
         flagged=content["flagged"],
         dropped_prompt=content["dropped_prompt"],

@@ -33,14 +33,14 @@ from stable_diffusion.core.errors import (
     UnknownJob,
     error_of_type,
 )
-from stable_diffusion.core.types import ImageFormat, Picture, Progress, Task, Ticket
+from stable_diffusion.core.types import GeneratedImage, ImageFormat, Progress, Task, Ticket
 
 logger = logging.getLogger("stable_diffusion")
 
 
 PICTURES_KEPT_S = 3600
 PICTURES_KEPT = 100
-MAX_UNATTENDED = 64  # that are not finished; each holds one of BentoML's connections to the runner, of which there are 800
+MAX_ASYNCHRONOUS_JOBS = 64  # that are not finished; each holds one of BentoML's connections to the runner, of which there are 800
 _JOBS_REMEMBERED_S = 24 * 3600
 _JOBS_REMEMBERED = 10_000
 _HELD_FOR_S = 60  # without word from the API worker that is to hand the job to a runner, it is taken for dead
@@ -51,7 +51,7 @@ State = Literal["queued", "running", "completed", "failed", "cancelled"]
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
-    id TEXT NOT NULL, image_index INTEGER NOT NULL, owner TEXT NOT NULL, unattended INTEGER NOT NULL, task TEXT NOT NULL,
+    id TEXT NOT NULL, image_index INTEGER NOT NULL, owner TEXT NOT NULL, asynchronous INTEGER NOT NULL, task TEXT NOT NULL,
     runner INTEGER, state TEXT NOT NULL, position INTEGER NOT NULL, step INTEGER NOT NULL, steps INTEGER NOT NULL, seconds_left REAL,
     preview BLOB, cancel INTEGER NOT NULL DEFAULT 0, created_at REAL NOT NULL, ended_at REAL, outcome TEXT, picture BLOB,
     fetched INTEGER NOT NULL DEFAULT 0, held_at REAL, image_format TEXT,
@@ -74,7 +74,7 @@ class JobRecord:
     id: str
     index: int
     task: Task  # without its pictures
-    unattended: bool
+    asynchronous: bool
     state: State
     progress: Progress
     is_estimated: bool  # else its place and the seconds that are left are not known yet
@@ -101,15 +101,15 @@ class JobRecord:
     def error(self) -> ServiceError | None:
         return error_of_type(**self.outcome) if self.state in ("failed", "cancelled") else None
 
-    def finished(self) -> Picture:
+    def finished(self) -> GeneratedImage:
         """The picture of a completed job. Raises the job's error, PictureNotKept or PictureExpired."""
         if self.error is not None:
             raise self.error
-        if not self.unattended:
+        if not self.asynchronous:
             raise PictureNotKept("the picture of this job was sent to the client that asked for it and is not kept")
         if self.picture is None:
             raise PictureExpired(f"the picture is gone: the last {PICTURES_KEPT} are kept, for {PICTURES_KEPT_S // 60} minutes")
-        return Picture(_image(self.picture), **self.outcome)
+        return GeneratedImage(_image(self.picture), **self.outcome)
 
 
 def new_job_id() -> str:
@@ -170,10 +170,10 @@ class Jobs:
                 values,
             )
 
-    def end(self, ticket: Ticket, outcome: Picture | ServiceError) -> None:
+    def end(self, ticket: Ticket, outcome: GeneratedImage | ServiceError) -> None:
         """How it ended; the picture itself is kept if nobody waits for it. Forgets what is too old or too much."""
-        picture = _png(outcome.image) if isinstance(outcome, Picture) and ticket.unattended else None
-        if isinstance(outcome, Picture):
+        picture = _png(outcome.image) if isinstance(outcome, GeneratedImage) and ticket.asynchronous else None
+        if isinstance(outcome, GeneratedImage):
             state: State = "completed"
             described: dict[str, Any] = {
                 "flagged": outcome.flagged,
@@ -226,8 +226,8 @@ class Jobs:
                     raise IdempotencyMismatch("Idempotency-Key: was used for another request", field="Idempotency-Key")
                 return str(known["job_id"])
             _fail(database, _UNCLAIMED, (time.time() - _HELD_FOR_S,))
-            if (unfinished := _too_many_unattended(database, ticket.owner)) is not None:
-                (soonest,) = database.execute("SELECT min(seconds_left) FROM jobs WHERE ended_at IS NULL AND unattended = 1").fetchone()
+            if (unfinished := _too_many_asynchronous(database, ticket.owner)) is not None:
+                (soonest,) = database.execute("SELECT min(seconds_left) FROM jobs WHERE ended_at IS NULL AND asynchronous = 1").fetchone()
                 raise TooManyJobs(
                     f"{unfinished} jobs with Prefer: respond-async or an Idempotency-Key are not finished, more are not accepted",
                     retry_after_s=max(1, round(soonest or 1)),
@@ -297,13 +297,13 @@ class Jobs:
             _forget(database, time.time())
 
 
-def _too_many_unattended(database: sqlite3.Connection, owner: str) -> int | None:
+def _too_many_asynchronous(database: sqlite3.Connection, owner: str) -> int | None:
     """How many are not finished, if no more are accepted of this owner: each has its share, up to twice as many in all."""
-    rows = database.execute("SELECT owner, count(*) FROM jobs WHERE ended_at IS NULL AND unattended = 1 GROUP BY owner").fetchall()
+    rows = database.execute("SELECT owner, count(*) FROM jobs WHERE ended_at IS NULL AND asynchronous = 1 GROUP BY owner").fetchall()
     counts: dict[str, int] = {row[0]: row[1] for row in rows}
     unfinished = sum(counts.values())
-    has_share_left = counts.get(owner, 0) < MAX_UNATTENDED / len(counts.keys() | {owner}) and unfinished < 2 * MAX_UNATTENDED
-    return None if unfinished < MAX_UNATTENDED or has_share_left else unfinished
+    has_share_left = counts.get(owner, 0) < MAX_ASYNCHRONOUS_JOBS / len(counts.keys() | {owner}) and unfinished < 2 * MAX_ASYNCHRONOUS_JOBS
+    return None if unfinished < MAX_ASYNCHRONOUS_JOBS or has_share_left else unfinished
 
 
 def fingerprint(task: Task, seed: int | None) -> str:
@@ -322,13 +322,13 @@ def _insert(database: sqlite3.Connection, ticket: Ticket, task: Task, runner: in
     """As queued; one that an API worker has accepted is claimed by the runner that got it."""
     described = json.dumps({field.name: getattr(task, field.name) for field in fields(Task) if field.name not in ("image", "mask")})
     database.execute(
-        "INSERT INTO jobs (id, image_index, owner, unattended, task, runner, state, position, step, steps, created_at)"
+        "INSERT INTO jobs (id, image_index, owner, asynchronous, task, runner, state, position, step, steps, created_at)"
         " VALUES (?, ?, ?, ?, ?, ?, 'queued', 1, 0, ?, ?) ON CONFLICT DO UPDATE SET runner = excluded.runner",
         (
             ticket.job_id,
             ticket.index,
             ticket.owner,
-            ticket.unattended,
+            ticket.asynchronous,
             described,
             runner,
             task.num_inference_steps,
@@ -375,7 +375,7 @@ def _record(row: sqlite3.Row, now: float) -> JobRecord:
         id=row["id"],
         index=row["image_index"],
         task=Task(**json.loads(row["task"])),
-        unattended=bool(row["unattended"]),
+        asynchronous=bool(row["asynchronous"]),
         state=row["state"],
         progress=Progress(row["position"], row["step"], row["steps"], row["seconds_left"] or 0.0),
         is_estimated=row["seconds_left"] is not None,

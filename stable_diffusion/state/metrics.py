@@ -164,8 +164,10 @@ def _caps(runners: list[RunnerState]) -> GaugeMetricFamily:
         labels=["runner", "width", "height", "reason"],
     )
     for runner in runners:
-        for cap in runner.caps:
-            family.add_metric([str(runner.index), str(cap.width), str(cap.height), cap.reason], cap.pictures)
+        for batch_limit in runner.batch_limits:
+            family.add_metric(
+                [str(runner.index), str(batch_limit.width), str(batch_limit.height), batch_limit.reason], batch_limit.pictures
+            )
     return family
 
 

@@ -22,11 +22,11 @@ logger = logging.getLogger("stable_diffusion")
 Stage = Literal["starting", "loading weights", "warming up", "measuring the cap", "ready"]
 STAGES: tuple[Stage, ...] = get_args(Stage)  # in their order
 
-_MOST_CAPS = 16  # the native size and the last ones that ran out of memory
+_MOST_BATCH_LIMITS = 16  # the native size and the last ones that ran out of memory
 
 
 @dataclass(frozen=True)
-class StepCap:
+class StepBatchLimit:
     """How many pictures of this size may share a step, and why. Sizes in pixels."""
 
     width: int
@@ -56,18 +56,20 @@ class RunnerState:
     stage: Stage = "starting"
     since_s: float = field(default_factory=time.time)
     placement: Placement | None = None  # None until the weights are loaded
-    caps: list[StepCap] = field(default_factory=list)  # the native size comes first, once it is measured
+    batch_limits: list[StepBatchLimit] = field(default_factory=list)  # the native size comes first, once it is measured
 
     def enter(self, stage: Stage) -> None:
         self.stage, self.since_s = stage, time.time()
         _publish(self)
 
-    def set_cap(self, cap: StepCap) -> None:
+    def set_batch_limit(self, batch_limit: StepBatchLimit) -> None:
         """Takes the place of what was said of this size before."""
-        caps = [cap if (old.width, old.height) == (cap.width, cap.height) else old for old in self.caps]
-        if cap not in caps:
-            caps.append(cap)
-        self.caps = caps[:1] + caps[1:][-(_MOST_CAPS - 1) :]
+        batch_limits = [
+            batch_limit if (old.width, old.height) == (batch_limit.width, batch_limit.height) else old for old in self.batch_limits
+        ]
+        if batch_limit not in batch_limits:
+            batch_limits.append(batch_limit)
+        self.batch_limits = batch_limits[:1] + batch_limits[1:][-(_MOST_BATCH_LIMITS - 1) :]
         _publish(self)
 
 
@@ -113,7 +115,7 @@ def living_runners() -> list[RunnerState]:
 def _read(text: str) -> RunnerState:
     values = json.loads(text)
     placement = None if values["placement"] is None else Placement(**values["placement"])
-    return RunnerState(**{**values, "placement": placement, "caps": [StepCap(**cap) for cap in values["caps"]]})
+    return RunnerState(**{**values, "placement": placement, "batch_limits": [StepBatchLimit(**one) for one in values["batch_limits"]]})
 
 
 def is_alive(pid: int) -> bool:

@@ -87,7 +87,7 @@ def require_content_type(request: Request, expected: str) -> None:
 
 
 @contextmanager
-def counted(request: Request, uploads: Uploads) -> Iterator[Request]:
+def within_upload_budget(request: Request, uploads: Uploads) -> Iterator[Request]:
     """The same request, whose body counts among `uploads` until the block ends, which is to be when it is decoded.
 
     Reading it raises QueueFull where there is no room.

@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from stable_diffusion.core.errors import ClientGone, FieldError, ServiceError, as_service_error
-from stable_diffusion.core.types import ImageFormat, Picture, Progress, Task
+from stable_diffusion.core.types import GeneratedImage, ImageFormat, Progress, Task
 from stable_diffusion.images import infotext
 from stable_diffusion.images.encode import MEDIA_TYPES, encode, encode_preview
 from stable_diffusion.models.folder import ModelFolder
@@ -35,8 +35,8 @@ _MAX_HEADER_CHARACTERS = 1024  # of a text in a header; proxies allow 4 KB for a
 _PLAIN_IN_HEADERS = " !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"
 
 
-def error_answer(error: ServiceError) -> Response:
-    return error_response(error.status, error.type, error.message, error.problems, retry_after(error))
+def error_response(error: ServiceError) -> Response:
+    return json_error(error.status, error.type, error.message, error.problems, retry_after(error))
 
 
 def retry_after(error: ServiceError) -> dict[str, str]:
@@ -44,8 +44,8 @@ def retry_after(error: ServiceError) -> dict[str, str]:
     return {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
 
 
-def answering_errors(
-    endpoint: Callable[[Request], Awaitable[Response]], answer_of: Callable[[ServiceError], Response] = error_answer
+def with_error_responses(
+    endpoint: Callable[[Request], Awaitable[Response]], answer_of: Callable[[ServiceError], Response] = error_response
 ) -> Callable[[Request], Awaitable[Response]]:
     """The one place where errors become answers; a door whose clients know another form of them brings its own `answer_of`."""
 
@@ -69,10 +69,10 @@ def known_error(error: BaseException, where: str) -> ServiceError:
 
 
 def refusal(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
-    return error_response(status, kind, message, [FieldError(None, message)], headers)
+    return json_error(status, kind, message, [FieldError(None, message)], headers)
 
 
-def error_response(status: int, kind: str, message: str, problems: list[FieldError], headers: dict[str, str] | None = None) -> Response:
+def json_error(status: int, kind: str, message: str, problems: list[FieldError], headers: dict[str, str] | None = None) -> Response:
     return JSONResponse(error_body(kind, message, problems), status, headers)
 
 
@@ -86,14 +86,14 @@ def sendable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def image_file(task: Task, picture: Picture, model: ModelFolder, image_format: ImageFormat, quality: int | None = None) -> bytes:
+def image_file(task: Task, picture: GeneratedImage, model: ModelFolder, image_format: ImageFormat, quality: int | None = None) -> bytes:
     """The picture encoded, with what determines it where that is wanted. Of a blank picture, one that was flagged, nothing is told."""
     description = infotext.write(task, picture, model) if task.metadata and not picture.flagged else None
     return encode(picture.image, image_format, description, quality)
 
 
-def picture_answer(
-    task: Task, picture: Picture, model: ModelFolder, image_format: ImageFormat, remarks: Mapping[str, Any] | None = None
+def image_response(
+    task: Task, picture: GeneratedImage, model: ModelFolder, image_format: ImageFormat, remarks: Mapping[str, Any] | None = None
 ) -> Response:
     """Encodes: takes up to a second. `remarks` are told beside the parameters."""
     headers = parameter_headers(task, picture, model) | as_headers(remarks or {})
@@ -124,7 +124,7 @@ def preview_event(step: int, preview: Image.Image, task: Task) -> bytes:
 
 
 def completed_event(
-    task: Task, picture: Picture, model: ModelFolder, image_format: ImageFormat, remarks: Mapping[str, Any] | None = None
+    task: Task, picture: GeneratedImage, model: ModelFolder, image_format: ImageFormat, remarks: Mapping[str, Any] | None = None
 ) -> bytes:
     """Encodes: not for an event loop. `remarks` are told beside the parameters."""
     parameters = {**parameters_of(task, picture, model), **(remarks or {})}
@@ -145,7 +145,7 @@ def as_base64(content: bytes) -> str:
     return base64.b64encode(content).decode("ascii")
 
 
-def parameters_of(task: Task, picture: Picture, model: ModelFolder) -> dict[str, Any]:
+def parameters_of(task: Task, picture: GeneratedImage, model: ModelFolder) -> dict[str, Any]:
     """Every resolved parameter under its own name, as in the reference."""
     parameters = {
         "prompt": task.prompt,
@@ -168,7 +168,7 @@ def parameters_of(task: Task, picture: Picture, model: ModelFolder) -> dict[str,
     return {name: value for name, value in parameters.items() if value is not None}
 
 
-def parameter_headers(task: Task, picture: Picture, model: ModelFolder) -> dict[str, str]:
+def parameter_headers(task: Task, picture: GeneratedImage, model: ModelFolder) -> dict[str, str]:
     return as_headers(parameters_of(task, picture, model))
 
 

@@ -19,9 +19,9 @@ from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator
 
 from stable_diffusion.core.schedulers import SCHEDULERS
 from stable_diffusion.demo.shapes import judge, nearest_colour
+from tests.http.asking import as_file
 from tests.http.servers import ROOT, Server
 from tests.http.test_event_stream import cancelled
-from tests.http.test_http import as_file
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")

@@ -182,7 +182,7 @@ def _error_type_of_a1111(response: httpx.Response) -> str:
     return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).lstrip("_")
 
 
-async def _unattended(load: Load, client: httpx.AsyncClient, chance: random.Random) -> str:
+async def _asynchronous(load: Load, client: httpx.AsyncClient, chance: random.Random) -> str:
     seed = chance.choice(SEEDS)
     path, arguments = _request("txt2img", seed)
     taken = await client.post(path, headers={"Prefer": "respond-async"}, **arguments)
@@ -273,7 +273,7 @@ _KINDS: dict[str, Callable[[Load, httpx.AsyncClient, random.Random], Awaitable[s
     "events": _events,
     "openai": _openai,
     "a1111": _a1111,
-    "unattended": _unattended,
+    "asynchronous": _asynchronous,
     "cancelled": _cancelled,
     "leaving": _leaving,
     "failing": _failing,
@@ -287,7 +287,7 @@ _ALLOWED: dict[str, set[str]] = {
     "events": _PICTURE,
     "openai": _PICTURE,
     "a1111": _PICTURE,
-    "unattended": _PICTURE,
+    "asynchronous": _PICTURE,
     "cancelled": {"cancelled", "too_many_jobs"},
     "leaving": {"left"},
     "failing": {"generation_failed"},
@@ -295,4 +295,4 @@ _ALLOWED: dict[str, set[str]] = {
     "wrong": {"invalid_request"},
     "hurried": {"deadline_exceeded", "dropped"},
 }
-SOUND_KINDS = ("plain", "events", "openai", "a1111", "unattended")
+SOUND_KINDS = ("plain", "events", "openai", "a1111", "asynchronous")

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.http.asking import PROMPT, as_file
 from tests.http.servers import Server
-from tests.http.test_http import PROMPT, as_file
 
 # What A1111's own reader of infotexts looks for on the last line.
 INFOTEXT_PAIRS = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')

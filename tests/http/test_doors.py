@@ -10,9 +10,9 @@ import openai
 import pytest
 from PIL import Image
 
+from tests.http.asking import PROMPT, draw, picture_of
+from tests.http.following import ask, ended, start
 from tests.http.servers import Server
-from tests.http.test_http import PROMPT, draw, picture_of
-from tests.http.test_jobs import ask, ended, start
 
 SEED, STEPS = 11, 6
 

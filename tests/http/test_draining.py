@@ -23,7 +23,7 @@ def test_a_stopped_server_finishes_its_picture_and_refuses_new_ones(tmp_path: Pa
         slow = {"prompt": "a red circle", "num_inference_steps": 30, "height": 256, "width": 256}
         last = threads.submit(client.post, "/txt2img", json=slow)
         with server.client() as watching:
-            unattended = watching.post(
+            asynchronous = watching.post(
                 "/txt2img", json={"prompt": "a red circle", "num_inference_steps": 60, "seed": 3}, headers={"Prefer": "respond-async"}
             )
             wait_until_drawing(watching, poll_s=0.05)
@@ -38,7 +38,7 @@ def test_a_stopped_server_finishes_its_picture_and_refuses_new_ones(tmp_path: Pa
             assert late.get("/livez").status_code == 200
         assert not last.done(), "the picture was done too soon to prove anything"
         with server.client() as asking:
-            while (job := asking.get(unattended.headers["location"]).json())["state"] in ("queued", "running"):
+            while (job := asking.get(asynchronous.headers["location"]).json())["state"] in ("queued", "running"):
                 time.sleep(0.1)
             time.sleep(1)
             fetched = asking.get(job["picture"])

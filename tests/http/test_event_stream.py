@@ -17,8 +17,8 @@ import httpx
 import pytest
 from PIL import Image
 
+from tests.http.asking import PROMPT, as_file, refused
 from tests.http.servers import Server
-from tests.http.test_http import PROMPT, as_file, refused
 
 Event = tuple[str, dict[str, Any]]
 

@@ -9,16 +9,16 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import httpx
 import psutil
 import pytest
 from PIL import Image
 
+from tests.http.asking import PROMPT, as_file, draw, picture_of, redraw, refused
+from tests.http.following import ask, ended, start
 from tests.http.servers import Server, wait_until_ready
 from tests.http.test_event_stream import events_of
-from tests.http.test_http import PROMPT, as_file, draw, picture_of, redraw, refused
 
 NO_WAITING = {"Prefer": "respond-async"}
 
@@ -27,28 +27,6 @@ NO_WAITING = {"Prefer": "respond-async"}
 def server(server: Server) -> Server:
     """One precision: `test_doors.py` tries every door in both."""
     return server
-
-
-def start(server: Server, key: str | None = None, **fields: object) -> httpx.Response:
-    headers = NO_WAITING | ({} if key is None else {"Idempotency-Key": key})
-    with server.client() as client:
-        response = client.post("/txt2img", json={"prompt": PROMPT, "num_inference_steps": 10, **fields}, headers=headers)
-    assert response.status_code == 202, response.text
-    return response
-
-
-def ask(server: Server, path: str, method: str = "GET", **headers: str) -> httpx.Response:
-    # A connection of its own each time: any worker may get it.
-    with server.client() as client:
-        return client.request(method, path, headers=headers)
-
-
-def ended(server: Server, path: str) -> dict[str, Any]:
-    deadline = time.monotonic() + 60
-    while (job := ask(server, path).json())["state"] in ("queued", "running"):
-        assert time.monotonic() < deadline, job
-        time.sleep(0.05)
-    return dict(job)
 
 
 def test_every_request_has_an_id_under_which_it_is_found(server: Server) -> None:
@@ -234,7 +212,7 @@ def test_a_picture_that_was_kept_long_enough_is_gone(server: Server) -> None:
 def test_too_many_jobs_that_nobody_waits_for_are_refused_until_there_is_room(server: Server) -> None:
     with closing(store_of(server)) as store, store:
         store.executemany(
-            "INSERT INTO jobs (id, image_index, owner, unattended, task, runner, state, position, step, steps, seconds_left, created_at)"
+            "INSERT INTO jobs (id, image_index, owner, asynchronous, task, runner, state, position, step, steps, seconds_left, created_at)"
             " VALUES (?, 0, 'test', 1, '{}', 99, 'running', 0, 1, 2, 7.2, 0)",
             [(f"in the way {number}",) for number in range(128)],  # twice the limit: below that each caller has a share
         )

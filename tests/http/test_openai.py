@@ -17,9 +17,9 @@ import openai
 import pytest
 from PIL import Image
 
+from tests.http.asking import PROMPT, as_file, draw, picture_of, redraw
 from tests.http.servers import ROOT, Server, environment
 from tests.http.test_event_stream import cancelled
-from tests.http.test_http import PROMPT, as_file, draw, picture_of, redraw
 
 IN_COMPANY = 2  # levels of 255 by which a picture may differ there, as the README says
 

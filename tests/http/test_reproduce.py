@@ -18,8 +18,8 @@ from stable_diffusion.images import infotext
 from stable_diffusion.images.decode import read_description
 from stable_diffusion.images.encode import encode
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
+from tests.http.asking import PROMPT, as_file, draw, picture_of, redraw, refused
 from tests.http.servers import Server
-from tests.http.test_http import PROMPT, as_file, draw, picture_of, redraw, refused
 
 HASH = check_model(DEMO_FOLDER).hash
 

@@ -11,8 +11,8 @@ import httpx
 import pytest
 from PIL import Image
 
+from tests.http.asking import as_file
 from tests.http.servers import Server
-from tests.http.test_http import as_file
 
 SECRET_PROMPT = "a red circle for Zebulon only"
 SECRET_KEY = "key-6f1ed002ab5595859014ebf0951522d9"

@@ -15,7 +15,7 @@ from PIL import Image
 
 from stable_diffusion.core.errors import GenerationFailed, ServiceError
 from stable_diffusion.core.telemetry import StepRecord
-from stable_diffusion.core.types import Picture, Progress, Task
+from stable_diffusion.core.types import GeneratedImage, Progress, Task
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.job import Job, Latents
@@ -23,7 +23,7 @@ from stable_diffusion.engine.loading import Parts
 from tests.model.recording_engine import RecordingEngine
 from tests.tasks import make_task
 
-Outcome = Picture | ServiceError
+Outcome = GeneratedImage | ServiceError
 
 
 class BreakingDenoiser(Denoiser):
@@ -53,7 +53,7 @@ class BreakingDenoiser(Denoiser):
             predicted = torch.full_like(predicted, float("nan"))
         super().advance(job, predicted)
 
-    def decode(self, job: Job) -> Picture:
+    def decode(self, job: Job) -> GeneratedImage:
         self.calls.append("decode")
         if job.task.prompt == "breaks when it is decoded":
             raise RuntimeError("broken on purpose")
@@ -150,7 +150,7 @@ def test_a_job_that_breaks_fails_alone(demo_parts: Parts, recording_engine: Reco
     assert isinstance(outcomes["broken"], GenerationFailed)
     assert "purpose" not in str(outcomes["broken"])
     for survivor in (outcomes["before"], outcomes["after"], later):
-        assert isinstance(survivor, Picture)
+        assert isinstance(survivor, GeneratedImage)
         assert largest_difference(survivor.image, alone.image) <= 2
 
 
@@ -185,7 +185,7 @@ def test_progress_is_told_step_by_step_and_who_waits_is_told_his_place(demo_part
         for steps in told.values():
             made.engine.submit(make_task(num_inference_steps=5, scheduler="DDIMScheduler"), ended.put, steps.append)
         for _ in told:
-            assert isinstance(ended.get(timeout=120), Picture)
+            assert isinstance(ended.get(timeout=120), GeneratedImage)
     first, second = told["first"], told["second"]
     assert [(one.position, one.step, one.steps) for one in first] == [(0, step, 5) for step in (1, 2, 3, 4, 5)]
     assert second[0].position == 1
@@ -199,7 +199,7 @@ def test_out_of_memory_splits_the_batch_and_lowers_the_cap(demo_parts: Parts) ->
         for number in range(5):
             made.submit(str(number), seed=number)
         outcomes = made.wait(5)
-    assert all(isinstance(outcome, Picture) for outcome in outcomes.values())
+    assert all(isinstance(outcome, GeneratedImage) for outcome in outcomes.values())
     assert max(record.rows for record in made.steps) <= 4
     sizes = [int(call.split()[1]) for call in made.denoiser.calls if call.startswith("step")]
     assert max(sizes[sizes.index(5) + 5 :]) == 2, "the cap is neither the largest that fits nor kept"
@@ -212,7 +212,7 @@ def test_one_picture_that_does_not_fit_at_all_is_refused_by_name(demo_parts: Par
         made.submit("unguided", guidance_scale=1.0)
         outcomes = made.wait(2)
     assert "out of memory" in str(outcomes["guided"])
-    assert isinstance(outcomes["unguided"], Picture)
+    assert isinstance(outcomes["unguided"], GeneratedImage)
 
 
 def test_a_cancelled_job_takes_no_further_step(demo_parts: Parts) -> None:
@@ -234,7 +234,7 @@ def test_cancelling_a_job_that_has_ended_does_nothing(demo_parts: Parts) -> None
         made.wait(1)
         made.engine.cancel(job)
         made.submit("second", num_inference_steps=2)
-        assert isinstance(made.wait(1)["second"], Picture)
+        assert isinstance(made.wait(1)["second"], GeneratedImage)
 
 
 def test_mixed_company_changes_no_picture(
@@ -272,7 +272,7 @@ def test_mixed_company_changes_no_picture(
     assert max(len(record.job_numbers) for record in made.steps) >= 5
     for name, picture in alone.items():
         outcome = outcomes[name]
-        assert isinstance(outcome, Picture), f"{name}: {outcome}"
+        assert isinstance(outcome, GeneratedImage), f"{name}: {outcome}"
         assert largest_difference(outcome.image, picture) <= 2, name
         assert mean_difference(outcome.image, picture) < 0.05, name
 
@@ -315,7 +315,7 @@ def test_all_torch_work_happens_on_one_thread(demo_parts: Parts) -> None:
             threads.add(threading.get_ident())
             return super().predict(jobs)
 
-        def decode(self, job: Job) -> Picture:
+        def decode(self, job: Job) -> GeneratedImage:
             threads.add(threading.get_ident())
             return super().decode(job)
 
@@ -362,4 +362,4 @@ def test_an_outcome_that_cannot_be_delivered_does_not_stop_the_engine(demo_parts
     with bench(demo_parts) as made:
         made.engine.submit(make_task(num_inference_steps=2), nobody_there)
         made.submit("next", num_inference_steps=2)
-        assert isinstance(made.wait(1)["next"], Picture)
+        assert isinstance(made.wait(1)["next"], GeneratedImage)

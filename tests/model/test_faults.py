@@ -17,7 +17,7 @@ from PIL import Image
 
 from stable_diffusion.core.errors import DeadlineExceeded, GenerationFailed, ModelUnavailable, ServiceError
 from stable_diffusion.core.telemetry import DecodedAgainRecord, EndRecord, OutOfMemoryRecord, Record, SubmitRecord
-from stable_diffusion.core.types import Picture, Task
+from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.loading import Parts
 from stable_diffusion.engine.watchdog import Watchdog
@@ -26,7 +26,7 @@ from tests.model.recording_engine import RecordingEngine
 from tests.model.test_engine import largest_difference
 from tests.tasks import make_task
 
-Outcome = Picture | ServiceError
+Outcome = GeneratedImage | ServiceError
 PROMPT = "a red circle on a blue background"
 LEVELS = 2  # of 255, in company
 
@@ -62,7 +62,7 @@ def test_a_picture_that_comes_out_black_or_as_no_numbers_is_decoded_again_and_sa
     (whole,) = recording_engine.draw([task])
     with running(demo_parts) as made:
         mended = made.draw(task)
-        assert isinstance(mended, Picture)
+        assert isinstance(mended, GeneratedImage)
         assert (mended.decoded_again, whole.decoded_again) == (True, False)
         assert mended.image.tobytes() == whole.image.tobytes()
         assert [type(record) for record in made.records].count(DecodedAgainRecord) == 1
@@ -82,7 +82,7 @@ def test_decoding_again_is_in_float32_and_leaves_the_shared_autoencoder_as_it_wa
     engine = Engine(lambda: Watched(parts), 1)
     outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
     engine.submit(make_task(prompt=f"{PROMPT} {faults.DECODES_TO_NAN}", num_inference_steps=2), outcomes.put)
-    assert isinstance(outcomes.get(timeout=60), Picture)
+    assert isinstance(outcomes.get(timeout=60), GeneratedImage)
     engine.close()
     assert used == [torch.bfloat16, torch.float32]
     assert next(half.parameters()).dtype == torch.bfloat16
@@ -103,7 +103,7 @@ def test_a_picture_that_is_black_by_right_stays_so(demo_parts: Parts, monkeypatc
     engine.submit(make_task(num_inference_steps=2), outcomes.put)
     picture = outcomes.get(timeout=60)
     engine.close()
-    assert isinstance(picture, Picture)
+    assert isinstance(picture, GeneratedImage)
     assert picture.image.getextrema() == ((0, 0), (0, 0), (0, 0))
 
 
@@ -119,7 +119,7 @@ def test_memory_that_a_cpu_cannot_give_splits_the_batch_too(demo_parts: Parts) -
     outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
     for seed in range(3):
         engine.submit(make_task(seed=seed, num_inference_steps=3), outcomes.put)
-    assert all(isinstance(outcomes.get(timeout=60), Picture) for _ in range(3))
+    assert all(isinstance(outcomes.get(timeout=60), GeneratedImage) for _ in range(3))
     engine.close()
     assert any(isinstance(record, OutOfMemoryRecord) for record in records)
 
@@ -132,7 +132,7 @@ def test_a_job_that_is_late_is_dropped_before_its_next_step_and_its_neighbour_go
         number, late = made.outcomes.get(timeout=60)
         assert time.monotonic() - began < 5, "its 150 steps would take far longer"
         assert (number, type(late)) == (1, DeadlineExceeded)
-        assert isinstance(made.outcomes.get(timeout=60)[1], Picture)
+        assert isinstance(made.outcomes.get(timeout=60)[1], GeneratedImage)
         assert [record.outcome for record in made.records if isinstance(record, EndRecord)] == ["deadline_exceeded", "completed"]
 
 
@@ -223,7 +223,7 @@ def test_hundreds_of_mixed_jobs_with_faults_at_random_moments_come_out_even_and_
             number, outcome = made.outcomes.get(timeout=120)
             ledger[number].append(outcome)
         # Whatever is cancelled has left by the time that another job is done.
-        assert isinstance(made.draw(make_task(num_inference_steps=2)), Picture)
+        assert isinstance(made.draw(make_task(num_inference_steps=2)), GeneratedImage)
         submitted = [record for record in made.records if isinstance(record, SubmitRecord)]
         ended = [record for record in made.records if isinstance(record, EndRecord)]
     assert made.outcomes.empty()
@@ -233,7 +233,7 @@ def test_hundreds_of_mixed_jobs_with_faults_at_random_moments_come_out_even_and_
         if fault in faults.FAILING:
             assert isinstance(outcome, GenerationFailed), (fault, outcome)
             continue
-        assert isinstance(outcome, Picture), (fault, outcome)
+        assert isinstance(outcome, GeneratedImage), (fault, outcome)
         assert outcome.decoded_again == (fault in faults.DECODED_AGAIN)
         if not fault:
             assert largest_difference(outcome.image, alone[shape, seed]) <= LEVELS

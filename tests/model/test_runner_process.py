@@ -12,19 +12,19 @@ import pytest
 
 from stable_diffusion.core.errors import Cancelled, GenerationFailed, JobsUnavailable, QueueFull, ServiceError, UnknownJob
 from stable_diffusion.core.telemetry import StepRecord
-from stable_diffusion.core.types import Picture, Progress, Task, Ticket
+from stable_diffusion.core.types import GeneratedImage, Progress, Task, Ticket
 from stable_diffusion.engine.admission import QueueLimits
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.loading import Parts
 from stable_diffusion.runner import process
 from stable_diffusion.runner.process import ModelProcess
-from stable_diffusion.runner.wire import TakenOn, pack_task, unpack_news
+from stable_diffusion.runner.wire import TakenOn, pack_task, unpack_update
 from stable_diffusion.state.jobs import Jobs
 from tests.tasks import make_task
 
 TICKET = Ticket("a1", "somebody")
-UNATTENDED = Ticket("b2", "somebody", unattended=True)
+ASYNCHRONOUS = Ticket("b2", "somebody", asynchronous=True)
 
 
 @pytest.fixture
@@ -54,15 +54,15 @@ async def until(condition: Callable[[], bool]) -> None:
 async def lines(runner_jobs: ModelProcess, task: Task, ticket: Ticket = TICKET, *, follow: bool = False) -> list[str]:
     """What is said after the task was taken on."""
     taken_on, *others = [line async for line in runner_jobs.generate(pack_task(task, ticket, follow=follow))]
-    assert unpack_news(taken_on) == TakenOn()
+    assert unpack_update(taken_on) == TakenOn()
     return others
 
 
 def test_drawing_yields_one_line_and_notes_the_end(engine: Engine, jobs: Jobs) -> None:
     async def draw() -> None:
         (line,) = await lines(ModelProcess(engine, jobs, 0), make_task(num_inference_steps=2))
-        picture = unpack_news(line)
-        assert isinstance(picture, Picture)
+        picture = unpack_update(line)
+        assert isinstance(picture, GeneratedImage)
         assert picture.image.size == (64, 64)
         await until(lambda: jobs.get("a1")[0].state == "completed")
         assert jobs.get("a1")[0].picture is None, "it went to whoever asked"
@@ -72,9 +72,9 @@ def test_drawing_yields_one_line_and_notes_the_end(engine: Engine, jobs: Jobs) -
 
 def test_who_follows_gets_a_line_for_each_step_before_the_picture(engine: Engine, jobs: Jobs) -> None:
     task = make_task(num_inference_steps=4, scheduler="DDIMScheduler")
-    *progress, picture = [unpack_news(line) for line in asyncio.run(lines(ModelProcess(engine, jobs, 0), task, follow=True))]
+    *progress, picture = [unpack_update(line) for line in asyncio.run(lines(ModelProcess(engine, jobs, 0), task, follow=True))]
     assert [one.step for one in progress if isinstance(one, Progress)] == [1, 2, 3, 4]
-    assert isinstance(picture, Picture)
+    assert isinstance(picture, GeneratedImage)
 
 
 def test_a_consumer_that_leaves_stops_its_job_within_two_steps(engine: Engine, jobs: Jobs, steps: list[StepRecord]) -> None:
@@ -99,12 +99,12 @@ def test_a_consumer_that_leaves_stops_its_job_within_two_steps(engine: Engine, j
     assert jobs.get("a1")[0].state == "cancelled"
 
 
-def test_an_unattended_job_goes_on_when_its_consumer_leaves_and_its_picture_is_kept(engine: Engine, jobs: Jobs) -> None:
+def test_an_asynchronous_job_goes_on_when_its_consumer_leaves_and_its_picture_is_kept(engine: Engine, jobs: Jobs) -> None:
     task = make_task(num_inference_steps=20)
 
-    async def leave_early() -> Picture:
+    async def leave_early() -> GeneratedImage:
         runner_jobs = ModelProcess(engine, jobs, 0)
-        stream = runner_jobs.generate(pack_task(task, UNATTENDED))
+        stream = runner_jobs.generate(pack_task(task, ASYNCHRONOUS))
         await anext(stream)
         waiting = asyncio.ensure_future(anext(stream))
         await asyncio.sleep(0.2)
@@ -114,8 +114,8 @@ def test_an_unattended_job_goes_on_when_its_consumer_leaves_and_its_picture_is_k
         await until(lambda: jobs.get("b2")[0].is_ended)
         record = jobs.get("b2")[0]
         (line,) = await lines(runner_jobs, task)
-        attended = unpack_news(line)
-        assert isinstance(attended, Picture)
+        attended = unpack_update(line)
+        assert isinstance(attended, GeneratedImage)
         assert record.finished().image == attended.image
         return attended
 
@@ -131,9 +131,9 @@ def test_a_cancelled_job_ends_within_a_second_and_its_neighbour_is_drawn(engine:
         began = time.monotonic()
         jobs.cancel("a1")
         with pytest.raises(Cancelled):
-            unpack_news((await cancelled)[-1])
+            unpack_update((await cancelled)[-1])
         assert time.monotonic() - began < 1
-        assert isinstance(unpack_news((await neighbour)[-1]), Picture)
+        assert isinstance(unpack_update((await neighbour)[-1]), GeneratedImage)
 
     asyncio.run(cancel_one())
     assert jobs.get("a1")[0].state == "cancelled"
@@ -154,7 +154,7 @@ def test_a_task_that_is_not_taken_on_is_refused_in_its_first_line_and_leaves_not
     (line,) = asyncio.run(fill())
     engine.close()
     with pytest.raises(QueueFull) as refusal:
-        unpack_news(line)
+        unpack_update(line)
     assert refusal.value.retry_after_s is not None
     assert refusal.value.retry_after_s >= 1
     with pytest.raises(UnknownJob):
@@ -166,34 +166,34 @@ def test_pictures_are_drawn_where_nothing_can_be_noted(engine: Engine, tmp_path:
     unwritable = Jobs(lambda: tmp_path / "file")
     with caplog.at_level(logging.ERROR, logger="stable_diffusion"):
         (line,) = asyncio.run(lines(ModelProcess(engine, unwritable, 0), make_task(num_inference_steps=2)))
-    assert isinstance(unpack_news(line), Picture)
+    assert isinstance(unpack_update(line), GeneratedImage)
     assert "Where jobs stand cannot be read or written" in caplog.text
 
 
 class _Failing(Jobs):
     """A store on a disk that is full: a picture cannot be written any more, a few bytes can."""
 
-    def end(self, ticket: Ticket, outcome: Picture | ServiceError) -> None:
-        if isinstance(outcome, Picture):
+    def end(self, ticket: Ticket, outcome: GeneratedImage | ServiceError) -> None:
+        if isinstance(outcome, GeneratedImage):
             raise JobsUnavailable("no space left")
         super().end(ticket, outcome)
 
 
 def test_a_picture_that_cannot_be_kept_is_a_job_that_failed(engine: Engine, tmp_path: Path) -> None:
     jobs = _Failing(lambda: tmp_path)
-    (line,) = asyncio.run(lines(ModelProcess(engine, jobs, 0), make_task(num_inference_steps=2), UNATTENDED))
+    (line,) = asyncio.run(lines(ModelProcess(engine, jobs, 0), make_task(num_inference_steps=2), ASYNCHRONOUS))
     with pytest.raises(GenerationFailed, match="could not be kept"):
-        unpack_news(line)
+        unpack_update(line)
     assert jobs.get("b2")[0].state == "failed"
 
 
 def test_a_picture_that_cannot_be_finished_is_an_error_and_nobody_waits_for_ever(
     engine: Engine, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(task: Task, outcome: Picture) -> Picture:
+    def broken(task: Task, outcome: GeneratedImage) -> GeneratedImage:
         raise MemoryError
 
     monkeypatch.setattr(process, "_finished", broken)
     (line,) = asyncio.run(lines(ModelProcess(engine, jobs, 0), make_task(num_inference_steps=2)))
     with pytest.raises(GenerationFailed, match="could not be finished"):
-        unpack_news(line)
+        unpack_update(line)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from stable_diffusion.core.errors import GenerationFailed, ServiceError
 from stable_diffusion.core.telemetry import (
-    CapRecord,
+    BatchLimitRecord,
     EndRecord,
     OutOfMemoryRecord,
     Record,
@@ -20,7 +20,7 @@ from stable_diffusion.core.telemetry import (
     TurnRecord,
     WorkloadRecord,
 )
-from stable_diffusion.core.types import Picture, Task
+from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.job import Job, Latents
 from tests.tasks import make_task
@@ -50,16 +50,16 @@ class CountingSteps:
         assert job.tensors is not None
         job.tensors.step_index += 1
 
-    def decode(self, job: Job) -> Picture:
+    def decode(self, job: Job) -> GeneratedImage:
         if job.task.prompt == "turns NaN":
             raise GenerationFailed("on purpose")
-        return Picture(Image.new("RGB", (8, 8)), job.task.prompt == "is flagged", "", "")
+        return GeneratedImage(Image.new("RGB", (8, 8)), job.task.prompt == "is flagged", "", "")
 
 
 class Counted:
     def __init__(self, steps: CountingSteps) -> None:
         self.records: list[Record] = []
-        self.outcomes: queue.SimpleQueue[Picture | ServiceError] = queue.SimpleQueue()
+        self.outcomes: queue.SimpleQueue[GeneratedImage | ServiceError] = queue.SimpleQueue()
         self.engine = Engine(lambda: steps, 4, on_record=self.records.append)
 
     def submit(self, prompt: str = "", **changes: object) -> Job:
@@ -146,7 +146,7 @@ def test_out_of_memory_is_told_with_the_cap_that_follows_and_costs_no_picture_th
     counted.finish(5)
     assert counted.endings() == [("txt2img", "completed")] * 5
     assert len(counted.of(OutOfMemoryRecord)) == 1
-    assert counted.of(CapRecord) == [CapRecord(64, 64, 2, 4)]
+    assert counted.of(BatchLimitRecord) == [BatchLimitRecord(64, 64, 2, 4)]
 
 
 def test_a_picture_that_fits_once_memory_is_freed_is_drawn_and_the_cap_stays() -> None:
@@ -163,7 +163,7 @@ def test_a_picture_that_fits_once_memory_is_freed_is_drawn_and_the_cap_stays() -
     counted.finish(1)
     assert counted.endings() == [("txt2img", "completed")]
     assert len(counted.of(OutOfMemoryRecord)) == 1
-    assert counted.of(CapRecord) == []
+    assert counted.of(BatchLimitRecord) == []
 
 
 def test_a_picture_that_does_not_fit_even_alone_ends_out_of_memory() -> None:

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from stable_diffusion.core.errors import InvalidRequest, TooLarge
-from stable_diffusion.images.decode import read_mask, read_picture
+from stable_diffusion.images.decode import read_image, read_mask
 from tests.hostile_pictures import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, drawing, file, png
 
 MAX_TAKEN_S = 15  # of computing, by one reader for one file; measured: 0.8 s
@@ -114,7 +114,7 @@ def test_the_refusal_says_what_is_wrong(reading: Reading, named: str, told: str)
 
 
 def pixels_of(content: bytes) -> list[tuple[int, ...]]:
-    picture = np.asarray(read_picture(content, "img"))
+    picture = np.asarray(read_image(content, "img"))
     return [tuple(int(value) for value in pixel) for pixel in picture.reshape(-1, 3)]
 
 
@@ -180,9 +180,9 @@ def test_of_an_animation_the_first_frame_counts() -> None:
 def test_the_largest_allowed_file_of_many_pieces_is_read() -> None:
     content = file(drawing(), "JPEG", progressive=True)
     comments = b"\xff\xfe\0\2" * 16_000
-    assert read_picture(content[:2] + comments + content[2:], "img").size == (96, 64)
+    assert read_image(content[:2] + comments + content[2:], "img").size == (96, 64)
     chunks = chunk(b"aaAa", b"") * 16_000
-    assert read_picture(png(1, 1, 8, GREY, b"\0", before=chunks), "img").size == (1, 1)
+    assert read_image(png(1, 1, 8, GREY, b"\0", before=chunks), "img").size == (1, 1)
 
 
 @pytest.mark.parametrize("image_format", ["GIF", "TIFF", "EPS"])
@@ -190,11 +190,11 @@ def test_a_decoder_that_is_loaded_cannot_be_reached_all_the_same(image_format: s
     Image.init()
     assert image_format in Image.OPEN
     with pytest.raises(InvalidRequest, match="not a PNG, JPEG or WebP image"):
-        read_picture(file(drawing(), image_format), "img")
+        read_image(file(drawing(), image_format), "img")
 
 
 def test_exif_behind_the_pixels_is_bounded_too() -> None:
     content = png(1, 1, 8, GREY, b"\0", after=chunk(b"eXIf", bytes(2**20 + 1)))
     with pytest.raises(TooLarge, match="img: its EXIF block has 10485[0-9]+ bytes, at most 1048576 are allowed"):
-        read_picture(content, "img")
+        read_image(content, "img")
     assert Image.open(io.BytesIO(content)).size == (1, 1)

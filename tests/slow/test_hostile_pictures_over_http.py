@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from tests.hostile_pictures import RGB, chunk, corpus, flat_png, header_only_png
+from tests.http.asking import PROMPT
 from tests.http.servers import Server
-from tests.http.test_http import PROMPT
 
 MAX_TAKEN_S = 20
 NAMES = {

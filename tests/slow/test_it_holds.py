@@ -15,10 +15,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests import faults
+from tests.http.asking import draw, refused
+from tests.http.following import ask, ended, start
 from tests.http.ledger import DISTURBED, PROMPT, SOUND_KINDS, Load
 from tests.http.servers import PLAIN_HTTP, ROOT, Server, serve
-from tests.http.test_http import draw, refused
-from tests.http.test_jobs import ask, ended, start
 from tests.slow.test_raw_sockets import address_of
 
 STUCK_STEP_S = 15
@@ -164,18 +164,18 @@ def test_a_runner_that_is_killed_under_load_costs_only_what_it_was_drawing(serve
     load.allowed_besides = DISTURBED - {"broken connection", "refused connection"}
     with under(load, clients=6, kinds=SOUND_KINDS) as wait_until:
         wait_until(lambda: len(load.entries) >= 10)
-        unattended = start(server, "a key", **long).headers["location"]
+        asynchronous = start(server, "a key", **long).headers["location"]
         [runner] = workers(server, "bentoml_cli.worker.runner")
         runner.kill()
         gone = seconds_until(lambda: not is_ready(server), 30)
         known = time.monotonic()
         ready = seconds_until(lambda: is_ready(server))
         recovered = time.monotonic()
-        assert ended(server, unattended)["state"] == "failed"
-        assert "model process" in refused(ask(server, f"{unattended}/picture"), 503)
+        assert ended(server, asynchronous)["state"] == "failed"
+        assert "model process" in refused(ask(server, f"{asynchronous}/picture"), 503)
         assert ask(server, attended).json()["state"] == "completed", "what is known outlives the process"
         again = start(server, "a key", **long).headers["location"]
-        assert again != unattended
+        assert again != asynchronous
         assert ask(server, again, "DELETE").status_code == 200
         drawn = len(load.entries)
         wait_until(lambda: sum(entry.answered == "picture" for entry in load.entries[drawn:]) >= 10)

@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from stable_diffusion.api.a1111.parameters import ImageToImageBody
 from stable_diffusion.core.errors import InvalidRequest, TooLarge
-from stable_diffusion.images.decode import MAX_UPLOAD_BYTES, read_mask_or_opacity, read_picture
+from stable_diffusion.images.decode import MAX_UPLOAD_BYTES, read_image, read_mask_or_opacity
 from stable_diffusion.images.transform import fit, scale_mask
 
 T = TypeVar("T")
@@ -28,7 +28,7 @@ class UnreadablePicture(InvalidRequest):
 
 def read_initial_image(body: ImageToImageBody) -> Image.Image:
     """The one picture of the body, upright RGB. Raises UnreadablePicture or TooLarge."""
-    return _decoded(body.init_images[0], "init_images", read_picture)
+    return _decoded(body.init_images[0], "init_images", read_image)
 
 
 def read_inpainting_mask(body: ImageToImageBody, picture_size: tuple[int, int]) -> Image.Image | None:

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stable_diffusion.api.a1111.parameters import A1111_NAMES, ImageToImageBody, Options, TextToImageBody
-from stable_diffusion.api.a1111.responses import EMPTY_LISTS, UPSCALERS, samplers_answer, schedules_answer
+from stable_diffusion.api.a1111.responses import EMPTY_LISTS, UPSCALERS, samplers_response, schedules_response
 from stable_diffusion.api.openapi import LOAD_ERRORS, TIMEOUT_PARAMETER
 from stable_diffusion.core.requests import ImageToImageRequest
 
@@ -54,8 +54,8 @@ def paths() -> dict[str, Any]:
             },
         },
         "/sdapi/v1/sd-models": {"get": _gets("a1111Models", "The one model that is served", _list("The model."))},
-        "/sdapi/v1/samplers": {"get": _gets("a1111Samplers", "The samplers", _list("The samplers.", samplers_answer()))},
-        "/sdapi/v1/schedulers": {"get": _gets("a1111Schedulers", "The noise levels", _list("The noise levels.", schedules_answer()))},
+        "/sdapi/v1/samplers": {"get": _gets("a1111Samplers", "The samplers", _list("The samplers.", samplers_response()))},
+        "/sdapi/v1/schedulers": {"get": _gets("a1111Schedulers", "The noise levels", _list("The noise levels.", schedules_response()))},
         "/sdapi/v1/upscalers": {"get": _gets("a1111Upscalers", "No upscalers", _list("None.", UPSCALERS))},
         "/sdapi/v1/progress": {
             "get": _asks_for_jobs(

@@ -17,7 +17,7 @@ from stable_diffusion import __version__
 from stable_diffusion.api.a1111.parameters import GenerationBody, ImageToImageBody, missing_schedule
 from stable_diffusion.core.errors import InvalidRequest, ServiceError
 from stable_diffusion.core.schedulers import SCHEDULERS, SCHEDULES, sampler_of
-from stable_diffusion.core.types import Picture, Task
+from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.images import infotext
 from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.state.jobs import JobRecord
@@ -29,7 +29,7 @@ _TIMESTAMP = "%Y%m%d%H%M%S"
 _LEAST_PROGRESS, _MOST_PROGRESS = 0.01, 0.99  # 0 is an idle server, 1 a picture that is there
 
 
-def pictures_answer(body: GenerationBody, tasks: Sequence[Task], pictures: Sequence[Picture], model: ModelFolder) -> dict[str, Any]:
+def images_response(body: GenerationBody, tasks: Sequence[Task], pictures: Sequence[GeneratedImage], model: ModelFolder) -> dict[str, Any]:
     """The answer of txt2img and img2img. Encodes the pictures, which takes a while."""
     drawn = list(zip(tasks, pictures, strict=True))
     # Of a picture that was flagged nothing is told, as in its file.
@@ -51,7 +51,7 @@ def _echo(body: GenerationBody) -> dict[str, Any]:
 
 
 def _info(
-    body: GenerationBody, tasks: Sequence[Task], pictures: Sequence[Picture], model: ModelFolder, infotexts: list[str]
+    body: GenerationBody, tasks: Sequence[Task], pictures: Sequence[GeneratedImage], model: ModelFolder, infotexts: list[str]
 ) -> dict[str, Any]:
     """What was really drawn; the last two are not A1111's."""
     first, count = tasks[0], len(tasks)
@@ -103,22 +103,22 @@ def _extra_parameters(body: GenerationBody, task: Task, schedule: str | None) ->
     return extra
 
 
-def options_answer(model: ModelFolder) -> dict[str, Any]:
+def options_response(model: ModelFolder) -> dict[str, Any]:
     """No `forge_preset`: SillyTavern takes a server with it for Forge."""
     return {"sd_model_checkpoint": model.name, "samples_format": "png", "CLIP_stop_at_last_layers": 1}
 
 
-def models_answer(model: ModelFolder) -> list[dict[str, Any]]:
+def models_response(model: ModelFolder) -> list[dict[str, Any]]:
     """One, whose `title` is `sd_model_checkpoint` of the options."""
     return [{"title": model.name, "model_name": model.name, "hash": model.hash, "sha256": None, "filename": model.name, "config": None}]
 
 
-def samplers_answer() -> list[dict[str, Any]]:
+def samplers_response() -> list[dict[str, Any]]:
     """Every noise scheduler under its first short name, Karras' noise levels as a sampler of their own too."""
     return [{"name": name, "aliases": aliases, "options": {}} for name, *aliases in SCHEDULERS.values()]
 
 
-def schedules_answer() -> list[dict[str, Any]]:
+def schedules_response() -> list[dict[str, Any]]:
     return [{"name": label.lower(), "label": label, "aliases": None, "default_rho": None, "need_inner_model": None} for label in SCHEDULES]
 
 
@@ -137,7 +137,7 @@ EMPTY_LISTS: dict[str, Any] = {
 }
 
 
-def progress_answer(jobs: Sequence[JobRecord]) -> dict[str, Any]:
+def progress_response(jobs: Sequence[JobRecord]) -> dict[str, Any]:
     """Over one caller's unfinished pictures. Idle is exactly progress 0 and job_count 0: clients wait for that."""
     stands = [job.progress for job in jobs]
     done, steps = sum(stand.step for stand in stands), sum(stand.steps for stand in stands)

@@ -25,16 +25,16 @@ from stable_diffusion.api.a1111.responses import (
     EMPTY_LISTS,
     UPSCALERS,
     error_response,
+    images_response,
     json_response,
-    models_answer,
-    options_answer,
-    pictures_answer,
-    progress_answer,
-    samplers_answer,
-    schedules_answer,
+    models_response,
+    options_response,
+    progress_response,
+    samplers_response,
+    schedules_response,
 )
 from stable_diffusion.api.context import Context
-from stable_diffusion.api.tasks import image_task, several, text_task
+from stable_diffusion.api.tasks import consecutive_tasks, image_task, text_task
 from stable_diffusion.core.errors import NotFound
 from stable_diffusion.core.json import parse_json
 from stable_diffusion.core.safety import SafetyPolicy
@@ -42,12 +42,12 @@ from stable_diffusion.core.types import Task
 from stable_diffusion.images.decode import MAX_UPLOAD_BYTES
 from stable_diffusion.images.transform import output_size
 from stable_diffusion.models.folder import ModelFolder
-from stable_diffusion.runner.client import draw_all
-from stable_diffusion.web.body import MAX_JSON_BYTES, counted, json_content, read_json_body
+from stable_diffusion.runner.client import generate_all
+from stable_diffusion.web.body import MAX_JSON_BYTES, json_content, read_json_body, within_upload_budget
 from stable_diffusion.web.caller import owner_of, ticket_of
 from stable_diffusion.web.decode_queue import decoded
 from stable_diffusion.web.disconnect import while_connected
-from stable_diffusion.web.responses import answering_errors
+from stable_diffusion.web.responses import with_error_responses
 from stable_diffusion.web.upload_budget import UNCOUNTED_BYTES
 
 # A picture and a mask in base64 with line breaks, and everything else.
@@ -57,17 +57,17 @@ _MAX_OPTIONS_BYTES = UNCOUNTED_BYTES
 
 def make_routes(context: Context) -> list[Route]:
     async def txt2img(request: Request) -> Response:
-        with counted(request, context.uploads) as uploading:
+        with within_upload_budget(request, context.uploads) as uploading:
             asked = read_text_to_image(await read_json_body(uploading, max_names=MAX_NAMES))
         model = context.model()
         await run_in_threadpool(_require_served, asked.body.override_settings, model)
-        return await _answer(request, context, asked.body, text_task(asked.parameters, model, context.policy()), asked.count)
+        return await _respond(request, context, asked.body, text_task(asked.parameters, model, context.policy()), asked.count)
 
     async def img2img(request: Request) -> Response:
-        return await _answer(request, context, *await _read_image_tasks(request, context))
+        return await _respond(request, context, *await _read_image_tasks(request, context))
 
     async def options(request: Request) -> Response:
-        return json_response(options_answer(context.model()))
+        return json_response(options_response(context.model()))
 
     async def set_options(request: Request) -> Response:
         asked = read_options(await read_json_body(request, max_bytes=_MAX_OPTIONS_BYTES, max_names=MAX_NAMES))
@@ -75,10 +75,10 @@ def make_routes(context: Context) -> list[Route]:
         return json_response(None)
 
     async def models(request: Request) -> Response:
-        return json_response(await run_in_threadpool(models_answer, context.model()))
+        return json_response(await run_in_threadpool(models_response, context.model()))
 
     async def progress(request: Request) -> Response:
-        return json_response(progress_answer(await run_in_threadpool(context.jobs.of_owner, owner_of(request))))
+        return json_response(progress_response(await run_in_threadpool(context.jobs.of_owner, owner_of(request))))
 
     async def interrupt(request: Request) -> Response:
         await run_in_threadpool(context.jobs.cancel_of_owner, owner_of(request))
@@ -88,8 +88,8 @@ def make_routes(context: Context) -> list[Route]:
         "/sdapi/v1/options": options,
         "/sdapi/v1/sd-models": models,
         "/sdapi/v1/progress": progress,
-        "/sdapi/v1/samplers": _always(samplers_answer()),
-        "/sdapi/v1/schedulers": _always(schedules_answer()),
+        "/sdapi/v1/samplers": _always(samplers_response()),
+        "/sdapi/v1/schedulers": _always(schedules_response()),
         "/sdapi/v1/upscalers": _always(UPSCALERS),
         **{path: _always(content) for path, content in EMPTY_LISTS.items()},
     }
@@ -100,21 +100,21 @@ def make_routes(context: Context) -> list[Route]:
         "/sdapi/v1/interrupt": interrupt,
     }
     return [
-        Route(path, answering_errors(endpoint, error_response), methods=[method])
+        Route(path, with_error_responses(endpoint, error_response), methods=[method])
         for method, endpoints in (("GET", get), ("POST", post))
         for path, endpoint in endpoints.items()
     ]
 
 
-async def _answer(request: Request, context: Context, body: GenerationBody, task: Task, count: int) -> Response:
-    tasks = several(task, count)
-    pictures = await while_connected(request, draw_all(context.client, tasks, ticket_of(request)))
-    return await run_in_threadpool(lambda: json_response(pictures_answer(body, tasks, pictures, context.model())))
+async def _respond(request: Request, context: Context, body: GenerationBody, task: Task, count: int) -> Response:
+    tasks = consecutive_tasks(task, count)
+    pictures = await while_connected(request, generate_all(context.client, tasks, ticket_of(request)))
+    return await run_in_threadpool(lambda: json_response(images_response(body, tasks, pictures, context.model())))
 
 
 async def _read_image_tasks(request: Request, context: Context) -> tuple[GenerationBody, Task, int]:
     """What was uploaded ends with this call: nothing keeps it while the pictures wait and are drawn."""
-    with counted(request, context.uploads) as uploading:
+    with within_upload_budget(request, context.uploads) as uploading:
         content = await json_content(uploading, _MAX_PICTURES_BYTES)
         return await decoded(request, context.decoding, partial(_read_image_task, content, context.model(), context.policy()))
 

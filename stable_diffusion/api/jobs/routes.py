@@ -11,13 +11,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from stable_diffusion.api.context import Context
-from stable_diffusion.api.deliver import accepted_answer, description, events_of, is_ended, kept_picture_answer, note_fetched
+from stable_diffusion.api.deliver import accepted_response, description, events_of, is_ended, kept_image_response, note_fetched
 from stable_diffusion.core.errors import NotAcceptable
 from stable_diffusion.images.encode import MEDIA_TYPES
 from stable_diffusion.state.jobs import JobRecord
 from stable_diffusion.web.caller import key_name_of, owner_of
 from stable_diffusion.web.negotiation import accepted_types
-from stable_diffusion.web.responses import answering_errors, event_stream, followed_headers
+from stable_diffusion.web.responses import event_stream, followed_headers, with_error_responses
 
 _CANCELLED_WITHIN_S = 2.0  # a step of a large picture without a GPU takes longer
 
@@ -43,19 +43,19 @@ def make_routes(context: Context) -> list[Route]:
         if image_format is None:
             raise NotAcceptable(f"Accept allows none of {', '.join(MEDIA_TYPES.values())}", field="Accept")
         if not is_ended(records):
-            return accepted_answer(records)
-        answer = await run_in_threadpool(kept_picture_answer, context, records[0], image_format)
+            return accepted_response(records)
+        answer = await run_in_threadpool(kept_image_response, context, records[0], image_format)
         if request.method != "HEAD":
             await note_fetched(context, records[0])
         return answer
 
-    follow_events = Route("/jobs/{job_id}/events", answering_errors(events), methods=["GET"])
+    follow_events = Route("/jobs/{job_id}/events", with_error_responses(events), methods=["GET"])
     follow_events.methods = {"GET"}  # not HEAD, which would wait for the job's end without a word
     return [
-        Route("/jobs/{job_id}", answering_errors(job), methods=["GET"]),
-        Route("/jobs/{job_id}", answering_errors(cancel), methods=["DELETE"]),
+        Route("/jobs/{job_id}", with_error_responses(job), methods=["GET"]),
+        Route("/jobs/{job_id}", with_error_responses(cancel), methods=["DELETE"]),
         follow_events,
-        Route("/jobs/{job_id}/picture", answering_errors(picture), methods=["GET"]),
+        Route("/jobs/{job_id}/picture", with_error_responses(picture), methods=["GET"]),
     ]
 
 

@@ -7,40 +7,40 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from stable_diffusion.api.context import Context
-from stable_diffusion.api.deliver import answer
+from stable_diffusion.api.deliver import respond
 from stable_diffusion.api.tasks import image_task, text_task
 from stable_diffusion.core.requests import ImageToImageRequest, parse_text_to_image
 from stable_diffusion.core.types import Task
-from stable_diffusion.images.decode import read_mask, read_picture
-from stable_diffusion.web.body import counted, read_form, read_json_body
+from stable_diffusion.images.decode import read_image, read_mask
+from stable_diffusion.web.body import read_form, read_json_body, within_upload_budget
 from stable_diffusion.web.decode_queue import decoded
-from stable_diffusion.web.responses import answering_errors
+from stable_diffusion.web.responses import with_error_responses
 
 
 def make_routes(context: Context) -> list[Route]:
     async def txt2img(request: Request) -> Response:
-        with counted(request, context.uploads) as uploading:
+        with within_upload_budget(request, context.uploads) as uploading:
             parameters = parse_text_to_image(await read_json_body(uploading))
-        return await answer(request, context, text_task(parameters, context.model(), context.policy()), parameters)
+        return await respond(request, context, text_task(parameters, context.model(), context.policy()), parameters)
 
     async def img2img(request: Request) -> Response:
-        return await answer(request, context, *await _read_image_task(request, context, "img"))
+        return await respond(request, context, *await _read_image_task(request, context, "img"))
 
     async def inpaint(request: Request) -> Response:
-        return await answer(request, context, *await _read_image_task(request, context, "img", "mask"))
+        return await respond(request, context, *await _read_image_task(request, context, "img", "mask"))
 
     endpoints = {"/txt2img": txt2img, "/img2img": img2img, "/inpaint": inpaint}
-    return [Route(path, answering_errors(endpoint), methods=["POST"]) for path, endpoint in endpoints.items()]
+    return [Route(path, with_error_responses(endpoint), methods=["POST"]) for path, endpoint in endpoints.items()]
 
 
 async def _read_image_task(request: Request, context: Context, *names: str) -> tuple[Task, ImageToImageRequest]:
     """What was uploaded ends with this call: nothing keeps it while the picture waits and is drawn."""
-    with counted(request, context.uploads) as uploading:
+    with within_upload_budget(request, context.uploads) as uploading:
         parameters, files = await read_form(uploading, *names)
         model, policy = context.model(), context.policy()
 
         def work() -> Task:
-            picture = read_picture(files["img"], "img")
+            picture = read_image(files["img"], "img")
             mask = read_mask(files["mask"], "mask") if "mask" in files else None
             return image_task(parameters, model, policy, picture, mask)
 

@@ -113,10 +113,10 @@ def _parsed(document: dict[str, Any], model: type[Drawn]) -> tuple[OpenaiParamet
         elif name not in allowed:
             raise UnknownParameter(f"{name[:60]}: is not a known parameter, allowed are {', '.join(allowed)}", field=name[:60])
     given = _by_our_names({name: value for name, value in document.items() if value is not None})  # OpenAI's null is the default
-    own = validated(OpenaiParameters, {name: value for name, value in given.items() if name in OpenaiParameters.model_fields})
-    _check_together(own)
+    asked = validated(OpenaiParameters, {name: value for name, value in given.items() if name in OpenaiParameters.model_fields})
+    _check_together(asked)
     drawing = {name: value for name, value in given.items() if name not in OpenaiParameters.model_fields}
-    return own, validated(model, drawing | _sides(own.size))
+    return asked, validated(model, drawing | _sides(asked.size))
 
 
 def _refuse_unless_null(name: str, value: Any) -> None:
@@ -131,12 +131,12 @@ def _by_our_names(given: dict[str, Any]) -> dict[str, Any]:
     return {ALIASES.get(name, name): value for name, value in given.items()}
 
 
-def _check_together(own: OpenaiParameters) -> None:
-    if own.stream and own.n > 1:
-        raise InvalidRequest(f"n: a stream tells of one picture only, {own.n} were asked for", field="n")
-    if own.partial_images and not own.stream:
+def _check_together(asked: OpenaiParameters) -> None:
+    if asked.stream and asked.n > 1:
+        raise InvalidRequest(f"n: a stream tells of one picture only, {asked.n} were asked for", field="n")
+    if asked.partial_images and not asked.stream:
         raise InvalidRequest("partial_images: partial images need stream: true", field="partial_images")
-    if own.output_format == "png" and own.output_compression not in (None, 100):
+    if asked.output_format == "png" and asked.output_compression not in (None, 100):
         raise InvalidRequest("output_compression: png is without loss, only jpeg and webp take less than 100", field="output_compression")
 
 

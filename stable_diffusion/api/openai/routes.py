@@ -20,19 +20,19 @@ from starlette.routing import Route
 
 from stable_diffusion.api.context import Context
 from stable_diffusion.api.openai.parameters import OpenaiParameters, parse_edit, parse_generation, read_texts
-from stable_diffusion.api.tasks import image_task, several, text_task
+from stable_diffusion.api.tasks import consecutive_tasks, image_task, text_task
 from stable_diffusion.core.errors import InvalidRequest, ModelNotFound, ServiceError
-from stable_diffusion.core.types import Picture, Progress, Task
-from stable_diffusion.images.decode import read_picture, read_transparency_as_mask
+from stable_diffusion.core.types import GeneratedImage, Progress, Task
+from stable_diffusion.images.decode import read_image, read_transparency_as_mask
 from stable_diffusion.images.encode import encode_preview
 from stable_diffusion.models.folder import ModelFolder
-from stable_diffusion.runner.client import News, begin, draw_all
+from stable_diffusion.runner.client import Updates, begin, generate_all
 from stable_diffusion.web import sse
-from stable_diffusion.web.body import counted, file_part, opened_form, read_json_body
+from stable_diffusion.web.body import file_part, opened_form, read_json_body, within_upload_budget
 from stable_diffusion.web.caller import ticket_of
 from stable_diffusion.web.decode_queue import decoded
 from stable_diffusion.web.disconnect import while_connected
-from stable_diffusion.web.responses import answering_errors, as_base64, event_stream, image_file, known_error, retry_after, sendable
+from stable_diffusion.web.responses import as_base64, event_stream, image_file, known_error, retry_after, sendable, with_error_responses
 
 PREFIXES = ("/v1/",)
 _PARAMS = {"width": "size", "height": "size"}  # our field, OpenAI's parameter
@@ -42,13 +42,13 @@ Event = Literal["image_generation", "image_edit"]
 
 def make_routes(context: Context) -> list[Route]:
     async def generations(request: Request) -> Response:
-        with counted(request, context.uploads) as uploading:
-            own, parameters = parse_generation(await read_json_body(uploading))
-        model = _served(context, own)
-        return await _answer(request, context, "image_generation", text_task(parameters, model, context.policy()), own)
+        with within_upload_budget(request, context.uploads) as uploading:
+            asked, parameters = parse_generation(await read_json_body(uploading))
+        model = _served(context, asked)
+        return await _respond(request, context, "image_generation", text_task(parameters, model, context.policy()), asked)
 
     async def edits(request: Request) -> Response:
-        return await _answer(request, context, "image_edit", *await _read_edit_task(request, context))
+        return await _respond(request, context, "image_edit", *await _read_edit_task(request, context))
 
     async def models(request: Request) -> Response:
         model = context.model()
@@ -57,25 +57,25 @@ def make_routes(context: Context) -> list[Route]:
         return JSONResponse({"object": "list", "data": [listed]})
 
     return [
-        Route("/v1/images/generations", answering_errors(generations, error_answer), methods=["POST"]),
-        Route("/v1/images/edits", answering_errors(edits, error_answer), methods=["POST"]),
-        Route("/v1/models", answering_errors(models, error_answer), methods=["GET"]),
+        Route("/v1/images/generations", with_error_responses(generations, error_response), methods=["POST"]),
+        Route("/v1/images/edits", with_error_responses(edits, error_response), methods=["POST"]),
+        Route("/v1/models", with_error_responses(models, error_response), methods=["GET"]),
     ]
 
 
 async def _read_edit_task(request: Request, context: Context) -> tuple[Task, OpenaiParameters]:
     """What was uploaded ends with this call: nothing keeps it while the pictures wait and are drawn."""
-    with counted(request, context.uploads) as uploading:
+    with within_upload_budget(request, context.uploads) as uploading:
         texts, content, mask_content = await _read_edit(uploading)
-        own, parameters = parse_edit(read_texts(texts))
-        model = _served(context, own)
+        asked, parameters = parse_edit(read_texts(texts))
+        model = _served(context, asked)
 
         def work() -> Task:
-            picture = read_picture(content, "image")
+            picture = read_image(content, "image")
             mask = None if mask_content is None else _mask_for(picture, mask_content)
             return image_task(parameters, model, context.policy(), picture, mask)
 
-        return await decoded(request, context.decoding, work), own
+        return await decoded(request, context.decoding, work), asked
 
 
 async def _read_edit(request: Request) -> tuple[dict[str, str], bytes, bytes | None]:
@@ -113,42 +113,42 @@ def _mask_for(picture: Image.Image, content: bytes) -> Image.Image:
     return mask
 
 
-def _served(context: Context, own: OpenaiParameters) -> ModelFolder:
+def _served(context: Context, asked: OpenaiParameters) -> ModelFolder:
     model = context.model()
-    if own.model and own.model != model.name:
-        raise ModelNotFound(f"model: there is no {own.model[:60]!r} here, this server has {model.name!r}", field="model")
+    if asked.model and asked.model != model.name:
+        raise ModelNotFound(f"model: there is no {asked.model[:60]!r} here, this server has {model.name!r}", field="model")
     return model
 
 
-async def _answer(request: Request, context: Context, event: Event, task: Task, own: OpenaiParameters) -> Response:
+async def _respond(request: Request, context: Context, event: Event, task: Task, asked: OpenaiParameters) -> Response:
     ticket = ticket_of(request)
-    if own.stream:
-        task = replace(task, preview_every_steps=_steps_between(own.partial_images, task))
-        news = await while_connected(request, begin(context.client, task, ticket, follow=own.partial_images > 0))
-        return event_stream(_events(news, context, event, task, own))
-    tasks = several(task, own.n)
-    pictures = await while_connected(request, draw_all(context.client, tasks, ticket))
-    return await run_in_threadpool(_pictures_answer, tasks, pictures, context.model(), own)
+    if asked.stream:
+        task = replace(task, preview_every_steps=_steps_between(asked.partial_images, task))
+        updates = await while_connected(request, begin(context.client, task, ticket, follow=asked.partial_images > 0))
+        return event_stream(_events(updates, context, event, task, asked))
+    tasks = consecutive_tasks(task, asked.n)
+    pictures = await while_connected(request, generate_all(context.client, tasks, ticket))
+    return await run_in_threadpool(_images_response, tasks, pictures, context.model(), asked)
 
 
-def _pictures_answer(tasks: list[Task], pictures: list[Picture], model: ModelFolder, own: OpenaiParameters) -> Response:
+def _images_response(tasks: list[Task], pictures: list[GeneratedImage], model: ModelFolder, asked: OpenaiParameters) -> Response:
     """Encodes: not for an event loop."""
-    data = [_described(one, picture, model, own) for one, picture in zip(tasks, pictures, strict=True)]
-    return JSONResponse({"created": int(time.time()), "data": data, **_look(tasks[0], own)})
+    data = [_described(one, picture, model, asked) for one, picture in zip(tasks, pictures, strict=True)]
+    return JSONResponse({"created": int(time.time()), "data": data, **_look(tasks[0], asked)})
 
 
-async def _events(news: News, context: Context, event: Event, task: Task, own: OpenaiParameters) -> AsyncGenerator[bytes, None]:
+async def _events(updates: Updates, context: Context, event: Event, task: Task, asked: OpenaiParameters) -> AsyncGenerator[bytes, None]:
     """partial_image as often as asked for, then completed, or an error, which the official clients raise."""
     sent = 0
     try:
-        async with aclosing(news):
-            async for one in news:
+        async with aclosing(updates):
+            async for one in updates:
                 # One more than asked for may fall on the last steps.
-                if isinstance(one, Progress) and one.preview is not None and sent < own.partial_images:
-                    yield await run_in_threadpool(_partial_event, f"{event}.partial_image", task, one.preview, sent, own)
+                if isinstance(one, Progress) and one.preview is not None and sent < asked.partial_images:
+                    yield await run_in_threadpool(_partial_event, f"{event}.partial_image", task, one.preview, sent, asked)
                     sent += 1
-                elif isinstance(one, Picture):
-                    yield await run_in_threadpool(_completed_event, f"{event}.completed", task, one, context.model(), own)
+                elif isinstance(one, GeneratedImage):
+                    yield await run_in_threadpool(_completed_event, f"{event}.completed", task, one, context.model(), asked)
     except Exception as error:
         known = known_error(error, f"The stream of events of an {event}")
         yield sse.event("error", {"type": "error", **_error_body(known.status, known.type, known.message, _param(known))})
@@ -164,32 +164,32 @@ def _steps_between(partial_images: int, task: Task) -> int:
     return max(1, int(task.num_inference_steps * task.strength) // (partial_images + 1))
 
 
-def _partial_event(name: str, task: Task, preview: Image.Image, index: int, own: OpenaiParameters) -> bytes:
+def _partial_event(name: str, task: Task, preview: Image.Image, index: int, asked: OpenaiParameters) -> bytes:
     """Encodes: not for an event loop."""
-    content = encode_preview(preview, (task.width, task.height), own.output_format)
-    return _event(name, task, own, {"b64_json": as_base64(content), "partial_image_index": index})
+    content = encode_preview(preview, (task.width, task.height), asked.output_format)
+    return _event(name, task, asked, {"b64_json": as_base64(content), "partial_image_index": index})
 
 
-def _completed_event(name: str, task: Task, picture: Picture, model: ModelFolder, own: OpenaiParameters) -> bytes:
+def _completed_event(name: str, task: Task, picture: GeneratedImage, model: ModelFolder, asked: OpenaiParameters) -> bytes:
     """Encodes: not for an event loop."""
-    return _event(name, task, own, {**_described(task, picture, model, own), "usage": _NO_USAGE})
+    return _event(name, task, asked, {**_described(task, picture, model, asked), "usage": _NO_USAGE})
 
 
-def _event(name: str, task: Task, own: OpenaiParameters, data: dict[str, Any]) -> bytes:
-    return sse.event(name, {"type": name, "created_at": int(time.time()), "quality": "auto", **_look(task, own), **data})
+def _event(name: str, task: Task, asked: OpenaiParameters, data: dict[str, Any]) -> bytes:
+    return sse.event(name, {"type": name, "created_at": int(time.time()), "quality": "auto", **_look(task, asked), **data})
 
 
 # Nothing is counted or paid for; typed clients expect the numbers in a stream.
 _NO_USAGE = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0, "input_tokens_details": {"text_tokens": 0, "image_tokens": 0}}
 
 
-def _look(task: Task, own: OpenaiParameters) -> dict[str, str]:
-    return {"size": f"{task.width}x{task.height}", "output_format": own.output_format, "background": "opaque"}
+def _look(task: Task, asked: OpenaiParameters) -> dict[str, str]:
+    return {"size": f"{task.width}x{task.height}", "output_format": asked.output_format, "background": "opaque"}
 
 
-def _described(task: Task, picture: Picture, model: ModelFolder, own: OpenaiParameters) -> dict[str, Any]:
+def _described(task: Task, picture: GeneratedImage, model: ModelFolder, asked: OpenaiParameters) -> dict[str, Any]:
     """A finished picture and what OpenAI's clients do not ask for but keep. `safety_flagged` is null where nobody looked."""
-    content = image_file(task, picture, model, own.output_format, own.output_compression)
+    content = image_file(task, picture, model, asked.output_format, asked.output_compression)
     dropped = {"prompt_dropped": picture.dropped_prompt, "negative_prompt_dropped": picture.dropped_negative_prompt}
     return {
         "b64_json": as_base64(content),
@@ -199,7 +199,7 @@ def _described(task: Task, picture: Picture, model: ModelFolder, own: OpenaiPara
     }
 
 
-def error_answer(error: ServiceError) -> Response:
+def error_response(error: ServiceError) -> Response:
     """An error in OpenAI's form."""
     headers = retry_after(error)
     if error.status >= 500 and not headers:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from stable_diffusion.core.errors import InvalidRequest
 from stable_diffusion.core.schedulers import known_schedule, sampler_of, scheduler_of
-from stable_diffusion.core.types import Kind, Picture, Task
+from stable_diffusion.core.types import GeneratedImage, Kind, Task
 from stable_diffusion.images.infotext import LIBRARIES, PROGRAM, Infotext, library_versions, program_version
 from stable_diffusion.models.folder import ModelFolder
 
@@ -83,7 +83,7 @@ def has_its_mask(said: Infotext, task: Task) -> bool:
     return said.values.get("Mask hash", task.mask_hash) == task.mask_hash
 
 
-def differs_in_computing(said: Infotext, picture: Picture) -> list[str]:
+def differs_in_computing(said: Infotext, picture: GeneratedImage) -> list[str]:
     """What is known only once `picture` has been drawn again: in which precision, and by what."""
     drawn_on = {"Precision": picture.dtype, "Device": picture.device}
     return [_differs(name, said.values[name], here) for name, here in drawn_on.items() if here and said.values.get(name, here) != here]

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from stable_diffusion.api.context import Context
-from stable_diffusion.api.deliver import answer
+from stable_diffusion.api.deliver import respond
 from stable_diffusion.api.reproduce.reproduction import Reproduction, differs_in_computing, differs_in_input, has_its_mask, reproduction_of
 from stable_diffusion.api.tasks import image_task, text_task
 from stable_diffusion.core.errors import InvalidRequest
@@ -27,13 +27,13 @@ from stable_diffusion.core.requests import (
     parse_text_to_image,
 )
 from stable_diffusion.core.safety import SafetyPolicy
-from stable_diffusion.core.types import Kind, Picture, Task
+from stable_diffusion.core.types import GeneratedImage, Kind, Task
 from stable_diffusion.images import infotext
-from stable_diffusion.images.decode import read_description, read_mask, read_picture, read_transparency_as_mask
+from stable_diffusion.images.decode import read_description, read_image, read_mask, read_transparency_as_mask
 from stable_diffusion.models.folder import ModelFolder
-from stable_diffusion.web.body import counted, read_reproduction_form
+from stable_diffusion.web.body import read_reproduction_form, within_upload_budget
 from stable_diffusion.web.decode_queue import decoded
-from stable_diffusion.web.responses import answering_errors, as_headers
+from stable_diffusion.web.responses import as_headers, with_error_responses
 
 _INPUTS: dict[Kind, tuple[str, ...]] = {"txt2img": (), "img2img": ("img",), "inpaint": ("img", "mask")}
 
@@ -48,15 +48,15 @@ def make_routes(context: Context) -> list[Route]:
         if asked.dry_run:
             return _description(reproduction, [], differs)
 
-        def remarks(picture: Picture) -> dict[str, Any]:
+        def remarks(picture: GeneratedImage) -> dict[str, Any]:
             return {"differs": _as_text([*differs, *differs_in_computing(reproduction.infotext, picture)])}
 
-        answered = await answer(request, context, task, asked.parameters, remarks)
+        answered = await respond(request, context, task, asked.parameters, remarks)
         # Of a picture that is kept for later, and of a stream, what is known now.
         answered.headers.setdefault("differs", as_headers({"differs": _as_text(differs)})["differs"])
         return answered
 
-    return [Route("/reproduce", answering_errors(reproduce), methods=["POST"])]
+    return [Route("/reproduce", with_error_responses(reproduce), methods=["POST"])]
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,17 @@ class _Asked:
 
 async def _read_request(request: Request, context: Context) -> _Asked:
     """What was uploaded ends with this call: nothing keeps it while the picture waits and is drawn."""
-    with counted(request, context.uploads) as uploading:
-        wishes, files = await read_reproduction_form(uploading)
+    with within_upload_budget(request, context.uploads) as uploading:
+        options, files = await read_reproduction_form(uploading)
         model, policy = context.model(), context.policy()
         reproduction = await run_in_threadpool(_read, files["picture"], model)
-        parameters = _parameters(reproduction, wishes)
+        parameters = _parameters(reproduction, options)
         missing = _missing(reproduction.kind, files)
-        if missing and not wishes.dry_run:
+        if missing and not options.dry_run:
             raise _missing_input(missing[0], reproduction.kind)
         work = partial(_task, parameters, model, policy, files, reproduction.infotext)
         task = None if missing else await decoded(request, context.decoding, work)
-        return _Asked(reproduction, parameters, missing, task, wishes.dry_run)
+        return _Asked(reproduction, parameters, missing, task, options.dry_run)
 
 
 def _read(content: bytes, model: ModelFolder) -> Reproduction:
@@ -95,8 +95,8 @@ def _read(content: bytes, model: ModelFolder) -> Reproduction:
     return reproduction_of(infotext.read(text, "picture"), model)
 
 
-def _parameters(reproduction: Reproduction, wishes: ReproductionRequest) -> TextToImageRequest | ImageToImageRequest:
-    fields = reproduction.fields | {"output_format": wishes.output_format, "metadata": wishes.metadata}
+def _parameters(reproduction: Reproduction, options: ReproductionRequest) -> TextToImageRequest | ImageToImageRequest:
+    fields = reproduction.fields | {"output_format": options.output_format, "metadata": options.metadata}
     try:
         text_only = reproduction.kind == "txt2img"
         parsed: TextToImageRequest | ImageToImageRequest = parse_text_to_image(fields) if text_only else parse_image_to_image(fields)
@@ -130,7 +130,7 @@ def _task(
 ) -> Task:
     if isinstance(parameters, TextToImageRequest):
         return text_task(parameters, model, policy)
-    picture = read_picture(files["img"], "img")
+    picture = read_image(files["img"], "img")
     if "mask" not in files:
         return image_task(parameters, model, policy, picture)
     task = image_task(parameters, model, policy, picture, read_mask(files["mask"], "mask"))

@@ -28,7 +28,7 @@ from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.runner.readiness import stage_of
 from stable_diffusion.state import metrics
 from stable_diffusion.state.runner_status import RunnerState, living_runners
-from stable_diffusion.web.responses import answering_errors
+from stable_diffusion.web.responses import with_error_responses
 
 _CURRENT_STATE = {"Cache-Control": "no-store"}
 # What JSON Schema calls the limits of a field.
@@ -47,7 +47,7 @@ def make_routes(context: Context) -> list[Route]:
         return JSONResponse(_capabilities(context.model(), context.policy()))
 
     endpoints = {"/status": status, "/capabilities": capabilities}
-    return [Route(path, answering_errors(endpoint), methods=["GET"]) for path, endpoint in endpoints.items()]
+    return [Route(path, with_error_responses(endpoint), methods=["GET"]) for path, endpoint in endpoints.items()]
 
 
 async def show_metrics(scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,7 +86,10 @@ def _runner(runner: RunnerState) -> dict[str, Any]:
         "precision": runner.precision,
         "device": None if placement is None else placement.device,
         "dtype": None if placement is None else placement.dtype,
-        "caps": [{"width": cap.width, "height": cap.height, "pictures": cap.pictures, "reason": cap.reason} for cap in runner.caps],
+        "caps": [
+            {"width": batch_limit.width, "height": batch_limit.height, "pictures": batch_limit.pictures, "reason": batch_limit.reason}
+            for batch_limit in runner.batch_limits
+        ],
         "versions": {} if placement is None else placement.versions,
     }
 

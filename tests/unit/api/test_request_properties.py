@@ -18,7 +18,7 @@ from stable_diffusion.api.a1111 import parameters as a1111_parameters
 from stable_diffusion.api.a1111 import responses as a1111_responses
 from stable_diffusion.api.openai import parameters as openai_parameters
 from stable_diffusion.api.openai import routes as openai_routes
-from stable_diffusion.api.tasks import image_task, several, text_task
+from stable_diffusion.api.tasks import consecutive_tasks, image_task, text_task
 from stable_diffusion.core.errors import InvalidRequest, ServiceError
 from stable_diffusion.core.json import parse_json
 from stable_diffusion.core.requests import (
@@ -29,7 +29,7 @@ from stable_diffusion.core.requests import (
     parse_text_to_image,
 )
 from stable_diffusion.core.schedulers import SCHEDULERS
-from stable_diffusion.core.types import Picture
+from stable_diffusion.core.types import GeneratedImage
 from stable_diffusion.images import infotext
 from stable_diffusion.images.decode import read_description
 from stable_diffusion.images.encode import encode
@@ -150,18 +150,18 @@ _OPENAI_FIELDS = [
     "cfg_scale",
 ]
 DOORS: list[Door] = [
-    (of_plain_text, [name for name in ImageToImageRequest.model_fields if name != "strength"], responses.error_answer),
-    (of_plain_picture, list(ImageToImageRequest.model_fields), responses.error_answer),
-    (of_openai, [name for name in _OPENAI_FIELDS if name != "strength"], openai_routes.error_answer),
-    (of_openai_form, _OPENAI_FIELDS, openai_routes.error_answer),
+    (of_plain_text, [name for name in ImageToImageRequest.model_fields if name != "strength"], responses.error_response),
+    (of_plain_picture, list(ImageToImageRequest.model_fields), responses.error_response),
+    (of_openai, [name for name in _OPENAI_FIELDS if name != "strength"], openai_routes.error_response),
+    (of_openai_form, _OPENAI_FIELDS, openai_routes.error_response),
     (of_a1111_text, list(a1111_parameters.TextToImageBody.model_fields), a1111_responses.error_response),
     (of_a1111_picture, list(a1111_parameters.ImageToImageBody.model_fields), a1111_responses.error_response),
 ]
 
 
-@pytest.mark.parametrize(("parse", "fields", "error_answer"), DOORS, ids=[door[0].__name__ for door in DOORS])
+@pytest.mark.parametrize(("parse", "fields", "error_response"), DOORS, ids=[door[0].__name__ for door in DOORS])
 def test_a_request_is_refused_by_name_or_lies_within_the_limits_and_can_be_drawn(
-    parse: Callable[[dict[str, Any]], Parsed], fields: list[str], error_answer: Callable[[ServiceError], Response]
+    parse: Callable[[dict[str, Any]], Parsed], fields: list[str], error_response: Callable[[ServiceError], Response]
 ) -> None:
     accepted, refused = [], []
 
@@ -178,7 +178,7 @@ def test_a_request_is_refused_by_name_or_lies_within_the_limits_and_can_be_drawn
             assert_within_limits(parameters, count)
             assert_can_be_drawn(parameters, count)
         except ServiceError as error:
-            assert_can_be_told(error, error_answer)
+            assert_can_be_told(error, error_response)
             refused.append(body)
         else:
             accepted.append(body)
@@ -212,9 +212,9 @@ def assert_can_be_drawn(parameters: GenerationRequest, count: int) -> None:
         task = image_task(parameters, MODEL, "default-on", INPUT)
     else:
         task = text_task(parameters, MODEL, "default-on")  # type: ignore[arg-type]
-    tasks = several(task, count)
+    tasks = consecutive_tasks(task, count)
     assert sum(one.width * one.height * one.num_inference_steps for one in tasks) <= 400_000_000
-    picture = Picture(Image.new("RGB", (8, 8)), None, task.prompt, task.negative_prompt, "cpu", "float32")
+    picture = GeneratedImage(Image.new("RGB", (8, 8)), None, task.prompt, task.negative_prompt, "cpu", "float32")
     for name, value in responses.parameter_headers(task, picture, MODEL).items():
         assert re.fullmatch(r"[ -~]*", value), name
         assert value == value.strip(), name
@@ -224,8 +224,8 @@ def assert_can_be_drawn(parameters: GenerationRequest, count: int) -> None:
     assert read_description(content, "picture") == infotext.write(task, picture, MODEL)
 
 
-def assert_can_be_told(error: ServiceError, error_answer: Callable[[ServiceError], Response]) -> None:
-    answer = error_answer(error)
+def assert_can_be_told(error: ServiceError, error_response: Callable[[ServiceError], Response]) -> None:
+    answer = error_response(error)
     assert 400 <= answer.status_code < 500
     json.loads(bytes(answer.body).decode("utf-8"))
     assert len(error.message) < LONGEST_MESSAGE
@@ -268,7 +268,7 @@ def test_a_body_is_a_json_object_or_refused(body: bytes | str) -> None:
     try:
         document = parse_json(body, "body")
     except InvalidRequest as error:
-        assert_can_be_told(error, responses.error_answer)
+        assert_can_be_told(error, responses.error_response)
     else:
         assert isinstance(document, dict)
         assert "NaN" not in repr(list(document.values()))
@@ -296,7 +296,7 @@ def test_wishes_for_a_reproduction_are_read_or_refused(document: dict[str, Any])
     try:
         parse_reproduction(document)
     except ServiceError as error:
-        assert_can_be_told(error, responses.error_answer)
+        assert_can_be_told(error, responses.error_response)
 
 
 @settings(max_examples=300)
@@ -308,7 +308,7 @@ def test_a_text_in_a_pictures_file_is_read_or_refused(text: str) -> None:
     try:
         infotext.read(text, "picture")
     except ServiceError as error:
-        assert_can_be_told(error, responses.error_answer)
+        assert_can_be_told(error, responses.error_response)
 
 
 @pytest.mark.parametrize("value", [True, "20", "1e309", [20], {"a": 20}, 20.5])

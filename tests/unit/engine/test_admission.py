@@ -19,10 +19,10 @@ def job(owner: str = "somebody", steps: int = 50, side: int = 64, scheduler: str
     return Job(make_task(num_inference_steps=steps, width=side, height=side, scheduler=scheduler), lambda outcome: None, owner=owner)
 
 
-def workload(seconds: float = math.inf, pictures: float = math.inf, cap: int = 1) -> Workload:
-    made = Workload(QueueLimits(seconds, pictures), lambda size: cap)
+def workload(seconds: float = math.inf, pictures: float = math.inf, batch_limit: int = 1) -> Workload:
+    made = Workload(QueueLimits(seconds, pictures), lambda size: batch_limit)
     made.note_step(NATIVE, 1, STEP_S)
-    made.note_step(NATIVE, cap, STEP_S)
+    made.note_step(NATIVE, batch_limit, STEP_S)
     return made
 
 
@@ -51,7 +51,7 @@ def test_work_is_taken_on_until_there_is_so_much_of_it() -> None:
 
 def test_work_counts_by_its_steps_and_by_what_shares_them() -> None:
     assert fill(workload(seconds=20), steps=10) == 21
-    assert fill(workload(seconds=20, cap=4)) == 17, "four at a time in the same time"
+    assert fill(workload(seconds=20, batch_limit=4)) == 17, "four at a time in the same time"
 
 
 def test_a_picture_that_alone_is_more_than_the_limit_is_taken_on_when_nothing_waits() -> None:

@@ -19,10 +19,10 @@ class Numbered:
 
 def next_batch(batching: Batching[JobT]) -> list[JobT]:
     """As the engine takes it when all jobs are ready."""
-    jobs, cap = batching.next_turn()
-    for job in jobs[:cap]:
+    jobs, batch_limit = batching.next_turn()
+    for job in jobs[:batch_limit]:
         batching.note_start(job)
-    return jobs[:cap]
+    return jobs[:batch_limit]
 
 
 def test_jobs_of_one_key_share_a_step_up_to_the_cap_oldest_first() -> None:
@@ -109,9 +109,9 @@ def test_a_long_job_is_finished_however_many_short_ones_keep_coming() -> None:
     assert steps <= 100 + 50
 
 
-@pytest.mark.parametrize("cap", [1, 2, 4])
-def test_ten_pictures_of_one_owner_delay_another_ones_by_one_at_most(cap: int) -> None:
-    batching: Batching[Counting] = Batching(cap)
+@pytest.mark.parametrize("batch_limit", [1, 2, 4])
+def test_ten_pictures_of_one_owner_delay_another_ones_by_one_at_most(batch_limit: int) -> None:
+    batching: Batching[Counting] = Batching(batch_limit)
     for _ in range(10):
         batching.add(Counting(50, owner="many"))
     for _ in range(5):
@@ -152,10 +152,12 @@ def test_two_owners_with_endless_queues_get_the_same_number_of_steps_though_one_
     assert abs(taken["many"] - taken["few"]) <= 100, taken
 
 
-@pytest.mark.parametrize(("cap", "steps", "every"), [(1, 20, 20), (4, 20, 5), (10, 30, 3), (1, 4, 4)])
+@pytest.mark.parametrize(("batch_limit", "steps", "every"), [(1, 20, 20), (4, 20, 5), (10, 30, 3), (1, 4, 4)])
 @pytest.mark.parametrize("owners", [1, 5, 20, 10**6])
-def test_a_long_job_is_finished_however_many_owners_keep_coming_with_shorter_ones(cap: int, steps: int, every: int, owners: int) -> None:
-    batching: Batching[Counting] = Batching(cap)
+def test_a_long_job_is_finished_however_many_owners_keep_coming_with_shorter_ones(
+    batch_limit: int, steps: int, every: int, owners: int
+) -> None:
+    batching: Batching[Counting] = Batching(batch_limit)
     long = Counting(50, owner="long")
     batching.add(long)
     turns = 0
@@ -167,11 +169,13 @@ def test_a_long_job_is_finished_however_many_owners_keep_coming_with_shorter_one
         assert turns < 400
 
 
-@pytest.mark.parametrize(("cap", "theirs", "mine", "most"), [(1, 10, 50, 110), (1, 50, 150, 310), (4, 20, 50, 60), (1, 4, 150, 310)])
+@pytest.mark.parametrize(
+    ("batch_limit", "theirs", "mine", "most"), [(1, 10, 50, 110), (1, 50, 150, 310), (4, 20, 50, 60), (1, 4, 150, 310)]
+)
 def test_ten_shorter_pictures_of_one_owner_delay_a_longer_one_by_no_more_than_its_own_share(
-    cap: int, theirs: int, mine: int, most: int
+    batch_limit: int, theirs: int, mine: int, most: int
 ) -> None:
-    batching: Batching[Counting] = Batching(cap)
+    batching: Batching[Counting] = Batching(batch_limit)
     for _ in range(200 // theirs * 10):
         batching.add(Counting(theirs, owner="many"))
     take_a_step(batching)
@@ -265,10 +269,10 @@ def test_newcomers_of_a_busy_key_do_not_keep_another_key_from_its_turn() -> None
 
 
 def test_a_key_may_have_a_cap_of_its_own_which_running_out_of_memory_still_lowers() -> None:
-    batching: Batching[Numbered] = Batching(10, cap_for=lambda key: 4 if key == "512x512" else 50)
-    assert (batching.cap("512x512"), batching.cap("64x64")) == (4, 10)
-    batching.lower_cap("512x512", 2)
-    assert batching.cap("512x512") == 2
+    batching: Batching[Numbered] = Batching(10, batch_limit_for=lambda key: 4 if key == "512x512" else 50)
+    assert (batching.batch_limit("512x512"), batching.batch_limit("64x64")) == (4, 10)
+    batching.lower_batch_limit("512x512", 2)
+    assert batching.batch_limit("512x512") == 2
 
 
 def test_nothing_to_do_gives_an_empty_batch() -> None:
@@ -286,11 +290,11 @@ def test_a_lowered_cap_holds_for_its_key_only_and_is_never_raised() -> None:
     for number in range(4):
         batching.add(Numbered(number, "large"))
         batching.add(Numbered(number, "small"))
-    batching.lower_cap("large", 2)
-    batching.lower_cap("large", 3)
+    batching.lower_batch_limit("large", 2)
+    batching.lower_batch_limit("large", 3)
     assert [len(next_batch(batching)) for _ in range(4)] == [2, 4, 2, 4]
-    batching.lower_cap("large", 0)
-    assert batching.cap("large") == 1
+    batching.lower_batch_limit("large", 0)
+    assert batching.batch_limit("large") == 1
 
 
 def test_a_cap_below_one_is_refused() -> None:

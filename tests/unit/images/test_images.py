@@ -13,7 +13,7 @@ from PIL import Image
 
 from stable_diffusion.core.errors import InvalidRequest, ServiceError, TooLarge
 from stable_diffusion.core.types import ImageFormat
-from stable_diffusion.images.decode import read_description, read_mask, read_picture, read_transparency_as_mask
+from stable_diffusion.images.decode import read_description, read_image, read_mask, read_transparency_as_mask
 from stable_diffusion.images.encode import encode
 from stable_diffusion.images.transform import fit, keep_outside_mask, output_size, scale_mask
 
@@ -34,7 +34,7 @@ def halves(left: object, right: object, mode: str = "RGB") -> Image.Image:
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP"])
 def test_the_three_formats_are_read(image_format: str) -> None:
-    picture = read_picture(as_file(Image.new("RGB", (9, 7), RED), image_format), "img")
+    picture = read_image(as_file(Image.new("RGB", (9, 7), RED), image_format), "img")
     assert (picture.mode, picture.size) == ("RGB", (9, 7))
     assert np.abs(np.asarray(picture).astype(int) - RED).max() < 12
 
@@ -42,13 +42,13 @@ def test_the_three_formats_are_read(image_format: str) -> None:
 @pytest.mark.parametrize("image_format", ["GIF", "BMP", "TIFF", "PPM", "ICO"])
 def test_no_other_decoder_can_be_reached(image_format: str) -> None:
     with pytest.raises(InvalidRequest, match="img: not a PNG, JPEG or WebP image"):
-        read_picture(as_file(Image.new("RGB", (16, 16), RED), image_format), "img")
+        read_image(as_file(Image.new("RGB", (16, 16), RED), image_format), "img")
 
 
 def test_a_rotated_photograph_is_set_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: to be shown turned clockwise by 90 degrees
-    upright = read_picture(as_file(halves(RED, BLUE), "JPEG", exif=exif, quality=100), "img")
+    upright = read_image(as_file(halves(RED, BLUE), "JPEG", exif=exif, quality=100), "img")
     assert upright.size == (10, 20)
     assert np.abs(np.asarray(upright)[2, 5].astype(int) - RED).max() < 12
     assert np.abs(np.asarray(upright)[17, 5].astype(int) - BLUE).max() < 12
@@ -56,7 +56,7 @@ def test_a_rotated_photograph_is_set_upright() -> None:
 
 def test_what_is_transparent_becomes_white_in_a_picture_and_black_in_a_mask() -> None:
     layer = halves((220, 35, 40, 255), (0, 0, 255, 0), "RGBA")
-    picture = np.asarray(read_picture(as_file(layer), "img"))
+    picture = np.asarray(read_image(as_file(layer), "img"))
     assert tuple(picture[5, 2]) == RED
     assert tuple(picture[5, 15]) == (255, 255, 255)
     mask = np.asarray(read_mask(as_file(halves((255, 255, 255, 255), (255, 255, 255, 0), "RGBA")), "mask"))
@@ -67,7 +67,7 @@ def test_palettes_with_transparency_are_composited_too() -> None:
     picture = Image.new("P", (8, 8), 1)
     picture.putpalette([0, 0, 0, 220, 35, 40])
     picture.putpixel((0, 0), 0)
-    pixels = np.asarray(read_picture(as_file(picture, transparency=0), "img"))
+    pixels = np.asarray(read_image(as_file(picture, transparency=0), "img"))
     assert tuple(pixels[0, 0]) == (255, 255, 255)
     assert tuple(pixels[4, 4]) == RED
 
@@ -76,14 +76,14 @@ def test_palettes_with_transparency_are_composited_too() -> None:
     ("mode", "colour", "expected"), [("L", 128, 128), ("1", 1, 255), ("I;16", 128 * 257, 128), ("LA", (128, 255), 128)]
 )
 def test_grey_pictures_of_any_depth_keep_their_brightness(mode: str, colour: object, expected: int) -> None:
-    pixels = np.asarray(read_picture(as_file(Image.new(mode, (8, 8), colour)), "img"))  # type: ignore[arg-type]
+    pixels = np.asarray(read_image(as_file(Image.new(mode, (8, 8), colour)), "img"))  # type: ignore[arg-type]
     assert abs(int(pixels[4, 4, 0]) - expected) <= 1
     mask = np.asarray(read_mask(as_file(Image.new(mode, (8, 8), colour)), "mask"))  # type: ignore[arg-type]
     assert abs(int(mask[4, 4]) - expected) <= 1
 
 
 def test_cmyk_photographs_are_read() -> None:
-    picture = read_picture(as_file(Image.new("RGB", (8, 8), GREEN).convert("CMYK"), "JPEG"), "img")
+    picture = read_image(as_file(Image.new("RGB", (8, 8), GREEN).convert("CMYK"), "JPEG"), "img")
     assert np.abs(np.asarray(picture)[4, 4].astype(int) - GREEN).max() < 12
 
 
@@ -92,7 +92,7 @@ def test_a_file_that_is_cut_short_is_refused_by_name(image_format: str) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     content = as_file(noise, image_format)
     with pytest.raises(InvalidRequest, match=r"^img: "):
-        read_picture(content[: len(content) // 2], "img")
+        read_image(content[: len(content) // 2], "img")
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"GIF89a"])
@@ -109,7 +109,7 @@ def test_flipped_bytes_never_raise_anything_but_a_service_error() -> None:
             damaged = content.copy()
             damaged[random.integers(0, len(damaged), 4)] = random.integers(0, 256, 4)
             with suppress(ServiceError):
-                read_picture(damaged.tobytes(), "img")
+                read_image(damaged.tobytes(), "img")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin")  # Pillow says so; the picture is what counts
@@ -123,7 +123,7 @@ def test_damaged_exif_is_ignored_and_never_raises() -> None:
     for _ in range(400):
         damaged = content.copy()
         damaged[start + 6 + random.integers(0, length, 3)] = random.integers(0, 256, 3)
-        assert read_picture(damaged.tobytes(), "img").size in ((20, 10), (10, 20))
+        assert read_image(damaged.tobytes(), "img").size in ((20, 10), (10, 20))
 
 
 def test_a_mask_is_scaled_to_its_picture_but_must_have_its_proportions() -> None:
@@ -141,12 +141,12 @@ def test_a_bomb_is_refused_from_its_header() -> None:
     header = struct.pack(">IIBBBBB", 8000, 8000, 8, 2, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
     with pytest.raises(TooLarge, match="img: the image has 8000 x 8000 pixels, at most 16777216 in all are allowed"):
-        read_picture(bomb, "img")
+        read_image(bomb, "img")
 
 
 def test_a_file_of_too_many_bytes_is_refused_unread() -> None:
     with pytest.raises(TooLarge, match="img: the file has 20971521 bytes, at most 20971520 are allowed"):
-        read_picture(b"\x89PNG" + b"\0" * (20 * 2**20 - 3), "img")
+        read_image(b"\x89PNG" + b"\0" * (20 * 2**20 - 3), "img")
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_a_description_comes_back_and_changes_no_pixel(image_format: ImageFormat
     plain, described = encode(picture, image_format), encode(picture, image_format, description)
     assert read_description(described, "picture") == description
     assert read_description(plain, "picture") is None
-    assert read_picture(described, "img").tobytes() == read_picture(plain, "img").tobytes()
+    assert read_image(described, "img").tobytes() == read_image(plain, "img").tobytes()
 
 
 @pytest.mark.parametrize("description", DESCRIPTIONS)

@@ -13,13 +13,13 @@ from PIL import Image
 
 from stable_diffusion.core.errors import InvalidRequest
 from stable_diffusion.core.schedulers import SCHEDULERS, sampler_of
-from stable_diffusion.core.types import Picture
+from stable_diffusion.core.types import GeneratedImage
 from stable_diffusion.images import infotext
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
 from tests.tasks import make_task
 
 MODEL = check_model(DEMO_FOLDER, name="demo")
-DRAWN = Picture(Image.new("RGB", (64, 64)), None, "", "", device="cpu", dtype="float32")
+DRAWN = GeneratedImage(Image.new("RGB", (64, 64)), None, "", "", device="cpu", dtype="float32")
 A1111_PAIR = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 LOOKS_LIKE_ONE = "a\nNegative prompt: b\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 3"
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from stable_diffusion.engine.calibration import Cap
-from stable_diffusion.runner.batch_limit_cache import caps_file, keep, recall
+from stable_diffusion.engine.calibration import BatchLimit
+from stable_diffusion.runner.batch_limit_cache import batch_limits_file, keep, recall
 
 KEY: dict[str, str | int] = {"device": "Tesla T4", "dtype": "torch.float16", "width": 512}
 
@@ -22,18 +22,18 @@ def empty_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_kept_cap_comes_back_with_its_reason_and_the_log_says_from_where(caplog: pytest.LogCaptureFixture) -> None:
     assert recall(KEY) is None
-    keep(KEY, Cap(4, "3.1x the pictures"))
+    keep(KEY, BatchLimit(4, "3.1x the pictures"))
     with caplog.at_level(logging.INFO, "stable_diffusion"):
         recalled = recall(KEY)
     assert recalled is not None
     assert recalled.jobs == 4
     assert recalled.reason.startswith("3.1x the pictures; measured on 20")
-    assert str(caps_file()) in caplog.text
-    assert str(caps_file()) not in recalled.reason, "the reason is shown in /metrics"
+    assert str(batch_limits_file()) in caplog.text
+    assert str(batch_limits_file()) not in recalled.reason, "the reason is shown in /metrics"
 
 
 def test_a_cap_is_measured_again_after_a_week(monkeypatch: pytest.MonkeyPatch) -> None:
-    keep(KEY, Cap(4, "because"))
+    keep(KEY, BatchLimit(4, "because"))
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 6 * 86_400)
     assert recall(KEY) is not None
@@ -47,21 +47,21 @@ def test_a_user_without_a_home_has_a_place_too(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", no_home)
-    assert caps_file().is_absolute()
+    assert batch_limits_file().is_absolute()
 
 
 @pytest.mark.parametrize("change", [{"device": "H100"}, {"dtype": "torch.float32"}, {"width": 768}, {"torch": "3"}])
 def test_a_cap_of_other_conditions_does_not_count(change: dict[str, str | int]) -> None:
-    keep(KEY, Cap(4, "because"))
+    keep(KEY, BatchLimit(4, "because"))
     assert recall(KEY | change) is None
 
 
 def test_a_newer_cap_takes_the_place_of_the_older_one_and_leaves_the_others() -> None:
     other = KEY | {"device": "H100"}
-    keep(KEY, Cap(4, "first"))
-    keep(other, Cap(10, "other"))
-    keep(KEY, Cap(2, "second"))
-    assert [cap.jobs for cap in (recall(KEY), recall(other)) if cap] == [2, 10]
+    keep(KEY, BatchLimit(4, "first"))
+    keep(other, BatchLimit(10, "other"))
+    keep(KEY, BatchLimit(2, "second"))
+    assert [batch_limit.jobs for batch_limit in (recall(KEY), recall(other)) if batch_limit] == [2, 10]
 
 
 @pytest.mark.parametrize(
@@ -77,10 +77,10 @@ def test_a_newer_cap_takes_the_place_of_the_older_one_and_leaves_the_others() ->
     ],
 )
 def test_a_damaged_file_is_measured_over(content: str) -> None:
-    caps_file().parent.mkdir(parents=True)
-    caps_file().write_text(content)
+    batch_limits_file().parent.mkdir(parents=True)
+    batch_limits_file().write_text(content)
     assert recall({}) is None
-    keep(KEY, Cap(4, "because"))
+    keep(KEY, BatchLimit(4, "because"))
     assert recall(KEY) is not None
 
 
@@ -90,6 +90,6 @@ def test_a_folder_that_cannot_be_written_to_is_said_and_no_failure(
     (empty_cache_folder / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(empty_cache_folder / "file"))
     with caplog.at_level(logging.INFO, "stable_diffusion"):
-        keep(KEY, Cap(4, "because"))
+        keep(KEY, BatchLimit(4, "because"))
     assert "cannot be kept" in caplog.text
     assert recall(KEY) is None

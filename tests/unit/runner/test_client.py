@@ -24,7 +24,7 @@ from stable_diffusion.core.errors import (
 from stable_diffusion.core.shutdown import Unfinished
 from stable_diffusion.core.types import Task, Ticket
 from stable_diffusion.runner import client as client_module
-from stable_diffusion.runner.client import RunnerClient, begin, draw, draw_unattended, follow
+from stable_diffusion.runner.client import RunnerClient, begin, follow, generate, generate_asynchronously
 from stable_diffusion.runner.wire import pack_outcome, pack_taken_on
 from stable_diffusion.state.folder import shared_folder
 from stable_diffusion.state.jobs import JobRecord, Jobs
@@ -110,9 +110,9 @@ def test_what_is_not_finished_when_the_grace_period_is_over_is_told() -> None:
     async def stop_and_wait() -> None:
         client = client_of(draws_for_ever, grace_s=0.1)
         with client.unfinished.piece_of_work():
-            news = await begin(client, make_task(), TICKET, follow=False)
+            updates = await begin(client, make_task(), TICKET, follow=False)
             client.unfinished.stop_when_done(lambda: None)
-            async for _ in news:
+            async for _ in updates:
                 pass
 
     with pytest.raises(ShuttingDown):
@@ -135,7 +135,7 @@ def test_a_client_that_leaves_about_when_the_task_is_taken_on_has_it_cancelled(m
             finally:
                 closed.append("closed")
 
-        drawing = asyncio.ensure_future(draw(client_of(lines), make_task(), TICKET))
+        drawing = asyncio.ensure_future(generate(client_of(lines), make_task(), TICKET))
         await asyncio.sleep(0.1)
         may_be_taken_on.set()
         for _ in range(moment):
@@ -162,9 +162,9 @@ def test_a_job_has_its_end_even_if_the_store_fails_for_a_while(monkeypatch: pyte
             abandon(job_id, error)
 
         monkeypatch.setattr(client.jobs, "abandon", full_disk)
-        ticket = Ticket("c3", "somebody", unattended=True)
+        ticket = Ticket("c3", "somebody", asynchronous=True)
         client.jobs.accept(ticket, make_task(), None, "what")
-        await draw_unattended(client, make_task(), ticket)
+        await generate_asynchronously(client, make_task(), ticket)
         [record] = await end_of(client, "c3")
         assert client.followers == set()
         return record.error
@@ -178,7 +178,7 @@ def test_followers_look_less_often_where_they_are_many(monkeypatch: pytest.Monke
 
     async def follow_with(many: int) -> int:
         client = client_of(full)
-        client.jobs.accept(Ticket("d4", "somebody", unattended=True), make_task(), None, "what")
+        client.jobs.accept(Ticket("d4", "somebody", asynchronous=True), make_task(), None, "what")
         get = client.jobs.get
 
         def look(job_id: str) -> list[JobRecord]:
@@ -205,13 +205,13 @@ def test_a_server_that_checks_every_picture_shows_none_before_that() -> None:
     assert isinstance(error_of(client_of(full, policy="default-on"), task), QueueFull)
 
 
-def test_an_unattended_job_that_is_not_taken_on_is_refused_at_once_and_its_record_says_when_to_try_again() -> None:
+def test_an_asynchronous_job_that_is_not_taken_on_is_refused_at_once_and_its_record_says_when_to_try_again() -> None:
     async def ask() -> RunnerClient:
         client = client_of(full)
-        ticket = Ticket("b2", "somebody", unattended=True)
+        ticket = Ticket("b2", "somebody", asynchronous=True)
         client.jobs.accept(ticket, make_task(), None, "what")
         with pytest.raises(QueueFull):
-            await draw_unattended(client, make_task(), ticket)
+            await generate_asynchronously(client, make_task(), ticket)
         while not client.jobs.get("b2")[0].is_ended:
             await asyncio.sleep(0.01)
         return client

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from stable_diffusion.core.errors import Cancelled, GenerationFailed, ServiceError
-from stable_diffusion.core.types import Picture, Ticket
-from stable_diffusion.runner.wire import pack_outcome, pack_task, unpack_news, unpack_task
+from stable_diffusion.core.types import GeneratedImage, Ticket
+from stable_diffusion.runner.wire import pack_outcome, pack_task, unpack_task, unpack_update
 from tests.tasks import make_task
 
-TICKET = Ticket("a1", "somebody", index=2, unattended=True)
+TICKET = Ticket("a1", "somebody", index=2, asynchronous=True)
 
 
 def test_a_task_with_pictures_arrives_as_it_was_sent(input_picture: Image.Image, right_half_mask: Image.Image) -> None:
@@ -27,15 +27,15 @@ def test_a_task_with_pictures_arrives_as_it_was_sent(input_picture: Image.Image,
 
 def test_a_picture_arrives_bit_for_bit_in_one_ascii_line() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 16, 3), dtype=np.uint8))
-    line = pack_outcome(Picture(image, True, "\u732b", ""))
+    line = pack_outcome(GeneratedImage(image, True, "\u732b", ""))
     assert line.isascii()
     assert line.count("\n") == 1
-    arrived = unpack_news(line)
-    assert isinstance(arrived, Picture)
-    assert arrived == Picture(image, True, "\u732b", "")
+    arrived = unpack_update(line)
+    assert isinstance(arrived, GeneratedImage)
+    assert arrived == GeneratedImage(image, True, "\u732b", "")
 
 
 @pytest.mark.parametrize("error", [GenerationFailed("out of luck"), Cancelled("not wanted any more")], ids=["failed", "cancelled"])
 def test_an_error_arrives_as_the_error_that_it_was(error: ServiceError) -> None:
     with pytest.raises(type(error), match=error.message):
-        unpack_news(pack_outcome(error))
+        unpack_update(pack_outcome(error))

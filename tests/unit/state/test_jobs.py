@@ -21,14 +21,14 @@ from stable_diffusion.core.errors import (
     TooManyJobs,
     UnknownJob,
 )
-from stable_diffusion.core.types import Picture, Progress, Ticket
-from stable_diffusion.state.jobs import MAX_UNATTENDED, PICTURES_KEPT, PICTURES_KEPT_S, Jobs, fingerprint, new_job_id
+from stable_diffusion.core.types import GeneratedImage, Progress, Ticket
+from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS, PICTURES_KEPT, PICTURES_KEPT_S, Jobs, fingerprint, new_job_id
 from tests.tasks import make_task
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 16, 3), dtype=np.uint8))
-PICTURE = Picture(IMAGE, True, "\u732b", "")
+PICTURE = GeneratedImage(IMAGE, True, "\u732b", "")
 TICKET = Ticket("a1", "somebody")
-UNATTENDED = replace(TICKET, unattended=True)
+ASYNCHRONOUS = replace(TICKET, asynchronous=True)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def jobs(tmp_path: Path) -> Jobs:
 
 
 def completed(jobs: Jobs, job_id: str) -> None:
-    ticket = Ticket(job_id, "somebody", unattended=True)
+    ticket = Ticket(job_id, "somebody", asynchronous=True)
     jobs.begin(ticket, make_task(), 0)
     jobs.end(ticket, PICTURE)
 
@@ -68,10 +68,10 @@ def test_the_picture_is_kept_bit_for_bit_only_where_nobody_waited(jobs: Jobs) ->
 
 
 def test_what_comes_after_the_end_changes_nothing(jobs: Jobs) -> None:
-    jobs.begin(UNATTENDED, make_task(), 0)
-    jobs.end(UNATTENDED, Cancelled("the job was cancelled"))
-    jobs.end(UNATTENDED, PICTURE)
-    jobs.note({UNATTENDED: Progress(0, 1, 2, 3.0)})
+    jobs.begin(ASYNCHRONOUS, make_task(), 0)
+    jobs.end(ASYNCHRONOUS, Cancelled("the job was cancelled"))
+    jobs.end(ASYNCHRONOUS, PICTURE)
+    jobs.note({ASYNCHRONOUS: Progress(0, 1, 2, 3.0)})
     jobs.abandon("a1", GenerationFailed("gone"))
     (record,) = jobs.get("a1")
     assert record.state == "cancelled"
@@ -138,7 +138,7 @@ def test_what_a_runner_left_fails_when_it_starts_again(jobs: Jobs) -> None:
 
 
 def test_a_job_whose_worker_died_before_a_runner_got_it_fails_after_a_minute(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs.accept(UNATTENDED, make_task(), None, "")
+    jobs.accept(ASYNCHRONOUS, make_task(), None, "")
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 59)
     assert jobs.get("a1")[0].state == "queued"
@@ -150,27 +150,27 @@ def test_a_job_whose_worker_died_before_a_runner_got_it_fails_after_a_minute(job
 
 
 def test_an_owner_who_has_all_places_does_not_keep_others_out(jobs: Jobs) -> None:
-    for number in range(MAX_UNATTENDED):
-        jobs.accept(Ticket(f"{number}", "greedy", unattended=True), make_task(), None, "what")
+    for number in range(MAX_ASYNCHRONOUS_JOBS):
+        jobs.accept(Ticket(f"{number}", "greedy", asynchronous=True), make_task(), None, "what")
     with pytest.raises(TooManyJobs):
-        jobs.accept(Ticket("one more", "greedy", unattended=True), make_task(), None, "what")
-    for number in range(MAX_UNATTENDED // 2):
-        jobs.accept(Ticket(f"other {number}", "other", unattended=True), make_task(), None, "what")
+        jobs.accept(Ticket("one more", "greedy", asynchronous=True), make_task(), None, "what")
+    for number in range(MAX_ASYNCHRONOUS_JOBS // 2):
+        jobs.accept(Ticket(f"other {number}", "other", asynchronous=True), make_task(), None, "what")
     with pytest.raises(TooManyJobs):
-        jobs.accept(Ticket("other one more", "other", unattended=True), make_task(), None, "what")
+        jobs.accept(Ticket("other one more", "other", asynchronous=True), make_task(), None, "what")
 
 
 def test_jobs_whose_worker_died_do_not_keep_their_places(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(MAX_UNATTENDED):
-        jobs.accept(Ticket(f"job {number}", "somebody", unattended=True), make_task(), None, "")
+    for number in range(MAX_ASYNCHRONOUS_JOBS):
+        jobs.accept(Ticket(f"job {number}", "somebody", asynchronous=True), make_task(), None, "")
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 61)
-    assert jobs.accept(UNATTENDED, make_task(), None, "") == "a1"
+    assert jobs.accept(ASYNCHRONOUS, make_task(), None, "") == "a1"
 
 
 def test_a_job_that_was_given_up_is_stopped_where_it_is_drawn(jobs: Jobs) -> None:
-    jobs.begin(UNATTENDED, make_task(), 0)
-    jobs.note({UNATTENDED: Progress(0, 3, 50, 12.5)})
+    jobs.begin(ASYNCHRONOUS, make_task(), 0)
+    jobs.note({ASYNCHRONOUS: Progress(0, 3, 50, 12.5)})
     jobs.abandon("a1", GenerationFailed("too late"))
     assert jobs.to_cancel(0) == [("a1", 0)]
     (record,) = jobs.get("a1")
@@ -178,14 +178,14 @@ def test_a_job_that_was_given_up_is_stopped_where_it_is_drawn(jobs: Jobs) -> Non
 
 
 def test_a_job_that_was_given_up_because_it_was_cancelled_is_cancelled(jobs: Jobs) -> None:
-    jobs.begin(UNATTENDED, make_task(), 0)
+    jobs.begin(ASYNCHRONOUS, make_task(), 0)
     jobs.abandon("a1", Cancelled("the job was cancelled"))
     assert jobs.get("a1")[0].state == "cancelled"
 
 
 def test_a_key_stands_for_the_job_that_it_was_first_sent_with(jobs: Jobs) -> None:
-    assert jobs.accept(UNATTENDED, make_task(), "key", "print") == "a1"
-    again = Ticket("b2", "somebody", unattended=True)
+    assert jobs.accept(ASYNCHRONOUS, make_task(), "key", "print") == "a1"
+    again = Ticket("b2", "somebody", asynchronous=True)
     assert jobs.accept(again, make_task(), "key", "print") == "a1"
     with pytest.raises(UnknownJob):
         jobs.get("b2")
@@ -195,16 +195,16 @@ def test_a_key_stands_for_the_job_that_it_was_first_sent_with(jobs: Jobs) -> Non
 
 
 def test_a_key_whose_job_failed_may_be_tried_again(jobs: Jobs) -> None:
-    jobs.accept(UNATTENDED, make_task(), "key", "print")
+    jobs.accept(ASYNCHRONOUS, make_task(), "key", "print")
     jobs.abandon("a1", GenerationFailed("gone"))
-    assert jobs.accept(Ticket("b2", "somebody", unattended=True), make_task(), "key", "print") == "b2"
+    assert jobs.accept(Ticket("b2", "somebody", asynchronous=True), make_task(), "key", "print") == "b2"
 
 
 def test_one_of_many_that_come_at_once_with_a_key_gets_the_job(jobs: Jobs) -> None:
     accepted: list[str] = []
 
     def accept() -> None:
-        accepted.append(jobs.accept(Ticket(new_job_id(), "somebody", unattended=True), make_task(), "key", "print"))
+        accepted.append(jobs.accept(Ticket(new_job_id(), "somebody", asynchronous=True), make_task(), "key", "print"))
 
     threads = [threading.Thread(target=accept) for _ in range(16)]
     for thread in threads:
@@ -215,15 +215,15 @@ def test_one_of_many_that_come_at_once_with_a_key_gets_the_job(jobs: Jobs) -> No
     assert len(set(accepted)) == 1
 
 
-def test_more_unattended_jobs_than_may_wait_are_refused(jobs: Jobs) -> None:
-    for number in range(MAX_UNATTENDED):
-        jobs.accept(Ticket(f"job {number}", "somebody", unattended=True), make_task(), None, "")
+def test_more_asynchronous_jobs_than_may_wait_are_refused(jobs: Jobs) -> None:
+    for number in range(MAX_ASYNCHRONOUS_JOBS):
+        jobs.accept(Ticket(f"job {number}", "somebody", asynchronous=True), make_task(), None, "")
     with pytest.raises(TooManyJobs) as refusal:
-        jobs.accept(UNATTENDED, make_task(), None, "")
+        jobs.accept(ASYNCHRONOUS, make_task(), None, "")
     assert refusal.value.retry_after_s == 1
     jobs.begin(TICKET, make_task(), 0)
-    jobs.end(Ticket("job 0", "somebody", unattended=True), PICTURE)
-    assert jobs.accept(replace(UNATTENDED, job_id="c3"), make_task(), None, "") == "c3"
+    jobs.end(Ticket("job 0", "somebody", asynchronous=True), PICTURE)
+    assert jobs.accept(replace(ASYNCHRONOUS, job_id="c3"), make_task(), None, "") == "c3"
 
 
 def test_the_fingerprint_follows_the_request_and_not_the_random_seed(input_picture: Image.Image) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stable_diffusion.state.runner_status import Placement, RunnerState, StepCap, living_runners
+from stable_diffusion.state.runner_status import Placement, RunnerState, StepBatchLimit, living_runners
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def test_several_runners_are_read_in_their_order(folder: Path) -> None:
     placement = Placement("a GPU", "float16", {"torch": "2"})
     second = RunnerState(2, "fp16", "demo", placement=placement)
     second.enter("ready")
-    second.set_cap(StepCap(64, 64, 8, "8x"))
+    second.set_batch_limit(StepBatchLimit(64, 64, 8, "8x"))
     first = RunnerState(1, "fp16", "demo")
     first.enter("loading weights")
     assert living_runners() == [first, second]
@@ -31,13 +31,13 @@ def test_several_runners_are_read_in_their_order(folder: Path) -> None:
 
 def test_a_cap_takes_the_place_of_the_one_before_and_only_the_last_ones_are_kept() -> None:
     state = RunnerState(1, "fp32", "demo")
-    state.set_cap(StepCap(64, 64, 8, "8x"))
-    state.set_cap(StepCap(64, 64, 2, "8 pictures did not fit into memory"))
-    assert state.caps == [StepCap(64, 64, 2, "8 pictures did not fit into memory")]
+    state.set_batch_limit(StepBatchLimit(64, 64, 8, "8x"))
+    state.set_batch_limit(StepBatchLimit(64, 64, 2, "8 pictures did not fit into memory"))
+    assert state.batch_limits == [StepBatchLimit(64, 64, 2, "8 pictures did not fit into memory")]
     for width in range(72, 72 + 8 * 40, 8):
-        state.set_cap(StepCap(width, 64, 1, "2 pictures did not fit into memory"))
-    assert len(state.caps) == 16
-    assert (state.caps[0].width, state.caps[-1].width) == (64, 72 + 8 * 39)
+        state.set_batch_limit(StepBatchLimit(width, 64, 1, "2 pictures did not fit into memory"))
+    assert len(state.batch_limits) == 16
+    assert (state.batch_limits[0].width, state.batch_limits[-1].width) == (64, 72 + 8 * 39)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"index": 1}', "null"])

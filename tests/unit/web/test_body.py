@@ -18,7 +18,7 @@ from stable_diffusion.api.a1111 import responses as a1111_responses
 from stable_diffusion.api.openai import routes as openai_routes
 from stable_diffusion.core.errors import RequestTimeout, ServiceError
 from stable_diffusion.web import body
-from stable_diffusion.web.responses import answering_errors, error_answer
+from stable_diffusion.web.responses import error_response, with_error_responses
 
 FORM = {"content-type": "multipart/form-data; boundary=x"}
 FILE = b'--x\r\nContent-Disposition: form-data; name="img"; filename="a.png"\r\n\r\n'
@@ -84,13 +84,13 @@ def test_each_door_answers_a_slow_body_with_408_in_its_form_and_closes() -> None
         return Response(await body.json_content(slow, 2**20))
 
     doors: dict[bytes, Callable[[ServiceError], Response]] = {
-        b'"type":"request_timeout"': error_answer,
-        b'"code":"request_timeout"': openai_routes.error_answer,
+        b'"type":"request_timeout"': error_response,
+        b'"code":"request_timeout"': openai_routes.error_response,
         b'"error": "RequestTimeout"': a1111_responses.error_response,
     }
 
     async def answer_of_door(form: Callable[[ServiceError], Response]) -> Response:
-        return await answering_errors(endpoint, form)(request(stalling(b"{")))
+        return await with_error_responses(endpoint, form)(request(stalling(b"{")))
 
     for told, form in doors.items():
         answer = asyncio.run(answer_of_door(form))

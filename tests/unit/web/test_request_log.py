@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stable_diffusion.core import journal
 from stable_diffusion.core.errors import Cancelled, GenerationFailed, ServiceError, TooManyJobs
-from stable_diffusion.core.types import Picture, RequestContext, Task
+from stable_diffusion.core.types import GeneratedImage, RequestContext, Task
 from stable_diffusion.web.request_log import RequestLog
 
 TASK = Task(
@@ -42,8 +42,8 @@ def _own_handlers() -> Iterator[None]:
     logger.handlers, logger.propagate = before
 
 
-def picture(flagged: bool | None = False, waited_s: float = 0.25) -> Picture:
-    return Picture(Image.new("RGB", (8, 8)), flagged, "", "", waited_s=waited_s)
+def picture(flagged: bool | None = False, waited_s: float = 0.25) -> GeneratedImage:
+    return GeneratedImage(Image.new("RGB", (8, 8)), flagged, "", "", waited_s=waited_s)
 
 
 def lines(capsys: pytest.CaptureFixture[str], app: ASGIApp, job_in_path: str | None = None, **scope: Any) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def lines(capsys: pytest.CaptureFixture[str], app: ASGIApp, job_in_path: str | N
     return [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
 
 
-def answering(status: int, *outcomes: Picture | ServiceError) -> ASGIApp:
+def answering(status: int, *outcomes: GeneratedImage | ServiceError) -> ASGIApp:
     """Draws a task for each outcome, the last one first, and answers when all are there."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from stable_diffusion.core.requests import MAX_PROMPT_CHARACTERS
-from stable_diffusion.core.types import ImageFormat, Picture
+from stable_diffusion.core.types import GeneratedImage, ImageFormat
 from stable_diffusion.images import infotext
 from stable_diffusion.images.decode import read_description
 from stable_diffusion.images.encode import MEDIA_TYPES
@@ -24,7 +24,7 @@ MODEL = check_model(DEMO_FOLDER)
 def test_the_file_says_how_it_was_drawn_unless_it_is_blank_or_that_is_not_wanted(
     flagged: bool | None, metadata: bool, is_told: bool
 ) -> None:
-    task, picture = make_task(metadata=metadata), Picture(Image.new("RGB", (64, 64)), flagged, "", "")
+    task, picture = make_task(metadata=metadata), GeneratedImage(Image.new("RGB", (64, 64)), flagged, "", "")
     text = read_description(image_file(task, picture, MODEL, "png"), "picture")
     assert text == (infotext.write(task, picture, MODEL) if is_told else None)
 
@@ -34,7 +34,7 @@ def test_the_file_says_how_it_was_drawn_unless_it_is_blank_or_that_is_not_wanted
 def test_the_longest_prompts_fit_into_every_format(image_format: ImageFormat, character: str) -> None:
     """An EXIF block in a JPEG has at most 64 KB. A ligature, of which the cleaned prompt has three characters, is the worst."""
     prompt = character * MAX_PROMPT_CHARACTERS + "\n"
-    task, picture = make_task(prompt=prompt, negative_prompt=prompt), Picture(Image.new("RGB", (64, 64)), None, "", "")
+    task, picture = make_task(prompt=prompt, negative_prompt=prompt), GeneratedImage(Image.new("RGB", (64, 64)), None, "", "")
     text = read_description(image_file(task, picture, MODEL, image_format), "picture")
     assert text is not None
     read = infotext.read(text)

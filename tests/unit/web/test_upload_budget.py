@@ -25,7 +25,7 @@ from stable_diffusion.api.context import Context
 from stable_diffusion.api.openai import routes as openai_routes
 from stable_diffusion.core.errors import GenerationFailed, QueueFull
 from stable_diffusion.core.shutdown import Unfinished
-from stable_diffusion.core.types import Picture, RequestContext
+from stable_diffusion.core.types import GeneratedImage, RequestContext
 from stable_diffusion.images import infotext
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
 from stable_diffusion.runner.client import RunnerClient
@@ -52,7 +52,7 @@ def make_context() -> Context:
 def noise() -> bytes:
     """A PNG of 3 MiB that says how it was drawn."""
     pixels = random.Random(1).randbytes(1024 * 1024 * 3)
-    drawn = Picture(Image.new("RGB", (64, 64)), None, "", "", device="cpu", dtype="float32")
+    drawn = GeneratedImage(Image.new("RGB", (64, 64)), None, "", "", device="cpu", dtype="float32")
     info = PngInfo()
     info.add_text("parameters", infotext.write(make_task(), drawn, MODEL))
     file = io.BytesIO()
@@ -120,7 +120,7 @@ def test_nothing_keeps_an_upload_while_its_picture_is_drawn(path: str, monkeypat
         assert door.context.uploads.held_bytes == 0
         raise GenerationFailed("that was all")
 
-    for module, name in ((deliver, "draw"), (openai_routes, "draw_all"), (a1111_routes, "draw_all")):
+    for module, name in ((deliver, "generate"), (openai_routes, "generate_all"), (a1111_routes, "generate_all")):
         monkeypatch.setattr(module, name, draw)
     request = httpx.Request("POST", f"http://x{path}", **DOORS[path])
     body = request.read()
@@ -172,7 +172,7 @@ def test_a_request_without_pictures_is_read_whatever_others_upload(monkeypatch: 
     async def draw(*_: object) -> NoReturn:
         raise GenerationFailed("that was all")
 
-    monkeypatch.setattr(deliver, "draw", draw)
+    monkeypatch.setattr(deliver, "generate", draw)
 
     async def beside_others() -> int:
         door = Door()

@@ -11,9 +11,9 @@ from PIL import Image
 
 from stable_diffusion.api.a1111.images import UnreadablePicture
 from stable_diffusion.api.a1111.parameters import TextToImageBody
-from stable_diffusion.api.a1111.responses import error_response, pictures_answer, progress_answer, refusal
+from stable_diffusion.api.a1111.responses import error_response, images_response, progress_response, refusal
 from stable_diffusion.core.errors import GenerationFailed, InvalidRequest, NotFound, ServiceError, TooLarge
-from stable_diffusion.core.types import Picture, Progress, Task
+from stable_diffusion.core.types import GeneratedImage, Progress, Task
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
 from stable_diffusion.state.jobs import JobRecord
 from tests.tasks import make_task
@@ -26,7 +26,7 @@ def record(step: int, steps: int = 10) -> JobRecord:
         id="a",
         index=0,
         task=make_task(),
-        unattended=False,
+        asynchronous=False,
         state="running",
         progress=Progress(0, step, steps, 1.5),
         is_estimated=True,
@@ -40,7 +40,7 @@ def record(step: int, steps: int = 10) -> JobRecord:
 
 
 def test_idle_is_exactly_what_clients_wait_for() -> None:
-    answer = progress_answer([])
+    answer = progress_response([])
     assert json.dumps(answer["progress"]) == "0.0"
     assert answer == {
         "progress": 0.0,
@@ -61,13 +61,13 @@ def test_idle_is_exactly_what_clients_wait_for() -> None:
 
 
 def test_progress_is_over_all_pictures_and_never_that_of_an_idle_server() -> None:
-    answer = progress_answer([record(5), record(2)])
+    answer = progress_response([record(5), record(2)])
     assert answer["progress"] == pytest.approx(0.35)
     assert answer["eta_relative"] == 1.5
     state = answer["state"]
     assert (state["job_count"], state["sampling_step"], state["sampling_steps"]) == (2, 5, 10)
-    assert 0 < progress_answer([record(0)])["progress"] < 0.1
-    assert progress_answer([record(10)])["progress"] < 1
+    assert 0 < progress_response([record(0)])["progress"] < 0.1
+    assert progress_response([record(10)])["progress"] < 1
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def test_of_a_flagged_picture_nothing_is_told() -> None:
 
 
 def answered(fields: dict[str, object], task: Task, flagged: bool | None = None) -> dict[str, Any]:
-    picture = Picture(Image.new("RGB", (64, 64)), flagged, "", "")
-    info: dict[str, Any] = json.loads(pictures_answer(TextToImageBody.model_validate(fields), [task], [picture], MODEL)["info"])
+    picture = GeneratedImage(Image.new("RGB", (64, 64)), flagged, "", "")
+    info: dict[str, Any] = json.loads(images_response(TextToImageBody.model_validate(fields), [task], [picture], MODEL)["info"])
     return info
 
 

@@ -22,7 +22,7 @@ from stable_diffusion.api.openai import routes as openai_routes
 from stable_diffusion.api.openai.routes import make_routes
 from stable_diffusion.core.errors import GenerationFailed, QueueFull
 from stable_diffusion.core.shutdown import Unfinished
-from stable_diffusion.core.types import Picture, Progress, RequestContext
+from stable_diffusion.core.types import GeneratedImage, Progress, RequestContext
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
 from stable_diffusion.runner.client import RunnerClient
 from stable_diffusion.runner.wire import pack_outcome, pack_progress, pack_taken_on
@@ -55,7 +55,7 @@ async def full(_: dict[str, Any]) -> AsyncGenerator[str, None]:
 async def drawn(_: dict[str, Any]) -> AsyncGenerator[str, None]:
     yield pack_taken_on()
     yield pack_progress(Progress(step=1, steps=2, position=0, seconds_left=1.0, preview=Image.new("RGB", (8, 8))))
-    yield pack_outcome(Picture(Image.new("RGB", (64, 64)), None, "", "", device="cpu", dtype="float32"))
+    yield pack_outcome(GeneratedImage(Image.new("RGB", (64, 64)), None, "", "", device="cpu", dtype="float32"))
 
 
 def client_of(draws: Draws, requests: list[str]) -> openai.OpenAI:

@@ -13,13 +13,13 @@ from stable_diffusion.core.errors import InvalidRequest
 from stable_diffusion.core.requests import parse_image_to_image, parse_text_to_image
 from stable_diffusion.core.safety import SafetyPolicy
 from stable_diffusion.core.schedulers import SCHEDULERS
-from stable_diffusion.core.types import Picture
+from stable_diffusion.core.types import GeneratedImage
 from stable_diffusion.images import infotext
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
 from tests.tasks import make_task
 
 MODEL = check_model(DEMO_FOLDER, name="demo")
-DRAWN = Picture(Image.new("RGB", (64, 64)), None, "", "", device="cpu", dtype="float32")
+DRAWN = GeneratedImage(Image.new("RGB", (64, 64)), None, "", "", device="cpu", dtype="float32")
 A1111 = "a castle\nSteps: 25, Sampler: {}, CFG scale: 7, Seed: 5, Size: 512x768, Model hash: 6ce0161689, Model: v1-5{}, Version: v1.10.1"
 
 
