@@ -10,6 +10,8 @@ import httpx
 from tests.http.asking import PROMPT
 from tests.http.servers import Server
 
+NO_WAITING = {"Prefer": "respond-async"}
+
 
 def start(server: Server, key: str | None = None, **fields: object) -> httpx.Response:
     headers = NO_WAITING | ({} if key is None else {"Idempotency-Key": key})

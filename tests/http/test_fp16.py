@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from tests.http.asking import draw, picture_of, redraw
+from tests.http.asking import as_file, draw, picture_of, redraw
 from tests.http.servers import Server
 
 
