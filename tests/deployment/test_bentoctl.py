@@ -33,7 +33,7 @@ case "$1 $2" in
   "buildx --help") echo "--builder string" ;;
   "buildx version") echo "github.com/docker/buildx v0.13.1 abc" ;;
   "buildx build")
-    cd "${@: -1}" && find env/docker/Dockerfile src/service.py src/stable_diffusion/api.py >"$(dirname "$0")/context" ;;
+    cd "${@: -1}" && find env/docker/Dockerfile src/service.py src/stable_diffusion/server/service.py >"$(dirname "$0")/context" ;;
 esac
 """
 
@@ -254,7 +254,7 @@ def test_a_dry_run_builds_the_whole_bento_from_a_folder_that_is_still_there(work
     assert (docker / "context").read_text().splitlines() == [
         "env/docker/Dockerfile",
         "src/service.py",
-        "src/stable_diffusion/api.py",
+        "src/stable_diffusion/server/service.py",
     ]
 
 

@@ -1,0 +1,106 @@
+# What the machine may do.
+
+data "aws_iam_policy_document" "assume" {
+  statement {
+    actions = ["sts:AssumeRole"]
+
+    principals {
+      type        = "Service"
+      identifiers = ["ec2.amazonaws.com"]
+    }
+  }
+}
+
+data "aws_iam_policy_document" "machine" {
+  # checkov:skip=CKV_AWS_111:Sessions, logging in and metrics know no resources, see below.
+  # checkov:skip=CKV_AWS_356:Sessions, logging in and metrics know no resources, see below.
+  # GetAuthorizationToken, PutMetricData and sessions know no resources; a condition holds the metrics to one namespace.
+  statement {
+    sid       = "LogInToRegistry"
+    actions   = ["ecr:GetAuthorizationToken"]
+    resources = ["*"]
+  }
+
+  statement {
+    sid       = "PullImage"
+    actions   = ["ecr:BatchCheckLayerAvailability", "ecr:BatchGetImage", "ecr:GetDownloadUrlForLayer"]
+    resources = ["arn:${local.partition}:ecr:${var.region}:${local.account}:repository/${local.image_repository}"]
+  }
+
+  statement {
+    sid       = "WriteLogs"
+    actions   = ["logs:CreateLogStream", "logs:PutLogEvents"]
+    resources = ["${aws_cloudwatch_log_group.machine.arn}:*"]
+  }
+
+  # Sessions through SSM take the place of SSH: no key, no open port. AWS's own policy for it would let the machine read every parameter
+  # of the account as well.
+  statement {
+    sid = "OpenSessions"
+    actions = [
+      "ssm:UpdateInstanceInformation",
+      "ssmmessages:CreateControlChannel", "ssmmessages:CreateDataChannel",
+      "ssmmessages:OpenControlChannel", "ssmmessages:OpenDataChannel",
+    ]
+    resources = ["*"]
+  }
+
+  dynamic "statement" {
+    for_each = local.single ? [] : [local.metric_namespace]
+    content {
+      sid       = "ReportLoad"
+      actions   = ["cloudwatch:PutMetricData"]
+      resources = ["*"]
+
+      condition {
+        test     = "StringEquals"
+        variable = "cloudwatch:namespace"
+        values   = [statement.value]
+      }
+    }
+  }
+
+  dynamic "statement" {
+    for_each = local.single ? [] : [var.deployment_name]
+    content {
+      sid       = "JoinTheGroup"
+      actions   = ["autoscaling:CompleteLifecycleAction"]
+      resources = ["arn:${local.partition}:autoscaling:${var.region}:${local.account}:autoScalingGroup:*:autoScalingGroupName/${statement.value}"]
+    }
+  }
+
+  dynamic "statement" {
+    for_each = local.uses_secrets_manager ? [var.api_key_arn] : []
+    content {
+      sid       = "ReadApiKey"
+      actions   = ["secretsmanager:GetSecretValue"]
+      resources = [statement.value]
+    }
+  }
+
+  dynamic "statement" {
+    for_each = local.uses_ssm_parameter ? [var.api_key_arn] : []
+    content {
+      sid       = "ReadApiKey"
+      actions   = ["ssm:GetParameter"]
+      resources = [statement.value]
+    }
+  }
+}
+
+resource "aws_iam_role" "machine" {
+  name               = local.global_name
+  description        = "Machines of the deployment ${var.deployment_name}"
+  assume_role_policy = data.aws_iam_policy_document.assume.json
+}
+
+resource "aws_iam_role_policy" "machine" {
+  name   = "machine"
+  role   = aws_iam_role.machine.id
+  policy = data.aws_iam_policy_document.machine.json
+}
+
+resource "aws_iam_instance_profile" "machine" {
+  name = local.global_name
+  role = aws_iam_role.machine.name
+}
