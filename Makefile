@@ -29,6 +29,7 @@ TOOLS_INSTALLED := .venv/tools/installed
 # The schema of the AWS provider that bentoctl/aws-ec2 is written for (6.25), as text: tests hold our Terraform against it.
 AWS_PROVIDER_SCHEMA := cdktf-cdktf-provider-aws==21.22.1
 WEIGHTS := $(if $(filter fp16,$(PRECISION)),fp16/models/v1_4_fp16,fp32/models/v1_4)
+PARALLEL := --numprocesses 2 --dist loadfile
 CODE := stable_diffusion fp32/service.py fp16/service.py tests benchmarks bentoctl/aws-ec2
 
 # The checks run while the tools of the tests are installed.
@@ -65,10 +66,12 @@ serve: precision $(INSTALLED)
 	@cd $(PRECISION) && BENTOML_CONFIG=configuration.yaml exec $(BIN)/bentoml serve service:svc --production --host $(HOST) --port $(PORT)
 
 quick: check
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit
 
+# First what waits more than it computes, two files at a time; then what computes, file by file.
 test: check $(TOOLS_INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit tests/deployment
+	$(BIN)/python -m pytest --ignore tests/unit --ignore tests/deployment
 
 test-%: $(TOOLS_INSTALLED)
 	$(BIN)/python -m pytest tests/$*
