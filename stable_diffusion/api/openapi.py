@@ -1,6 +1,6 @@
-"""What the OpenAPI document says of everything that generates: load, deadlines, headers, errors, responses.
+"""The shared parts of the OpenAPI document for operations that generate: load, deadlines, headers, errors, responses.
 
-Knows nothing of how requests are answered.
+The `openapi` modules of the API packages use them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ LOAD_ERRORS = {
     "504": f"The time that {TIMEOUT_HEADER} allows cannot be enough, or was not (`deadline_exceeded`).",
 }
 
-
-# Of the plain endpoints.
+# Of the native API and /reproduce.
 REQUEST_HEADERS: list[dict[str, Any]] = [
     {
         "name": "Prefer",
@@ -61,7 +60,6 @@ ERRORS: dict[str, dict[str, Any]] = {
     },
     "499": {"description": "The job was cancelled.", "content": _ERROR},
 }
-
 
 _ANSWER_HEADERS = {
     "prompt": "The prompt as it was used. Text in headers is percent-encoded UTF-8, cut after 1024 characters.",
@@ -128,7 +126,7 @@ def generates(name: str, summary: str, content: dict[str, Any]) -> dict[str, Any
     }
     answers |= {"202": ACCEPTED, **ERRORS}
     for status, text in _ERRORS.items():
-        answers[status] = {"description": text, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+        answers[status] = {"description": text, "content": _ERROR}
     return {
         "post": {
             "operationId": name,

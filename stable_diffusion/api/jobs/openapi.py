@@ -1,4 +1,4 @@
-"""Jobs in the OpenAPI document. Knows nothing of how requests are answered."""
+"""/jobs in the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from stable_diffusion.images.encode import MEDIA_TYPES
 from stable_diffusion.web.sse import MEDIA_TYPE
 
 TAG = {"name": "jobs", "description": "Follow, fetch, cancel"}
-
 
 _UNKNOWN = {
     "404": {"description": "No such job, or its picture was sent in the answer and is not kept.", "content": _ERROR},
