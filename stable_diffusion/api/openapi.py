@@ -44,21 +44,21 @@ REQUEST_HEADERS: list[dict[str, Any]] = [
         "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
     },
 ]
-_ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-_JOB = {"application/json": {"schema": {"$ref": "#/components/schemas/Job"}}}
+ERROR_CONTENT = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+JOB_CONTENT = {"application/json": {"schema": {"$ref": "#/components/schemas/Job"}}}
 ACCEPTED = {
     "description": f"The job is being drawn. Its picture is kept for {PICTURES_KEPT_S // 60} minutes, the last {PICTURES_KEPT} are.",
     "headers": {"Location": {"description": "The job's address.", "schema": {"type": "string"}}},
-    "content": _JOB,
+    "content": JOB_CONTENT,
 }
 ERRORS: dict[str, dict[str, Any]] = {
-    "422": {"description": "The Idempotency-Key was used for another request.", "content": _ERROR},
+    "422": {"description": "The Idempotency-Key was used for another request.", "content": ERROR_CONTENT},
     "429": {
         "description": f"{LOAD_ERRORS['429']} Or {MAX_ASYNCHRONOUS_JOBS} jobs that nobody waits for are not finished (`too_many_jobs`).",
         "headers": {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
-        "content": _ERROR,
+        "content": ERROR_CONTENT,
     },
-    "499": {"description": "The job was cancelled.", "content": _ERROR},
+    "499": {"description": "The job was cancelled.", "content": ERROR_CONTENT},
 }
 
 _ANSWER_HEADERS = {
@@ -126,7 +126,7 @@ def generates(name: str, summary: str, content: dict[str, Any]) -> dict[str, Any
     }
     answers |= {"202": ACCEPTED, **ERRORS}
     for status, text in _ERRORS.items():
-        answers[status] = {"description": text, "content": _ERROR}
+        answers[status] = {"description": text, "content": ERROR_CONTENT}
     return {
         "post": {
             "operationId": name,

@@ -1,7 +1,7 @@
-"""Admission control: how much work the engine has accepted, in seconds of its device, whether it accepts more, and whether a deadline
-can be met.
+"""Admission control: how much work the engine has accepted, whether it accepts more, and whether a deadline can be met.
 
-Estimates come from measured steps. Pure Python: no torch, no clock. The submitting threads and the engine's thread use it.
+Estimates, in seconds of the device, come from measured steps. Pure Python: no torch, no clock. The submitting threads and the engine's
+thread use it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Workload:
     def __init__(self, limits: QueueLimits, batch_limit: Callable[[Size], int]) -> None:
         """`batch_limit`: how many jobs of a size may share a step."""
         self._limits = limits
-        self._cap = batch_limit
+        self._batch_limit = batch_limit
         self._jobs: set[Job] = set()
         self._times = StepTimes()
         self._lock = threading.Lock()
@@ -116,7 +116,7 @@ class Workload:
 
     def _share_of_a_step(self, size: Size) -> float:
         """Seconds of the device for one job's step, if as many jobs share the step as the batch limit allows."""
-        batch_limit = self._cap(size)
+        batch_limit = self._batch_limit(size)
         return self._times.seconds(size, batch_limit) / batch_limit
 
     def _require_room(self, job: Job, seconds: defaultdict[str, float]) -> None:

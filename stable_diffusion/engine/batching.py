@@ -1,9 +1,7 @@
 """Decides which jobs share the next step. Pure Python: no torch, no clock, no threads of its own.
 
-Between batch keys, the key whose jobs have waited longest for a step is next. Within a key with more jobs than may share a step, an
-owner's jobs with few remaining steps go first, within bounds: no job is overtaken by one that came much later. Owners get equal shares
-by start-time fair queueing (Goyal, Vin and Cheng 1996): a job's tag says after how much work its owner's share of the device reaches
-it. So ten images of one owner delay another owner's image by one, not by ten.
+The batch key whose jobs have waited longest is next. Within a key an owner's short jobs go first, within bounds, and owners get equal
+shares of the device: ten images of one owner delay another owner's image by one, not by ten.
 """
 
 from __future__ import annotations
@@ -51,15 +49,20 @@ class _Arrival:
 
 
 class Batching(Generic[JobT]):
-    """The jobs that still need steps. The number of turns given serves as the clock."""
+    """The jobs that still need steps. The number of turns given serves as the clock.
+
+    If a key has more jobs than may share a step, an owner's jobs with few remaining steps go first, but no job is overtaken by one that
+    came much later. Owners share by start-time fair queueing (Goyal, Vin and Cheng 1996): a job's tag says after how much work its
+    owner's share of the device reaches it.
+    """
 
     def __init__(self, max_batch_size: int, batch_limit_for: Callable[[Any], int] | None = None) -> None:
         """`max_batch_size`: how many jobs may share a step, at least 1. `batch_limit_for`: how many of one key, if fewer."""
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, not {max_batch_size}")
         self._max_batch_size = max_batch_size
-        self._cap_for = batch_limit_for
-        self._lowered_caps: dict[Hashable, int] = {}
+        self._batch_limit_for = batch_limit_for
+        self._lowered_limits: dict[Hashable, int] = {}
         self._queues: dict[Hashable, dict[JobT, _Arrival]] = {}
         self._turns_given = 0
         self._last_turns: dict[Hashable, int] = {}  # of each present key
@@ -169,9 +172,9 @@ class Batching(Generic[JobT]):
 
     def batch_limit(self, key: Hashable) -> int:
         """How many jobs of `key` may share a step."""
-        batch_limit = self._lowered_caps.get(key, self._max_batch_size)
-        return batch_limit if self._cap_for is None else max(1, min(batch_limit, self._cap_for(key)))
+        batch_limit = self._lowered_limits.get(key, self._max_batch_size)
+        return batch_limit if self._batch_limit_for is None else max(1, min(batch_limit, self._batch_limit_for(key)))
 
     def lower_batch_limit(self, key: Hashable, batch_limit: int) -> None:
         """From now on at most `batch_limit` jobs of `key` share a step. Never raises a batch limit."""
-        self._lowered_caps[key] = max(1, min(batch_limit, self.batch_limit(key)))
+        self._lowered_limits[key] = max(1, min(batch_limit, self.batch_limit(key)))

@@ -1,7 +1,7 @@
 """The tensor arithmetic: a task to latents, one UNet call for many jobs, latents to an image.
 
-All operations and random draws happen in the order of diffusers' own pipelines, so that a job alone gives their images bit for bit. Queues,
-threads and owners are the business of `engine.py` and `batching.py`.
+All operations and random draws happen in the order of diffusers' own pipelines, so that a job alone gives their images bit for bit.
+`engine.py` and `batching.py` handle queues, threads and owners.
 """
 
 from __future__ import annotations

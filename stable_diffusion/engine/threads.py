@@ -1,8 +1,7 @@
 """How many threads compute on a CPU: fewer while other programs also use the processor, all when it is free again.
 
-OpenMP threads wait for each other by spinning. If another program holds a core, a step that alone takes 30 ms takes seconds: each of its
-thousand barriers waits until the scheduler runs the late thread, and the spinning threads hold the core that it needs. Pure arithmetic:
-no torch, no clock.
+OpenMP threads wait for each other by spinning. If another program holds a core, each of a step's thousand barriers waits for the late
+thread, whose core the spinning threads hold: a step that alone takes 30 ms then takes seconds. Pure arithmetic: no torch, no clock.
 """
 
 from __future__ import annotations

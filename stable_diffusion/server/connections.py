@@ -1,11 +1,7 @@
-"""Time limits for the connections of clients to an API worker.
+"""Time limits for the connections of clients to an API worker, which neither uvicorn nor BentoML sets.
 
-uvicorn waits for ever for a client that sends nothing or half a head, and for one that does not read its response: it keeps the response,
-the connection and what is queued behind it, and does not stop before all connections are closed. BentoML sets no limit either. Here a
-connection without a request in progress is closed after a while, and so is one whose response is not read. A connection that waits for
-its next request after a complete response is left to uvicorn's keep-alive timer: load balancers pool such connections, and a server that
-closes one before they do loses a request.
-WebSockets, which no API here uses, are refused: uvicorn never forgets one whose first request is malformed, and does not stop.
+A connection without a request in progress is closed after a while, and so is one whose response is not read. WebSockets, which no API
+here uses, are refused: uvicorn never forgets one whose first request is malformed, and does not stop.
 """
 
 from __future__ import annotations
@@ -64,7 +60,13 @@ class _Idle:
 
 
 class Connections:
-    """The outermost middleware of an API worker."""
+    """The outermost middleware of an API worker.
+
+    uvicorn waits for ever for a client that sends nothing or half a head, and for one that does not read its response: it keeps the
+    response, the connection and what is queued behind it, and does not stop before all connections are closed. A connection that waits
+    for its next request after a complete response is left to uvicorn's keep-alive timer: load balancers pool such connections, and a
+    server that closes one before they do loses a request.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,6 +1,6 @@
 """`create_service`: puts the APIs behind the front door and the other middleware, for both precisions.
 
-It runs in API workers and in the process that starts them, neither of which imports torch; the model process generates.
+All processes of the server call it, so it imports no torch; only the model process generates.
 """
 
 from __future__ import annotations
