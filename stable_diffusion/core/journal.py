@@ -1,4 +1,4 @@
-"""The request log: one line of JSON for each request that changes something or has no key, and for each asynchronous job.
+"""The request log: a line of JSON for each POST and DELETE, each request without a valid API key, and each asynchronous job.
 
 A line is written at the end. It says who asked for how much, how long it took and how it ended. It contains no header, no body, no image
 and no secret, and prompts only if the operator asks for them. Code that generates adds its facts to the line of the current context.

@@ -96,7 +96,7 @@ class FrontDoor:
         await self._app(inner, receive, _naming_job(context, send) if method == "POST" else send)
 
     def _is_preflight(self, method: str, headers: Headers) -> bool:
-        """Whether this is a CORS preflight request. It carries no key; the CORS middleware answers it without an endpoint."""
+        """Whether this is a preflight request that the CORS middleware answers. It carries no key and reaches no endpoint."""
         asked = method == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
         return asked and self._cors is not None
 

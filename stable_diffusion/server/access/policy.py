@@ -19,7 +19,7 @@ logger = logging.getLogger("stable_diffusion")
 
 @dataclass(frozen=True)
 class Access:
-    """The policy. Without `keys` every request is allowed. `open` names what needs no key: docs, metrics. No limit: None."""
+    """Without `keys` every request is allowed. `open` names what needs no key: docs, metrics. Without a limit the rate is not limited."""
 
     keys: tuple[Key, ...] = ()
     open: frozenset[str] = frozenset()
