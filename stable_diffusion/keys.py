@@ -1,4 +1,4 @@
-"""`python -m stable_diffusion.keys NAME` makes an API key: a short name for the command, which `server/access/keys.py` is."""
+"""`python -m stable_diffusion.keys NAME` makes an API key. The command itself is in `server/access/keys.py`."""
 
 from __future__ import annotations
 

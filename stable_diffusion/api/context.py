@@ -1,6 +1,6 @@
-"""What every dialect needs: the model processes, which model they have, and the bounds of what is uploaded.
+"""What every API needs: the connection to the model processes, the loaded model, and the limits on uploads.
 
-Knows nothing of HTTP.
+Created once per API worker and passed to every `make_routes`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stable_diffusion.web.upload_budget import Uploads
 
 @dataclass(frozen=True)
 class Context:
-    """`model` says which model the runner has loaded, or raises ModelFolderError."""
+    """`model` returns the model that the runner has loaded, or raises ModelFolderError."""
 
     client: RunnerClient
     model: Callable[[], ModelFolder]
@@ -30,5 +30,5 @@ class Context:
         return self.client.jobs
 
     def policy(self) -> SafetyPolicy:
-        """What the safety checker looks at. Raises SettingError."""
+        """The safety policy. Raises SettingError."""
         return self.client.policy()

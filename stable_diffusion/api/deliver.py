@@ -1,4 +1,7 @@
-"""From a task to its response: at once, as server-sent events, or as a job to be asked about. Shared by the dialects of our own."""
+"""From a task to its response: the image, server-sent events, or an asynchronous job with its description.
+
+The native API, /reproduce and /jobs share this.
+"""
 
 from __future__ import annotations
 
@@ -40,22 +43,22 @@ _ASK_AGAIN_S = 1
 
 
 def accepted_response(records: Sequence[JobRecord]) -> Response:
-    """202: the job is being drawn, and where to ask."""
+    """202: the job is running; the response says where to ask for it."""
     headers = {"Location": f"/jobs/{records[0].id}", "Retry-After": str(_ASK_AGAIN_S)}
     return JSONResponse(description(records), 202, headers | followed_headers())
 
 
 async def _awaited_image(context: Context, job_id: str, image_format: ImageFormat, note_end: journal.NoteEnd) -> Response:
-    """The picture of an asynchronous job, as soon as it is there."""
+    """Wait for the image of an asynchronous job and return it."""
     last: list[JobRecord] = []
     async with aclosing(follow(context.client, job_id)) as standings:
         async for records in standings:
             last = records
-    respond = await run_in_threadpool(kept_image_response, context, last[0], image_format)
+    response = await run_in_threadpool(kept_image_response, context, last[0], image_format)
     await note_fetched(context, last[0])
-    respond.headers.update(followed_headers())
+    response.headers.update(followed_headers())
     note_end(*_end_of(last))
-    return respond
+    return response
 
 
 def kept_image_response(context: Context, record: JobRecord, image_format: ImageFormat) -> Response:
@@ -63,21 +66,21 @@ def kept_image_response(context: Context, record: JobRecord, image_format: Image
 
 
 async def note_fetched(context: Context, record: JobRecord) -> None:
-    """A picture that is here is sent, whether that can be noted or not."""
+    """Note that a client has fetched the image. If that fails, the image is sent all the same."""
     with suppress(JobsUnavailable):
         await run_in_threadpool(context.jobs.note_fetched, record.id)
 
 
 def _nobody_notes(error: ServiceError | None, flagged: bool | None) -> None:
-    """The end of a job that the current request only asks about."""
+    """Used for requests that only query a job: their log line does not show the job's end."""
 
 
 async def events_of(
     context: Context, job_id: str, image_format: ImageFormat, note_end: journal.NoteEnd = _nobody_notes
 ) -> AsyncGenerator[bytes, None]:
-    """What happens to a job from now on; a picture that is not kept is not in `completed`.
+    """The events of a job from now on. The event `completed` contains the image only if it is kept.
 
-    `note_end` is called before the last event: the client may close when it has that.
+    `note_end` is called before the last event is sent, because the client may then close the connection.
     """
     told: tuple[object, ...] = ()
     preview = None
@@ -112,7 +115,7 @@ async def events_of(
 
 
 def _end_of(records: Sequence[JobRecord]) -> tuple[ServiceError | None, bool | None]:
-    """A job's error, and without one whether its picture is flagged."""
+    """The job's error, or None and whether its image is flagged."""
     error = next((record.error for record in records if record.error is not None), None)
     return error, None if error is not None else records[0].outcome.get("flagged")
 
@@ -127,7 +130,7 @@ def _preview_event(record: JobRecord) -> bytes:
 
 
 def description(records: Sequence[JobRecord]) -> dict[str, Any]:
-    """A job as JSON; one of several pictures is as far as all of them are together."""
+    """The job as JSON. For a job of several images, progress is that of all of them together."""
     progress, first = _progress(records), records[0]
     error = next((record.error for record in records if record.error is not None), None)
     ended = [record.ended_at for record in records if record.ended_at is not None]
@@ -164,7 +167,7 @@ def _state(records: Sequence[JobRecord]) -> State:
 
 
 def _progress(records: Sequence[JobRecord]) -> Progress:
-    """Of all pictures together."""
+    """The progress of all images together."""
     standings = [record.progress for record in records]
     waiting = [standing.position for standing in standings]
     return Progress(
@@ -193,9 +196,9 @@ async def respond(
     parameters: GenerationRequest,
     remarks: Remarks = _no_remarks,
 ) -> Response:
-    """Have `task` drawn and answer as the client asked: at once, with events, or with the place where the picture will be.
+    """Generate `task` and respond as the client asked: with the image, with events, or with 202 and the job's address.
 
-    `remarks` has what is told beside the parameters of a picture that is not kept.
+    `remarks` returns additional values to send beside the parameters; images of asynchronous jobs are sent without them.
     """
     accepted, ticket = accepted_types(request), ticket_of(request)
     image_format = parameters.output_format or accepted.image_format
@@ -224,7 +227,7 @@ async def respond(
 
 
 async def _accept(context: Context, task: Task, ticket: Ticket, key: str | None, parameters: GenerationRequest) -> str:
-    """A job that is drawn to its end, whether anybody waits or not; with a key that was used before, the job of that time."""
+    """Start an asynchronous job and return its id; with an idempotency key that was used before, the id of the earlier job."""
     what = await run_in_threadpool(fingerprint, task, parameters.seed)
     job_id = await run_in_threadpool(context.jobs.accept, ticket, task, key, what, parameters.output_format)
     if job_id == ticket.job_id:
@@ -247,7 +250,7 @@ async def _events_of_job(context: Context, job_id: str, image_format: ImageForma
 async def _events(
     updates: Updates, context: Context, task: Task, image_format: ImageFormat, remarks: Remarks
 ) -> AsyncGenerator[bytes, None]:
-    """queued, progress and preview while it is being drawn, then completed with the picture, or error."""
+    """The events queued, progress and preview while the task runs, then completed with the image, or error."""
     try:
         async with aclosing(updates):
             async for one in updates:

@@ -1,4 +1,4 @@
-"""What the front door asks of a dialect: its routes, which paths are its own, and how it says that a request is refused."""
+"""The interface of an API package whose errors have a form of their own: its routes, its path prefixes, its refusals."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from stable_diffusion.api.context import Context
 
 
 class Dialect(Protocol):
-    """What an API package offers, as a module."""
+    """The names that such a package exports as a module."""
 
     @property
     def PREFIXES(self) -> tuple[str, ...]:
-        """Of the paths whose refusals have this dialect's form."""
+        """The prefixes of the paths whose refusals have this dialect's form."""
 
     def refusal(self, status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
-        """The response to a request that reached no endpoint. `kind`: an error's type, as in core/errors."""
+        """The response to a request that did not reach an endpoint. `kind`: an error type, as in core/errors."""
 
     def make_routes(self, context: Context) -> list[Route]: ...

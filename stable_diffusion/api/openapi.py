@@ -1,6 +1,6 @@
-"""What the OpenAPI document says of everything that generates: load, deadlines, headers, errors, responses.
+"""The shared parts of the OpenAPI document for operations that generate: load, deadlines, headers, errors, responses.
 
-Knows nothing of how requests are answered.
+The `openapi` modules of the API packages use them.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ LOAD_ERRORS = {
     "504": f"The time that {TIMEOUT_HEADER} allows cannot be enough, or was not (`deadline_exceeded`).",
 }
 
-
-# Of the plain endpoints.
+# Of the native API and /reproduce.
 REQUEST_HEADERS: list[dict[str, Any]] = [
     {
         "name": "Prefer",
@@ -45,23 +44,22 @@ REQUEST_HEADERS: list[dict[str, Any]] = [
         "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
     },
 ]
-_ERROR = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-_JOB = {"application/json": {"schema": {"$ref": "#/components/schemas/Job"}}}
+ERROR_CONTENT = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+JOB_CONTENT = {"application/json": {"schema": {"$ref": "#/components/schemas/Job"}}}
 ACCEPTED = {
     "description": f"The job is being drawn. Its picture is kept for {PICTURES_KEPT_S // 60} minutes, the last {PICTURES_KEPT} are.",
     "headers": {"Location": {"description": "The job's address.", "schema": {"type": "string"}}},
-    "content": _JOB,
+    "content": JOB_CONTENT,
 }
 ERRORS: dict[str, dict[str, Any]] = {
-    "422": {"description": "The Idempotency-Key was used for another request.", "content": _ERROR},
+    "422": {"description": "The Idempotency-Key was used for another request.", "content": ERROR_CONTENT},
     "429": {
         "description": f"{LOAD_ERRORS['429']} Or {MAX_ASYNCHRONOUS_JOBS} jobs that nobody waits for are not finished (`too_many_jobs`).",
         "headers": {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
-        "content": _ERROR,
+        "content": ERROR_CONTENT,
     },
-    "499": {"description": "The job was cancelled.", "content": _ERROR},
+    "499": {"description": "The job was cancelled.", "content": ERROR_CONTENT},
 }
-
 
 _ANSWER_HEADERS = {
     "prompt": "The prompt as it was used. Text in headers is percent-encoded UTF-8, cut after 1024 characters.",
@@ -128,7 +126,7 @@ def generates(name: str, summary: str, content: dict[str, Any]) -> dict[str, Any
     }
     answers |= {"202": ACCEPTED, **ERRORS}
     for status, text in _ERRORS.items():
-        answers[status] = {"description": text, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}}
+        answers[status] = {"description": text, "content": ERROR_CONTENT}
     return {
         "post": {
             "operationId": name,

@@ -1,6 +1,6 @@
-"""From a request to a task: whatever was left open is resolved, pictures are fitted. The same for every door.
+"""From a validated request to a task: resolves what the request leaves open and fits images to the output size.
 
-Knows nothing of HTTP.
+All APIs that generate use it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from stable_diffusion.models.folder import ModelFolder
 
 
 def kinds_of(model: ModelFolder) -> tuple[Kind, ...]:
-    """What `model` can draw."""
+    """The kinds of task that `model` supports."""
     return ("inpaint",) if model.only_inpaints else get_args(Kind)
 
 
 def text_task(parameters: TextToImageRequest, model: ModelFolder, policy: SafetyPolicy) -> Task:
-    """Raises InvalidRequest if the model only inpaints, or if the policy forbids what is asked for."""
+    """The task of a txt2img request. Raises InvalidRequest if the model only inpaints, or if the policy forbids the request."""
     _require_whole_pictures(model)
     size = parameters.width or model.native_width, parameters.height or model.native_height
     return _task("txt2img", parameters, model, policy, *size)
@@ -40,10 +40,10 @@ def text_task(parameters: TextToImageRequest, model: ModelFolder, policy: Safety
 def image_task(
     parameters: ImageToImageRequest, model: ModelFolder, policy: SafetyPolicy, picture: Image.Image, mask: Image.Image | None = None
 ) -> Task:
-    """img2img, or with a mask (L, white is repainted) inpainting; both are scaled to what will be drawn. Takes up to a second.
+    """The task of an img2img request or, with a mask (L, white is repainted), of an inpaint request. Takes up to a second.
 
-    Raises InvalidRequest as `text_task`, if the mask has other proportions than the picture, or if the model only inpaints and there is
-    none.
+    The image and the mask are scaled to the output size. Raises InvalidRequest if the policy forbids the request, if the mask has other
+    proportions than the image, or if the model only inpaints and there is no mask.
     """
     native = model.native_width, model.native_height
     size = output_size(picture.size, native, parameters.width, parameters.height)
@@ -55,9 +55,9 @@ def image_task(
 
 
 def consecutive_tasks(task: Task, count: int) -> list[Task]:
-    """The tasks of a request for `count` pictures: number i is what a request for one draws with a seed that is higher by i.
+    """The tasks of a request for `count` images: image i equals that of a request for one image with the seed increased by i.
 
-    Raises InvalidRequest if they are too much work together.
+    Raises InvalidRequest if they are too much work in total.
     """
     _require_bounded_work(task.width, task.height, task.num_inference_steps, count)
     return [replace(task, seed=(task.seed + index) % SEED_LIMIT) for index in range(count)]

@@ -1,33 +1,33 @@
-"""What can go wrong, as a tree. Each error carries its HTTP status; only doors turn it into an answer.
+"""The tree of errors. Each error carries its HTTP status; the API packages turn errors into responses.
 
 ServiceError
 ├── InvalidRequest            400  a field or a part is missing, malformed or out of range
-│   └── UnknownParameter      400  a field that does not exist, where a door tells these apart
-├── NotFound                  404  a sampler, a model or a picture that the request names is not there
-│   └── ModelNotFound         404  another model was asked for than the one that is served, where a door tells these apart
-├── Unauthorized              401  the server has API keys, and the request carries none of them
-├── RateLimited               429  the caller has sent more drawing requests than are allowed in a minute
-├── UnknownJob                404  no job of that id
-├── PictureNotKept            404  the job's picture was sent in the answer and is not kept
-├── PictureExpired            410  the job's picture was kept and is gone
-├── IdempotencyMismatch       422  the key was used for another request
-├── TooManyJobs               429  too many jobs that nobody waits for are not finished
-├── QueueFull                 429  as much work as is allowed has been taken on
+│   └── UnknownParameter      400  a field that does not exist, in APIs that distinguish this case
+├── NotFound                  404  the request names a sampler, a model or an image that does not exist
+│   └── ModelNotFound         404  the request asks for a model that is not served, in APIs that distinguish this case
+├── Unauthorized              401  the server requires an API key, and the request carries no valid one
+├── RateLimited               429  the caller has exceeded the limit of generation requests per minute
+├── UnknownJob                404  there is no job with this id
+├── PictureNotKept            404  the job's image was sent in the response and is not kept
+├── PictureExpired            410  the job's image was kept and has been deleted
+├── IdempotencyMismatch       422  the idempotency key was used for another request
+├── TooManyJobs               429  too many asynchronous jobs are unfinished
+├── QueueFull                 429  the queue is full
 ├── RequestTimeout            408  the body stalled or came too slowly; the connection is closed
 ├── TooLarge                  413  a body or an image has too many bytes or pixels
-├── UnsupportedMediaType      415  the body is not of the type that the endpoint takes
-├── NotAcceptable             406  the Accept header allows no image type that we can send
-├── ClientGone                499  the client closed the connection; nobody reads the answer
-├── Cancelled                 499  somebody asked for the job's cancellation
-├── GenerationFailed          500  this job could not be finished; its neighbours were not harmed
-├── InternalError             500  a defect of ours
-├── JobsUnavailable           503  where jobs stand cannot be read or written
-├── ModelLoading              503  the model process is starting: how far it is
+├── UnsupportedMediaType      415  the endpoint does not accept the body's content type
+├── NotAcceptable             406  the Accept header allows no image type that the server can send
+├── ClientGone                499  the client closed the connection and does not read the response
+├── Cancelled                 499  the job was cancelled on request
+├── GenerationFailed          500  this job could not be finished; other jobs in its batch are not affected
+├── InternalError             500  a defect in the server
+├── JobsUnavailable           503  the job store cannot be read or written
+├── ModelLoading              503  the model process is starting; the message names the stage
 ├── ModelUnavailable          503  the model process cannot be reached
-├── ShuttingDown              503  the server stops, and the picture was not finished within its grace period
-└── DeadlineExceeded          504  the time that the request allows is not enough, or was not
-ModelFolderError                   at start only: the weights are missing, broken or of another kind
-SettingError                       at start only: an environment variable, or the file that it names, is wrong
+├── ShuttingDown              503  the server stops, and the image was not finished within the grace period
+└── DeadlineExceeded          504  the time that the request allows is too short, or has passed
+ModelFolderError                   at start only: the weights are missing, broken or of an unsupported kind
+SettingError                       at start only: an environment variable, or the file that it names, is invalid
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ logger = logging.getLogger("stable_diffusion")
 
 @dataclass(frozen=True)
 class FieldError:
-    """One thing that is wrong: the field (or part, or header) and what is allowed."""
+    """One problem: the field (or part, or header) that is wrong, and what is allowed."""
 
     field: str | None
     message: str
 
 
 class ServiceError(Exception):
-    """The root of everything that is answered over HTTP. `type` is a stable name for programs, `problems` are for people."""
+    """The base of all errors that clients see over HTTP. `type` is a stable name for programs, `problems` are for people."""
 
     status = 500
     type = "internal_error"
     retry_after_s: int | None = None
-    closes_connection = False  # where what the client is still sending would be taken for its next request, or never ends
+    closes_connection = False  # the rest of the body would be taken for the next request, or never ends
 
     def __init__(
         self,
@@ -197,18 +197,18 @@ class DeadlineExceeded(ServiceError):
     type = "deadline_exceeded"
 
 
-# What may become of a job that a model process was asked to draw.
+# The errors with which a job in a model process may end.
 _OF_JOBS = (GenerationFailed, Cancelled, QueueFull, DeadlineExceeded, ModelLoading, ModelUnavailable, ShuttingDown)
 
 
 def error_of_type(type: str, message: str, retry_after_s: int | None = None) -> ServiceError:
-    """What another process has told of an error, as an error again; of a type that is not known here, GenerationFailed."""
+    """Rebuild an error that another process has sent. An unknown type becomes GenerationFailed."""
     kind = next((kind for kind in _OF_JOBS if kind.type == type), GenerationFailed)
     return kind(message, retry_after_s=retry_after_s)
 
 
 def as_service_error(error: BaseException, where: str) -> ServiceError:
-    """What is told of an error. One that nobody foresaw goes to the log, with `where`."""
+    """The error that the client sees. An unexpected error is logged with `where` and becomes an InternalError."""
     if isinstance(error, ServiceError):
         return error
     logger.error("%s failed.", where, exc_info=error)
@@ -216,8 +216,8 @@ def as_service_error(error: BaseException, where: str) -> ServiceError:
 
 
 class ModelFolderError(Exception):
-    """The weights cannot be served. The message names the file that is wrong and what to do."""
+    """The weights cannot be served. The message names the wrong file and says what to do."""
 
 
 class SettingError(Exception):
-    """The server cannot be started as its environment says. The message names the variable and what is allowed, never a secret."""
+    """The environment does not allow the server to start. The message names the variable and what is allowed, never a secret."""

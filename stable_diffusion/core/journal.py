@@ -1,8 +1,7 @@
-"""One line of JSON for each request that makes or changes something or has no key, when it has ended, and for each job that nobody
-waited for.
+"""The request log: a line of JSON for each POST and DELETE, each request without a valid API key, and each asynchronous job.
 
-Says who asked for how much, how long it took and how it ended. Knows no header, no body, no picture and no secret; prompts only if
-they are asked for. What is drawn notes itself here: the line of a request is that of the context which the request runs in.
+A line is written at the end. It says who asked for how much, how long it took and how it ended. It contains no header, no body, no image
+and no secret, and prompts only if the operator asks for them. Code that generates adds its facts to the line of the current context.
 """
 
 from __future__ import annotations
@@ -23,27 +22,27 @@ from stable_diffusion.core.settings import read_settings
 from stable_diffusion.core.types import GeneratedImage, RequestContext, Task
 
 T = TypeVar("T")
-# Takes a job's error, or without one whether its picture is flagged.
+# Takes the job's error, or None and whether its image was flagged.
 NoteEnd = Callable[[ServiceError | None, bool | None], None]
 logger = logging.getLogger("stable_diffusion.requests")
 
 
 @dataclass
 class Line:
-    """What is known so far of a request, or of a job once nobody waits for it: then there is no `answer`."""
+    """What is known so far of a request, or of an asynchronous job, which has no `answer`."""
 
     client: str | None = None  # its address
     context: RequestContext | None = None
     answer: dict[str, Any] | None = None
     began_s: float = field(default_factory=time.monotonic)
-    tasks: dict[int, dict[str, Any]] = field(default_factory=dict)  # by the number of their pictures, which begin in any order
-    waited_for: int = 0  # pictures
-    flags: list[bool | None] = field(default_factory=list)  # of those that are there
+    tasks: dict[int, dict[str, Any]] = field(default_factory=dict)  # by image index; images may start in any order
+    waited_for: int = 0  # images
+    flags: list[bool | None] = field(default_factory=list)  # of the images that are finished
     waits_s: list[float] = field(default_factory=list)
     error: ServiceError | None = None
 
     def values(self) -> dict[str, Any]:
-        """What goes into the log. What is not known is left out."""
+        """The values for the log, without those that are unknown."""
         first, context = self.tasks[min(self.tasks)] if self.tasks else {}, self.context
         known = {
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
@@ -84,7 +83,7 @@ class Line:
 
 
 def _outcome_of_error(status: int) -> str:
-    """Of a status from 400 on. 499: nobody waited for it any more, or somebody cancelled it."""
+    """The outcome for a status of 400 or more. 499 means that the client left or that the job was cancelled."""
     if status == 499:
         return "cancelled"
     return "refused" if status < 500 else "failed"
@@ -94,14 +93,14 @@ current_line: ContextVar[Line | None] = ContextVar("request_log_line", default=N
 
 
 def identify(context: RequestContext) -> None:
-    """The current request is for this job and carries this key."""
+    """Add the job and the API key of the current request to its line."""
     if (line := current_line.get()) is not None:
         line.context = context
 
 
 @contextmanager
 def noting(task: Task, index: int) -> Iterator[Callable[[GeneratedImage], None]]:
-    """While `task`, picture number `index` of the current request or job, is drawn; what is given is to be called with its picture."""
+    """Note `task` as image number `index` of the current request or job. The caller passes the finished image to the yielded function."""
     line = current_line.get() or Line()
     line.tasks[index] = _described(task)
     line.waited_for += 1
@@ -114,24 +113,22 @@ def noting(task: Task, index: int) -> Iterator[Callable[[GeneratedImage], None]]
 
 @contextmanager
 def waiting_for_job() -> Iterator[NoteEnd]:
-    """While the current request waits for a job that goes on without it; what is given is to be called with the job's error, or without
-    one with whether its picture is flagged.
-    """
+    """Note that the current request waits for a job that also runs without it. The caller tells the yielded function how the job ended."""
     line = current_line.get() or Line()
     line.waited_for += 1
     yield line.note_end
 
 
 def note_accepted(task: Task) -> None:
-    """The current request is for `task` and does not wait for it."""
+    """Note that the current request has started `task` and does not wait for it."""
     if (line := current_line.get()) is not None:
         line.tasks[0] = _described(task)
 
 
 async def as_job(drawing: Coroutine[Any, Any, T], is_taken_on: Callable[[], bool]) -> T:
-    """Await the drawing of a job for which no request waits: it has a line of its own when it has ended, if it was taken on.
+    """Await an asynchronous job, which gets a line of its own when it ends, if the model process accepted it.
 
-    To be run as a task.
+    Run this as a task of its own: it sets the context's current line.
     """
     asked = current_line.get()
     line = Line() if asked is None else Line(asked.client, asked.context)
@@ -157,4 +154,4 @@ def _described(task: Task) -> dict[str, Any]:
 
 
 def write_line(line: Line) -> None:
-    logger.info("%s", json.dumps(line.values()))  # in ASCII: whatever a client sent, it is one line
+    logger.info("%s", json.dumps(line.values()))  # ASCII, so that no text of a client can break the line

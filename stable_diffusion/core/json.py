@@ -1,4 +1,4 @@
-"""JSON from clients, read strictly and within bounds. Knows nothing of what a document should say."""
+"""Strict and bounded parsing of JSON from clients. It does not know what a document should contain."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ MAX_VALUES = 2**14  # of a JSON body, at all depths: reading millions of them wo
 
 @dataclass(frozen=True)
 class _Constant:
-    """What JSON has no number for, where it stood: json.loads does not say at which name, so that is refused a little later."""
+    """Stands for NaN or Infinity until the caller knows the field: json.loads does not say at which name it found one."""
 
     name: str  # NaN, Infinity or -Infinity
 
 
 def parse_json(body: bytes | str, where: str, max_names: int = MAX_NAMES) -> dict[str, Any]:
-    """Read a JSON object strictly: no NaN, no Infinity, no duplicate names. `where` names the body or part in errors that have no field.
+    """Parse a JSON object strictly: no NaN, no Infinity, no duplicate names. `where` names the body or part in errors without a field.
 
-    No object in it may have more than `max_names`, nor the whole more than MAX_VALUES values.
+    No object may have more than `max_names` names, and the document no more than MAX_VALUES values.
     """
 
     def checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def parse_json(body: bytes | str, where: str, max_names: int = MAX_NAMES) -> dic
 
 
 def _refuse_constant(value: Any, name: str) -> None:
-    """In `value` itself and in lists within it, however deep; objects within it have been looked at when they were read."""
+    """Refuse constants in `value` and in nested lists. Nested objects were checked when they were parsed."""
     pending = [value]
     while pending:
         one = pending.pop()
@@ -66,7 +66,7 @@ def _refuse_constant(value: Any, name: str) -> None:
 
 
 def _require_few_values(text: str, where: str) -> None:
-    """Each value but the first stands behind one of these. What is within strings counts too; base64 has none of them."""
+    """Every value but the first follows one of these characters. Those in strings count too, but base64 contains none."""
     count = sum(text.count(mark) for mark in ",[{")
     if count > MAX_VALUES:
         raise InvalidRequest(f"{where}: some {count} values, at most {MAX_VALUES} are allowed", field=where)

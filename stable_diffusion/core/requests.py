@@ -1,7 +1,7 @@
-"""The request models: names, defaults and limits. Every API reads these, and the OpenAPI document is made of them.
+"""The request models: names, defaults and limits of fields. Every API uses them, and the OpenAPI document is generated from them.
 
-Knows nothing of HTTP, of images or of the model that is loaded: what depends on the model (its native size,
-its own noise scheduler) stays None here and is resolved where the model is known.
+They do not depend on HTTP, on images or on the loaded model. What depends on the model (its native size, its own noise scheduler)
+stays None here; `api/tasks.py` resolves it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ SIDE_MULTIPLE = 8
 MAX_STEPS = 150
 MAX_GUIDANCE_SCALE = 30.0
 MAX_PROMPT_CHARACTERS = 2000
-MAX_IMAGES = 10  # of one request, in the doors that take several
-# Of one request: pixels of a picture x its steps, summed over its pictures. Ten of 512x512 in 150 steps, not three of 1024x1024.
+MAX_IMAGES = 10  # per request, in APIs that generate several images
+# Per request: pixels x steps, summed over its images. Allows ten images of 512x512 in 150 steps, but not three of 1024x1024.
 MAX_PIXEL_STEPS = 400_000_000
-SEED_LIMIT = 2**32  # every client's language keeps such a number exactly
+SEED_LIMIT = 2**32  # every client's language represents such a number exactly
 
-
-_MAX_PROBLEMS = 20  # that are told of one request
+_MAX_PROBLEMS = 20  # reported per request
 
 
 def _clean_text(text: str) -> str:
-    """Repair broken Unicode and unescape entities as CLIP's original tokenizer did; drop white space around it."""
+    """Repair broken Unicode and unescape entities as CLIP's original tokenizer did; strip surrounding white space."""
     cleaned: str = ftfy.fix_text(text)
     return cleaned.strip()
 
@@ -57,7 +56,7 @@ Side = Annotated[
 
 
 class GenerationRequest(BaseModel):
-    """What all three kinds of request have in common."""
+    """The fields that all kinds of request share."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
@@ -160,7 +159,7 @@ def parse_reproduction(document: dict[str, Any]) -> ReproductionRequest:
 
 
 def validated(model: type[Model], document: dict[str, Any]) -> Model:
-    """Raises InvalidRequest, which names each field that is wrong and what is allowed."""
+    """Validate `document`. Raises InvalidRequest, which names each wrong field and what is allowed."""
     try:
         return model.model_validate(document)
     except ValidationError as error:
@@ -171,8 +170,8 @@ def validated(model: type[Model], document: dict[str, Any]) -> Model:
 
 
 def _problem(detail: Any, model: type[BaseModel]) -> FieldError:
-    """A pydantic error in words that name the field and the limit."""
-    # A check over the whole model has no place in it; the one that there is is about strength.
+    """Describe a pydantic error in words that name the field and the limit."""
+    # Errors of whole-model validators have no location. The only such validator concerns strength.
     is_about_strength = detail["type"] == "value_error" and not detail["loc"]
     field = "strength" if is_about_strength else str(next(iter(detail["loc"]), "body"))[:60]
     context = detail.get("ctx", {})

@@ -1,6 +1,6 @@
-"""Which pictures the safety checker looks at: the operator's policy, and what a request may change of it.
+"""Which images the safety checker sees: the operator's policy, and what a request may change about it.
 
-Knows nothing of the checker itself, nor of HTTP, nor of how the operator says it.
+The variable that sets the policy is in `settings.py`; the checker itself belongs to the engine.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ SafetyPolicy = Literal["always", "default-on", "off"]
 
 
 def is_checked(asked: bool | None, policy: SafetyPolicy) -> bool:
-    """Whether the checker looks at a picture for which a request asks so, asks not to, or says nothing (None).
+    """Whether the checker sees an image. `asked` is what the request says: True, False, or None if it says nothing.
 
-    Raises InvalidRequest where the policy is always and the request asks not to.
+    Raises InvalidRequest if the policy is always and the request asks for no check.
     """
     if policy == "always" and asked is False:
         raise InvalidRequest("safety_check: must be true or left out, this server checks every picture", field="safety_check")

@@ -1,8 +1,8 @@
-"""Noise schedulers and noise levels by all of their names: diffusers' classes, short names, A1111's samplers. Loads no torch."""
+"""Noise schedulers and noise levels by all of their names: diffusers' classes, short names, A1111's samplers. Imports no torch."""
 
 from __future__ import annotations
 
-# diffusers' class name -> the usual short names. "Karras" is DPM++ 2M with other noise levels, not a class of its own.
+# diffusers' class name -> the usual short names. "Karras" is DPM++ 2M with other noise levels, not a separate class.
 SCHEDULERS: dict[str, tuple[str, ...]] = {
     "PNDMScheduler": ("PNDM", "PLMS"),
     "DDIMScheduler": ("DDIM",),
@@ -17,7 +17,7 @@ SCHEDULERS: dict[str, tuple[str, ...]] = {
 
 
 def _spelling(name: str) -> str:
-    """Case, spaces, hyphens and underscores do not tell schedulers apart."""
+    """Normalize a name: case, spaces, hyphens and underscores do not matter."""
     return "".join(character for character in name.lower() if character.isalnum() or character == "+")
 
 
@@ -25,7 +25,7 @@ _SCHEDULER_BY_SPELLING = {_spelling(name): scheduler for scheduler, short_names 
 
 
 def known_scheduler(name: str) -> str:
-    """The key in SCHEDULERS of a scheduler by any of its names. Raises ValueError that lists what is known."""
+    """The key in SCHEDULERS for any name of a scheduler. Raises ValueError, which lists the known names."""
     try:
         return _SCHEDULER_BY_SPELLING[_spelling(name)]
     except KeyError:
@@ -34,13 +34,13 @@ def known_scheduler(name: str) -> str:
 
 
 KARRAS = "Karras"
-# Noise levels by A1111's names; None: those that the sampler has of its own. Karras (2022) is a noise scheduler of its own here.
+# Noise levels by A1111's names; None stands for the sampler's own. With Karras (2022) the scheduler is a separate key in SCHEDULERS.
 SCHEDULES: dict[str, str | None] = {"Automatic": None, "Normal": None, "Uniform": None, KARRAS: KARRAS}
 _SCHEDULE_BY_SPELLING = {"": None, **{_spelling(name): schedule for name, schedule in SCHEDULES.items()}}
 
 
 def known_schedule(name: str) -> str | None:
-    """Noise levels by A1111's name, None for the sampler's own. Raises ValueError that lists what is known."""
+    """Noise levels by A1111's name; None for the sampler's own. Raises ValueError, which lists the known names."""
     try:
         return _SCHEDULE_BY_SPELLING[_spelling(name)]
     except KeyError:
@@ -48,13 +48,13 @@ def known_schedule(name: str) -> str | None:
 
 
 def sampler_of(scheduler: str) -> tuple[str, str | None]:
-    """A noise scheduler as A1111 names it: the sampler, and its noise levels where they are not its own."""
-    name = SCHEDULERS.get(scheduler, (scheduler,))[0]  # a model's own may be one that has no short name
+    """A1111's names for a noise scheduler: the sampler, and the noise levels if they are not the sampler's own."""
+    name = SCHEDULERS.get(scheduler, (scheduler,))[0]  # a model's own scheduler may have no short name
     return (name.removesuffix(f" {KARRAS}"), KARRAS) if name.endswith(f" {KARRAS}") else (name, None)
 
 
 def scheduler_of(sampler: str, schedule: str) -> tuple[str, bool]:
-    """The key in SCHEDULERS for a sampler and its noise levels as A1111 names them, and whether it has these: else it has its own.
+    """The key in SCHEDULERS for A1111's sampler and noise levels, and whether that sampler supports them; if not, it keeps its own.
 
     Raises ValueError for an unknown sampler.
     """

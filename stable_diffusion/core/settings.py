@@ -1,6 +1,6 @@
-"""What whoever runs the server may set, by environment variables: their names and their rules, in this one place.
+"""All environment variables that the operator can set: their names and their rules.
 
-Knows nothing of what depends on them. The entries of API keys are read in `server/access/keys.py`, so that no secret lies in `Settings`.
+`Settings` holds no secret: `server/access/keys.py` parses the entries of the API keys.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ OPEN_VARIABLE = "SD_OPEN"
 WITHOUT_KEYS_VARIABLE = "SD_WITHOUT_KEYS"
 RATE_LIMIT_VARIABLE = "SD_RATE_LIMIT"
 
-MAX_TIMEOUT_S = 3600.0  # of a request; the configuration.yaml of both services has the same number for BentoML
+MAX_TIMEOUT_S = 3600.0  # of a request; configuration.yaml of both services sets the same number for BentoML
 OPENABLE = ("docs", "metrics")
 
-_TOLD_CHARACTERS = 60  # of a value that is wrong
+_TOLD_CHARACTERS = 60  # of a wrong value, in messages
 _POLICIES: tuple[SafetyPolicy, ...] = get_args(SafetyPolicy)
 _ON = ("1", "true", "yes", "on")
 _OFF = ("0", "false", "no", "off", "")
 _MAX_REQUESTS_PER_MINUTE = 100_000
 _DAY_S = 86_400.0
-# Each picture holds one of the 800 connections that BentoML lets an API worker have to the model process, above the limit twice as many.
+# Each image holds one of the 800 connections that BentoML allows from an API worker to the model process. Owners' shares may double
+# the limit.
 _MOST_PICTURES = 400.0
-# Of each field of Limits its variable, and the most that it may be.
+# For each field of Limits: its variable and its maximum.
 LIMIT_VARIABLES = {
     "queue_s": ("SD_MAX_QUEUE_S", _DAY_S),
     "queue_pictures": ("SD_MAX_QUEUE_PICTURES", _MOST_PICTURES),
@@ -45,7 +46,7 @@ LIMIT_VARIABLES = {
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds, and pictures at once."""
+    """Limits in seconds, and the number of images in the queue."""
 
     queue_s: float = 600.0
     queue_pictures: float = 200.0
@@ -55,20 +56,20 @@ class Limits:
 
 @dataclass(frozen=True)
 class Settings:
-    """All that can be set but for the API keys."""
+    """All settings except the API keys."""
 
-    model: str = ""  # "demo" or a folder; empty: whatever weights are there
+    model: str = ""  # "demo" or a folder; empty: the service's weights, else the demo model
     limits: Limits = Limits()
     safety: SafetyPolicy = "default-on"
     log_prompts: bool = False
     cuda_graphs: bool = False
-    open: frozenset[str] = frozenset()  # those of OPENABLE that need no key
+    open: frozenset[str] = frozenset()  # the members of OPENABLE that need no key
     without_keys: bool = False
-    requests_per_minute: int | None = None  # None: as many as anybody likes
+    requests_per_minute: int | None = None  # None: unlimited
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
-    """Raises SettingError, which names the first variable that is wrong and what is allowed."""
+    """Raises SettingError, which names the first wrong variable and what is allowed."""
     return Settings(
         model=_text(environment, MODEL_VARIABLE),
         limits=_limits(environment),
@@ -82,14 +83,14 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
 
 
 def read_limits(environment: Mapping[str, str]) -> Limits:
-    """Raises SettingError as `read_settings`."""
+    """Raises SettingError like `read_settings`."""
     return read_settings(environment).limits
 
 
 def safety_policy(environment: Mapping[str, str], *, model_name: str, has_checker: bool) -> SafetyPolicy:
-    """Which pictures the safety checker looks at, with a model that has one or has none.
+    """The safety policy for a model that has a checker or has none.
 
-    Raises SettingError as `read_settings`, and for "always" with a model that has no safety checker.
+    Raises SettingError like `read_settings`, and for "always" with a model without a safety checker.
     """
     policy = read_settings(environment).safety
     if policy == "always" and not has_checker:
@@ -105,7 +106,7 @@ def _text(environment: Mapping[str, str], name: str) -> str:
 
 
 def _flag(environment: Mapping[str, str], name: str) -> bool:
-    """The one rule of everything that is on or off."""
+    """The one rule for all variables that are on or off."""
     text = _text(environment, name)
     if text.lower() in _ON:
         return True

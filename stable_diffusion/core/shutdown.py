@@ -1,4 +1,4 @@
-"""What an API worker has begun and must end before it may stop, within a grace period."""
+"""Counts the unfinished work of an API worker, which must end, or reach the end of the grace period, before the worker stops."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_TIME_TO_TELL_S = 5.0  # that the grace period is over, to those who wait
+_TIME_TO_TELL_S = 5.0  # to tell waiting clients that the grace period is over
 
 
 class Unfinished:
-    """What an API worker has begun and must end before it may stop, within a grace period."""
+    """The work that an API worker has begun and should end before it stops."""
 
     def __init__(self, grace_s: float) -> None:
         self.grace_is_over = asyncio.Event()

@@ -1,6 +1,6 @@
-"""What the engine tells of its work, for counting: plain values, given to whoever wants to know, on the engine's thread.
+"""The records that the engine emits about its work, to be counted: plain values, passed to a callback on the engine's thread.
 
-Knows nothing of who counts, nor of torch. Times are of `time.perf_counter`: nothing waits for the device to take them.
+They do not depend on metrics or torch. Times are those of `time.perf_counter`; taking them never waits for the device.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from typing import Literal
 
 from stable_diffusion.core.types import Kind
 
-# "flagged" was drawn too, but the safety checker has blanked it.
+# "flagged": the image was generated too, but the safety checker blanked it.
 Outcome = Literal["completed", "flagged", "failed", "out_of_memory", "deadline_exceeded", "cancelled"]
 Refusal = Literal["queue_full", "deadline_exceeded"]
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One UNet call: the numbers of the jobs that shared it, and how many rows it had."""
+    """One UNet call: the numbers of the jobs that shared it, and its rows."""
 
     job_numbers: tuple[int, ...]
     rows: int
@@ -25,9 +25,9 @@ class StepRecord:
 
 @dataclass(frozen=True)
 class TurnRecord:
-    """One turn of the loop that took a step: preparing newcomers, the UNet call, the noise schedulers, decoding at most one picture.
+    """One turn of the loop with a step: preparing new jobs, the UNet call, the noise schedulers, decoding at most one image.
 
-    A GPU computes while the next steps are launched, so there a single turn says little and the mean of many is right.
+    A GPU computes while the next steps are launched, so a single turn says little there; use the mean of many.
     """
 
     seconds: float
@@ -35,19 +35,19 @@ class TurnRecord:
 
 @dataclass(frozen=True)
 class SubmitRecord:
-    """A job waits for its first step from now on. Told on the thread that submits."""
+    """A job now waits for its first step. Emitted on the submitting thread."""
 
 
 @dataclass(frozen=True)
 class RefusalRecord:
-    """A job was not taken on. Told on the thread that submits."""
+    """A job was refused. Emitted on the submitting thread."""
 
     reason: Refusal
 
 
 @dataclass(frozen=True)
 class WorkloadRecord:
-    """How much work is left, in estimated seconds of the device."""
+    """The remaining work, in estimated seconds of the device."""
 
     seconds: float
 
@@ -61,7 +61,7 @@ class StartRecord:
 
 @dataclass(frozen=True)
 class EndRecord:
-    """A job is over. `drawn_s`: since its first step, with decoding; None if it ended before that."""
+    """A job has ended. `drawn_s`: since its first step, including decoding; None if it ended before that."""
 
     kind: Kind
     outcome: Outcome
@@ -70,17 +70,17 @@ class EndRecord:
 
 @dataclass(frozen=True)
 class DecodedAgainRecord:
-    """A picture came out black or as no numbers, and was decoded once more in float32."""
+    """An image came out black or not finite, and was decoded again in float32."""
 
 
 @dataclass(frozen=True)
 class OutOfMemoryRecord:
-    """The device had no room for a call, whether it could be split or took a job with it."""
+    """A call did not fit into the device's memory, whether it was then split or made a job fail."""
 
 
 @dataclass(frozen=True)
 class BatchLimitRecord:
-    """From now on at most `jobs` of this size share a step, because `tried` did not fit into memory. Sizes in pixels."""
+    """From now on at most `jobs` jobs of this size share a step, because `tried` did not fit into memory. Sizes in pixels."""
 
     width: int
     height: int

@@ -1,6 +1,6 @@
-"""What crosses package and process borders: what to generate, for whom, how far it is, and the finished image.
+"""Plain data that crosses package and process borders: what to generate, for whom, how far it is, and the finished image.
 
-Plain data. Knows nothing of how an image is generated, sent or stored.
+The types do not depend on how an image is generated, sent or stored.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Kind = Literal["txt2img", "img2img", "inpaint"]
 
 @dataclass(frozen=True)
 class Task:
-    """What to draw; every value is resolved and within its limits. Sizes in pixels, the image and mask already of that size."""
+    """What to generate. Every value is resolved and within its limits. Sizes in pixels; the image and the mask already have that size."""
 
     kind: Kind
     prompt: str
@@ -34,46 +34,46 @@ class Task:
     seed: int
     scheduler: str
     safety_check: bool
-    guidance_end: float = 1.0  # the share of the steps that are guided
+    guidance_end: float = 1.0  # the fraction of the steps that use guidance
     preview_every_steps: int = 0  # 0: none
-    metadata: bool = True  # whether the image file says how it was drawn
+    metadata: bool = True  # whether the image file says how it was generated
     strength: float = 1.0  # img2img and inpaint
     image: Image.Image | None = None  # RGB; img2img and inpaint
     mask: Image.Image | None = None  # L, white is repainted; inpaint
-    image_hash: str | None = None  # what tells one input picture from another where the picture itself is not kept
+    image_hash: str | None = None  # identifies the input image where the image itself is not kept
     mask_hash: str | None = None
 
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """A finished job. `flagged` is None where no safety checker looked at the picture."""
+    """The result of a job. `flagged` is None if no safety checker saw the image."""
 
     image: Image.Image
     flagged: bool | None
-    dropped_prompt: str  # what did not fit into the text encoder's tokens, "" if nothing
+    dropped_prompt: str  # the part beyond the text encoder's token limit, "" if none
     dropped_negative_prompt: str
-    device: str = ""  # "cpu", or the GPU's name; "" where it was not told
-    dtype: str = ""  # what it was computed in, such as "float32"
-    decoded_again: bool = False  # in float32, because what came out first was black or no numbers
-    waited_s: float | None = None  # until its first step; None where it was not told
+    device: str = ""  # "cpu" or the GPU's name; "" if unknown
+    dtype: str = ""  # of the computation, such as "float32"; "" if unknown
+    decoded_again: bool = False  # in float32, because the first result was black or not finite
+    waited_s: float | None = None  # until its first step; None if unknown
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a job stands. `position`: its place among those that wait for their first step, 0 for all others."""
+    """The state of a running job. `position`: its place among the jobs that wait for their first step, 0 for all others."""
 
     position: int
     step: int
     steps: int
     seconds_left: float
-    preview: Image.Image | None = None  # an eighth of the picture's size
+    preview: Image.Image | None = None  # an eighth of the image's size
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """For whom a task is drawn. `index`: which picture of the job. An asynchronous one is drawn to its end and its picture is kept.
+    """For whom a task runs. `index`: the number of the image in its job. `timeout_s`: how long it may take from now.
 
-    `timeout_s`: how long it may take from now until the picture is there.
+    An asynchronous task runs to its end even if no client waits, and its image is kept.
     """
 
     job_id: str
@@ -85,15 +85,15 @@ class Ticket:
 
 @dataclass
 class RequestContext:
-    """What the front door has found out about a request before an endpoint sees it.
+    """What the front door knows about a request before an endpoint handles it.
 
-    `path` as it was sent: BentoML's metrics see the route's template in its place. `job_in_path` where the path names a job.
+    `path` is the path as sent; BentoML's metrics see the route's template instead. `job_in_path` is the job that the path names, if any.
     """
 
-    job_id: str  # of the job that the request is for; an endpoint may find that it is one that was there before
+    job_id: str  # of the request's job; an endpoint replaces it if the request refers to an existing job
     path: str = ""
     job_in_path: str | None = None
-    key_name: str | None = None  # whose API key it carries; None where the server has no keys
+    key_name: str | None = None  # of the request's API key; None if the server has no keys
     received_s: float = field(default_factory=time.monotonic)
 
-    KEY: ClassVar[str] = "stable_diffusion"  # in an ASGI scope
+    KEY: ClassVar[str] = "stable_diffusion"  # in the ASGI scope

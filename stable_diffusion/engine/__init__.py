@@ -1,1 +1,1 @@
-"""Denoising of many jobs at once, step by step. Knows nothing of BentoML or HTTP."""
+"""Denoising of many jobs at once, step by step. Independent of BentoML, HTTP and the job store."""

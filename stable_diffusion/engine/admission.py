@@ -1,6 +1,7 @@
-"""How much work the engine has taken on, in seconds of its device, whether more is taken, and whether a deadline can be met.
+"""Admission control: how much work the engine has accepted, whether it accepts more, and whether a deadline can be met.
 
-Estimated from measured steps. Pure Python: no torch, no clock. Used by the thread that submits and by the engine's.
+Estimates, in seconds of the device, come from measured steps. Pure Python: no torch, no clock. The submitting threads and the engine's
+thread use it.
 """
 
 from __future__ import annotations
@@ -16,33 +17,33 @@ from stable_diffusion.engine.job import Job
 
 Size = tuple[int, int]  # height and width in pixels: a batch key
 
-# In the moving means. Some turns wait for a GPU that was given the steps of many: single ones say little.
+# Of the newest value in the moving means. Some turns wait for a GPU with many queued steps, so single turns say little.
 _WEIGHT_OF_THE_LAST = 0.05
 _MOST_SIZES = 64
 
 
 @dataclass(frozen=True)
 class QueueLimits:
-    """`seconds` of estimated work, and how many pictures. Where they are reached, an owner still gets its share of them."""
+    """Limits in `seconds` of estimated work and in images. When they are reached, each owner still gets its share of them."""
 
     seconds: float
     pictures: float
 
 
 NO_LIMITS = QueueLimits(math.inf, math.inf)
-# What owners' shares may add to a full queue: there may be many owners.
+# The factor to which owners' shares may exceed the limits: there may be many owners.
 _ABOVE_THE_LIMITS = 2
 
 
 class StepTimes:
-    """Seconds of a step by size and by how many jobs share it: moving means of what was measured."""
+    """Seconds of a step by size and number of jobs: moving means of measurements."""
 
     def __init__(self) -> None:
         self._measured: dict[Size, dict[int, float]] = {}
 
     def note(self, size: Size, jobs: int, seconds: float) -> None:
         if size not in self._measured and len(self._measured) == _MOST_SIZES:
-            del self._measured[list(self._measured)[1]]  # the first is the native size
+            del self._measured[list(self._measured)[1]]  # keep the first, the native size
         measured = self._measured.setdefault(size, {})
         last = measured.get(jobs)
         measured[jobs] = seconds if last is None else last + _WEIGHT_OF_THE_LAST * (seconds - last)
@@ -51,7 +52,10 @@ class StepTimes:
         return size in self._measured
 
     def seconds(self, size: Size, jobs: int) -> float:
-        """Of a number that was not measured, as if sharing gained nothing; of a size that was not, by its pixels; 0 if nothing was."""
+        """The expected seconds. An unmeasured number of jobs scales as if sharing gained nothing, an unmeasured size by its pixels.
+
+        0 if nothing was measured.
+        """
         if not self._measured:
             return 0.0
         nearest = size if size in self._measured else self._nearest(size)
@@ -65,12 +69,12 @@ class StepTimes:
 
 
 class Workload:
-    """The jobs that have been taken on and have not ended."""
+    """The accepted jobs that have not ended."""
 
     def __init__(self, limits: QueueLimits, batch_limit: Callable[[Size], int]) -> None:
-        """`cap`: how many jobs of a size may share a step."""
+        """`batch_limit`: how many jobs of a size may share a step."""
         self._limits = limits
-        self._cap = batch_limit
+        self._batch_limit = batch_limit
         self._jobs: set[Job] = set()
         self._times = StepTimes()
         self._lock = threading.Lock()
@@ -84,14 +88,14 @@ class Workload:
             return self._times.seconds(size, jobs)
 
     def seconds(self) -> float:
-        """Of work that is left."""
+        """The estimated seconds of the remaining work."""
         with self._lock:
             return sum(self._by_owner().values())
 
     def take(self, job: Job, timeout_s: float) -> None:
-        """Count a job among those that have been taken on. `timeout_s`: how long it may take until its picture is there.
+        """Accept a job. `timeout_s`: how long it may take until its image is finished.
 
-        Raises QueueFull, with the seconds after which there should be room, or DeadlineExceeded if the time cannot be enough.
+        Raises QueueFull, with the seconds until there should be room, or DeadlineExceeded if the time cannot suffice.
         """
         with self._lock:
             seconds = self._by_owner()
@@ -111,8 +115,8 @@ class Workload:
         return seconds
 
     def _share_of_a_step(self, size: Size) -> float:
-        """Seconds of the device for a step of one job, where as many share it as may."""
-        batch_limit = self._cap(size)
+        """Seconds of the device for one job's step, if as many jobs share the step as the batch limit allows."""
+        batch_limit = self._batch_limit(size)
         return self._times.seconds(size, batch_limit) / batch_limit
 
     def _require_room(self, job: Job, seconds: defaultdict[str, float]) -> None:
@@ -132,11 +136,11 @@ class Workload:
         )
 
     def _require_time(self, job: Job, seconds: defaultdict[str, float], timeout_s: float) -> None:
-        """Owners share the device: before a job is done, each of the others has had at most what its own owner has."""
+        """Owners share the device: until a job is done, each other owner gets at most as much time as the job's owner."""
         if not self._times.is_known(job.batch_key):
             return
         share_s = self._share_of_a_step(job.batch_key)
-        # An owner's longer jobs do not go before it.
+        # The owner's longer jobs do not run before it.
         before = [other for other in self._jobs if other.owner == job.owner and other.steps_left <= job.steps_left]
         own = job.steps_left * share_s + sum(other.steps_left * self._share_of_a_step(other.batch_key) for other in before)
         shared = own + sum(min(other, own) for owner, other in seconds.items() if owner != job.owner)

@@ -1,9 +1,7 @@
-"""Which jobs share the next step. Pure Python: no torch, no clock, no threads of its own.
+"""Decides which jobs share the next step. Pure Python: no torch, no clock, no threads of its own.
 
-Between keys the one is next in which somebody has waited longest for a step. Within a key, where there are more jobs than may
-share a step, those with few steps left go first, within bounds: nobody is overtaken by a job that came much later. That order
-is each owner's own. Owners get equal shares by start-time fair queueing (Goyal, Vin and Cheng 1996): a job's tag says after
-how much work its owner's share of the device gets to it. So ten pictures of one owner delay another's by one, not by ten.
+The batch key whose jobs have waited longest is next. Within a key an owner's short jobs go first, within bounds, and owners get equal
+shares of the device: ten images of one owner delay another owner's image by one, not by ten.
 """
 
 from __future__ import annotations
@@ -13,8 +11,8 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-# A step that is left counts as much as having come so many steps later. So a short job waits for a few steps of long ones
-# and not for their ends, and a job of n steps is not overtaken any more by what comes 2 n steps after it.
+# A remaining step counts like an arrival that is so many steps later. So a short job waits for a few steps of long jobs, not for
+# their ends, and a job of n steps is not overtaken by jobs that come 2 n steps after it.
 _STEPS_LATER = 2
 
 
@@ -34,9 +32,9 @@ JobT = TypeVar("JobT", bound=Batchable)
 
 @dataclass(frozen=True)
 class Standing(Generic[JobT]):
-    """`position`: 0 for those that take part in their key's next batch, then 1, 2, ...
+    """Where a job stands. `position`: 0 for jobs in their key's next batch, then 1, 2, ...
 
-    `batches_left`: until it is done, if nobody else comes.
+    `batches_left`: the number of batches until it is done, if no other job arrives.
     """
 
     job: JobT
@@ -46,26 +44,31 @@ class Standing(Generic[JobT]):
 
 @dataclass(frozen=True)
 class _Arrival:
-    turn: int  # before which it came
-    tag: float  # how far the shares of all had come by then
+    turn: int  # the number of turns before its arrival
+    tag: float  # how far all shares had advanced at that moment
 
 
 class Batching(Generic[JobT]):
-    """The jobs that still need steps. Its clock is the number of turns that it has given."""
+    """The jobs that still need steps. The number of turns given serves as the clock.
+
+    If a key has more jobs than may share a step, an owner's jobs with few remaining steps go first, but no job is overtaken by one that
+    came much later. Owners share by start-time fair queueing (Goyal, Vin and Cheng 1996): a job's tag says after how much work its
+    owner's share of the device reaches it.
+    """
 
     def __init__(self, max_batch_size: int, batch_limit_for: Callable[[Any], int] | None = None) -> None:
-        """`max_batch_size`: how many jobs may share a step, at least 1. `cap_for`: how many of a key, where that is fewer."""
+        """`max_batch_size`: how many jobs may share a step, at least 1. `batch_limit_for`: how many of one key, if fewer."""
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size must be at least 1, not {max_batch_size}")
         self._max_batch_size = max_batch_size
-        self._cap_for = batch_limit_for
-        self._lowered_caps: dict[Hashable, int] = {}
+        self._batch_limit_for = batch_limit_for
+        self._lowered_limits: dict[Hashable, int] = {}
         self._queues: dict[Hashable, dict[JobT, _Arrival]] = {}
         self._turns_given = 0
-        self._last_turns: dict[Hashable, int] = {}  # of each key that is here
-        self._last_shares: dict[str, int] = {}  # of each owner that is here: when a key had its turn in which it has a job
-        self._tags: dict[JobT, float] = {}  # of jobs that take steps
-        self._next_tags: dict[str, float] = {}  # of each owner that has had a share
+        self._last_turns: dict[Hashable, int] = {}  # of each present key
+        self._last_shares: dict[str, int] = {}  # of each present owner: the last turn of a key in which it has a job
+        self._tags: dict[JobT, float] = {}  # of started jobs
+        self._next_tags: dict[str, float] = {}  # of each owner that has had a share of the device
 
     def __len__(self) -> int:
         return sum(len(queue) for queue in self._queues.values())
@@ -76,12 +79,12 @@ class Batching(Generic[JobT]):
 
     def add(self, job: JobT) -> None:
         if not len(self):
-            self._next_tags = {}  # an idle device owes nobody anything
+            self._next_tags = {}  # debts end when the device is idle
         arrival = _Arrival(self._turns_given, min(self._tags.values(), default=max(self._next_tags.values(), default=0.0)))
         self._queues.setdefault(job.batch_key, {})[job] = arrival
 
     def note_start(self, job: JobT) -> None:
-        """It takes steps from now on, which its owner's next job has to wait for. Nothing happens if that was said before."""
+        """The job now takes steps, for which its owner's next job has to wait. Does nothing if the job has already started."""
         if job in self._tags:
             return
         tag = max(self._queues[job.batch_key][job].tag, self._next_tags.get(job.owner, 0.0))
@@ -89,14 +92,14 @@ class Batching(Generic[JobT]):
         self._next_tags[job.owner] = tag + self._turns_of(job)
 
     def remove(self, job: JobT) -> None:
-        """Take a job out, wherever it stands. A job that is not here is ignored."""
+        """Remove a job in any state. An unknown job is ignored."""
         queue = self._queues.get(job.batch_key, {})
         if job not in queue:
             return
         del queue[job]
         if job in self._tags:
             del self._tags[job]
-            # Steps that it will not take are no debt of its owner.
+            # Its owner does not owe the steps that the job will not take.
             self._next_tags[job.owner] -= self._turns_of(job)
         if not queue:
             del self._queues[job.batch_key]
@@ -107,13 +110,13 @@ class Batching(Generic[JobT]):
         self._next_tags = {owner: tag for owner, tag in self._next_tags.items() if owner in owners or tag > least}
 
     def _turns_of(self, job: JobT) -> float:
-        """What the rest of a job is worth, where as many share a step as may."""
+        """The cost of a job's remaining steps in full batches."""
         return job.steps_left / self.batch_limit(job.batch_key)
 
     def next_turn(self) -> tuple[list[JobT], int]:
-        """The jobs of the key whose turn it is, in their order, and how many of them may take the next step together.
+        """The jobs of the next key in their order, and how many of them may take the step together. This ends the key's turn.
 
-        Empty only if there is nothing to do. The key's turn is over then.
+        Empty only if there is nothing to do.
         """
         if not self._queues:
             return [], 0
@@ -124,23 +127,26 @@ class Batching(Generic[JobT]):
         return self._in_order(key), self.batch_limit(key)
 
     def _waiting_since(self, key: Hashable) -> tuple[int, int]:
-        """Since which turn an owner has had no share who has a job here, and this key none. An owner of many keys has one share."""
+        """Since which turn some owner with a job in this key has had no share, then since which turn the key has had none.
+
+        An owner with jobs in many keys has one share.
+        """
         waiting = min(max(arrival.turn, self._last_shares.get(job.owner, 0)) for job, arrival in self._queues[key].items())
         return waiting, self._last_turns.get(key, 0)
 
     def _in_order(self, key: Hashable) -> list[JobT]:
-        """The owners' jobs, each owner's in its own order, merged."""
+        """The jobs of the key: each owner's in that owner's order, merged by their tags."""
         queue = self._queues[key]
         owned: dict[str, list[JobT]] = {}
-        # Sorting keeps the order in which equals came.
+        # Sorting is stable: equal jobs keep their order of arrival.
         for job in sorted(queue, key=lambda job: queue[job].turn + _STEPS_LATER * job.steps_left):
             owned.setdefault(job.owner, []).append(job)
         return [job for _, job in heapq.merge(*(self._tagged(jobs, queue) for jobs in owned.values()), key=lambda tagged: tagged[0])]
 
     def _tagged(self, jobs: list[JobT], queue: dict[JobT, _Arrival]) -> list[tuple[float, JobT]]:
-        """An owner's jobs in its own order, each with the tag by which it is compared with those of others.
+        """One owner's jobs in that owner's order, each with the tag that is compared with other owners' tags.
 
-        A short job that goes before those that have started takes the first of their tags: what an owner prefers costs nobody else.
+        A short job that overtakes started jobs of its owner takes the first of their tags, so that it does not delay other owners.
         """
         tags: list[float] = []
         free_from = self._next_tags.get(jobs[0].owner, 0.0)
@@ -153,22 +159,22 @@ class Batching(Generic[JobT]):
         return list(zip(sorted(tags), jobs, strict=True))
 
     def standings(self) -> Iterator[Standing[JobT]]:
-        """Where each job stands, as things are now."""
+        """Where each job currently stands."""
         keys = len(self._queues)
         for key in self._queues:
             batch_limit, steps_before = self.batch_limit(key), 0
             for index, job in enumerate(self._in_order(key)):
                 position = max(0, index - batch_limit + 1)
-                # What is before it is done `cap` at a time; the keys take turns.
+                # The jobs before it finish `batch_limit` at a time; the keys take turns.
                 batches_left = keys * (job.steps_left + (steps_before // batch_limit if position else 0))
                 yield Standing(job, position, batches_left)
                 steps_before += job.steps_left
 
     def batch_limit(self, key: Hashable) -> int:
         """How many jobs of `key` may share a step."""
-        batch_limit = self._lowered_caps.get(key, self._max_batch_size)
-        return batch_limit if self._cap_for is None else max(1, min(batch_limit, self._cap_for(key)))
+        batch_limit = self._lowered_limits.get(key, self._max_batch_size)
+        return batch_limit if self._batch_limit_for is None else max(1, min(batch_limit, self._batch_limit_for(key)))
 
     def lower_batch_limit(self, key: Hashable, batch_limit: int) -> None:
-        """From now on at most `cap` jobs of `key` share a step. Never raises a cap."""
-        self._lowered_caps[key] = max(1, min(batch_limit, self.batch_limit(key)))
+        """From now on at most `batch_limit` jobs of `key` share a step. Never raises a batch limit."""
+        self._lowered_limits[key] = max(1, min(batch_limit, self.batch_limit(key)))

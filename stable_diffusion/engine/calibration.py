@@ -1,7 +1,7 @@
-"""How many jobs may share a step: chosen at start from the times of real steps, because no number suits all hardware.
+"""Chooses at start how many jobs may share a step, from the times of real steps, because no number suits all hardware.
 
-Where launches take the time, a step costs the same for many jobs. A device that is full with one job gains nothing by
-sharing, and everybody waits for everybody. Pure arithmetic: no torch, no clock.
+If launching dominates, a step takes the same time for many jobs. A device that is full with one job gains nothing from sharing, and every
+job waits for all others. Pure arithmetic: no torch, no clock.
 """
 
 from __future__ import annotations
@@ -9,27 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-# Sharing that gains less is not worth that a picture waits for its neighbours.
+# A smaller gain does not justify that an image waits for the others in its batch.
 LEAST_GAIN = 1.15
-# The smallest batch that reaches so much of the best throughput will do.
+# The smallest batch with this fraction of the best throughput is chosen.
 NEAR_BEST = 0.9
-# Two sizes in a row that gain less than this over the best so far have found a full device; one may have been bad luck on a busy machine.
+# Two sizes in a row that gain less than this over the best so far indicate a full device. One may be an outlier on a busy machine.
 STILL_GAINING = 1.05
-# No device spends so long on launching: it is full with one job, and measuring more of them would only delay the start.
+# Launching never takes this long: the device is full with one job, and measuring more would only delay the start.
 FULL_WITH_ONE_S = 2.0
 
 
 @dataclass(frozen=True)
 class BatchLimit:
-    """How many jobs of the native size may share a step, and why."""
+    """How many jobs of the model's native size may share a step, and why."""
 
     jobs: int
     reason: str
-    limited_by_memory: bool = False  # more did not fit: that depends on what else is on the device
+    limited_by_memory: bool = False  # more jobs did not fit, which depends on what else uses the device
 
 
 def choose_batch_limit(step_seconds: Callable[[int], float | None], max_batch_size: int) -> BatchLimit:
-    """`step_seconds(jobs)` measures a step of so many jobs of the native size, or gives None if they do not fit into memory."""
+    """`step_seconds(jobs)` measures a step of `jobs` jobs of the native size, or returns None if they do not fit into memory."""
     if max_batch_size == 1:
         return BatchLimit(1, "max_batch_size is 1")
     measured: dict[int, float] = {}
@@ -70,11 +70,11 @@ def _throughput(measured: dict[int, float], jobs: int) -> float:
 
 
 def _sizes(max_batch_size: int) -> list[int]:
-    """1, 2, 4, ... and the largest."""
+    """1, 2, 4, ... and `max_batch_size`."""
     doublings = [2**power for power in range(max_batch_size.bit_length())]
     return sorted({*(size for size in doublings if size <= max_batch_size), max_batch_size})
 
 
 def batch_limit_for_size(batch_limit: BatchLimit, native_pixels: int, pixels: int, max_batch_size: int) -> int:
-    """A device is full with so many pixels, whatever pictures they belong to."""
+    """The batch limit for another size: a device is full with a number of pixels, whatever images they belong to."""
     return max(1, min(max_batch_size, round(batch_limit.jobs * native_pixels / pixels)))

@@ -1,6 +1,6 @@
-"""UNet calls that were recorded once for a number of rows and are replayed: one launch in place of a thousand.
+"""UNet calls that are recorded once per number of rows and then replayed: one launch instead of a thousand.
 
-A call whose shape was not recorded is made as usual. Knows nothing of jobs; how a device records is the caller's.
+A call with an unrecorded shape runs as usual. `RecordedCalls` does not depend on jobs or on how a device records.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 UNetCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-# Runs the work once or more and gives back how to run it again on the same memory, and where its result lies then.
+# Runs the work at least once. Returns how to run it again on the same memory, and where its result then lies.
 Recorder = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]]
 
 
@@ -26,7 +26,7 @@ class _Recording:
 
 
 class RecordedCalls:
-    """A UNet call, replayed where it can be.
+    """A UNet call, replayed if its shape was recorded.
 
     Shapes: latents (rows, channels, height, width), timesteps (rows), embeddings (rows, tokens, width).
     """
@@ -37,9 +37,9 @@ class RecordedCalls:
 
     @torch.inference_mode()
     def record(self, record: Recorder, latents: torch.Tensor, embeddings: torch.Tensor, rows: Sequence[int]) -> int:
-        """Record calls of so many `rows`, each as the one row that is given. Returns the most that fitted into memory, 0 if none did.
+        """Record calls with each number of `rows`, made of the one given row. Returns the most rows that fitted into memory, or 0.
 
-        The largest goes first, so that the others find memory that is large enough for them.
+        The largest is recorded first, so that the others can reuse its memory.
         """
         most = 0
         for count in sorted(rows, reverse=True):
@@ -57,7 +57,7 @@ class RecordedCalls:
         recording = self._recordings.get(_key(rows, latents, embeddings)) or self._recordings.get(_key(rows + 1, latents, embeddings))
         if recording is None:
             return self._call(latents, timesteps, embeddings)
-        # Where there is a row too many, it keeps what the last call left in it, and nobody looks at its result.
+        # A surplus row keeps the values of an earlier call, and its result is ignored.
         recording.latents[:rows].copy_(latents)
         recording.timesteps[:rows].copy_(timesteps)
         recording.embeddings[:rows].copy_(embeddings)
@@ -70,9 +70,9 @@ def _key(rows: int, latents: torch.Tensor, embeddings: torch.Tensor) -> tuple[ob
 
 
 class CudaGraphs:
-    """Records as PyTorch's documentation of CUDA graphs has it: a few runs on a stream of their own, then the one that is captured.
+    """Records as PyTorch's documentation of CUDA graphs says: a few runs on a separate stream, then the captured one.
 
-    All graphs share one pool of memory: they are never replayed at the same time, and what they give is copied.
+    All graphs share one memory pool: they are never replayed at the same time, and their results are copied.
     """
 
     def __init__(self) -> None:

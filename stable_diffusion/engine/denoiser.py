@@ -1,7 +1,7 @@
-"""Tensors only: a task to latents, one UNet call for many jobs, latents to a picture.
+"""The tensor arithmetic: a task to latents, one UNet call for many jobs, latents to an image.
 
-Each operation and each draw of a random number stands in the order of diffusers' own pipelines, so that a
-job alone gives their pictures bit for bit. Knows nothing of queues, threads or who asked.
+All operations and random draws happen in the order of diffusers' own pipelines, so that a job alone gives their images bit for bit.
+`engine.py` and `batching.py` handle queues, threads and owners.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from stable_diffusion.engine.loading import Parts
 logger = logging.getLogger("stable_diffusion")
 
 _KARRAS = " Karras"
-# A quarter of a megabyte each at Stable Diffusion's size.
+# Embeddings of a text take a quarter of a megabyte in Stable Diffusion.
 _KEPT_TEXTS = 64
 _TIMED_STEPS = 5
-# A step so slow needs no second look: its time does not depend on the first launch.
+# A step this slow is not measured again: the first launch hardly affects its time.
 _SLOW_STEP_S = 1.0
-_BLACK = -1 + 1 / 255  # what is not above it has the level 0 of 255
+_BLACK = -1 + 1 / 255  # values up to it become level 0 of 255
 
 
 class Denoiser:
-    """The model's arithmetic. All calls come from one thread; a job's tensors are changed by `prepare` and `advance` only."""
+    """The model's arithmetic. All calls must come from one thread. Only `prepare` and `advance` change a job's tensors."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
@@ -50,7 +50,7 @@ class Denoiser:
         self._masks = VaeImageProcessor(vae_scale_factor=pixels_per_latent, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
         self._pixels_per_latent = pixels_per_latent
         self._device_name = torch.cuda.get_device_name(parts.device) if parts.device.type == "cuda" else parts.device.type
-        # Above all for the empty negative prompt, which nearly every request has.
+        # Mainly for the empty negative prompt, which nearly every request has.
         self._encode_text = lru_cache(maxsize=_KEPT_TEXTS)(self._encode_new_text)
         self.call_unet = RecordedCalls(self._run_unet)
         is_on_cpu = parts.device.type == "cpu"
@@ -63,21 +63,21 @@ class Denoiser:
 
     @torch.inference_mode()
     def record_steps(self, record: Recorder, width: int, height: int, most_jobs: int) -> int:
-        """Record the UNet calls of 1 to `most_jobs` jobs of one size, from now on replayed. Returns how many rows fitted into memory."""
+        """Record the UNet calls of 1 to `most_jobs` jobs of one size, to be replayed. Returns how many rows fitted into memory."""
         channels = self._parts.unet.config.in_channels
         latents = torch.zeros(1, channels, height // self._pixels_per_latent, width // self._pixels_per_latent)
         embeddings, _ = self._encode_text("")
-        # Of the odd numbers only 1: other odd rows ride with one that nobody looks at.
+        # Of the odd numbers only 1: other odd numbers run with one surplus row.
         rows = (1, *range(2, 2 * most_jobs + 1, 2))
         return self.call_unet.record(record, latents.to(self._parts.device, self._parts.dtype), embeddings, rows)
 
     def warm_up(self, width: int, height: int) -> float:
-        """Draw a picture in two steps: kernels are chosen and memory is taken now, and a model that cannot draw fails at start.
+        """Generate an image in two steps, so that kernels are chosen, memory is allocated and a broken model fails at start.
 
         Returns the seconds that the second step took.
         """
         blank = Image.new("RGB", (width, height))
-        # Inpainting is the one kind that every model can do.
+        # Every model supports inpainting.
         task = Task("inpaint", "", "", width, height, 2, 7.5, 0, "DDIMScheduler", True, image=blank, mask=blank.convert("L"))
         job = Job(task, on_end=lambda outcome: None)
         job.tensors = self.prepare(task)
@@ -94,7 +94,7 @@ class Denoiser:
             torch.cuda.synchronize()
 
     def step_seconds(self, jobs: int, width: int, height: int) -> float | None:
-        """How long a step with guidance takes for so many jobs of one size; None if they do not fit into memory."""
+        """How long a guided step of `jobs` jobs of one size takes. None if they do not fit into memory."""
         try:
             return self._time_step(jobs, width, height)
         except torch.OutOfMemoryError:
@@ -102,7 +102,7 @@ class Denoiser:
             return None
 
     def _time_step(self, jobs: int, width: int, height: int) -> float:
-        """The best of a few, after one that does not count: kernels are chosen for each number of rows anew."""
+        """The fastest of a few steps. The first does not count, because kernels are chosen for each number of rows."""
         task = Task("txt2img", "", "", width, height, _TIMED_STEPS + 1, 7.5, 0, "DDIMScheduler", False)
         batch = [Job(task, on_end=lambda outcome: None) for _ in range(jobs)]
         for job in batch:
@@ -125,9 +125,9 @@ class Denoiser:
         """Encode the prompt and the image, draw the initial noise, set up the job's own noise scheduler."""
         embeddings, dropped_prompt, dropped_negative_prompt = self._encode_prompts(task)
         scheduler = self._new_scheduler(task.scheduler)
-        # Timesteps stay on the CPU: schedulers look into their tables with them, and on a GPU each look would wait for the device.
+        # Timesteps stay on the CPU: schedulers use them as table indices, and on a GPU each access would wait for the device.
         scheduler.set_timesteps(task.num_inference_steps)
-        # On the CPU whatever the device, so that a seed means the same picture everywhere.
+        # Always on the CPU, so that a seed gives the same image on every device.
         generator = torch.Generator("cpu").manual_seed(task.seed)
         latents = Latents(
             latents=torch.empty(0),
@@ -148,7 +148,7 @@ class Denoiser:
         else:
             self._start_under_mask(task, latents)
         if task.guidance_scale > 1:
-            # A second-order scheduler makes two calls a step, and half a guided step would be neither one thing nor the other.
+            # A second-order scheduler makes two calls per step; both must be guided, or neither.
             order = scheduler.order
             steps = math.ceil(len(latents.timesteps) / order)
             latents.guided_steps = min(order * round(task.guidance_end * steps), len(latents.timesteps))
@@ -163,7 +163,7 @@ class Denoiser:
         return torch.cat([negative, prompt]), dropped_prompt, dropped_negative_prompt
 
     def _encode_new_text(self, text: str) -> tuple[torch.Tensor, str]:
-        """One text as embeddings (1, tokens, width), which nobody changes, and the part of it that did not fit."""
+        """The embeddings (1, tokens, width) of one text, which are shared and must not be changed, and the part that did not fit."""
         tokenizer, encoder = self._parts.tokenizer, self._parts.text_encoder
         length = tokenizer.model_max_length
         tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
@@ -175,7 +175,7 @@ class Denoiser:
         return embeddings.to(dtype=self._parts.dtype), dropped
 
     def _new_scheduler(self, name: str) -> Any:
-        """A fresh noise scheduler with the model's own noise schedule; the shared one is never changed."""
+        """A new noise scheduler with the model's noise schedule. The shared one is never changed."""
         options = {"use_karras_sigmas": True} if name.endswith(_KARRAS) else {}
         scheduler_class = getattr(diffusers, name.removesuffix(_KARRAS))
         return scheduler_class.from_config(self._parts.scheduler.config, **options)
@@ -197,7 +197,7 @@ class Denoiser:
         return scaling_factor * encoded
 
     def _skip_to_strength(self, task: Task, latents: Latents) -> None:
-        """Leave out the first steps, so that `strength` of them remain (Meng et al. 2021, SDEdit)."""
+        """Skip the first steps, so that the fraction `strength` of them remains (Meng et al. 2021, SDEdit)."""
         skipped = task.num_inference_steps - min(int(task.num_inference_steps * task.strength), task.num_inference_steps)
         skipped *= latents.scheduler.order
         latents.timesteps = latents.scheduler.timesteps[skipped:]
@@ -230,7 +230,7 @@ class Denoiser:
             masked_latents = self._encode_image(pixels * (mask_pixels < 0.5), latents.generator)
             latents.extra_channels = torch.cat([mask, masked_latents], dim=1)
         else:
-            # diffusers encodes the masked image here too and does not use it; its random numbers are drawn all the same.
+            # diffusers also encodes the masked image here without using it. Draw its random numbers to stay in sync.
             self._draw_noise(task, latents.generator)
             latents.mask, latents.image_latents, latents.noise = mask, image_latents, noise
 
@@ -238,7 +238,7 @@ class Denoiser:
 
     @torch.inference_mode()
     def predict(self, jobs: Sequence[Job]) -> list[torch.Tensor]:
-        """One UNet call for the next step of all `jobs`, which share a batch key. Returns each job's rows and changes no job."""
+        """One UNet call for the next step of all `jobs`, which share a batch key. Returns each job's rows. Does not change the jobs."""
         inputs = self.unet_inputs(jobs)
         began_s = time.perf_counter()
         predicted = self.call_unet(*inputs)
@@ -249,7 +249,7 @@ class Denoiser:
 
     @torch.inference_mode()
     def unet_inputs(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Latents (rows, channels, height/8, width/8), timesteps (rows) and embeddings (rows, tokens, width) of the jobs' next step."""
+        """The latents (rows, channels, height/8, width/8), timesteps (rows) and embeddings (rows, tokens, width) of the next step."""
         inputs, timesteps, embeddings = [], [], []
         for job in jobs:
             state = _tensors_of(job)
@@ -257,7 +257,7 @@ class Denoiser:
             scaled = state.scheduler.scale_model_input(state.latents, timestep)
             if state.extra_channels is not None:
                 scaled = torch.cat([scaled, state.extra_channels], dim=1)
-            # Repeated by the concatenation below, as diffusers does: it keeps the memory format, on which the last bit depends.
+            # The concatenation below repeats them, as in diffusers. It keeps the memory format, on which the last bit depends.
             inputs.extend([scaled] * job.rows)
             timesteps.append(state.unet_timesteps[state.step_index].expand(job.rows))
             embeddings.append(state.embeddings[-job.rows :])
@@ -265,7 +265,7 @@ class Denoiser:
 
     @torch.inference_mode()
     def advance(self, job: Job, predicted: torch.Tensor) -> None:
-        """Apply guidance and the noise scheduler to one job's rows. Looks at no value, so it waits for the device for a preview only."""
+        """Apply guidance and the noise scheduler to one job's rows. Reads no value, so only a preview waits for the device."""
         state = _tensors_of(job)
         timestep = state.timesteps[state.step_index]
         if job.rows == 2:
@@ -292,10 +292,10 @@ class Denoiser:
 
     @torch.inference_mode()
     def decode(self, job: Job) -> GeneratedImage:
-        """Latents to RGB, looked at by the safety checker where there is one and the task does not forbid it.
+        """Decode latents to RGB and run the safety checker, if the model has one and the task asks for it.
 
-        A picture that comes out black or as no numbers, as half precision makes some, is decoded once more in float32.
-        Raises GenerationFailed when the latents are no numbers: once one is not, it stays so through all later steps.
+        An image that comes out black or not finite, as happens in half precision, is decoded again in float32. Raises GenerationFailed
+        if the latents are not finite; such values persist through all later steps.
         """
         state = _tensors_of(job)
         if not torch.isfinite(state.latents).all():
@@ -326,23 +326,23 @@ class Denoiser:
         return pixels
 
     def _vae_in_float32(self) -> Any:
-        """A copy, for the one picture that needs it: the shared one stays as it is, and memory is not held for what is rare."""
+        """A copy for one image. The shared autoencoder stays as it is, and no memory is held for a rare case."""
         vae = self._parts.vae
         return vae if vae.dtype == torch.float32 else copy.deepcopy(vae).float()
 
     def _check_safety(self, pixels: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """What is flagged comes back blank from the checker itself."""
+        """Run the safety checker, which blanks a flagged image itself."""
         assert self._parts.safety_checker is not None
         assert self._parts.feature_extractor is not None
         looked_at = self._parts.feature_extractor(self._images.postprocess(pixels, output_type="pil"), return_tensors="pt")
         clip_input = looked_at.pixel_values.to(device=self._parts.device, dtype=self._parts.dtype)
-        # The checker writes into the images that it is given, and inference tensors allow that only to a copy.
+        # The checker writes into its input, which inference tensors allow only for a copy.
         pixels, (flagged,) = self._parts.safety_checker(images=pixels.clone(), clip_input=clip_input)
         return pixels, bool(flagged)
 
 
 def _is_a_picture(pixels: torch.Tensor) -> bool:
-    """Whether there is a number that is not black's (-1; pixels are clamped later)."""
+    """Whether all values are finite and at least one is not black (-1; pixels are clamped later)."""
     return bool(torch.isfinite(pixels).all() and pixels.max() > _BLACK)
 
 
@@ -352,7 +352,7 @@ def _tensors_of(job: Job) -> Latents:
 
 
 def _step_arguments(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
-    """Schedulers that draw noise in a step take the job's generator, the others do not know the argument."""
+    """Schedulers that draw noise in a step get the job's generator; the others do not have the parameter."""
     parameters = inspect.signature(scheduler.step).parameters
     arguments: dict[str, Any] = {}
     if "eta" in parameters:

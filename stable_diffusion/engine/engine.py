@@ -1,6 +1,6 @@
-"""The loop: admit, step, finish, fail, cancel. All torch work of the process happens on its one thread.
+"""The engine's loop: admit, step, finish, fail, cancel. All torch work of the process happens on its one thread.
 
-Knows nothing of BentoML or HTTP; what a step computes is `denoiser.py`'s business, who shares it `batching.py`'s.
+`denoiser.py` computes a step, `batching.py` decides which jobs share it. Independent of BentoML and HTTP.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ logger = logging.getLogger("stable_diffusion")
 
 
 class Steps(Protocol):
-    """What the engine needs of a denoiser."""
+    """The part of a denoiser that the engine uses."""
 
     def prepare(self, task: Task) -> Latents: ...
     def predict(self, jobs: Sequence[Job]) -> list[torch.Tensor]: ...
@@ -66,7 +66,7 @@ class _Stop:
 
 
 class Engine:
-    """Runs many jobs at once. `submit` and `cancel` may be called from any thread and return at once."""
+    """Runs many jobs at once. `submit` and `cancel` may be called from any thread and return immediately."""
 
     def __init__(
         self,
@@ -78,12 +78,12 @@ class Engine:
         limits: QueueLimits = NO_LIMITS,
         watchdog: Watchdog | None = None,
     ) -> None:
-        """Start the thread and load the model on it. Returns when it is loaded; raises what loading raised.
+        """Start the thread and load the model on it. Returns when the model is loaded; raises what loading raised.
 
-        `max_batch_size`: how many jobs may share a UNet call. `cap_for`: how many of one batch key, where that is fewer.
-        `on_step` (each UNet call), `cap_for` and `on_record` (all else that can be counted) are called on the engine's thread,
-        but for what is told when a job is submitted. They must not raise.
-        `limits`: how much work is taken on. `watchdog`: ends the process when a turn hangs or the device has failed for good.
+        `max_batch_size`: how many jobs may share a UNet call. `batch_limit_for`: how many of one batch key, if fewer.
+        `on_step` (each UNet call), `batch_limit_for` and `on_record` (all other records) are called on the engine's thread, except for
+        records about a submission. They must not raise.
+        `limits`: how much work is accepted. `watchdog`: ends the process when a turn hangs or the device has failed for good.
         """
         self._load = load
         self._batching: Batching[Job] = Batching(max_batch_size, batch_limit_for)
@@ -97,8 +97,8 @@ class Engine:
         self._load_error: BaseException | None = None
         self._stopping = False
         self._turn_seconds: float | None = None
-        self._between_steps_s = 0.0  # of turns that took no step, but decoded a picture
-        # A second thread that used OpenMP would make every step twice as slow on a CPU, hence loading on this one too.
+        self._between_steps_s = 0.0  # of turns that took no step but decoded an image
+        # A second thread with OpenMP would make every step twice as slow on a CPU, so this thread also loads the model.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
         self._loaded.wait()
@@ -114,11 +114,11 @@ class Engine:
         owner: str = "",
         timeout_s: float = math.inf,
     ) -> Job:
-        """Queue a task. `on_end` is called once with the picture or the error, on the engine's thread, unless it is cancelled.
+        """Queue a task. `on_end` is called once, on the engine's thread, with the image or the error, unless the job is cancelled.
 
-        `on_progress` is called there too, before that, whenever the job's position or step has changed. It must not raise.
-        Owners get equal shares of the device. `timeout_s`: until the picture has to be there.
-        Raises QueueFull or DeadlineExceeded where the job is not taken on.
+        Before that, `on_progress` is called on the same thread whenever the job's position or step has changed. It must not raise.
+        Owners get equal shares of the device. `timeout_s`: the time until the image must be finished.
+        Raises QueueFull or DeadlineExceeded if the job is not accepted.
         """
         if not self._thread.is_alive():
             raise GenerationFailed("the engine has been stopped")
@@ -136,15 +136,15 @@ class Engine:
         return job
 
     def assume_step(self, height: int, width: int, seconds: float) -> None:
-        """How long a step of one job of this size takes, until steps have been measured."""
+        """Set the expected time of a one-job step of this size, until steps have been measured."""
         self._workload.note_step((height, width), 1, seconds)
 
     def cancel(self, job: Job) -> None:
-        """Drop a job before its next step; nothing happens if it has ended. `on_end` is not called any more."""
+        """Drop a job before its next step. Does nothing if the job has ended. `on_end` is no longer called."""
         self._inbox.put(_Cancel(job))
 
     def close(self) -> None:
-        """Stop the thread after the step in hand. Jobs that have not ended fail."""
+        """Stop the thread after the current step. Unfinished jobs fail."""
         self._inbox.put(_Stop())
         self._thread.join()
 
@@ -171,19 +171,19 @@ class Engine:
                 if self._watchdog is not None:
                     self._watchdog.end_process()
             except Exception:
-                # A defect in the loop itself. Whoever waits gets an answer, and the next job a working engine.
+                # A defect in the loop itself. Waiting clients get an error, and the engine still works for the next job.
                 logger.exception("The engine failed outside of any job; all jobs in it are given up.")
                 self._fail_all(GenerationFailed("the engine failed before this picture was finished"))
         self._give_up(GenerationFailed("the engine was stopped before this picture was finished"))
 
     def _give_up(self, error: ServiceError) -> None:
-        """Also what was submitted during the last turn and has not been read yet."""
+        """Fail all jobs, including those submitted during the last turn and not yet read."""
         while not self._inbox.empty():
             self._receive(self._inbox.get())
         self._fail_all(error)
 
     def _turn(self) -> None:
-        """Take what has come in, drop what is late, decode at most one picture, take one step."""
+        """Read the inbox, drop late jobs, decode at most one image, take one step."""
         self._read_inbox()
         began = time.perf_counter()
         self._drop_the_late(began)
@@ -199,7 +199,7 @@ class Engine:
         self._tell(WorkloadRecord(self._workload.seconds()))
 
     def _watching(self, batch: list[Job]) -> AbstractContextManager[None]:
-        """While a picture is decoded and `batch` takes a step. Decoding is about as much work as a step or a few of its size."""
+        """Watch the decoding of an image and the step of `batch`. Decoding takes about as long as one or a few steps of its size."""
         if self._watchdog is None:
             return nullcontext()
         decoding = [self._workload.step_seconds(job.batch_key, 1) for job in list(self._to_decode)[:1]]
@@ -207,7 +207,7 @@ class Engine:
         return self._watchdog.watching(sum(decoding + stepping))
 
     def _note_turn(self, batch: list[Job], seconds: float) -> None:
-        """Moving means: decoding and preparing others is part of what a step costs a job."""
+        """Update the moving means. The time for decoding and preparing other jobs counts as part of a step."""
         if not batch:
             self._between_steps_s += seconds
             return
@@ -227,7 +227,7 @@ class Engine:
             self._report(standing.job, standing.position, self._turn_seconds * standing.batches_left)
 
     def _report(self, job: Job, position: int, seconds_left: float) -> None:
-        """Tell where a job stands, once for each step; before its first step once for each place in the queue."""
+        """Report where a job stands, once per step, and before its first step once per position in the queue."""
         tensors = job.tensors
         step = 0 if tensors is None else tensors.step_index
         position = 0 if step else position
@@ -238,7 +238,7 @@ class Engine:
         job.on_progress(Progress(position, step, step + job.steps_left, seconds_left, preview))
 
     def _read_inbox(self) -> None:
-        """Wait for something only when there is nothing else to do."""
+        """Read all messages. Waits for one only if there is nothing else to do."""
         is_idle = not self._to_decode and not len(self._batching)
         while True:
             try:
@@ -258,9 +258,9 @@ class Engine:
                 self._stopping = True
 
     def _prepared(self, jobs: list[Job], batch_limit: int) -> list[Job]:
-        """The first `cap` that can take a step.
+        """The first `batch_limit` jobs that can take a step.
 
-        Newcomers are prepared for it, at most one with an image, so that the others do not wait for long.
+        New jobs are prepared, but at most one with an image, so that the others do not wait long.
         """
         ready: list[Job] = []
         encoded_image = False
@@ -302,9 +302,9 @@ class Engine:
                 self._to_decode.append(job)
 
     def _predict(self, batch: list[Job]) -> list[tuple[Job, torch.Tensor]]:
-        """One UNet call, or, where it fails, one for each half: a job that cannot be computed in the end fails alone.
+        """One UNet call or, if it fails, one for each half, so that finally only the job that cannot be computed fails.
 
-        One that does not fit into memory alone is tried once more, after what others have left there is freed.
+        A single job that does not fit into memory is tried again, after memory that others have left is freed.
         """
         predictions: list[tuple[Job, torch.Tensor]] = []
         calls = deque([batch])
@@ -339,7 +339,7 @@ class Engine:
         return predictions
 
     def _call_unet(self, jobs: list[Job]) -> list[torch.Tensor] | Exception:
-        """The jobs' predictions, or what went wrong. Raises an error of the device, after which nothing can be computed for anybody."""
+        """The jobs' predictions or the error. Raises a device error, after which nothing can be computed."""
         try:
             predicted = self._denoiser.predict(jobs)
         except torch.AcceleratorError:
@@ -351,7 +351,7 @@ class Engine:
                 self._on_step(StepRecord(tuple(job.number for job in jobs), sum(job.rows for job in jobs)))
             return predicted
         if _is_out_of_memory(failure):
-            failure.__traceback__ = None  # it holds what the call had computed so far
+            failure.__traceback__ = None  # it references the call's intermediate tensors
             torch.cuda.empty_cache()  # does nothing without a GPU
         return failure
 
@@ -367,7 +367,7 @@ class Engine:
             self._end(job, replace(picture, waited_s=waited_s), "flagged" if picture.flagged else "completed")
 
     def _fail(self, job: Job, error: Exception) -> None:
-        """Raises an error of the device, after which nothing can be computed for anybody."""
+        """End a job with an error. Raises a device error, after which nothing can be computed."""
         if isinstance(error, torch.AcceleratorError):
             raise error
         outcome: Outcome = "deadline_exceeded" if isinstance(error, DeadlineExceeded) else "failed"
@@ -382,7 +382,7 @@ class Engine:
         self._end(job, error, outcome)
 
     def _drop(self, job: Job) -> None:
-        """A cancelled job leaves wherever it stands; one that has ended is not there any more."""
+        """Remove a cancelled job in any state. Does nothing if it has ended."""
         if job.is_ended:
             return
         done, wanted = (job.tensors.step_index, len(job.tensors.timesteps)) if job.tensors is not None else (0, 0)
@@ -404,7 +404,7 @@ class Engine:
         try:
             job.on_end(result)
         except Exception:
-            # Whoever asked is gone (an event loop that was closed, say). That is no reason to stop drawing for the others.
+            # The receiver is gone, for example a closed event loop. The other jobs go on.
             logger.exception("The outcome of job %d could not be delivered.", job.number)
 
     def _fail_all(self, error: ServiceError) -> None:
@@ -414,5 +414,5 @@ class Engine:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """On a CPU torch has no class of its own for it."""
+    """Whether memory ran out. On a CPU torch has no separate exception class for it."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

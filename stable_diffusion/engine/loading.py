@@ -1,6 +1,6 @@
-"""Weights on disk to the parts of a pipeline, once. The only place that chooses the device and the dtype.
+"""Loads weights from disk into the parts of a pipeline. The only place that chooses the device and the dtype.
 
-Knows nothing of jobs, of batching or of HTTP.
+Independent of jobs, batching and HTTP.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ logger = logging.getLogger("stable_diffusion")
 
 @dataclass(frozen=True)
 class Parts:
-    """A loaded Stable Diffusion model. Shared by all jobs, so nobody changes anything in it."""
+    """A loaded Stable Diffusion model. All jobs share it, so it must not be changed."""
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    scheduler: Any  # a diffusers noise scheduler: the pattern from which each job makes its own
+    scheduler: Any  # a diffusers noise scheduler, from whose configuration each job's own is made
     safety_checker: StableDiffusionSafetyChecker | None
     feature_extractor: Any | None
     device: torch.device
@@ -41,7 +41,7 @@ class Parts:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's, or the processor's with the number of threads that compute."""
+    """The name of the GPU, or of the processor with the number of computing threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu = Path("/proc/cpuinfo")
@@ -51,13 +51,13 @@ def device_name(device: torch.device) -> str:
 
 
 def placement(precision: Precision) -> tuple[torch.device, torch.dtype]:
-    """Where a model goes, and what it is computed in there."""
+    """The device for a model, and the dtype of its computation."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return device, torch.float16 if precision == "fp16" and device.type == "cuda" else torch.float32
 
 
 def load(model: ModelFolder, precision: Precision) -> Parts:
-    """Load `model` onto the GPU if there is one. Half precision on a CPU is computed in float32: its kernels are slow or missing."""
+    """Load `model` onto the GPU if there is one. A CPU computes half precision in float32, because its kernels are slow or missing."""
     device, dtype = placement(precision)
     if device.type == "cpu":
         keep_freed_memory()

@@ -1,6 +1,6 @@
-"""A look at a picture that is not finished, without the autoencoder: what the UNet takes for the end, linearly mapped to RGB.
+"""Previews of unfinished images without the autoencoder: the UNet's current estimate of the result, mapped linearly to RGB.
 
-One pixel for each latent, so an eighth of the picture's size. Pure arithmetic on tensors.
+One pixel per latent, so an eighth of the image's size. Pure arithmetic on tensors.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import torch
 from PIL import Image
 
 FILE_NAME = "latent_to_rgb.json"
-# The autoencoder of Stable Diffusion 1.x and 2.x; the numbers are known from
+# For the autoencoder of Stable Diffusion 1.x and 2.x; the numbers are from
 # https://discuss.huggingface.co/t/decoding-latents-to-rgb-without-upscaling/23204
 _STABLE_DIFFUSION = ((0.298, 0.207, 0.208), (0.187, 0.286, 0.173), (-0.158, 0.189, 0.264), (-0.184, -0.271, -0.473), (0.0, 0.0, 0.0))
 
 
 def latent_to_rgb(model: Path) -> torch.Tensor:
-    """The map of a model folder, or Stable Diffusion's: (5, 3), four channels and a constant to red, green and blue from -1 to 1."""
+    """The model folder's map, or Stable Diffusion's: (5, 3), from four channels and a constant to red, green and blue in -1 to 1."""
     file = model / FILE_NAME
     return torch.tensor(json.loads(file.read_text(encoding="utf-8")) if file.exists() else _STABLE_DIFFUSION)
 
 
 def expected_end(scheduler: Any, latents: torch.Tensor, timestep: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-    """The latents that the UNet's prediction amounts to (Ho et al. 2020, equation 15; for v Salimans and Ho 2022, appendix D)."""
+    """The final latents that the UNet's prediction implies (Ho et al. 2020, equation 15; for v Salimans and Ho 2022, appendix D)."""
     if scheduler.config.prediction_type == "sample":
         return predicted
     noisy: torch.Tensor = scheduler.scale_model_input(latents, timestep)
@@ -36,14 +36,14 @@ def expected_end(scheduler: Any, latents: torch.Tensor, timestep: torch.Tensor, 
 
 
 def to_image(latents: torch.Tensor, factors: torch.Tensor) -> Image.Image:
-    """Latents (1, 4, height, width) to RGB of that height and width. Waits for the device."""
+    """Convert latents (1, 4, height, width) to an RGB image of that height and width. Waits for the device."""
     channels = latents[0].permute(1, 2, 0).to(device="cpu", dtype=torch.float32)
     pixels = (channels @ factors[:4] + factors[4] + 1) * 127.5
     return Image.fromarray(pixels.clamp(0, 255).to(torch.uint8).numpy())
 
 
 def fit(latents: torch.Tensor, pixels: torch.Tensor) -> list[list[float]]:
-    """The map of least squares from latents (pictures, 4, h, w) to pictures of that size (pictures, 3, h, w; -1 to 1)."""
+    """The least-squares map from latents (images, 4, h, w) to images of that size (images, 3, h, w; -1 to 1)."""
     channels = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
     inputs = torch.cat([channels, torch.ones(len(channels), 1)], dim=1)
     solution = torch.linalg.lstsq(inputs, pixels.permute(0, 2, 3, 1).reshape(-1, 3)).solution

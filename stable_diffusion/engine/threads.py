@@ -1,8 +1,7 @@
-"""How many threads compute on a CPU: all of them, fewer while other programs want the processor too, all again when they are gone.
+"""How many threads compute on a CPU: fewer while other programs also use the processor, all when it is free again.
 
-Threads of OpenMP wait for each other by spinning. Where another program holds a core, a step that takes 30 ms alone takes seconds: each
-of its thousand barriers waits until the scheduler lets the late thread run, and the spinning ones hold the core that it needs. Pure
-arithmetic: no torch, no clock.
+OpenMP threads wait for each other by spinning. If another program holds a core, each of a step's thousand barriers waits for the late
+thread, whose core the spinning threads hold: a step that alone takes 30 ms then takes seconds. Pure arithmetic: no torch, no clock.
 """
 
 from __future__ import annotations
@@ -10,39 +9,39 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable, Mapping
 
-# So much longer than ever before is not the machine's usual noise.
+# A step that takes this many times the shortest known time is not slow by chance.
 _HELD_UP = 3.0
 _HELD_UP_AT_ONCE = 8.0
-_FEWEST_STEPS = 3  # of a kind before it is known how long one takes: the first ones choose kernels and take memory
+_FEWEST_STEPS = 3  # of a kind until its time is known: the first steps choose kernels and allocate memory
 _TRY_MORE_AFTER_S = 5.0
 _TRY_MORE_AFTER_MOST_S = 60.0
 _MOST_KINDS = 256
 
 
 def is_left_to_us(environment: Mapping[str, str]) -> bool:
-    """Whether the operator has said nothing of threads."""
+    """Whether the environment sets nothing about threads."""
     return not any(name.startswith(("OMP_", "GOMP_", "MKL_NUM", "MKL_DYNAMIC", "KMP_")) for name in environment)
 
 
 class ThreadCount:
-    """Halves the number of threads when steps are held up, and tries twice as many after a while."""
+    """Halves the number of threads when steps are delayed, and tries twice as many after a while."""
 
     def __init__(self, threads: int, set_threads: Callable[[int], None], logger_info: Callable[[str], None]) -> None:
-        """`threads`: all of them. `set_threads` makes a number of them count from the next step on."""
+        """`threads`: the maximum. `set_threads` sets the number from the next step on."""
         self._all = threads
         self._set_threads = set_threads
         self._say = logger_info
         self.threads = threads
-        self._best_s: dict[Hashable, float] = {}  # of a step of a kind with all threads
+        self._best_s: dict[Hashable, float] = {}  # the shortest step of a kind with all threads
         self._steps: dict[Hashable, int] = {}
         self._slow_in_a_row = 0
         self._try_again_s = 0.0
         self._wait_s = _TRY_MORE_AFTER_S
         self._is_trying = False
-        self._before_trying: dict[Hashable, float] = {}  # the last step of a kind with fewer threads
+        self._before_trying: dict[Hashable, float] = {}  # the last step of a kind with the current, smaller number of threads
 
     def note_step(self, kind: Hashable, seconds: float, now_s: float) -> None:
-        """A step has taken so long. Steps of one `kind` (rows and size) take equally long where nothing else runs."""
+        """Note a step's time. Steps of one `kind` (rows and size) take equally long if nothing else runs."""
         if self._is_trying:
             self._judge_trial(kind, seconds, now_s)
             return
@@ -61,7 +60,7 @@ class ThreadCount:
                 self._change(min(self._all, 2 * self.threads))
 
     def _judge_trial(self, kind: Hashable, seconds: float, now_s: float) -> None:
-        """More threads stay if a step of a kind that was seen with fewer is faster with them."""
+        """Keep the larger number of threads if it makes a step faster whose kind was timed with fewer threads."""
         if kind not in self._before_trying:
             return
         self._is_trying = False
@@ -91,7 +90,7 @@ class ThreadCount:
         return self._steps.get(kind, 0) >= _FEWEST_STEPS and seconds > _HELD_UP * self._usual_s(kind)
 
     def _usual_s(self, kind: Hashable) -> float:
-        """With the threads that compute now, if they gain nothing by being many."""
+        """The expected seconds with the current number of threads, assuming linear speed-up."""
         return self._best_s[kind] * self._all / self.threads
 
     def _remember(self, kind: Hashable, seconds: float) -> None:
@@ -103,5 +102,5 @@ class ThreadCount:
 
 
 def of_process(set_threads: Callable[[int], None], threads: int, logger_info: Callable[[str], None]) -> ThreadCount | None:
-    """None where there is nothing to decide: one thread, or the operator has decided."""
+    """None if there is nothing to decide: there is one thread, or the environment sets the number."""
     return ThreadCount(threads, set_threads, logger_info) if threads > 1 and is_left_to_us(os.environ) else None

@@ -1,6 +1,6 @@
-"""Ends the process when it cannot go on: a step hangs, or the device has failed for good. Whoever started the process starts it again.
+"""Ends the process when it cannot continue: a step hangs, or the device has failed permanently. BentoML then starts it again.
 
-Knows nothing of jobs; the connections of those who wait break with the process.
+Independent of jobs: the connections of waiting clients break with the process.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ _EXIT_STATUS = 1
 
 class Watchdog:
     def __init__(self, stuck_after_s: float) -> None:
-        """What takes so long, and twenty times as long as expected, will not end any more."""
+        """A step that takes longer than this, and twenty times as long as expected, is considered stuck."""
         self._stuck_after_s = stuck_after_s
 
     @contextmanager
     def watching(self, expected_s: float) -> Iterator[None]:
-        """The log gets what every thread was doing. faulthandler's thread needs no GIL, which a call that hangs may hold."""
+        """End the process if the block takes too long, with all stack traces in the log.
+
+        faulthandler's thread does not need the GIL, which a hanging call may hold.
+        """
         faulthandler.dump_traceback_later(max(self._stuck_after_s, _TIMES_AS_LONG_AS_EXPECTED * expected_s), exit=True)
         try:
             yield
@@ -31,6 +34,6 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def end_process(self) -> None:
-        """After a moment in which what has been said to those who wait reaches them."""
+        """End the process after a moment in which pending messages reach waiting clients."""
         time.sleep(_TIME_TO_DELIVER_S)
         os._exit(_EXIT_STATUS)

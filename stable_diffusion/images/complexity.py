@@ -1,7 +1,7 @@
-"""How many pieces a PNG or JPEG file is made of, counted before Pillow reads it.
+"""Counts the pieces of a PNG or JPEG file before Pillow reads it, and refuses files with too many.
 
-Pillow reads the pieces one by one in Python, and goes through the whole picture again for each scan of a progressive JPEG, of which
-20 MiB have room for half a million. Knows nothing of what the pieces hold, nor of HTTP. WebP's are read in C, and once.
+Pillow reads the pieces one by one in Python, and goes through the whole image again for each scan of a progressive JPEG, of which 20 MiB
+have room for half a million. WebP needs no count: its pieces are read in C, and once.
 """
 
 from __future__ import annotations
@@ -9,24 +9,24 @@ from __future__ import annotations
 import re
 import struct
 
-MAX_PIECES = 2**14  # PNG's chunks, JPEG's segments; a large photograph has a few hundred
+MAX_PIECES = 2**14  # PNG chunks or JPEG segments; a large photograph has a few hundred
 MAX_SCANS = 64  # progressive JPEGs have about ten
 MAX_EXIF_BYTES = 2**20
 _MAX_EXIF_SEGMENTS = MAX_EXIF_BYTES // 2**16
-_MAX_BYTES_BETWEEN = 2**16  # all that lies between JPEG's segments
+_MAX_BYTES_BETWEEN = 2**16  # total bytes between JPEG segments
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
 _EXIF = b"Exif\0\0"
-# ITU-T T.81, B.1.1: a marker, perhaps behind fill bytes. FF 00 is data, and D0 to D7 and 01 stand alone within data.
+# ITU-T T.81, B.1.1: a marker, perhaps after fill bytes. FF 00 is data; D0 to D7 and 01 are markers within data.
 _MARKER = re.compile(rb"\xff+([^\x00\x01\xd0-\xd7\xff])", re.DOTALL)
 _START, _END, _SCAN = 0xD8, 0xD9, 0xDA
-# The others it reads byte by byte, or refuses.
+# Segments that Pillow reads at once. It reads others byte by byte, or refuses them.
 _READ_AT_ONCE = {*range(0xC0, 0xC8), *range(0xC9, 0xF0), 0xFE}
 
 
 def too_many_pieces(content: bytes) -> str | None:
-    """What the file has too much of, in words. None if nothing, or if it is neither PNG nor JPEG."""
+    """Says what the file has too many of. None if it is acceptable, or neither PNG nor JPEG."""
     if content.startswith(_PNG):
         return _too_many_chunks(content)
     if content.startswith(_JPEG):
@@ -46,13 +46,13 @@ def _too_many_chunks(content: bytes) -> str | None:
 
 
 def _too_many_segments(content: bytes) -> str | None:
-    # One too many here is no harm: a thumbnail within the block has another one at most.
+    # The bound allows one extra: a thumbnail within the block may contain the marker once more.
     if content.count(_EXIF) > _MAX_EXIF_SEGMENTS:
         return f"EXIF in more than {_MAX_EXIF_SEGMENTS} segments"
     position, count, scans, between = 2, 0, 0, 0
     while marker := _MARKER.search(content, position):
         kind = marker[1][0]
-        if kind == _END and scans:  # one before the first scan is passed over by Pillow
+        if kind == _END and scans:  # Pillow ignores one before the first scan
             return None
         has_length = kind not in (_START, _END) and marker.end() + 2 <= len(content)
         length = struct.unpack_from(">H", content, marker.end())[0] if has_length else 0

@@ -1,6 +1,6 @@
-"""Bytes to a safe PIL image. No other decoder than those of PNG, JPEG and WebP can be reached by an upload.
+"""Decodes untrusted bytes to a PIL image. Uploads reach only the decoders for PNG, JPEG and WebP.
 
-Finds what a file says of its picture without decoding it. Knows nothing of what that means, nor of HTTP, of the model or of torch.
+Also reads the description from an image file without decoding pixels. Does not depend on HTTP, on the model or on torch.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from stable_diffusion.core.errors import InvalidRequest, TooLarge
 from stable_diffusion.images.complexity import MAX_EXIF_BYTES, too_many_pieces
 from stable_diffusion.images.description import PNG_TEXT, exif_comment
 
-# What Pillow finds odd in a client's file is of no use to whoever runs the server, and anybody could fill the log with it.
+# Pillow's warnings about clients' files do not help the operator, and any client could fill the log with them.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
 
 MAX_UPLOAD_BYTES = 20 * 2**20
 MAX_UPLOAD_PIXELS = 4096 * 4096
-MAX_UPLOAD_SIDE = 2**14  # scaling takes 48 bytes for each pixel of a side
+MAX_UPLOAD_SIDE = 2**14  # scaling needs 48 bytes per pixel of a side
 UPLOADS_IN_WORDS = (
     f"PNG, JPEG or WebP of at most {MAX_UPLOAD_BYTES // 2**20} MiB and {MAX_UPLOAD_PIXELS // 10**6} million pixels, "
     f"{MAX_UPLOAD_SIDE} a side."
@@ -31,7 +30,7 @@ UPLOADS_IN_WORDS = (
 
 
 def read_image(content: bytes, field: str) -> Image.Image:
-    """Decode an upload to upright RGB; what is transparent becomes white.
+    """Decode an upload to upright RGB. Transparent areas become white.
 
     Raises InvalidRequest or TooLarge, naming `field`.
     """
@@ -39,14 +38,14 @@ def read_image(content: bytes, field: str) -> Image.Image:
 
 
 def read_mask(content: bytes, field: str) -> Image.Image:
-    """Decode a mask to upright greyscale: white is repainted, black is kept. What is transparent counts as black."""
+    """Decode a mask to upright greyscale: white is repainted, black is kept. Transparent areas count as black."""
     return _decode(content, field, lambda picture: _flatten(picture, "black").convert("L"))
 
 
 def read_transparency_as_mask(content: bytes, field: str) -> Image.Image:
-    """Decode a mask that says by its transparency what is repainted, to upright greyscale as `read_mask` gives it.
+    """Decode a mask whose transparent areas are repainted, to upright greyscale like that of `read_mask`.
 
-    Raises InvalidRequest if nothing is transparent: a mask in black and white would otherwise repaint nothing.
+    Raises InvalidRequest if nothing is transparent: a black-and-white mask would silently repaint nothing.
     """
 
     def transparency(picture: Image.Image) -> Image.Image:
@@ -59,7 +58,7 @@ def read_transparency_as_mask(content: bytes, field: str) -> Image.Image:
 
 
 def read_mask_or_opacity(content: bytes, field: str) -> Image.Image:
-    """Decode a mask as `read_mask`, but where something in it is transparent, what is opaque counts as white, whatever its colour."""
+    """Decode a mask like `read_mask`. If it has transparent areas, its opacity is the mask, whatever its colours."""
 
     def opacity(picture: Image.Image) -> Image.Image:
         alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
@@ -69,10 +68,10 @@ def read_mask_or_opacity(content: bytes, field: str) -> Image.Image:
 
 
 def read_description(content: bytes, field: str) -> str | None:
-    """What a picture's file says of it: A1111's PNG text "parameters", else the EXIF comment. None if neither is there.
+    """The description in an image file: A1111's PNG text "parameters", else the EXIF comment. None if there is neither.
 
-    Reads no pixel. Raises InvalidRequest or TooLarge, naming `field`: for what `read_picture` refuses too, and for text that is damaged
-    or too long once it is unpacked (Pillow stops at 1 MiB of each compressed text).
+    Reads no pixels. Raises InvalidRequest or TooLarge, naming `field`: in the cases in which `read_image` does, and for text that is
+    damaged or too long when decompressed (Pillow stops at 1 MiB per compressed text).
     """
     picture = _open(content, field)
     text = picture.info.get(PNG_TEXT)
@@ -85,7 +84,7 @@ def read_description(content: bytes, field: str) -> str | None:
 
 
 def _open(content: bytes, field: str) -> Image.Image:
-    """Read only the header: a bomb is refused before anything is decoded."""
+    """Read only the header, so that a decompression bomb is refused before anything is decoded."""
     if not content:
         raise InvalidRequest(f"{field}: the file is empty, send a PNG, JPEG or WebP image", field=field)
     if len(content) > MAX_UPLOAD_BYTES:
@@ -114,7 +113,7 @@ def _open(content: bytes, field: str) -> Image.Image:
 
 
 def _require_small_exif(picture: Image.Image, field: str) -> None:
-    """PNG may also have it as text, and behind the pixels."""
+    """Check the size of the EXIF block. PNG may also hold it as text, and after the pixels."""
     size = max(len(picture.info.get(name, b"")) for name in ("exif", "Raw profile type exif"))
     if size > MAX_EXIF_BYTES:
         raise TooLarge(f"{field}: its EXIF block has {size} bytes, at most {MAX_EXIF_BYTES} are allowed", field=field)
@@ -132,7 +131,7 @@ def _decode(content: bytes, field: str, convert: Callable[[Image.Image], Image.I
         raise InvalidRequest(f"{field}: the image is damaged or cut short", field=field) from None
 
 
-# What Pillow's decoders raise on broken data.
+# The errors that Pillow's decoders raise on broken data.
 _BROKEN_DATA = (
     OSError,
     ValueError,
@@ -147,7 +146,7 @@ _BROKEN_DATA = (
 )
 
 _ORIENTATION = 0x0112
-# EXIF 2.32, 4.6.4: how a picture is stored, and what sets it upright.
+# EXIF 2.32, 4.6.4: orientation -> the transposition that turns the image upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -160,9 +159,9 @@ _TURNS = {
 
 
 def _turn(picture: Image.Image) -> Image.Transpose | None:
-    """What sets the picture upright. Many cameras write EXIF that is not quite right; then the picture is taken as it is.
+    """The transposition that turns the image upright. Many cameras write slightly invalid EXIF; such an image stays as it is.
 
-    ImageOps.exif_transpose would write the whole EXIF block again, and fail on what it cannot write.
+    ImageOps.exif_transpose would write the whole EXIF block again, and fail on values that it cannot write.
     """
     try:
         return _TURNS.get(picture.getexif().get(_ORIENTATION, 1))

@@ -1,6 +1,6 @@
-"""Where an image file says how it was generated: a PNG text chunk, or the EXIF comment of JPEG and WebP, as A1111 has it.
+"""Where an image file stores how the image was generated: a PNG text chunk, or the EXIF comment of JPEG and WebP, like A1111.
 
-Knows nothing of what the description says.
+`infotext.py` defines what the description says.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def exif_comment(picture: Image.Image) -> str | None:
 
 
 def as_exif(description: str) -> Image.Exif:
-    """Big-endian as Pillow writes it, in which A1111's readers expect the text."""
+    """Big-endian, as Pillow writes EXIF and as A1111's readers expect the text."""
     exif = Image.Exif()
     exif.get_ifd(_EXIF_FOLDER)[_USER_COMMENT] = _UTF_16 + description.encode("utf-16-be")
     return exif
 
 
 def as_png_text(description: str) -> PngImagePlugin.PngInfo:
-    """As tEXt, or as iTXt where Latin-1 cannot say it."""
+    """As tEXt, or as iTXt if the text does not fit Latin-1."""
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text(PNG_TEXT, description)
     return chunks

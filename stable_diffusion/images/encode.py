@@ -1,4 +1,4 @@
-"""A PIL image to PNG, JPEG or WebP, with a description of how it was generated where one is given."""
+"""Encodes a PIL image as PNG, JPEG or WebP, optionally with a description of how it was generated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _QUALITY = 95
 def encode(picture: Image.Image, image_format: ImageFormat, description: str | None = None, quality: int | None = None) -> bytes:
     """Encode RGB: JPEG and WebP with a quality of 0 to 100 (None: 95), PNG without loss.
 
-    The description goes where A1111 has it; pixels are the same without.
+    The description is stored where A1111 stores it and does not change the pixels.
     """
     quality = _QUALITY if quality is None else quality
     buffer = io.BytesIO()
@@ -33,5 +33,5 @@ def encode(picture: Image.Image, image_format: ImageFormat, description: str | N
 
 
 def encode_preview(preview: Image.Image, size: tuple[int, int], image_format: ImageFormat = "jpeg") -> bytes:
-    """A preview, an eighth of the picture's `size`, encoded in that size."""
+    """Scale a preview, an eighth of the image's size, up to `size` and encode it."""
     return encode(preview.resize(size, Image.Resampling.BICUBIC), image_format)

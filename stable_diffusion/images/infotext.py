@@ -1,6 +1,6 @@
-"""The text that says how a picture was drawn, in the form that A1111 writes and its readers know ("infotext").
+"""Writes and reads the text that says how an image was generated, in A1111's form ("infotext").
 
-Writes it for a finished picture and reads it back. Knows nothing of image files, nor of what can be drawn again.
+Does not depend on image files; `api/reproduce` decides what can be generated again.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from stable_diffusion.core.schedulers import sampler_of
 from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.models.folder import ModelFolder
 
-PROGRAM = "stable-diffusion-bentoml"  # with the version behind it; A1111 takes a bare number for a version of its own
-LIBRARIES = ("torch", "diffusers")  # whose versions may change a picture
-MAX_CHARACTERS = 2**16  # of an infotext; two prompts of the largest size, written twice, take half of it
+PROGRAM = "stable-diffusion-bentoml"  # followed by the version; A1111 takes a bare number for its own version
+LIBRARIES = ("torch", "diffusers")  # whose versions may change an image
+MAX_CHARACTERS = 2**16  # of an infotext; two prompts of maximum length, written twice, take half of it
 _NEGATIVE = "Negative prompt:"
-_FEWEST_PAIRS = 3  # on the last line; with fewer A1111 takes it for a line of the prompt
-# A name, and a value that is a JSON string or goes to the next comma. What A1111 finds with its own expression.
+_FEWEST_PAIRS = 3  # on the last line; A1111 takes a line with fewer for a part of the prompt
+# A name, and a value that is a JSON string or extends to the next comma. Equivalent to A1111's own expression.
 _PAIR = re.compile(r'\s*(?P<name>\w[\w \-/]+):\s*(?P<value>"(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
 @dataclass(frozen=True)
 class Infotext:
-    """What an infotext says: both prompts, and the values of its last line by their names there, such as "CFG scale"."""
+    """A parsed infotext: both prompts, and the values of its last line by name, such as "CFG scale"."""
 
     prompt: str
     negative_prompt: str
@@ -37,14 +37,14 @@ class Infotext:
 
 
 def write(task: Task, picture: GeneratedImage, model: ModelFolder) -> str:
-    """Everything that determines the picture of `task`. Of an input picture and a mask it has only hashes of what they were scaled to.
+    """Everything that determines the image of `task`. An input image and a mask appear only as hashes of their scaled versions.
 
-    Values are written only where they are not what A1111's readers take for granted.
+    Values that A1111's readers assume by default are left out.
     """
     values = _values(task, picture, model)
     prompts = f"{task.prompt}\n{_NEGATIVE} {task.negative_prompt}" if task.negative_prompt else task.prompt
     if _prompts_of(prompts.lstrip()) != (task.prompt, task.negative_prompt):
-        # Lines that look like the start of something else, or white space that readers drop.
+        # A line looks like the start of another section, or readers would drop white space.
         values["Exact prompt"] = task.prompt
         if task.negative_prompt:
             values["Exact negative prompt"] = task.negative_prompt
@@ -78,7 +78,7 @@ def _values(task: Task, picture: GeneratedImage, model: ModelFolder) -> dict[str
 
 
 def read(text: str, field: str = "infotext") -> Infotext:
-    """Read what `write` or A1111 wrote. Raises InvalidRequest, naming `field`, where the text is none."""
+    """Parse an infotext by `write` or A1111. Raises InvalidRequest, naming `field`, if the text is none."""
     if len(text) > MAX_CHARACTERS:
         raise InvalidRequest(f"{field}: an infotext of {len(text)} characters, at most {MAX_CHARACTERS} are allowed", field=field)
     prompts, _, last_line = text.strip().rpartition("\n")
@@ -99,12 +99,12 @@ def program_version() -> str:
 
 @functools.cache
 def library_versions() -> dict[str, str]:
-    """Of the installed libraries by their names, without loading them."""
+    """The versions of the installed libraries by name, without importing them."""
     return {name: metadata.version(name) for name in LIBRARIES}
 
 
 def _prompts_of(lines: str) -> tuple[str, str]:
-    """The prompt and, from the first line that begins so, the negative prompt. White space around each line is lost."""
+    """The prompt and, from the first line with that prefix on, the negative prompt. White space around each line is lost."""
     prompt: list[str] = []
     negative: list[str] = []
     current = prompt
@@ -117,7 +117,7 @@ def _prompts_of(lines: str) -> tuple[str, str]:
 
 
 def _pairs(line: str) -> dict[str, str]:
-    """What is no pair is passed over up to the next comma, so that a long line costs no more than its length."""
+    """Text that is not a pair is skipped up to the next comma, so that the time is linear in the line's length."""
     pairs: dict[str, str] = {}
     position = 0
     while position < len(line):
@@ -143,9 +143,9 @@ def _unquoted(value: str) -> str:
         text = str(json.loads(value))
     except ValueError:
         return value
-    return text.encode("utf-8", "replace").decode("utf-8")  # JSON can say half of a surrogate pair, headers and prompts cannot
+    return text.encode("utf-8", "replace").decode("utf-8")  # JSON can contain a lone surrogate, headers and prompts cannot
 
 
 def _number(value: float) -> str:
-    """As short as it can be said exactly: 7 and not 7.0."""
+    """The shortest exact form: 7 and not 7.0."""
     return str(int(value)) if value == int(value) else repr(value)

@@ -1,4 +1,4 @@
-"""Sizes: what a model can generate, fitting an image or a mask to it, putting back what a mask keeps. No file formats."""
+"""Sizes and masks: choosing an output size, fitting an image or a mask to it, restoring what a mask protects. No file formats."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from PIL import Image, ImageOps
 from stable_diffusion.core.errors import InvalidRequest
 from stable_diffusion.core.requests import MAX_SIDE, MIN_SIDE, SIDE_MULTIPLE
 
-_SAME_PROPORTIONS = 0.02  # a mask drawn on a scaled down picture is off by a pixel
+_SAME_PROPORTIONS = 0.02  # a mask drawn on a scaled-down image may be off by a pixel
 
 
 def output_size(picture_size: tuple[int, int], native_size: tuple[int, int], width: int | None, height: int | None) -> tuple[int, int]:
-    """The (width, height) to draw an input picture at.
+    """The (width, height) of the output for an input image.
 
-    Asked for sides are taken as they are, a missing one follows from the picture's proportions. With neither,
-    the picture is fitted to the model's native area. Sides are multiples of 8 and within the limits.
+    Requested sides are taken as they are; a missing one follows from the image's proportions. With neither,
+    the image is fitted to the model's native area. Sides are multiples of 8 and within the limits.
     """
     if width is not None and height is not None:
         return width, height
@@ -35,12 +35,12 @@ def _allowed_side(side: float) -> int:
 
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """Scale to cover `width` x `height` and cut what sticks out: proportions are kept, nothing is squashed."""
+    """Scale to cover `width` x `height` and crop the rest. Proportions are kept."""
     return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
 
 
 def scale_mask(mask: Image.Image, size: tuple[int, int], field: str) -> Image.Image:
-    """Scale a mask to its picture's size. Raises InvalidRequest if their proportions differ: it would cover something else."""
+    """Scale a mask to its image's size. Raises InvalidRequest if their proportions differ: the mask would cover other areas."""
     if abs(mask.width * size[1] - mask.height * size[0]) > _SAME_PROPORTIONS * mask.width * size[1]:
         raise InvalidRequest(
             f"{field}: {mask.width} x {mask.height} has other proportions than the picture, {size[0]} x {size[1]}", field=field
@@ -49,13 +49,13 @@ def scale_mask(mask: Image.Image, size: tuple[int, int], field: str) -> Image.Im
 
 
 def digest(picture: Image.Image) -> str:
-    """Ten hexadecimal digits that tell one picture from another by its pixels."""
+    """Ten hexadecimal digits that identify an image by its pixels."""
     return hashlib.sha256(f"{picture.mode} {picture.width}x{picture.height} ".encode() + picture.tobytes()).hexdigest()[:10]
 
 
 def keep_outside_mask(repainted: Image.Image, original: Image.Image, mask: Image.Image) -> Image.Image:
-    """The original where the mask is black, the repainted picture where it is white, a blend in between.
+    """The original where the mask is black, the repainted image where it is white, a blend in between.
 
-    The autoencoder changes every pixel a little, also those that nobody asked to be repainted.
+    The autoencoder changes every pixel slightly, also those that were not to be repainted.
     """
     return Image.composite(repainted, original, mask)

@@ -1,8 +1,8 @@
-"""Downloads Stable Diffusion v1.4 from the Hugging Face hub: safetensors only, a pinned revision, checked after.
+"""Downloads Stable Diffusion v1.4 from the Hugging Face hub: safetensors only, a pinned revision, verified afterwards.
 
-    python -m stable_diffusion.download fp32 fp32/models/v1_4
+    python -m stable_diffusion.models.download fp32 fp32/models/v1_4
 
-An interrupted download goes on where it stopped. HF_ENDPOINT and HF_TOKEN are honoured by the hub's own client.
+An interrupted download resumes where it stopped. The hub's own client honours HF_ENDPOINT and HF_TOKEN.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _DESCRIPTIONS = ("model_index.json", "*/config.json", "*/*_config.json", "tokeni
 
 
 def patterns(precision: str) -> list[str]:
-    """The files of one precision; the hub keeps half precision beside full precision, as *.fp16.safetensors."""
+    """File patterns of one precision. The hub keeps half precision beside full precision, as *.fp16.safetensors."""
     suffix = ".fp16.safetensors" if precision == "fp16" else ".safetensors"
     return [*_DESCRIPTIONS, *(stem + suffix for stem in _WEIGHTS)]
 
 
 def download(precision: str, folder: Path) -> None:
-    """Fetch into `folder` what is missing there, compare every file with what the hub says of it, and check the whole."""
+    """Fetch missing files into `folder`, compare every file with the hub's size and hash, and check the whole model."""
     siblings = HfApi().model_info(REPOSITORY, revision=REVISION, files_metadata=True).siblings or []
     wanted = list(filter_repo_objects(siblings, allow_patterns=patterns(precision), key=lambda sibling: sibling.rfilename))
     for sibling in tqdm(wanted, desc="Files", unit="file"):
@@ -49,9 +49,9 @@ def download(precision: str, folder: Path) -> None:
 
 
 def _fetch(sibling: RepoSibling, file: Path) -> None:
-    """Fetch one file by way of FILE.part, which an interrupted run leaves to the next one.
+    """Fetch one file through FILE.part, from which a later run resumes.
 
-    snapshot_download would be less code, but since huggingface_hub 2 it throws away what an ended process has fetched.
+    snapshot_download would be less code, but since huggingface_hub 2 it discards what an interrupted process has fetched.
     """
     part = file.with_name(f"{file.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def _fetch(sibling: RepoSibling, file: Path) -> None:
 
 
 def _is_the_hubs(file: Path, sibling: RepoSibling) -> bool:
-    """Whether size and, for the weights, SHA-256 are those that the hub states."""
+    """Whether the size and, for weights, the SHA-256 match those that the hub states."""
     if sibling.size is not None and file.stat().st_size != sibling.size:
         return False
     if sibling.lfs is None:
@@ -91,7 +91,7 @@ def main() -> None:
         sys.exit(f"The hub asks for an account: accept the license at https://huggingface.co/{REPOSITORY} and set HF_TOKEN.")
     except ModelFolderError as error:
         sys.exit(f"The download is not usable: {error}")
-    except Exception as error:  # also those of the hub client's HTTP library, which is another one from version to version
+    except Exception as error:  # includes errors of the hub client's HTTP library, which differs between versions
         sys.exit(f"The download stopped: {type(error).__name__}: {error}\nRun the command again, it goes on where it stopped.")
     print(f"Ready: {arguments.folder}")
 

@@ -1,6 +1,6 @@
-"""Which model folder is served, and whether it is whole: reads names, JSON and file headers, never a tensor.
+"""Chooses the model folder to serve and checks that it is complete. Reads file names, JSON and file headers.
 
-Loads neither torch nor diffusers, because API workers ask it too. What the tensors mean is `pipelines.py`'s business.
+Imports neither torch nor diffusers, because API workers use it too. `engine/loading.py` loads the weights.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _HASH_DIGITS = 10  # as A1111 shows them
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A checked diffusers folder of a Stable Diffusion 1.x or 2.x model, and what its JSON files say of it."""
+    """A checked diffusers folder of a Stable Diffusion 1.x or 2.x model, with facts from its JSON files."""
 
     path: Path
     name: str
@@ -45,18 +45,18 @@ class ModelFolder:
     native_width: int  # pixels
     native_height: int  # pixels
     scheduler: str  # diffusers' class name
-    only_inpaints: bool  # a UNet with 9 input channels, which needs a mask
+    only_inpaints: bool  # its UNet has 9 input channels and needs a mask
     has_safety_checker: bool
-    variant: str | None  # "fp16" where only half-precision files are there under the hub's names
+    variant: str | None  # "fp16" if the folder has only half-precision files, named as on the hub
 
     @functools.cached_property
     def hash(self) -> str:
-        """Ten hexadecimal digits that tell this model's pictures from another's. Read once, when it is first asked for.
+        """Ten hexadecimal digits that identify the model as far as it determines images. Computed on first use.
 
-        A SHA-256 over name, dtype, shape and the middle 4 KiB of every tensor that draws, and over the noise scheduler's configuration.
-        Training changes all values of the tensors that it trains, so a sample of each shows it without reading gigabytes; and
-        what is saved again, in other files or other shards, keeps its hash. The safety checker draws nothing and does not count.
-        Not the hash that A1111 or the hub show, which is of one file's bytes.
+        A SHA-256 over name, dtype, shape and the middle 4 KiB of every tensor, and over the noise scheduler's configuration. The safety
+        checker is left out: it generates nothing. Training changes all values of a tensor that it trains, so a sample reveals it without
+        reading gigabytes; saving the model again, in other files or shards, keeps the hash.
+        This is not the hash that A1111 or the hub show, which covers the bytes of one file.
         """
         digest = hashlib.sha256()
         for component, stem in _COMPONENTS_WITH_WEIGHTS.items():
@@ -70,7 +70,7 @@ class ModelFolder:
 
 
 def is_in_bento(service_folder: Path) -> bool:
-    """A built bento keeps a service's folder as src/, beside its own description."""
+    """Whether the service runs from a built bento, which holds the service's folder as src/ beside bento.yaml."""
     return (service_folder.parent / "bento.yaml").is_file()
 
 
@@ -80,9 +80,9 @@ def model_of_service(service_folder: Path, precision: Precision, environment: Ma
 
 
 def choose_model(weights: Path, environment: Mapping[str, str], *, in_bento: bool) -> ModelFolder:
-    """The model to serve: what SD_MODEL asks for ("demo" or a folder), else `weights`, else the demo model.
+    """The model to serve: the one that SD_MODEL names ("demo" or a folder), else `weights`, else the demo model.
 
-    A built bento never falls back to the demo model by itself. Raises ModelFolderError, and SettingError as `read_settings`.
+    A built bento never falls back to the demo model. Raises ModelFolderError, and SettingError like `read_settings`.
     """
     asked_for = read_settings(environment).model
     if asked_for == DEMO_NAME:
@@ -104,12 +104,12 @@ def _demo() -> ModelFolder:
 
 
 def _has_weights(folder: Path) -> bool:
-    # Whatever lies there, a download that was broken off included, must not be passed over in silence.
+    # Any content counts: an interrupted download must lead to an error, not silently to the demo model.
     return folder.is_dir() and any(folder.iterdir())
 
 
 def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False) -> ModelFolder:
-    """Check that `folder` is a whole SD 1.x or 2.x model in safetensors. Raises ModelFolderError that names the wrong file."""
+    """Check that `folder` is a complete SD 1.x or 2.x model in safetensors. Raises ModelFolderError, which names the wrong file."""
     if not folder.is_dir():
         raise ModelFolderError(f"{folder}: no such folder")
     _refuse_pickles(folder)
@@ -157,8 +157,8 @@ def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False)
 
 
 def _refuse_pickles(folder: Path) -> None:
-    """Wherever they lie, and whatever lies beside them: nothing that can run code is left for a library to find."""
-    for file in sorted({*folder.rglob("*"), *folder.glob("*/*")}):  # a component may be a link, which rglob does not follow
+    """Refuse pickles anywhere in the folder, so that no library can find a file that runs code."""
+    for file in sorted({*folder.rglob("*"), *folder.glob("*/*")}):  # rglob does not follow a component that is a link
         if file.suffix.lower() in _PICKLES:
             raise ModelFolderError(
                 f"{file}: a pickle can run code when it is loaded, only safetensors are served; move it out of the model's folder, "
@@ -188,7 +188,7 @@ def _read_json(file: Path, meaning: str) -> dict[str, Any]:
 
 
 def _check_weights(component: Path, stem: str) -> str | None:
-    """Check one component's weights. Returns the variant ("fp16" or None) that has to be asked of diffusers."""
+    """Check one component's weights. Returns the variant ("fp16" or None) to request from diffusers."""
     _read_json(component / "config.json", "a component's configuration")
     files, variant = _find_weights(component, stem)
     for file in files:
@@ -197,7 +197,7 @@ def _check_weights(component: Path, stem: str) -> str | None:
 
 
 def _find_weights(component: Path, stem: str) -> tuple[list[Path], str | None]:
-    """The files of one component's weights, and the variant that they are."""
+    """The weight files of one component, and their variant."""
     for suffix in ("", _HALF_PRECISION):
         single = component / f"{stem}{suffix}.safetensors"
         index = component / f"{stem}.safetensors.index{suffix}.json"

@@ -1,4 +1,4 @@
-"""Safetensors files read without torch: whether one is whole, and samples of its tensors for a hash."""
+"""Reads safetensors files without torch: checks that a file is complete, and samples its tensors for a hash."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SAMPLE_BYTES = 4096  # of each tensor
 
 
 def check_safetensors(file: Path) -> None:
-    """A safetensors file says in its header how long it has to be (https://github.com/huggingface/safetensors, Format)."""
+    """Compare the file's size with the one its header implies (https://github.com/huggingface/safetensors, Format)."""
     if not file.is_file():
         raise ModelFolderError(f"{file}: missing")
     size = file.stat().st_size
@@ -28,7 +28,7 @@ def check_safetensors(file: Path) -> None:
 
 
 def _read_tensor_list(file: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of each tensor by its name, and the length of that header. Raises what broken JSON raises."""
+    """The header's description of each tensor by name, and the header's length. A broken header raises whatever its parsing raises."""
     with file.open("rb") as stream:
         prefix = stream.read(8)
         header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
@@ -37,7 +37,7 @@ def _read_tensor_list(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def samples_of(file: Path) -> Iterator[tuple[str, bytes]]:
-    """Of each tensor: its name, dtype and shape, and the bytes in its middle."""
+    """For each tensor: its name, dtype and shape, and the bytes in its middle."""
     tensors, header_size = _read_tensor_list(file)
     with file.open("rb") as stream:
         for name, tensor in tensors.items():

@@ -1,6 +1,6 @@
-"""The measured caps of earlier starts, in a file of the user's cache folder: measuring delays a start by seconds.
+"""Caches measured batch limits of earlier starts in a file of the user's cache folder: measuring delays a start by seconds.
 
-Knows nothing of how a cap is measured or of what the values of a key mean: a cap counts for equal keys only.
+A cached limit applies only to an equal key. `startup.py` defines the key and measures.
 """
 
 from __future__ import annotations
@@ -19,15 +19,14 @@ from stable_diffusion.engine.calibration import BatchLimit
 
 logger = logging.getLogger("stable_diffusion")
 
-
 _NAME = Path("stable_diffusion_bentoml") / "caps.json"
 _MOST_KEPT = 100
-# A machine that was busy when it was measured is not slow for ever.
+# Measure again after a week: the machine may have been busy at the last measurement.
 _KEPT_S = 7 * 86_400
 
 
 def batch_limits_file() -> Path:
-    """Where the XDG base directory specification wants it; a user without a home has none, and keeps it with temporary files."""
+    """The file, placed according to the XDG base directory specification, or among temporary files if the user has no home."""
     if folder := os.environ.get("XDG_CACHE_HOME"):
         return Path(folder) / _NAME
     try:
@@ -37,7 +36,7 @@ def batch_limits_file() -> Path:
 
 
 def recall(key: dict[str, str | int]) -> BatchLimit | None:
-    """The cap that was measured under the same conditions during the last days, if there is one."""
+    """The batch limit that was measured under the same conditions within the last week, if any."""
     for entry in _entries():
         if entry["key"] == key:
             logger.info("The cap is known from %s; remove that file to have it measured again.", batch_limits_file())
@@ -47,7 +46,7 @@ def recall(key: dict[str, str | int]) -> BatchLimit | None:
 
 
 def keep(key: dict[str, str | int], batch_limit: BatchLimit) -> None:
-    """For the next start. A folder that cannot be written to is no reason not to start."""
+    """Store a batch limit for the next start. If the folder cannot be written to, the start goes on."""
     entry = {"key": key, "jobs": batch_limit.jobs, "reason": batch_limit.reason, "measured_s": time.time()}
     entries = [entry, *(other for other in _entries() if other["key"] != key)][:_MOST_KEPT]
     file = batch_limits_file()
@@ -55,7 +54,7 @@ def keep(key: dict[str, str | int], batch_limit: BatchLimit) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-        os.replace(unfinished, file)  # another runner may be reading
+        os.replace(unfinished, file)  # atomic, since another runner may be reading
     except OSError as error:
         logger.info("The measured cap cannot be kept for the next start: %s", error.strerror)
         with contextlib.suppress(OSError):
@@ -63,7 +62,7 @@ def keep(key: dict[str, str | int], batch_limit: BatchLimit) -> None:
 
 
 def _entries() -> list[dict[str, Any]]:
-    """Those that are young and whole. A file that is not ours is taken for empty and written anew."""
+    """The entries that are recent and complete. An invalid file counts as empty and is overwritten."""
     try:
         entries = json.loads(batch_limits_file().read_text(encoding="utf-8"))
         return [entry for entry in entries if _is_whole(entry) and time.time() - entry["measured_s"] < _KEPT_S]

@@ -1,6 +1,6 @@
-"""An API worker's side of the way to the model process: a task there, news and the picture back, or a job for which nobody waits.
+"""An API worker's connection to the model process: sends a task, receives its progress and its image, or starts an asynchronous job.
 
-Knows nothing of requests and answers.
+Does not depend on requests and responses.
 """
 
 from __future__ import annotations
@@ -38,18 +38,17 @@ from stable_diffusion.state.jobs import JobRecord, Jobs
 
 logger = logging.getLogger("stable_diffusion")
 
-
 _LOOK_AGAIN_S = 0.1
 _TAKEN_ON_WITHIN_S = 30.0
 _TIME_TO_FETCH_S = 10.0
 _HELD_AGAIN_S = 20.0
 _ABANDON_AGAIN_S = 5.0
-_MOST_LOOKS_PER_S = 100  # at the store, of all who follow jobs: each takes 0.8 ms of a core
+_MOST_LOOKS_PER_S = 100  # queries of the job store by all followers of jobs: each takes 0.8 ms of a core
 
 
 @dataclass(frozen=True)
 class RunnerClient:
-    """The model processes as an API worker sees them. `policy` says what is checked, or raises SettingError."""
+    """The model processes as an API worker sees them. `policy` returns the safety policy, or raises SettingError."""
 
     runner: bentoml.Runner
     policy: Callable[[], SafetyPolicy]
@@ -70,7 +69,7 @@ async def generate(client: RunnerClient, task: Task, ticket: Ticket) -> Generate
 
 
 async def generate_all(client: RunnerClient, tasks: Sequence[Task], ticket: Ticket) -> list[GeneratedImage]:
-    """Several at once, so that they share the engine's steps. The first one that fails ends the others."""
+    """Generate several images at once, so that they share the engine's steps. If one fails, the others are cancelled."""
     drawing = [asyncio.ensure_future(generate(client, task, replace(ticket, index=index))) for index, task in enumerate(tasks)]
     try:
         return await asyncio.gather(*drawing)
@@ -81,9 +80,9 @@ async def generate_all(client: RunnerClient, tasks: Sequence[Task], ticket: Tick
 
 
 async def begin(client: RunnerClient, task: Task, ticket: Ticket, *, follow: bool) -> Updates:
-    """Have a model process take on a task: returns then, or raises why it was not taken on.
+    """Hand a task to a model process. Returns when the process has accepted it; raises the reason if it has not.
 
-    What is returned has what the model process says from then on; a picture comes last. Closing it cancels the job, if it is attended.
+    The returned generator yields the updates that follow, the image last. Closing it cancels the job, unless it is asynchronous.
     """
     if client.unfinished.is_stopping:
         raise ShuttingDown("the server is shutting down, try again in a minute")
@@ -92,8 +91,8 @@ async def begin(client: RunnerClient, task: Task, ticket: Ticket, *, follow: boo
     await client.readiness.require_ready()
     updates = _logged_news_of(client, task, ticket, follow=follow)
     try:
-        # A model process that stops does not answer new connections, nor close them. Not asyncio.wait_for: that of Python before 3.12
-        # loses a cancellation that comes together with the answer.
+        # A stopping model process neither answers new connections nor closes them. Not asyncio.wait_for: before Python 3.12 it loses a
+        # cancellation that arrives together with the result.
         with anyio.fail_after(_TAKEN_ON_WITHIN_S):
             await anext(updates)
     except TimeoutError:
@@ -109,7 +108,7 @@ async def _image_of(updates: Updates) -> GeneratedImage:
         async for one in updates:
             if isinstance(one, GeneratedImage):
                 return one
-    raise AssertionError("news end with a picture or an error")
+    raise AssertionError("updates end with an image or an error")
 
 
 async def _logged_news_of(client: RunnerClient, task: Task, ticket: Ticket, *, follow: bool) -> Updates:
@@ -130,7 +129,7 @@ async def _news_of(client: RunnerClient, task: Task, ticket: Ticket, *, follow: 
         async with aclosing(_until(client.unfinished.grace_is_over, stream)) as timely:
             async for piece in timely:
                 pieces.append(piece)
-                if "\n" in piece:  # lines are cut anywhere, and the one with the picture is long
+                if "\n" in piece:  # pieces may end anywhere in a line, and the line with the image is long
                     *lines, rest = "".join(pieces).split("\n")
                     pieces = [rest]
                     for line in lines:
@@ -149,7 +148,7 @@ async def _news_of(client: RunnerClient, task: Task, ticket: Ticket, *, follow: 
 
 
 async def _until(end: asyncio.Event, stream: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    """The same pieces. Raises ShuttingDown at `end`."""
+    """Yield the pieces of `stream`. Raises ShuttingDown once `end` is set."""
     ending = asyncio.ensure_future(end.wait())
     piece: asyncio.Future[str | None] = ending.get_loop().create_future()
     try:
@@ -168,10 +167,11 @@ async def _until(end: asyncio.Event, stream: AsyncGenerator[str, None]) -> Async
 
 
 async def generate_asynchronously(client: RunnerClient, task: Task, ticket: Ticket) -> None:
-    """Have a model process draw a job that was accepted; whoever wants to know how far it is asks the store.
+    """Hand an accepted job to a model process. The job store says how far it is.
 
-    Returns once it is taken on; raises why it is not, and that is the job's end.
-    A connection to the runner is held until it is done: BentoML stops both processes at once, and each waits for what it has open.
+    Returns when the process has accepted the task; raises the reason if it has not, which also ends the job.
+    A connection to the runner stays open until the job is done: BentoML stops both processes at once, and each waits for its open
+    connections.
     """
     refusal: asyncio.Future[ServiceError | None] = asyncio.get_running_loop().create_future()
 
@@ -191,7 +191,7 @@ async def generate_asynchronously(client: RunnerClient, task: Task, ticket: Tick
 
 
 async def _hold(client: RunnerClient, task: Task, ticket: Ticket, refusal: asyncio.Future[ServiceError | None]) -> ServiceError:
-    """Wait until a job has ended. Returns what became of it if the model process has not noted that."""
+    """Wait until a job has ended. Returns the error with which it ends if the model process has not stored its end."""
     where = f"Job {ticket.job_id}"
     try:
         updates = await begin(client, task, ticket, follow=False)
@@ -208,18 +208,18 @@ async def _hold(client: RunnerClient, task: Task, ticket: Ticket, refusal: async
 
 
 async def _abandon(client: RunnerClient, job_id: str, error: ServiceError) -> None:
-    """The job's end, unless it has one already. As often as it takes: a job without an end would keep its place and its followers."""
+    """End the job, unless it has ended. Retries until it succeeds: an unended job would keep its place and its followers."""
     while True:
         try:
             return await run_in_threadpool(client.jobs.abandon, job_id, error)
         except JobsUnavailable:
-            if client.unfinished.is_stopping:  # what is known of jobs goes with the server
+            if client.unfinished.is_stopping:  # the job store ends with the server
                 return
         await asyncio.sleep(_ABANDON_AGAIN_S)
 
 
 async def _time_to_fetch(client: RunnerClient, job_id: str) -> None:
-    """A server that stops takes its pictures with it: whoever waited for one has a moment to fetch it."""
+    """If the server stops, give the client a moment to fetch the image, which is lost with the server."""
     deadline = time.monotonic() + _TIME_TO_FETCH_S
     while time.monotonic() < deadline:
         if client.unfinished.is_stopping and not await run_in_threadpool(client.jobs.is_to_be_fetched, job_id):
@@ -227,11 +227,11 @@ async def _time_to_fetch(client: RunnerClient, job_id: str) -> None:
         await asyncio.sleep(_LOOK_AGAIN_S)
 
 
-_held: set[asyncio.Task[None]] = set()  # an event loop alone would let go of them
+_held: set[asyncio.Task[None]] = set()  # an event loop holds only weak references to tasks
 
 
 async def follow(client: RunnerClient, job_id: str) -> AsyncGenerator[list[JobRecord], None]:
-    """Where the pictures of a job stand, whenever that has changed; last when all have ended. Raises UnknownJob."""
+    """Yield the records of a job's images whenever they have changed, until all have ended. Raises UnknownJob."""
     last: list[JobRecord] = []
     follower = object()
     client.followers.add(follower)

@@ -1,6 +1,6 @@
-"""The model process's side of jobs: hands tasks to the engine, notes where each stands, cancels those that are to be cancelled.
+"""The model process's side of jobs: hands tasks to the engine, stores how far each job is, and cancels jobs on request.
 
-Knows nothing of HTTP. What is noted is for who asks; where noting fails, drawing goes on.
+If the job store fails, generation goes on. Does not depend on HTTP.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("stable_diffusion")
 
-
-_LOOK_FOR_CANCELLATIONS_S = 0.05  # a step at full size on a GPU takes longer
+_LOOK_FOR_CANCELLATIONS_S = 0.05  # a full-size step on a GPU takes longer
 _STORE_FAILED_S = 10.0
-_NOTE_S = 0.5  # a place in the queue changes for all who wait whenever one job ends: they are noted together
+_NOTE_S = 0.5  # when a job ends, all queue positions change: store them together
 
 Messages = asyncio.Queue[Progress | GeneratedImage | ServiceError]
 
@@ -43,7 +42,7 @@ class _Generation:
 
 
 class ModelProcess:
-    """Everything that one model process is generating. To be used on one event loop."""
+    """All jobs of one model process. Use it on one event loop."""
 
     def __init__(self, engine: Engine, jobs: Jobs, runner: int) -> None:
         """`runner`: the number of this process among those that share `jobs`."""
@@ -96,14 +95,15 @@ class ModelProcess:
         return drawing
 
     def _cancel(self, drawing: _Generation) -> None:
-        """Nothing happens to a drawing that has ended."""
+        """Cancel a job. Does nothing if it has ended."""
         self._engine.cancel(drawing.engine_job)
         drawing.from_engine.put_nowait(Cancelled("the job was cancelled"))
 
     async def _attend(self, drawing: _Generation) -> None:
-        """Pass on what the engine tells of a job, to the client first, and note it."""
+        """Pass the engine's messages about a job on, first to the client, then to the job store."""
         ticket = drawing.ticket
-        beginning = asyncio.create_task(_noted(self._jobs.begin, ticket, drawing.task, self._runner))  # nobody waits for a store
+        # A task of its own, so that the engine's messages do not wait for the store.
+        beginning = asyncio.create_task(_noted(self._jobs.begin, ticket, drawing.task, self._runner))
         try:
             while isinstance(what := await drawing.from_engine.get(), Progress):
                 drawing.to_client.put_nowait(what)
@@ -113,7 +113,7 @@ class ModelProcess:
         except Exception:
             logger.exception("Job %s was drawn and could not be finished.", ticket.job_id)
             outcome = GenerationFailed("the picture could not be finished")
-        # Who waits for a picture gets it at once; who fetches an asynchronous one from the store finds it there once the end is told.
+        # A waiting client gets the image at once. An asynchronous job reports its end only when its image is in the store.
         if not ticket.asynchronous:
             drawing.to_client.put_nowait(outcome)
         self._to_note.pop(ticket, None)
@@ -126,13 +126,13 @@ class ModelProcess:
         del self._drawings[ticket.job_id, ticket.index]
 
     async def _keep_the_store(self) -> None:
-        """While something is drawn: cancel what is to be cancelled, and note now and then how far the jobs are."""
+        """While jobs run: cancel those with a cancellation request, and regularly store how far the jobs are."""
         noted = 0.0
         while self._drawings:
             await asyncio.sleep(_LOOK_FOR_CANCELLATIONS_S)
             to_cancel = await _noted(self._jobs.to_cancel, self._runner)
             if to_cancel is None:
-                await asyncio.sleep(_STORE_FAILED_S)  # the log says each time why
+                await asyncio.sleep(_STORE_FAILED_S)  # the log gives the reason each time
                 continue
             for key in to_cancel:
                 if (drawing := self._drawings.get(key)) is not None:
@@ -144,9 +144,9 @@ class ModelProcess:
 
 
 async def _noted(call: Callable[..., Any], *arguments: Any) -> Any:
-    """A call of the store, on a thread; None if it failed, else what it returned or True.
+    """Call the job store on a thread. Returns None if that failed, else the call's result, or True if there is none.
 
-    A store that fails is the followers' problem, not the drawing's; it says so in the log.
+    A failing store affects only clients that follow jobs, not generation. The store logs the error.
     """
     try:
         returned = await asyncio.to_thread(call, *arguments)
@@ -156,7 +156,7 @@ async def _noted(call: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _finished(task: Task, outcome: GeneratedImage | ServiceError) -> GeneratedImage | ServiceError:
-    """Outside the mask of an inpainted picture the original is put back."""
+    """Restore the original outside the mask of an inpainted image."""
     if not isinstance(outcome, GeneratedImage) or task.image is None or task.mask is None or outcome.flagged:
         return outcome
     return replace(outcome, image=keep_outside_mask(outcome.image, task.image, task.mask))

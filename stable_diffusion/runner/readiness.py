@@ -1,6 +1,6 @@
-"""Whether a picture can be drawn now, and if not, how far the model process is. Asked by API workers.
+"""Whether an image can be generated now and, if not, how far the model process is. API workers ask this.
 
-A model process is ready once it has drawn a picture; one that has died is not ready from then on.
+A model process is ready once it has generated an image. A process that has died is no longer ready.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from starlette.concurrency import run_in_threadpool
 from stable_diffusion.core.errors import ModelLoading
 from stable_diffusion.state.runner_status import STAGES, RunnerState, living_runners
 
-_ANSWERS_WITHIN_S = 5  # a process that is ready, however busy the machine is
-_UNKNOWN_ANSWERS_WITHIN_S = 1  # one of which nothing is known
+_ANSWERS_WITHIN_S = 5  # for a process that is ready, even on a busy machine
+_UNKNOWN_ANSWERS_WITHIN_S = 1  # for a process without a status file
 _ASKED_AGAIN_S = 1.0
 
 
 class Readiness:
-    """Of the model processes of one runner. To be used on one event loop."""
+    """The readiness of the model processes of one runner. Use it on one event loop."""
 
     def __init__(self, runner: bentoml.Runner) -> None:
         self._runner = runner
@@ -41,11 +41,11 @@ class Readiness:
         raise ModelLoading(f"the model process is not ready: {stage_of(runners, ready=False)}")
 
     async def _answers_unknown(self, runners: list[RunnerState]) -> bool:
-        """Whether a process answers that could not write down how far it is."""
+        """Whether a process answers although it could not write a status file."""
         return not runners and await self._answers(_UNKNOWN_ANSWERS_WITHIN_S)
 
     async def _answers(self, within_s: int) -> bool:
-        """Asked once in a while, however many ask here: the model process has better things to do."""
+        """Whether a process answers. It is asked at most once per second, however many callers there are."""
         now_s = time.monotonic()
         if self._asking is None or (self._asking.done() and now_s - self._asked_s >= _ASKED_AGAIN_S):
             self._asking, self._asked_s = asyncio.ensure_future(_ask(self._runner, within_s)), now_s
@@ -56,7 +56,7 @@ NOT_ANSWERING = "not answering"
 
 
 def stage_of(runners: list[RunnerState], *, ready: bool) -> str:
-    """How far the first of them is; of one that says that it is ready and does not answer, that."""
+    """The stage of the runner that is furthest, or NOT_ANSWERING if it claims to be ready but does not answer."""
     if ready:
         return "ready"
     furthest = max((runner.stage for runner in runners), key=STAGES.index, default=STAGES[0])
@@ -68,7 +68,7 @@ def _has_ready(runners: list[RunnerState]) -> bool:
 
 
 async def _ask(runner: bentoml.Runner, within_s: int) -> bool:
-    """BentoML's own question. While a process is being started, connections to it wait."""
+    """BentoML's own readiness check. Connections to a process that is starting wait."""
     try:
         return bool(await runner.runner_handle_is_ready(timeout=within_s))
     except aiohttp.ClientError:

@@ -1,6 +1,6 @@
 """The start of a model process: load the model, measure how many images share a step, start the engine.
 
-The imports are within the functions: API workers import this module too and must stay without torch.
+Imports of the engine are inside the functions: API workers import this module too and must not import torch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def start_model_process(
 ) -> ModelProcess:
     """Load the model that the service in `service_folder` serves and start its engine. Returns when it can generate.
 
-    `make_denoiser`: of tests, which have it fail.
+    `make_denoiser`: for tests, which make it fail.
     """
     index = bentoml.server_context.worker_index or 0
     limits = read_limits(os.environ)
@@ -60,13 +60,12 @@ def start_engine(
     limits: Limits | None = None,
     make_denoiser: Callable[[Parts], Denoiser] | None = None,
 ) -> Engine:
-    """Load the model, find out how many pictures should share a step, and start the engine; returns when it can draw.
+    """Load the model, determine how many images share a step, and start the engine. Returns when it can generate.
 
-    `runner_index`: BentoML's number of this process, under which it says how far it is; None if nobody would read that.
-    `limits`: how much work is taken on, and when a step counts as stuck, which ends this process; None: no limits.
-    `make_denoiser`: of tests, which have it fail.
+    `on_step`: for benchmarks, which count steps. `make_denoiser`: for tests, which make it fail.
+    `runner_index`: BentoML's number of this process, under which it publishes its status; None: it publishes none.
+    `limits`: how much work is accepted, and when a step counts as stuck, which ends this process; None: no limits.
     """
-    # Imported here because API workers import this module too and must stay without torch.
     from stable_diffusion.engine.admission import NO_LIMITS, QueueLimits
     from stable_diffusion.engine.calibration import batch_limit_for_size
     from stable_diffusion.engine.denoiser import Denoiser

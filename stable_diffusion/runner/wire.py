@@ -1,7 +1,7 @@
-"""How a task crosses the process hop and how its outcome comes back: the only place that knows both sides' form.
+"""The format in which a task crosses to the model process and its updates come back. No other module knows it.
 
-A BentoML runner takes any picklable argument but streams text only, so a task travels as plain values and an
-outcome as one JSON line with the pixels in base64. Knows nothing of HTTP or of torch.
+A BentoML runner takes any picklable argument but streams only text. So a task travels as plain values, and each update as one line with the
+pixels in base64. Does not depend on HTTP or torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stable_diffusion.core.types import GeneratedImage, Progress, Task, Ticket
 
 
 def pack_task(task: Task, ticket: Ticket, *, follow: bool = False) -> dict[str, Any]:
-    """A task as plain values, pictures as (mode, size, bytes), for whom it is, and whether its progress is wanted too."""
+    """A task as plain values with images as (mode, size, bytes), its ticket, and whether progress should be sent too."""
     values = {field.name: _pack_image(getattr(task, field.name)) for field in fields(task)}
     return {"task": values, "ticket": asdict(ticket), "follow": follow}
 
@@ -34,9 +34,9 @@ def _pack_image(value: Any) -> Any:
 
 
 def pack_outcome(outcome: GeneratedImage | ServiceError) -> str:
-    """One line of ASCII, so that it does not matter where a transport cuts it: JSON, and after a tab the pixels.
+    """One line of ASCII, which a transport may split anywhere: JSON and, after a tab, the pixels.
 
-    As a JSON string they would be looked through for what has to be escaped, twice.
+    In a JSON string the pixels would be scanned twice for characters to escape.
     """
     if isinstance(outcome, ServiceError):
         content: dict[str, Any] = {"error": {"type": outcome.type, "message": outcome.message, "retry_after_s": outcome.retry_after_s}}
@@ -70,7 +70,7 @@ def pack_progress(progress: Progress) -> str:
 
 @dataclass(frozen=True)
 class TakenOn:
-    """The task is in the engine's queue. What comes before it is no answer to whoever asked."""
+    """The first update: the task is in the engine's queue."""
 
 
 _TAKEN_ON = "taken on"
@@ -81,7 +81,7 @@ def pack_taken_on() -> str:
 
 
 def unpack_update(line: str) -> TakenOn | Progress | GeneratedImage:
-    """What a runner has sent. Raises the error if it sent one."""
+    """Unpack a line from a runner. Raises the error if the line contains one."""
     described, _, pixels = line.partition("\t")
     content = json.loads(described)
     if _TAKEN_ON in content:

@@ -1,11 +1,7 @@
-"""Bounds for what clients do with their connections to an API worker. Knows nothing of requests.
+"""Time limits for the connections of clients to an API worker, which neither uvicorn nor BentoML sets.
 
-uvicorn waits for ever for a client that sends nothing or half a head, and for one that does not read its answer: it keeps the
-answer, the connection and what waits behind it, and does not stop before all connections have gone. BentoML sets no bound either.
-Here a connection on which no request is being answered is ended after a while, and so is one whose answer is not read. One that
-waits for its next request after a whole answer is left to uvicorn's keep-alive timer: balancers pool such connections, and a server
-that closes one before they do loses a request.
-WebSockets, which nothing here speaks, are not taken on: uvicorn never forgets one whose first request is malformed, and does not stop.
+A connection without a request in progress is closed after a while, and so is one whose response is not read. WebSockets, which no API
+here uses, are refused: uvicorn never forgets one whose first request is malformed, and does not stop.
 """
 
 from __future__ import annotations
@@ -31,24 +27,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger("stable_diffusion")
 
-
-# On a connection there was no request that is being answered for that long, nor anything taken of the answer before.
+# For so long a connection has had no request in progress, and the client has read nothing of the last response.
 IDLE_TIMEOUT_S = 60.0
-# A client that takes nothing of its answer for so long does not read it; nor does one that had us wait for
-# READING_GRACE_S and a second for each READING_BYTES_PER_S of it.
+# A client that reads nothing of its response for READING_PAUSE_S is too slow; so is one for which the server has waited longer than
+# READING_GRACE_S plus a second for each READING_BYTES_PER_S sent.
 READING_PAUSE_S = 60.0
 READING_GRACE_S = 60.0
 READING_BYTES_PER_S = 16 * 2**10
 LOOK_EVERY_S = 5.0
 _PIECE_BYTES = 64 * 2**10  # as much as uvicorn buffers before it waits for the client
-# For clients that have gone without a word: the operating system asks, and gives up after about two minutes.
+# For clients that disappear without closing: the operating system probes, and gives up after about two minutes.
 _KEEPALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 15, socket.TCP_KEEPCNT: 4, socket.TCP_USER_TIMEOUT: 120_000}
-_RESET_WHEN_CLOSED = struct.pack("ii", 1, 0)  # what was not read is dropped
+_RESET_WHEN_CLOSED = struct.pack("ii", 1, 0)  # drops unread data
 
 
 @dataclass
 class _Idle:
-    """A connection on which no request is being answered: since when, and what is left of the last answer in the operating system."""
+    """A connection without a request in progress: since when, and how much of the last response the operating system still holds."""
 
     inode: int
     since_s: float
@@ -65,12 +60,18 @@ class _Idle:
 
 
 class Connections:
-    """The outermost of an API worker's middleware."""
+    """The outermost middleware of an API worker.
+
+    uvicorn waits for ever for a client that sends nothing or half a head, and for one that does not read its response: it keeps the
+    response, the connection and what is queued behind it, and does not stop before all connections are closed. A connection that waits
+    for its next request after a complete response is left to uvicorn's keep-alive timer: load balancers pool such connections, and a
+    server that closes one before they do loses a request.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        # How many requests of each connection are being answered. Not by file descriptor: an answer may outlive its connection,
-        # whose descriptor is another connection's by then.
+        # The number of requests in progress per connection. Not by file descriptor: a response may outlive its connection, and another
+        # connection may then have the descriptor.
         self._answering: dict[asyncio.WriteTransport, int] = {}
         self._idle: dict[int, _Idle] = {}  # by file descriptor
         self._ports: set[int] = set()
@@ -86,7 +87,7 @@ class Connections:
             finally:
                 ending.cancel()
         transport = _transport_of(receive)
-        if transport is None:  # not served by uvicorn: whose connection it is cannot be known, so none is ended
+        if transport is None:  # not served by uvicorn: connections cannot be assigned to requests, so none is closed
             self._ports = set()
             return await self._app(scope, receive, send)
         with self._while_answering(transport):
@@ -108,11 +109,11 @@ class Connections:
             self._look_for_idle_ones(time.monotonic())
 
     def _look_for_idle_ones(self, now_s: float) -> None:
-        """Some 2 ms for 1,000 connections."""
+        """Close connections that have been idle too long. Takes about 2 ms for 1,000 connections."""
         there = dict(_open_sockets()) if self._ports else {}
         for descriptor in [*self._idle]:
             if self._idle[descriptor].inode != there.get(descriptor):
-                del self._idle[descriptor]  # closed, or another one by now
+                del self._idle[descriptor]  # closed, or the descriptor is another socket's now
         self._answering = {one: count for one, count in self._answering.items() if count or not one.is_closing()}
         transports = {_descriptor_of(one): one for one in self._answering if not one.is_closing()}
         for descriptor, inode in there.items():
@@ -123,11 +124,11 @@ class Connections:
             idle = self._idle.setdefault(descriptor, _Idle(inode, now_s, unread_bytes))
             if idle.is_over(unread_bytes, now_s):
                 _end_if_accepted(descriptor, self._ports, reset=unread_bytes > 0)
-                self._idle[descriptor] = _Idle(inode, now_s, unread_bytes)  # if it is none of a client's it is looked at again
+                self._idle[descriptor] = _Idle(inode, now_s, unread_bytes)  # a socket that is not a client's stays and is examined again
 
 
 class _Answer:
-    """One answer on its way to a client, which has to read it."""
+    """A response that the client must read in time."""
 
     def __init__(self, send: Send, transport: asyncio.WriteTransport) -> None:
         self._send = send
@@ -137,7 +138,7 @@ class _Answer:
 
     async def send(self, message: Message) -> None:
         if self._transport.is_closing():
-            await asyncio.sleep(0)  # uvicorn, which refused what came after the request's head, hears that it is closed
+            await asyncio.sleep(0)  # lets uvicorn, which refused what followed the request's head, notice that it is closed
             return
         for piece in _pieces(message):
             began_s = time.monotonic()
@@ -152,14 +153,14 @@ class _Answer:
             self._sent_bytes += len(piece.get("body", b""))
 
     async def _end(self) -> None:
-        """What follows is as if the client had closed the connection."""
+        """Abort the connection. What follows is as if the client had closed it."""
         self._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_WHEN_CLOSED)
         self._transport.abort()
-        await asyncio.sleep(0)  # uvicorn hears of it
+        await asyncio.sleep(0)  # lets uvicorn notice
 
 
 def _pieces(message: Message) -> Iterator[Message]:
-    """uvicorn waits for the client before it takes the next message, not in the middle of one."""
+    """Split a message: uvicorn waits for the client between messages, not within one."""
     body = memoryview(message.get("body", b""))
     if len(body) <= _PIECE_BYTES:
         yield message
@@ -171,46 +172,46 @@ def _pieces(message: Message) -> Iterator[Message]:
 
 
 def _take_on_no_websockets(receive: Any) -> None:
-    """BentoML passes uvicorn no such option; uvicorn reads its configuration, which `receive` leads to, again for each connection."""
+    """Refuse WebSockets. BentoML cannot pass this option to uvicorn, but uvicorn reads its configuration for each connection."""
     configuration = getattr(getattr(receive, "__self__", None), "config", None)
     if isinstance(configuration, uvicorn.Config):
         configuration.ws_protocol_class = None
 
 
 def _transport_of(receive: Any) -> asyncio.WriteTransport | None:
-    """ASGI does not say on which connection a request has come; uvicorn's `receive` is a method of what knows it."""
+    """The connection of a request. ASGI does not tell it, but uvicorn's `receive` is a method of an object that knows it."""
     transport: asyncio.WriteTransport | None = getattr(getattr(receive, "__self__", None), "transport", None)
     return transport
 
 
 def _descriptor_of(transport: asyncio.WriteTransport) -> int:
-    """Of one that is not closing."""
+    """The file descriptor of a transport that is not closing."""
     descriptor: int = transport.get_extra_info("socket").fileno()
     return descriptor
 
 
 def _is_kept_alive(transport: asyncio.WriteTransport) -> bool:
-    """Whether a whole answer was sent and nothing has come since: uvicorn's own timer runs, and stops at the next request's first byte."""
+    """Whether a complete response was sent and nothing has arrived since. uvicorn's timer runs until the next request's first byte."""
     return getattr(transport.get_protocol(), "timeout_keep_alive_task", None) is not None
 
 
 def _unread_bytes(descriptor: int) -> int:
-    """What the operating system has of an answer and the client has not taken; 0 for what is no connection."""
+    """The bytes of a response that the client has not acknowledged; 0 if the descriptor is no connection."""
     with suppress(OSError):
         return int(struct.unpack("i", fcntl.ioctl(descriptor, termios.TIOCOUTQ, b"\0" * 4))[0])
     return 0
 
 
 def raise_descriptor_limit() -> None:
-    """Each connection takes a file descriptor: allow as many as the operating system lets us have."""
+    """Each connection needs a file descriptor: raise the limit to the maximum that the operating system allows."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _open_sockets() -> Iterator[tuple[int, int]]:
-    """File descriptors and inodes."""
+    """File descriptors and inodes of this process's sockets."""
     for name in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # the one of the listing itself
+        with suppress(OSError):  # the descriptor of the listing itself
             status = os.fstat(int(name))
             if stat.S_ISSOCK(status.st_mode):
                 yield int(name), status.st_ino
@@ -223,7 +224,7 @@ def _opened(descriptor: int) -> Iterator[socket.socket]:
 
 
 def _prepare_listening_sockets() -> set[int]:
-    """Connections inherit what is set here. Returns the ports."""
+    """Set keep-alive options, which connections inherit. Returns the ports."""
     ports = set()
     for descriptor, _ in _open_sockets():
         with _opened(descriptor) as one:
@@ -237,7 +238,7 @@ def _prepare_listening_sockets() -> set[int]:
 
 
 def _end_if_accepted(descriptor: int, ports: set[int], *, reset: bool) -> None:
-    """End the connection, if it is one of a client's. The event loop then finds it closed. `reset`: what was not read is dropped."""
+    """Close the connection if it is a client's. The event loop then finds it closed. `reset` drops unread data."""
     with suppress(OSError), _opened(descriptor) as one:
         if one.family not in (socket.AF_INET, socket.AF_INET6) or one.getsockname()[1] not in ports:
             return

@@ -1,6 +1,6 @@
-"""The front door: who comes in, which paths and methods there are, who may ask how often. And what is answered before an API is reached.
+"""The front door: middleware that checks API keys, paths, methods, origins and the rate limit before a request reaches an API.
 
-Knows the paths of the APIs and how each refuses; nothing of what they do.
+It knows the paths of all routes and the error form of each API dialect. Some pages it serves itself, in place of BentoML's routes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from stable_diffusion.web import responses
 
 
 class NoSniffing:
-    """Adds to every answer that it is of the type that it says; browsers would otherwise guess."""
+    """Tells browsers, in every response, not to guess another content type than the declared one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -47,11 +47,11 @@ class NoSniffing:
 
 
 class FrontDoor:
-    """Gives each request that makes or changes something an id, and answers some paths by `pages` in place of BentoML's routes.
+    """Checks each request, gives it a job id, and serves the paths in `pages` in place of BentoML's routes.
 
-    Refuses what is no path of ours before BentoML's metrics see it, and has them see `/jobs/{job_id}` instead of each job:
-    they keep a series for every path that is tried. Refuses what a page of another site would have started or changed. Before all
-    that, and before anything is read: who carries no API key, where there are keys, and who asks for too much.
+    First it refuses requests without a valid API key, if the server has keys. Then it refuses unknown paths and shows BentoML's metrics
+    route templates such as `/jobs/{job_id}`: the metrics keep a series for every path that they see. It also refuses changes that a
+    page of another site requests, and callers over the rate limit. All this happens before the body is read.
     """
 
     def __init__(self, app: ASGIApp, routes: Sequence[Route], pages: Mapping[str, ASGIApp], access: Callable[[], Access]) -> None:
@@ -80,7 +80,7 @@ class FrontDoor:
         if template not in self._methods:
             return await self._readable(_refusal(path, 404, "not_found", f"no such path: {path[:200]}"))(scope, receive, send)
         allowed = self._methods[template]
-        # A browser's question before a request from another site is answered by BentoML's CORS setting.
+        # BentoML's CORS middleware answers preflight requests.
         if method != "OPTIONS" and method not in allowed:
             return await self._readable(_not_allowed(path, method, sorted(allowed)))(scope, receive, send)
         if method not in _READING_METHODS and self._is_from_elsewhere(headers):
@@ -96,7 +96,7 @@ class FrontDoor:
         await self._app(inner, receive, _naming_job(context, send) if method == "POST" else send)
 
     def _is_preflight(self, method: str, headers: Headers) -> bool:
-        """A browser's question before a request from another site, which carries no key; CORS answers it without going further."""
+        """Whether this is a preflight request that the CORS middleware answers. It carries no key and reaches no endpoint."""
         asked = method == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
         return asked and self._cors is not None
 
@@ -104,21 +104,21 @@ class FrontDoor:
         return _readable(answer, self._cors)
 
     async def _wait_s(self, template: str, scope: Scope, key_name: str | None) -> float:
-        """Without keys by the address: anybody could make up another Authorization."""
+        """The seconds until the caller may generate again. Without keys the address counts: an Authorization header could be made up."""
         if self._rate_limit is None or template not in LIMITED_PATHS:
             return 0.0
         address = scope["client"][0] if scope.get("client") else ""
         return await run_in_threadpool(self._rate_limit.wait_s, caller_at(address) if key_name is None else f"key {key_name}")
 
     def _is_from_elsewhere(self, headers: Headers) -> bool:
-        """Browsers say so by a header that pages cannot set; whatever is no browser does not send it."""
+        """Whether a page of another site sent the request. Only browsers send this header, and pages cannot set it."""
         return headers.get("sec-fetch-site") == "cross-site" and not self._is_allowed_origin(headers.get("origin", ""))
 
     def _is_allowed_origin(self, origin: str) -> bool:
         return self._cors is not None and self._cors_middleware.is_allowed_origin(origin)
 
     def _template_of(self, path: str) -> tuple[str, str | None]:
-        """The template that a path matches, itself where it has no values, and the job that it names."""
+        """The route template that a path matches, or the path itself, and the id of the job that it names."""
         for route in self._routes_with_values:
             if match := route.path_regex.fullmatch(path):
                 return route.path, match.groupdict().get("job_id")
@@ -126,7 +126,7 @@ class FrontDoor:
 
 
 def _readable(answer: ASGIApp, cors: dict[str, Any] | None) -> ASGIApp:
-    """What pages of sites that CORS allows can read too. Answers of the doors behind the front door get that from BentoML."""
+    """Make a response readable for pages of sites that CORS allows. BentoML does so for the responses of the APIs."""
     return answer if cors is None else CORSMiddleware(answer, **cors)
 
 
@@ -155,7 +155,7 @@ def _not_allowed(path: str, method: str, allowed: list[str]) -> Response:
 
 
 def _no_key(path: str, headers: Headers) -> Response:
-    """401. Its challenge has browsers ask for a password: any user, the key as the password."""
+    """401 with a challenge that makes browsers ask for a password: any user, the key as the password."""
     carried = "the API key is not one of this server's" if carries_key(headers) else "an API key is needed"
     message = f"{carried}: send it as Authorization: Bearer KEY, as X-API-Key: KEY, or as the password of Basic with any user"
     challenge = {"WWW-Authenticate": f'Basic realm="{_REALM}", charset="UTF-8", Bearer realm="{_REALM}"'}
@@ -175,16 +175,16 @@ async def refuse_while_stopping(scope: Scope, receive: Receive, send: Send) -> N
 
 
 def _refusal(path: str, status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
-    """What is refused before it reaches a door, in the form of the door that it was meant for."""
+    """A refusal in the error form of the API that the path belongs to."""
     dialect = next((one for one in _DIALECTS if path.startswith(one.PREFIXES)), None)
     refuse = responses.refusal if dialect is None else dialect.refusal
     return refuse(status, kind, message, headers)
 
 
-# Their clients know another form of errors than ours.
+# APIs whose clients expect another form of errors than the native one.
 _DIALECTS: tuple[Dialect, ...] = (openai, a1111)
 _REALM = "stable_diffusion"
-_PROBES = ("/livez", "/readyz", "/healthz")  # load balancers have no key
+_PROBES = ("/livez", "/readyz", "/healthz")  # load balancers send no key
 _ASSETS = tuple(f"/static_content/{name}" for name in PAGE_ASSETS)
 _BENTOML_PATHS = ("/livez", "/healthz", *_ASSETS)
-_OPENED = {"docs": ("/", "/docs.json", *_ASSETS), "metrics": ("/metrics",)}  # by SD_OPEN
+_OPENED = {"docs": ("/", "/docs.json", *_ASSETS), "metrics": ("/metrics",)}  # paths that SD_OPEN opens

@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document, put together from what each API says of itself. Knows nothing of how requests are answered."""
+"""Builds the OpenAPI 3.1 document from the `openapi` modules of the API packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stable_diffusion.server.access import openapi as access
 
 
 def document(title: str, version: str) -> dict[str, Any]:
-    """The whole API as a JSON-serialisable OpenAPI 3.1 document."""
+    """All APIs as a JSON-serialisable OpenAPI 3.1 document."""
     paths = {
         **native.paths(),
         **reproduce.paths(),

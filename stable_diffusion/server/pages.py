@@ -1,4 +1,7 @@
-"""The pages that people open in a browser: Swagger at /, and the page at /ui, whose files are plain HTML, CSS and ES modules."""
+"""The pages for browsers: Swagger at /, and the page at /ui, whose files are plain HTML, CSS and ES modules.
+
+`PAGE` and `PAGE_HEADERS` are Swagger's; the rest of the module serves the files of /ui.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ _SCRIPT = """
         presets: [SwaggerUIBundle.presets.apis]
       });
     """
-# BentoML's own page loads Google Tag Manager in the visitor's browser; this one loads only the assets that BentoML ships.
+# BentoML's own page loads Google Tag Manager in the visitor's browser. This page loads only the assets that BentoML ships.
 PAGE = f"""<!DOCTYPE html>
 <html lang="en">
   <head>
@@ -46,7 +49,7 @@ PAGE = f"""<!DOCTYPE html>
 
 
 def _source(inline: str) -> str:
-    """What a Content-Security-Policy calls this inline text."""
+    """The source expression of an inline text for a Content-Security-Policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()}'"
 
 
@@ -56,7 +59,7 @@ PAGE_HEADERS = {
             "default-src 'self'",
             f"script-src 'self' {_source(_SCRIPT)}",
             f"style-src 'self' {_source(_STYLE)}",
-            "img-src 'self' blob: data:",  # what was drawn, and Swagger's own icons
+            "img-src 'self' blob: data:",  # generated images, and Swagger's own icons
             "base-uri 'none'",
             "form-action 'none'",
             "frame-ancestors 'none'",
@@ -65,33 +68,32 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
 }
 
-
 _FOLDER = Path(__file__).parents[1] / "ui"
 _MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _CONTENT_SECURITY_POLICY = "; ".join(
     (
         "default-src 'self'",
-        "img-src 'self' blob: data:",  # pictures come in events and are shown from memory
+        "img-src 'self' blob: data:",  # images arrive in events and are shown from memory
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",
     )
 )
 _HEADERS = {
-    "Cache-Control": "no-cache",  # kept, but asked for again: another version of the server may run by then
+    "Cache-Control": "no-cache",  # cached, but revalidated: the server may have been updated
     "Content-Security-Policy": _CONTENT_SECURITY_POLICY,
     "Referrer-Policy": "no-referrer",
 }
 
 
 def routes() -> list[Route]:
-    """/ui/ and each of its files by name; /ui leads to /ui/, since what the page names is relative to that."""
+    """Routes for /ui/ and each of its files. /ui redirects to /ui/, because the page's links are relative to that."""
     files = sorted(file for file in _FOLDER.iterdir() if file.suffix in _MEDIA_TYPES)
     return [Route("/ui", _to_the_page), *(_route(file) for file in files)]
 
 
 async def _to_the_page(request: Request) -> Response:
-    return RedirectResponse("ui/", 308)  # relative, so that it is right behind a proxy that adds a prefix
+    return RedirectResponse("ui/", 308)  # relative, so that it works behind a proxy that adds a prefix
 
 
 def _route(file: Path) -> Route:

@@ -1,6 +1,6 @@
-"""`create_service`: checks the settings, puts the APIs behind the front door and the middleware around both. For both precisions.
+"""`create_service`: puts the APIs behind the front door and the other middleware, for both precisions.
 
-Runs in API workers, which load no torch: what is computed crosses to the model process.
+All processes of the server call it, so it imports no torch; only the model process generates.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ logger = logging.getLogger("stable_diffusion")
 
 
 def create_service(name: str, runner: bentoml.Runner, folder: Path, precision: Precision) -> Service:
-    """The BentoML service `name` in `folder`, whose `runner` generates."""
+    """The BentoML service `name` in `folder`, with `runner` as its model process."""
     logger.setLevel(logging.INFO)
     bentoml_fixes.restart_workers_in_containers()
     bentoml_fixes.switch_off_request_timers()
-    name_shared_folder()  # here, because BentoML copies the environment for the runner before on_deployment
+    name_shared_folder()  # here, because BentoML copies the environment for the runner before it calls on_deployment
     keep_only_digests(os.environ)  # here, for the same reason
     in_bento = is_in_bento(folder)
     access = functools.lru_cache(maxsize=1)(functools.partial(read_access, os.environ))
@@ -60,7 +60,7 @@ def create_service(name: str, runner: bentoml.Runner, folder: Path, precision: P
         return safety_policy(os.environ, model_name=model().name, has_checker=model().has_safety_checker)
 
     def check_start() -> None:
-        """Runs once, before any process is started."""
+        """Runs once, before BentoML starts any process."""
         served = checked_model(os.environ, model, bentoml_fixes.host(), in_bento=in_bento)
         if served.is_demo:
             logger.warning("Serving the demo model, which draws coloured shapes only. 'make model' downloads Stable Diffusion v1.4.")
@@ -81,7 +81,7 @@ def create_service(name: str, runner: bentoml.Runner, folder: Path, precision: P
 
 
 def _grace_s() -> float:
-    """What cannot be read is said where the server starts, and ends that."""
+    """The grace period. An invalid setting is reported by `check_start`, which ends the start."""
     try:
         return read_limits(os.environ).stop_grace_s
     except SettingError:
@@ -94,7 +94,7 @@ def all_routes(context: Context) -> list[Route]:
 
 
 def make_pages(name: str, context: Context) -> dict[str, ASGIApp]:
-    """What is answered in place of BentoML's routes."""
+    """The pages that the front door serves in place of BentoML's routes."""
     return {
         "/": HTMLResponse(pages.PAGE, headers=pages.PAGE_HEADERS),
         "/docs.json": JSONResponse(openapi.document(name, __version__)),
@@ -104,7 +104,7 @@ def make_pages(name: str, context: Context) -> dict[str, ASGIApp]:
 
 
 def _with_path_as_sent(app: ASGIApp) -> ASGIApp:
-    """The front door has BentoML's metrics see templates of paths; the routes behind them get the path itself."""
+    """Restore the path as sent, which the front door has replaced by its template for BentoML's metrics."""
 
     async def restored(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":

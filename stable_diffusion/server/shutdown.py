@@ -1,7 +1,7 @@
-"""Lets an API worker finish what it is answering when SIGTERM tells it to stop.
+"""Lets an API worker finish its requests when SIGTERM tells it to stop.
 
-uvicorn alone stops listening at once, but BentoML's first process keeps the listening socket open for its workers: whoever
-connects while the last pictures are drawn would wait until all of them are done and then be cut off.
+uvicorn alone stops listening at once, but BentoML's first process keeps the listening socket open for its workers. A client that connects
+while the last images are generated would wait until all of them are done and then be cut off.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stable_diffusion.core.shutdown import Unfinished
 
-# A worker that is finishing is alive, what it is doing can be measured, and what it has drawn can be fetched. Such questions keep
-# nobody waiting for the end: uvicorn answers those that it has begun with, and somebody who goes on asking could hold it for ever.
+# A worker that is finishing is alive, can be measured, and holds images to be fetched. These requests do not count as unfinished work:
+# uvicorn completes those that it has begun, and a client that keeps asking could delay the end for ever.
 _ALWAYS_ANSWERED = ("/livez", "/healthz", "/metrics")
 _ALWAYS_ANSWERED_UNDER = "/jobs/"
 
 
 class Draining:
-    """After SIGTERM everything new gets `refusal`; uvicorn hears of the signal when nothing is unfinished any more."""
+    """After SIGTERM new requests get `refusal`. The signal is passed to uvicorn when all work is finished."""
 
     def __init__(self, app: ASGIApp, unfinished: Unfinished, refusal: ASGIApp) -> None:
         self._app = app
@@ -42,7 +42,7 @@ class Draining:
     def _take_over_sigterm(self) -> None:
         uvicorn_handler = signal.getsignal(signal.SIGTERM)
         if not callable(uvicorn_handler):
-            return  # not served by uvicorn, which sets its handlers before the application starts
+            return  # not served by uvicorn, which installs its handlers before the application starts
         stop = functools.partial(uvicorn_handler, signal.SIGTERM, None)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._unfinished.stop_when_done, stop)
 

@@ -1,6 +1,6 @@
-"""Whether the server may start: everything that can be set and the model are looked at before any process is started.
+"""Checks all settings and the model before any process starts.
 
-One clear line instead of workers that die one after the other. Knows nothing of BentoML.
+So a wrong setting gives one clear line instead of workers that die one after the other. Independent of BentoML.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from stable_diffusion.server.access.policy import check_exposure, read_access
 
 
 def checked_model(environment: Mapping[str, str], choose_model: Callable[[], ModelFolder], host: str, *, in_bento: bool) -> ModelFolder:
-    """The model of a server that may start at the address `host`; of another one SystemExit says what is wrong."""
+    """The model of a server that may start at the address `host`. Raises SystemExit, which says what is wrong, if it may not."""
     try:
-        read_settings(environment)  # all of them, those too that only another process needs
+        read_settings(environment)  # all of them, including those that only other processes use
         model = choose_model()
         safety_policy(environment, model_name=model.name, has_checker=model.has_safety_checker)
         check_exposure(read_access(environment), host, in_bento=in_bento)

@@ -1,6 +1,6 @@
-"""One folder that all processes of a server share, and only they: what one of them knows and another is asked for.
+"""One folder that all processes of a server share, and only they, for data that one process writes and another reads.
 
-Named by the first process, which removes it when it ends; the others find the name in their environment.
+The first process names it and removes it when it ends; the others find the name in their environment.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _VARIABLE = "SD_SHARED_FOLDER"
 
 
 def name_shared_folder() -> None:
-    """To be called where every process of a server comes by before it starts another one."""
+    """Every process of a server must call this before it starts another one."""
     if _VARIABLE in os.environ:
         return
     folder = Path(tempfile.gettempdir()) / f"stable_diffusion-{secrets.token_hex(8)}"
@@ -25,19 +25,19 @@ def name_shared_folder() -> None:
     owner = os.getpid()
 
     def remove() -> None:
-        if os.getpid() == owner:  # a forked child runs this too
+        if os.getpid() == owner:  # a forked child runs the handler too
             shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(remove)
 
 
 def shared_folder() -> Path:
-    """The folder, made if it is not there, for this user alone. Raises OSError where that cannot be."""
+    """The folder, created if missing and accessible to this user only. Raises OSError if it cannot be created."""
     folder = Path(os.environ[_VARIABLE])
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
 
 
 def server_token() -> str:
-    """The same in all processes of this server, and in no other server; tells nothing of the folder."""
+    """An identifier of this server, the same in all of its processes. It does not reveal the folder."""
     return hashlib.sha256(os.environ[_VARIABLE].encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""Where every job stands, for whoever asks: one SQLite file in the folder that the server's processes share.
+"""The job store: one SQLite file in the server's shared folder, which says how far every job is.
 
-The model process writes what happens to a job, API workers read it, accept jobs that nobody waits for and ask for cancellations.
-Knows nothing of HTTP, and not how pictures are drawn. Every call may wait for the disk: not for an event loop.
+The model process writes what happens to a job. API workers read it, accept asynchronous jobs and request cancellations. Every call may
+wait for the disk: do not call it on an event loop. It does not depend on how images are generated or how jobs are presented.
 """
 
 from __future__ import annotations
@@ -37,13 +37,12 @@ from stable_diffusion.core.types import GeneratedImage, ImageFormat, Progress, T
 
 logger = logging.getLogger("stable_diffusion")
 
-
 PICTURES_KEPT_S = 3600
 PICTURES_KEPT = 100
-MAX_ASYNCHRONOUS_JOBS = 64  # that are not finished; each holds one of BentoML's connections to the runner, of which there are 800
+MAX_ASYNCHRONOUS_JOBS = 64  # unfinished ones; each holds one of the 800 connections that BentoML allows to the runner
 _JOBS_REMEMBERED_S = 24 * 3600
 _JOBS_REMEMBERED = 10_000
-_HELD_FOR_S = 60  # without word from the API worker that is to hand the job to a runner, it is taken for dead
+_HELD_FOR_S = 60  # after this silence the API worker that should hand the job to a runner is considered dead
 _GIVEN_UP_S = 10
 _BUSY_TIMEOUT_S = 5
 
@@ -69,17 +68,17 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
 
 @dataclass(frozen=True)
 class JobRecord:
-    """What is known of one picture of a job. Times in seconds since 1970; the preview is not in `progress`."""
+    """The stored state of one image of a job. Times in seconds since 1970. `progress` does not contain the preview."""
 
     id: str
     index: int
-    task: Task  # without its pictures
+    task: Task  # without its images
     asynchronous: bool
     state: State
     progress: Progress
-    is_estimated: bool  # else its place and the seconds that are left are not known yet
+    is_estimated: bool  # False: its position and remaining seconds are not known yet
     preview_png: bytes | None
-    image_format: ImageFormat | None  # that was asked for
+    image_format: ImageFormat | None  # as requested
     created_at: float
     ended_at: float | None
     outcome: dict[str, Any]
@@ -102,7 +101,7 @@ class JobRecord:
         return error_of_type(**self.outcome) if self.state in ("failed", "cancelled") else None
 
     def finished(self) -> GeneratedImage:
-        """The picture of a completed job. Raises the job's error, PictureNotKept or PictureExpired."""
+        """The image of a completed job. Raises the job's error, PictureNotKept or PictureExpired."""
         if self.error is not None:
             raise self.error
         if not self.asynchronous:
@@ -117,13 +116,13 @@ def new_job_id() -> str:
 
 
 class Jobs:
-    """The store. Processes and threads may use it at once; every call opens the file for itself.
+    """The store. Processes and threads may use it concurrently; every call opens the file itself.
 
-    Raises JobsUnavailable where the file cannot be read or written; why is in the log.
+    Every call raises JobsUnavailable if the file cannot be read or written, and logs the reason.
     """
 
     def __init__(self, folder: Callable[[], Path]) -> None:
-        """`folder` says where the file lies and makes the folder, at each call: whoever cleans up a temporary folder does not stop jobs."""
+        """`folder` returns the file's folder and creates it on each call, so that a cleanup of temporary folders does not stop jobs."""
         self._folder = folder
 
     @contextmanager
@@ -131,7 +130,7 @@ class Jobs:
         try:
             with closing(sqlite3.connect(self._folder() / "jobs.sqlite", timeout=_BUSY_TIMEOUT_S)) as database:
                 database.row_factory = sqlite3.Row
-                # What is in it does not outlive the server, so nothing has to be safe from a power cut.
+                # The data does not outlive the server, so it need not survive a power cut.
                 database.execute("PRAGMA synchronous = OFF")
                 if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'idempotency_keys'").fetchone():
                     database.execute("PRAGMA journal_mode = WAL")
@@ -149,7 +148,7 @@ class Jobs:
             _insert(database, ticket, task, runner)
 
     def note(self, notes: Mapping[Ticket, Progress]) -> None:
-        """How far jobs are; an older preview stays where there is no newer one."""
+        """Store how far jobs are. An older preview stays if there is no newer one."""
         values = [
             (
                 "queued" if progress.position else "running",
@@ -171,7 +170,7 @@ class Jobs:
             )
 
     def end(self, ticket: Ticket, outcome: GeneratedImage | ServiceError) -> None:
-        """How it ended; the picture itself is kept if nobody waits for it. Forgets what is too old or too much."""
+        """Store how a job ended, with the image if the job is asynchronous. Deletes old jobs and images."""
         picture = _png(outcome.image) if isinstance(outcome, GeneratedImage) and ticket.asynchronous else None
         if isinstance(outcome, GeneratedImage):
             state: State = "completed"
@@ -195,7 +194,7 @@ class Jobs:
             _forget(database, now)
 
     def to_cancel(self, runner: int) -> list[tuple[str, int]]:
-        """The (id, index) of the jobs of this runner whose cancellation was asked for, or that were given up elsewhere a moment ago."""
+        """The (id, index) of this runner's jobs whose cancellation was requested, or that another process has just given up."""
         with self._database() as database:
             rows = database.execute(
                 "SELECT id, image_index FROM jobs WHERE runner = ? AND cancel = 1 AND (ended_at IS NULL OR ended_at > ?)",
@@ -204,7 +203,7 @@ class Jobs:
             return [(row["id"], row["image_index"]) for row in rows]
 
     def fail_what_was_left(self, runner: int) -> None:
-        """At the start of a runner: what the one before it had not finished will not be finished."""
+        """Fail the unfinished jobs of the runner's predecessor. Called when a runner starts."""
         with self._database() as database:
             _fail(database, "runner = ?", (runner,))
 
@@ -213,10 +212,10 @@ class Jobs:
     def accept(
         self, ticket: Ticket, task: Task, idempotency_key: str | None, fingerprint: str, image_format: ImageFormat | None = None
     ) -> str:
-        """Take on a job that nobody waits for; the caller has to hand it to a runner. Returns its id.
+        """Accept an asynchronous job, which the caller must then hand to a runner. Returns its id.
 
-        That is another one than the ticket's if `idempotency_key` was used by this owner before: then there is nothing to hand over.
-        Raises IdempotencyMismatch if it was used for something else, TooManyJobs where too many are not finished.
+        If this owner has used `idempotency_key` before, returns the id of that earlier job, and there is nothing to hand over.
+        Raises IdempotencyMismatch if the key was used for another request, TooManyJobs if too many jobs are unfinished.
         """
         with self._database() as database:
             database.execute("BEGIN IMMEDIATE")
@@ -241,7 +240,7 @@ class Jobs:
             return ticket.job_id
 
     def _known(self, database: sqlite3.Connection, key: str) -> sqlite3.Row | None:
-        """What the key stands for, unless that failed or was cancelled, or its picture is gone: then it may be tried again."""
+        """The job of an idempotency key, unless that job failed, was cancelled or has lost its image: then the key may be used again."""
         row: sqlite3.Row | None = database.execute(
             "SELECT fingerprint, job_id FROM idempotency_keys JOIN jobs ON jobs.id = job_id"
             " WHERE key = ? AND (ended_at IS NULL OR (picture IS NOT NULL AND ended_at > ?))",
@@ -250,7 +249,7 @@ class Jobs:
         return row
 
     def get(self, job_id: str, owner: str | None = None) -> list[JobRecord]:
-        """A record for each picture of the job. Raises UnknownJob, also where an `owner` asks for another one's."""
+        """One record per image of the job. Raises UnknownJob, also if the job belongs to another owner than `owner`."""
         now = time.time()
         find = "SELECT * FROM jobs WHERE id = ? ORDER BY image_index"
         with self._database() as database:
@@ -267,7 +266,7 @@ class Jobs:
             database.execute("UPDATE jobs SET cancel = 1 WHERE id = ? AND ended_at IS NULL", (job_id,))
 
     def note_held(self, job_id: str) -> None:
-        """The API worker that hands the job to a runner lives, and waits for the runner to take it."""
+        """Note that the API worker which hands the job to a runner is alive and still waits for the runner."""
         with self._database() as database:
             database.execute("UPDATE jobs SET held_at = ? WHERE id = ? AND runner IS NULL", (time.time(), job_id))
 
@@ -276,12 +275,12 @@ class Jobs:
             database.execute("UPDATE jobs SET fetched = 1 WHERE id = ? AND fetched = 0", (job_id,))
 
     def is_to_be_fetched(self, job_id: str) -> bool:
-        """Whether there is a picture that nobody has seen."""
+        """Whether the job has an image that no client has fetched."""
         with self._database() as database:
             return bool(database.execute("SELECT 1 FROM jobs WHERE id = ? AND picture IS NOT NULL AND fetched = 0", (job_id,)).fetchone())
 
     def of_owner(self, owner: str) -> list[JobRecord]:
-        """The unfinished ones, the oldest first."""
+        """The owner's unfinished jobs, the oldest first."""
         with self._database() as database:
             rows = database.execute("SELECT * FROM jobs WHERE owner = ? AND ended_at IS NULL ORDER BY rowid", (owner,)).fetchall()
         return [_record(row, time.time()) for row in rows]
@@ -291,14 +290,14 @@ class Jobs:
             database.execute("UPDATE jobs SET cancel = 1 WHERE owner = ? AND ended_at IS NULL", (owner,))
 
     def abandon(self, job_id: str, error: ServiceError) -> None:
-        """The job's end, if it has none yet; a runner that draws it all the same stops."""
+        """End the job with `error` if it has not ended. A runner that is generating it stops."""
         with self._database() as database:
             _fail(database, "id = ?", (job_id,), error)
             _forget(database, time.time())
 
 
 def _too_many_asynchronous(database: sqlite3.Connection, owner: str) -> int | None:
-    """How many are not finished, if no more are accepted of this owner: each has its share, up to twice as many in all."""
+    """The number of unfinished jobs if this owner may add no more, else None. Each owner has its share, up to twice the limit in total."""
     rows = database.execute("SELECT owner, count(*) FROM jobs WHERE ended_at IS NULL AND asynchronous = 1 GROUP BY owner").fetchall()
     counts: dict[str, int] = {row[0]: row[1] for row in rows}
     unfinished = sum(counts.values())
@@ -307,7 +306,7 @@ def _too_many_asynchronous(database: sqlite3.Connection, owner: str) -> int | No
 
 
 def fingerprint(task: Task, seed: int | None) -> str:
-    """What tells two requests apart. `seed`: as it was asked for, since a random one differs each time."""
+    """A digest that distinguishes requests. `seed`: as requested, since a random one differs each time."""
     digest = hashlib.sha256()
     for field in fields(Task):
         value = seed if field.name == "seed" else getattr(task, field.name)
@@ -319,7 +318,7 @@ def fingerprint(task: Task, seed: int | None) -> str:
 
 
 def _insert(database: sqlite3.Connection, ticket: Ticket, task: Task, runner: int | None) -> None:
-    """As queued; one that an API worker has accepted is claimed by the runner that got it."""
+    """Insert a job as queued, or claim for `runner` the job that an API worker has accepted."""
     described = json.dumps({field.name: getattr(task, field.name) for field in fields(Task) if field.name not in ("image", "mask")})
     database.execute(
         "INSERT INTO jobs (id, image_index, owner, asynchronous, task, runner, state, position, step, steps, created_at)"

@@ -1,7 +1,7 @@
-"""Prometheus metrics: every name, what the engine's records add to it, and the page that `/metrics` shows.
+"""Prometheus metrics: their names, how the engine's records change them, and the content of `/metrics`.
 
-Counts are kept by prometheus_client in one file for each process, in a folder that BentoML names, and added up for the page. What is
-true now of a runner (its model, its caps) is read from what it says of itself instead: in those files an old label would stay for ever.
+prometheus_client keeps counts in one file per process, in a folder that BentoML names, and adds them up for the page. The current state
+of a runner (its model, its batch limits) comes from the runner's status file instead: an old label would stay in those files for ever.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _Series:
 
 @functools.cache
 def _series() -> _Series:
-    # Made in runners only, and late: BentoML names the folder of the files after it has imported the service.
+    # Created late and in runners only: BentoML names the folder of the files after it has imported the service.
     series = _Series(
         queue_jobs=Gauge("stable_diffusion_queue_jobs", "Pictures that wait for their first step.", multiprocess_mode="livesum"),
         running_jobs=Gauge("stable_diffusion_running_jobs", "Pictures that are being drawn.", multiprocess_mode="livesum"),
@@ -87,7 +87,7 @@ def _series() -> _Series:
             "stable_diffusion_decoded_again", "Pictures that came out black or as no numbers and were decoded again in float32."
         ),
     )
-    # From the start, so that the first picture is a rise too.
+    # Create the series at zero, so that the first image already counts as an increase.
     for reason in get_args(Refusal):
         series.refused.labels(reason)
     for kind in get_args(Kind):
@@ -98,7 +98,7 @@ def _series() -> _Series:
 
 
 def counting() -> Callable[[Record | StepRecord], None]:
-    """Make the series of this process, at zero; what is returned counts a record, on any thread."""
+    """Create the series of this process at zero. The returned function counts a record and may be called on any thread."""
     _series()
     return _count
 
@@ -132,7 +132,7 @@ def _count(record: Record | StepRecord) -> None:
 
 
 def page() -> bytes:
-    """What all processes of the server have counted, BentoML's own metrics included, in Prometheus' text format. Reads files."""
+    """The counts of all processes of the server, including BentoML's own metrics, in Prometheus' text format. Reads files."""
     registry = CollectorRegistry()
     _forget_the_dead(Path(os.environ[_FOLDER_VARIABLE]))
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
@@ -141,7 +141,7 @@ def page() -> bytes:
 
 
 def _forget_the_dead(folder: Path) -> None:
-    """A process that was killed would be counted among those that are working for ever."""
+    """Remove the live gauges of killed processes, which would otherwise count for ever."""
     for file in folder.glob("gauge_live*_*.db"):
         pid = re.search(r"_(\d+)\.db$", file.name)
         if pid and not is_alive(int(pid[1])):
@@ -149,7 +149,7 @@ def _forget_the_dead(folder: Path) -> None:
 
 
 class _Runners:
-    """What is true now of each runner."""
+    """A collector for the current state of each runner."""
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         runners = living_runners()

@@ -1,7 +1,7 @@
-"""How much each caller may ask for: so many drawing requests a minute, counted once for all API workers of a machine.
+"""The rate limit: how many generation requests per minute each caller may send, counted once for all API workers of a machine.
 
-The generic cell rate algorithm: one number for each caller, the moment at which all of its requests are paid off. Knows nothing
-of who calls and what is answered. A call may wait for the disk: not for an event loop.
+It uses the generic cell rate algorithm: for each caller one number, the moment at which all of its requests are paid off. A call may wait
+for the disk: do not call it on an event loop.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from pathlib import Path
 
 logger = logging.getLogger("stable_diffusion")
 
-
-# POST to these draws. What asks, cancels or sets options is not counted.
+# A POST to one of these generates. Requests that query, cancel or set options are not counted.
 LIMITED_PATHS = (
     *("/txt2img", "/img2img", "/inpaint", "/reproduce", "/v1/images/generations", "/v1/images/edits"),
     *("/sdapi/v1/txt2img", "/sdapi/v1/img2img"),
@@ -27,7 +26,7 @@ _SCHEMA = "CREATE TABLE IF NOT EXISTS callers (caller TEXT PRIMARY KEY, paid_off
 
 
 def caller_at(address: str) -> str:
-    """Whom an address stands for. Of IPv6 a whole /64, which is the least that anybody is given."""
+    """The caller that an address stands for. For IPv6 it is the whole /64, the smallest network that a customer gets."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -40,24 +39,24 @@ def caller_at(address: str) -> str:
 
 
 class RateLimit:
-    """`requests_per_minute` at once, and each comes back after its share of a minute."""
+    """Allows `requests_per_minute` requests at once. Each becomes available again after its share of a minute."""
 
     def __init__(self, folder: Callable[[], Path], requests_per_minute: int) -> None:
-        """`folder` says where the file lies and makes the folder."""
+        """`folder` returns the file's folder and creates it."""
         self._folder = folder
         self._interval_s = 60 / requests_per_minute
         self._burst_s = 60.0
 
     def wait_s(self, caller: str) -> float:
-        """0: the request is let in and counted. Else the seconds until one would be; it is not counted.
+        """Count a request. Returns 0 if it is allowed, else the seconds until one would be; then it is not counted.
 
-        Where the file cannot be used everybody is let in, and the log says so.
+        If the file cannot be used, every request is allowed, and the log says so.
         """
-        # The same in all processes of a machine, and nobody sets it.
+        # The monotonic clock is the same in all processes of a machine, and nobody can set it.
         now = time.monotonic()
         try:
             with closing(sqlite3.connect(self._folder() / "rates.sqlite", timeout=_BUSY_TIMEOUT_S, isolation_level=None)) as database:
-                database.execute("PRAGMA synchronous = OFF")  # what is in it does not outlive the server
+                database.execute("PRAGMA synchronous = OFF")  # the data does not outlive the server
                 if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'callers'").fetchone():
                     database.execute("PRAGMA journal_mode = WAL")
                     database.execute(_SCHEMA)
@@ -74,7 +73,7 @@ class RateLimit:
         row = database.execute("SELECT paid_off_s FROM callers WHERE caller = ?", (caller,)).fetchone()
         paid_off_s = (now if row is None else float(row[0])) + self._interval_s
         wait_s = paid_off_s - now - self._burst_s
-        if wait_s > 1e-6:  # more than adding up fractions of a minute is off by
+        if wait_s > 1e-6:  # more than the rounding error of sums of fractions
             return wait_s
         database.execute("INSERT OR REPLACE INTO callers VALUES (?, ?)", (caller, paid_off_s))
         return 0.0

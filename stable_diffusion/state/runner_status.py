@@ -1,6 +1,6 @@
-"""How far a runner is and what it computes on, as a small file in the server's shared folder: runners write, API workers read.
+"""The status of each runner, as a small file in the server's shared folder: runners write it, API workers read it.
 
-Knows nothing of HTTP or metrics, loads no torch. There is no prompt and no path in it.
+It contains no prompt and no path. Does not depend on HTTP or metrics and imports no torch.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from stable_diffusion.state.folder import shared_folder
 
 logger = logging.getLogger("stable_diffusion")
 
-
 Stage = Literal["starting", "loading weights", "warming up", "measuring the cap", "ready"]
-STAGES: tuple[Stage, ...] = get_args(Stage)  # in their order
+STAGES: tuple[Stage, ...] = get_args(Stage)  # in order
 
-_MOST_BATCH_LIMITS = 16  # the native size and the last ones that ran out of memory
+_MOST_BATCH_LIMITS = 16  # the native size and the last sizes that ran out of memory
 
 
 @dataclass(frozen=True)
 class StepBatchLimit:
-    """How many pictures of this size may share a step, and why. Sizes in pixels."""
+    """How many images of this size may share a step, and why. Sizes in pixels."""
 
     width: int
     height: int
@@ -37,7 +36,7 @@ class StepBatchLimit:
 
 @dataclass(frozen=True)
 class Placement:
-    """What a loaded model is computed on, in what, and with which versions."""
+    """The device, dtype and library versions with which a loaded model is computed."""
 
     device: str
     dtype: str
@@ -46,24 +45,24 @@ class Placement:
 
 @dataclass
 class RunnerState:
-    """What one runner process tells of itself; times are Unix times. Only one thread of the runner may change it."""
+    """The published state of one runner process. Times are Unix times. Only one thread of the runner may change it."""
 
-    index: int | None  # BentoML's number of the process; None: it tells nobody
-    precision: str  # the one that was asked for
+    index: int | None  # BentoML's number of the process; None: nothing is published
+    precision: str  # as requested
     model: str
     pid: int = field(default_factory=os.getpid)
     started_s: float = field(default_factory=time.time)
     stage: Stage = "starting"
     since_s: float = field(default_factory=time.time)
     placement: Placement | None = None  # None until the weights are loaded
-    batch_limits: list[StepBatchLimit] = field(default_factory=list)  # the native size comes first, once it is measured
+    batch_limits: list[StepBatchLimit] = field(default_factory=list)  # the native size is first, once measured
 
     def enter(self, stage: Stage) -> None:
         self.stage, self.since_s = stage, time.time()
         _publish(self)
 
     def set_batch_limit(self, batch_limit: StepBatchLimit) -> None:
-        """Takes the place of what was said of this size before."""
+        """Replace the batch limit of this size, or add it."""
         batch_limits = [
             batch_limit if (old.width, old.height) == (batch_limit.width, batch_limit.height) else old for old in self.batch_limits
         ]
@@ -74,14 +73,14 @@ class RunnerState:
 
 
 def _publish(state: RunnerState) -> None:
-    """A folder that cannot be written to is no reason not to draw."""
+    """Write the file. If that fails, the runner still generates."""
     if state.index is None:
         return
     try:
         file = shared_folder() / f"runner-{state.index}.json"
         unfinished = file.with_suffix(f".{state.pid}")
         unfinished.write_text(json.dumps(asdict(state)), encoding="utf-8")
-        os.replace(unfinished, file)  # others may be reading
+        os.replace(unfinished, file)  # atomic, since others may be reading
     except OSError as error:
         _say_once(f"/status will know nothing of this runner: {error.strerror}")
 
@@ -96,7 +95,7 @@ def _say_once(message: str) -> None:
 
 
 def living_runners() -> list[RunnerState]:
-    """What the runners of this server have told last, by index. One that has died or has not told anything yet is left out."""
+    """The last published states of this server's runners, by index. Runners that have died or published nothing yet are left out."""
     try:
         files = sorted(shared_folder().glob("runner-*.json"))
     except OSError:
@@ -106,7 +105,7 @@ def living_runners() -> list[RunnerState]:
         try:
             state = _read(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError, LookupError):
-            continue  # gone again, or not ours
+            continue  # removed meanwhile, or not ours
         if is_alive(state.pid):
             states.append(state)
     return sorted(states, key=lambda state: state.index or 0)
@@ -119,7 +118,7 @@ def _read(text: str) -> RunnerState:
 
 
 def is_alive(pid: int) -> bool:
-    """A process that has ended is not, though its parent may not have noticed yet."""
+    """Whether the process runs. A zombie, whose parent has not noticed its end yet, does not."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

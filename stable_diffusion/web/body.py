@@ -1,4 +1,7 @@
-"""Request bodies within their limits of size and time: JSON, forms, their parts. Knows nothing of what is generated."""
+"""Reads request bodies within limits of size and time: JSON, multipart forms and their parts.
+
+`read_form` and `read_reproduction_form` read the forms of the native API and of POST /reproduce.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,7 @@ from stable_diffusion.web.upload_budget import Uploads
 
 MAX_JSON_BYTES = 2**20
 
-
-# A body that is still coming after UPLOAD_GRACE_S and a second for each UPLOAD_BYTES_PER_S of it is too slow.
+# A body may take UPLOAD_GRACE_S plus a second for each UPLOAD_BYTES_PER_S received. A slower one is refused.
 UPLOAD_PAUSE_S = 15.0
 UPLOAD_GRACE_S = 20.0
 UPLOAD_BYTES_PER_S = 16 * 2**10
@@ -33,18 +35,18 @@ UPLOAD_TIMEOUT_S = 300.0
 
 
 async def read_json_body(request: Request, *, max_bytes: int = MAX_JSON_BYTES, max_names: int = MAX_NAMES) -> dict[str, Any]:
-    """Raises InvalidRequest, TooLarge or UnsupportedMediaType."""
+    """Read and parse a JSON body. Raises InvalidRequest, TooLarge or UnsupportedMediaType."""
     return await run_in_threadpool(parse_json, await json_content(request, max_bytes), "body", max_names)
 
 
 async def json_content(request: Request, max_bytes: int) -> bytes:
-    """A JSON body as it was sent. Raises TooLarge or UnsupportedMediaType."""
+    """Read a JSON body without parsing it. Raises TooLarge or UnsupportedMediaType."""
     require_content_type(request, "application/json")
     return await limited(request, max_bytes).body()
 
 
 async def read_form(request: Request, *files: str) -> tuple[ImageToImageRequest, dict[str, bytes]]:
-    """The `data` part, validated, and the bytes of the named file parts."""
+    """The validated `data` part and the bytes of the named file parts."""
     contents, data = await _read_parts(request, files, ())
     if data is None:
         raise InvalidRequest('data: the part is missing, send JSON (curl: -F data=\'{"prompt":"a red circle"}\')', field="data")
@@ -52,13 +54,13 @@ async def read_form(request: Request, *files: str) -> tuple[ImageToImageRequest,
 
 
 async def read_reproduction_form(request: Request) -> tuple[ReproductionRequest, dict[str, bytes]]:
-    """The `data` part, validated; it may be left out. The bytes of the part `picture`, and of `img` and `mask` where they are there."""
+    """The validated `data` part, which may be missing, and the bytes of the parts `picture` and, if present, `img` and `mask`."""
     contents, data = await _read_parts(request, ("picture",), ("img", "mask"))
     return parse_reproduction({} if data is None else parse_json(data, "data")), contents
 
 
 async def _read_parts(request: Request, required: Sequence[str], optional: Sequence[str]) -> tuple[dict[str, bytes], bytes | str | None]:
-    """The files by their names, and what the part `data` holds."""
+    """The file parts by name, and the content of the `data` part."""
     files = (*required, *optional)
     async with opened_form(request, max_pictures=max(2, len(files)), max_parts=8) as form:
         _refuse_unknown_parts(form, (*files, "data"))
@@ -68,7 +70,7 @@ async def _read_parts(request: Request, required: Sequence[str], optional: Seque
 
 @asynccontextmanager
 async def opened_form(request: Request, *, max_pictures: int, max_parts: int) -> AsyncIterator[FormData]:
-    """The parts of a multipart body, whose files can be read until the block ends. `max_pictures` of the largest size fit into it."""
+    """The parts of a multipart body. Its files can be read until the block ends. `max_pictures` uploads of the largest size fit."""
     require_content_type(request, "multipart/form-data")
     whole = limited(request, max_pictures * MAX_UPLOAD_BYTES + 2 * MAX_JSON_BYTES)
     try:
@@ -88,9 +90,9 @@ def require_content_type(request: Request, expected: str) -> None:
 
 @contextmanager
 def within_upload_budget(request: Request, uploads: Uploads) -> Iterator[Request]:
-    """The same request, whose body counts among `uploads` until the block ends, which is to be when it is decoded.
+    """The same request, with its body counted in `uploads` until the block ends. End the block when the body is decoded.
 
-    Reading it raises QueueFull where there is no room.
+    Reading the body raises QueueFull if there is no room.
     """
     declared = request.headers.get("content-length", "")
     with uploads.of(owner_of(request), int(declared) if declared.isdigit() else 0) as count:
@@ -104,7 +106,7 @@ def within_upload_budget(request: Request, uploads: Uploads) -> Iterator[Request
 
 
 def limited(request: Request, max_bytes: int) -> Request:
-    """The same request, whose body may have at most `max_bytes`, whether it says how long it is or not, and must not be slow."""
+    """The same request, with its body limited to `max_bytes`, whatever length it declares, and to the time limits above."""
     received, began_s = 0, time.monotonic()
 
     async def receive() -> Message:
@@ -122,7 +124,7 @@ def limited(request: Request, max_bytes: int) -> Request:
 
 
 async def _received_in_time(request: Request, received: int, began_s: float) -> Message:
-    """The next piece of a body of which `received` bytes are there. Raises RequestTimeout."""
+    """The next message of a body of which `received` bytes have arrived. Raises RequestTimeout."""
     passed_s = time.monotonic() - began_s
     left_s = min(UPLOAD_TIMEOUT_S, UPLOAD_GRACE_S + received / UPLOAD_BYTES_PER_S) - passed_s
     with anyio.move_on_after(min(UPLOAD_PAUSE_S, left_s)):

@@ -1,4 +1,4 @@
-"""Who asks, for which job, and how long it may take."""
+"""The sender of a request, the job that the request is for, and its time limit."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ TIMEOUT_HEADER = "Request-Timeout"  # seconds
 
 
 def context_of(request: Request) -> RequestContext:
+    """What the front door has stored about the request."""
     found: RequestContext = request.scope[RequestContext.KEY]
     return found
 
 
 def ticket_of(request: Request) -> Ticket:
-    """The job that the front door made of this request, for whom it is, and how long it may still take.
+    """A ticket for the request: the job id from the front door, the owner, and the remaining time.
 
-    Raises InvalidRequest, or DeadlineExceeded if reading the request has taken all of that.
+    Raises InvalidRequest, or DeadlineExceeded if reading the request has used up the time.
     """
     found = context_of(request)
     left_s = _timeout_s(request) - (time.monotonic() - found.received_s)
@@ -36,7 +37,7 @@ def _timeout_s(request: Request) -> float:
     text = request.headers.get(TIMEOUT_HEADER)
     if text is None:
         return MAX_TIMEOUT_S
-    # No exponents, no signs, no names of numbers.
+    # No exponents, no signs, no inf or nan.
     timeout_s = float(text) if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text, re.ASCII) else 0.0
     if not 0 < timeout_s <= MAX_TIMEOUT_S:
         message = f"{TIMEOUT_HEADER}: must be a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}"
@@ -45,25 +46,25 @@ def _timeout_s(request: Request) -> float:
 
 
 def rename_job(request: Request, job_id: str) -> None:
-    """The request turned out to be for this job: its answer, an error too, names that one."""
+    """Assign the request to an existing job, whose id the response then carries, even if it is an error."""
     context_of(request).job_id = job_id
 
 
 def key_name_of(request: Request) -> str | None:
-    """Whose API key the front door found; None where the server has no keys."""
+    """The name of the request's API key; None if the server has no keys."""
     return context_of(request).key_name
 
 
 def owner_of(request: Request) -> str:
-    """Who asks, as far as that can be told. Not readable for anybody.
+    """An opaque identifier of the caller.
 
-    Where the server has API keys by the key, else by the Authorization that was sent, or without one by the address.
+    It derives from the API key if the server has keys, else from the Authorization header, or without one from the address.
     """
     name = key_name_of(request)
     if name is not None:
         return hashlib.sha256(f"key {name}".encode()).hexdigest()[:32]
     authorization = request.headers.get("authorization", "")
-    if not authorization.partition(" ")[2]:  # clients without a password send an empty one, or a scheme with nothing behind it
+    if not authorization.partition(" ")[2]:  # clients without a password send an empty header, or only a scheme
         authorization = ""
     address = request.client.host if request.client else ""
     return hashlib.sha256(f"{authorization}\n{'' if authorization else address}".encode()).hexdigest()[:32]

@@ -1,6 +1,6 @@
-"""Decodes and scales what is uploaded: few pictures at a time, callers in turn, and no more of them waiting than are bounded.
+"""Decodes and scales uploads in turn: few images at a time, callers in rotation, and a bounded number waiting.
 
-Knows nothing of HTTP and of pictures. Only for the event loop of an API worker.
+Use it only on the event loop of an API worker.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from stable_diffusion.web.disconnect import while_connected
 
 T = TypeVar("T")
 
-
-_MAX_AT_ONCE = 2  # a picture of the largest size takes some 300 MB and a second while it is decoded
+_MAX_AT_ONCE = 2  # decoding an image of maximum size takes about 300 MB and a second
 MAX_WAITING = 400
 MAX_WAITING_OF_CALLER = MAX_WAITING // 2
 _RETRY_AFTER_S = 5
 
 
 class Decoding:
+    """The queue. It runs any work; `decoded` ties it to a request."""
+
     def __init__(self) -> None:
         self._running = 0
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # callers in the order of their turns
 
     async def run(self, caller: str, work: Callable[[], T]) -> T:
-        """Run `work` on a thread when it is `caller`'s turn. Raises QueueFull where too many wait already.
+        """Run `work` on a thread when it is `caller`'s turn. Raises QueueFull if too many are waiting.
 
-        Who is cancelled while waiting takes no turn; what has begun keeps its place to its end, since a thread cannot be stopped.
+        If this is cancelled while waiting, it takes no turn. Work that has begun keeps its place to its end: a thread cannot be stopped.
         """
         if self._running < _MAX_AT_ONCE:
             self._running += 1
@@ -47,7 +48,7 @@ class Decoding:
     def _note_end(self, working: asyncio.Future[T]) -> None:
         self._pass_on()
         if not working.cancelled():
-            working.exception()  # of which nobody hears who has left
+            working.exception()  # mark the exception as retrieved: the caller may have left
 
     async def _turn_of(self, caller: str) -> None:
         self._require_room(caller)
@@ -58,7 +59,7 @@ class Decoding:
         except asyncio.CancelledError:
             if turn.cancelled():
                 self._leave(caller, turn)
-            else:  # it was given its turn a moment ago
+            else:  # it has just been given its turn
                 self._pass_on()
             raise
 
@@ -75,7 +76,7 @@ class Decoding:
             del self._waiting[caller]
 
     def _pass_on(self) -> None:
-        """The place of one that is done goes to the caller whose last turn is the longest ago."""
+        """Pass a free place to the waiting caller whose last turn is longest ago."""
         if not self._waiting:
             self._running -= 1
             return
@@ -91,5 +92,5 @@ def _told(how_many: str) -> str:
 
 
 async def decoded(request: Request, decoding: Decoding, work: Callable[[], T]) -> T:
-    """What `work` makes of what was uploaded, when it is this caller's turn. Raises QueueFull, and ClientGone once nobody waits for it."""
+    """Run `work` when it is this caller's turn and return its result. Raises QueueFull, and ClientGone if the client leaves."""
     return await while_connected(request, decoding.run(owner_of(request), work))

@@ -1,4 +1,4 @@
-"""Work that ends when its client leaves."""
+"""Cancels work when its client disconnects."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Run `work` until it is done or the client has gone: then cancel it and raise ClientGone."""
+    """Run `work`. If the client disconnects before it is done, cancel it and raise ClientGone."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(request))
     try:

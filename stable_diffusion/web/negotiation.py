@@ -1,4 +1,4 @@
-"""What a client asks for by headers: image types, events, no waiting, idempotency."""
+"""What a client asks for in headers: image types, events, an asynchronous response, idempotency."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _MAX_KEY_CHARACTERS = 255
 
 
 def prefers_no_waiting(request: Request) -> bool:
-    """RFC 7240, 4.1."""
+    """Whether the client sent `Prefer: respond-async` (RFC 7240, 4.1)."""
     preferences = ",".join(request.headers.getlist("prefer")).lower().split(",")
     return any(preference.partition(";")[0].strip() == "respond-async" for preference in preferences)
 
 
 def idempotency_key(request: Request) -> str | None:
-    """The header of that name, which makes a second request the same as the first. Raises InvalidRequest."""
+    """The header Idempotency-Key, with which a repeated request gets the job of the first. Raises InvalidRequest."""
     key = request.headers.get("idempotency-key")
     if key is not None and not (0 < len(key) <= _MAX_KEY_CHARACTERS and key.isascii() and key.isprintable()):
         raise InvalidRequest(f"Idempotency-Key: must have 1 to {_MAX_KEY_CHARACTERS} printable ASCII characters", field="Idempotency-Key")
@@ -30,14 +30,14 @@ def idempotency_key(request: Request) -> str | None:
 
 @dataclass(frozen=True)
 class Accepted:
-    """What the client takes: events, if it names them, and the image type that it likes best, if there is one."""
+    """What the client accepts: events, if it names them, and its preferred image type, if any."""
 
     events: bool
     image_format: ImageFormat | None
 
 
 def accepted_types(request: Request) -> Accepted:
-    """RFC 9110, 12.5.1. A client that does not mind gets jpeg."""
+    """Read the Accept header (RFC 9110, 12.5.1). A client without a preference gets jpeg."""
     accept = ",".join(request.headers.getlist("accept")) or "*/*"
     formats: dict[str, ImageFormat] = {name: image_format for image_format, name in MEDIA_TYPES.items()}
     formats |= {"*/*": "jpeg", "image/*": "jpeg", "": "jpeg"}
@@ -54,6 +54,6 @@ def accepted_types(request: Request) -> Accepted:
     images_liked = [entry for entry in liked if entry[1] in formats]
     return Accepted(
         events=any(media_type == sse.MEDIA_TYPE for _, media_type in liked),
-        # max gives the first one among equals.
+        # max returns the first of equal entries.
         image_format=formats[max(images_liked, key=lambda entry: entry[0])[1]] if images_liked else None,
     )

@@ -1,4 +1,4 @@
-"""Middleware of an API worker: opens a request's line in the journal and writes it when the request has ended."""
+"""Middleware of an API worker: opens a request's line in the journal and writes it when the request ends."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from stable_diffusion.core.journal import Line, current_line, write_line
 
 logger = logging.getLogger("stable_diffusion.requests")
 
-
 _LOGGED_METHODS = ("POST", "DELETE")
 _MAX_PATH_CHARACTERS = 200
 
 
 class RequestLog:
-    """Middleware of an API worker, around all that may refuse a request."""
+    """Logs requests. It surrounds all middleware that may refuse one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -30,7 +29,7 @@ class RequestLog:
         answer = {"method": scope["method"], "path": scope["path"][:_MAX_PATH_CHARACTERS]}
         line = Line(scope["client"][0] if scope.get("client") else None, answer=answer)
         is_logged = scope["method"] in _LOGGED_METHODS
-        current_line.set(line if is_logged else None)  # a request may begin in the context of the one before it on its connection
+        current_line.set(line if is_logged else None)  # a request may start in the context of the previous one on its connection
 
         async def noting_status(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -45,7 +44,7 @@ class RequestLog:
 
 
 def _write_to_standard_output() -> None:
-    """As it is, without what BentoML puts before its lines: programs read it."""
+    """Write lines without the prefix of BentoML's log, so that programs can parse them."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers = [handler]

@@ -1,6 +1,6 @@
-"""Pictures and errors as answers of the plain endpoints: bytes, headers, JSON. One form for all doors that have none of their own.
+"""Images and errors as responses of the native API: bytes, headers, JSON, events. APIs without a form of their own use it too.
 
-Knows nothing of who draws.
+`api/deliver.py` decides which of these a client gets.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import functools
 import json
-import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
 from urllib.parse import quote
@@ -26,12 +25,9 @@ from stable_diffusion.state.folder import server_token
 from stable_diffusion.state.jobs import PICTURES_KEPT_S
 from stable_diffusion.web import sse
 
-logger = logging.getLogger("stable_diffusion")
-
-
 SERVER_COOKIE = "job_server"
-_MAX_HEADER_CHARACTERS = 1024  # of a text in a header; proxies allow 4 KB for all of them together
-# What may stand in a header as it is; everything else, and "%" itself, is percent-encoded.
+_MAX_HEADER_CHARACTERS = 1024  # of a text in a header; proxies allow 4 KB for all headers together
+# Characters that headers contain unchanged. All others, including "%", are percent-encoded.
 _PLAIN_IN_HEADERS = " !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"
 
 
@@ -40,14 +36,14 @@ def error_response(error: ServiceError) -> Response:
 
 
 def retry_after(error: ServiceError) -> dict[str, str]:
-    """The header that says when to try again, where that is known."""
+    """The header Retry-After, if the error says when to try again."""
     return {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
 
 
 def with_error_responses(
     endpoint: Callable[[Request], Awaitable[Response]], answer_of: Callable[[ServiceError], Response] = error_response
 ) -> Callable[[Request], Awaitable[Response]]:
-    """The one place where errors become answers; a door whose clients know another form of them brings its own `answer_of`."""
+    """Turn an endpoint's errors into responses. APIs with another form of errors pass their own `answer_of`."""
 
     @functools.wraps(endpoint)
     async def answer(request: Request) -> Response:
@@ -64,7 +60,7 @@ def with_error_responses(
 
 
 def known_error(error: BaseException, where: str) -> ServiceError:
-    """What is told of an error. One that nobody foresaw goes to the log, with `where`."""
+    """The error that the client sees. An unexpected error is logged with `where`."""
     return ClientGone("the client closed the connection") if isinstance(error, ClientDisconnect) else as_service_error(error, where)
 
 
@@ -82,12 +78,12 @@ def error_body(kind: str, message: str, problems: list[FieldError]) -> dict[str,
 
 
 def sendable(text: str) -> str:
-    """A name that a client sent may hold half of a surrogate pair, which UTF-8 cannot say."""
+    """Replace lone surrogates, which clients' texts may contain and UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def image_file(task: Task, picture: GeneratedImage, model: ModelFolder, image_format: ImageFormat, quality: int | None = None) -> bytes:
-    """The picture encoded, with what determines it where that is wanted. Of a blank picture, one that was flagged, nothing is told."""
+    """Encode the image, with its description if the task asks for it. A flagged image, which is blank, gets no description."""
     description = infotext.write(task, picture, model) if task.metadata and not picture.flagged else None
     return encode(picture.image, image_format, description, quality)
 
@@ -95,7 +91,7 @@ def image_file(task: Task, picture: GeneratedImage, model: ModelFolder, image_fo
 def image_response(
     task: Task, picture: GeneratedImage, model: ModelFolder, image_format: ImageFormat, remarks: Mapping[str, Any] | None = None
 ) -> Response:
-    """Encodes: takes up to a second. `remarks` are told beside the parameters."""
+    """The image as the body, its parameters and `remarks` as headers. Encoding takes up to a second."""
     headers = parameter_headers(task, picture, model) | as_headers(remarks or {})
     headers["content-disposition"] = f'inline; filename="{task.kind}-{task.seed}.{image_format}"'
     return Response(image_file(task, picture, model, image_format), media_type=MEDIA_TYPES[image_format], headers=headers)
@@ -106,7 +102,7 @@ def event_stream(pieces: AsyncGenerator[bytes, None]) -> Response:
 
 
 def followed_headers() -> dict[str, str]:
-    """Of answers that name a job which is going on: by the cookie a balancer can lead the questions about it to this server."""
+    """For responses that name a running job: a cookie by which a load balancer can route later requests for the job to this server."""
     return {"Set-Cookie": f"{SERVER_COOKIE}={server_token()}; Path=/; Max-Age={PICTURES_KEPT_S}; HttpOnly; SameSite=Lax"}
 
 
@@ -118,7 +114,7 @@ def progress_event(progress: Progress) -> bytes:
 
 
 def preview_event(step: int, preview: Image.Image, task: Task) -> bytes:
-    """Encodes: not for an event loop."""
+    """The event `preview`. Encodes an image: do not call it on an event loop."""
     content = encode_preview(preview, (task.width, task.height))
     return sse.event("preview", {"step": step, **_as_data(content, "jpeg")})
 
@@ -126,7 +122,7 @@ def preview_event(step: int, preview: Image.Image, task: Task) -> bytes:
 def completed_event(
     task: Task, picture: GeneratedImage, model: ModelFolder, image_format: ImageFormat, remarks: Mapping[str, Any] | None = None
 ) -> bytes:
-    """Encodes: not for an event loop. `remarks` are told beside the parameters."""
+    """The event `completed`, with `remarks` among the parameters. Encodes an image: do not call it on an event loop."""
     parameters = {**parameters_of(task, picture, model), **(remarks or {})}
     content = image_file(task, picture, model, image_format)
     return sse.event("completed", {**_as_data(content, image_format), "parameters": parameters})
@@ -146,7 +142,7 @@ def as_base64(content: bytes) -> str:
 
 
 def parameters_of(task: Task, picture: GeneratedImage, model: ModelFolder) -> dict[str, Any]:
-    """Every resolved parameter under its own name, as in the reference."""
+    """Every resolved parameter under its name in the request."""
     parameters = {
         "prompt": task.prompt,
         "negative_prompt": task.negative_prompt,
@@ -177,7 +173,7 @@ def as_headers(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _header_text(text: str) -> str:
-    """Percent-encoded UTF-8, cut at a whole character. A header has no white space at its ends: a server would not send it."""
+    """Percent-encoded UTF-8, cut after a whole character, without surrounding white space, which servers do not send."""
     encoded = ""
     for character in text:
         piece = quote(character, safe=_PLAIN_IN_HEADERS)

@@ -1,7 +1,4 @@
-"""Server-sent events as the HTML standard has them (section 9.2): how an answer in pieces is written.
-
-Knows nothing of what the events say.
-"""
+"""Writes server-sent events (HTML standard, section 9.2) and keeps their stream alive. The events may say anything."""
 
 from __future__ import annotations
 
@@ -11,20 +8,20 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 MEDIA_TYPE = "text/event-stream"
-# Balancers and proxies close a connection on which nothing was sent for a while: 60 seconds by default in most.
+# Load balancers and proxies close a connection without traffic, most after 60 seconds by default.
 KEEP_ALIVE_S = 15.0
 _COMMENT = b": still here\n\n"
-# nginx holds a stream back otherwise.
+# Without these, nginx buffers a stream.
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
 def event(name: str, data: Mapping[str, Any]) -> bytes:
-    """One event, its data as JSON on a single line."""
+    """One event with its data as JSON on a single line."""
     return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
 
 
 async def kept_alive(pieces: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """The same pieces, with a comment wherever nothing came for a while. Closing it closes `pieces`."""
+    """Yield `pieces`, and a comment whenever none has come for KEEP_ALIVE_S. Closing this closes `pieces`."""
     waiting = asyncio.ensure_future(anext(pieces))
     try:
         while True:

@@ -1,6 +1,6 @@
-"""How much of uploads an API worker holds in memory, from their first byte until they are decoded: bounded, for each caller too.
+"""Limits the memory for uploads in an API worker, from their first byte until they are decoded, in total and per caller.
 
-Knows nothing of HTTP. Only for the event loop.
+Does not depend on HTTP. Use it only on the event loop.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from contextlib import contextmanager
 from stable_diffusion.core.errors import QueueFull
 
 MAX_BYTES = 256 * 2**20
-MAX_BYTES_OF_CALLER = MAX_BYTES // 2  # the largest body of all has half of that
-# Of each body. uvicorn keeps as much of every connection anyway, and a request without pictures is never refused for others' uploads.
+MAX_BYTES_OF_CALLER = MAX_BYTES // 2  # the largest possible body takes half of that
+# Of each body. uvicorn buffers as much per connection anyway, and so a request without images is never refused for others' uploads.
 UNCOUNTED_BYTES = 64 * 2**10
 _RETRY_AFTER_S = 5
 
 
 class Uploads:
+    """The bytes that are held, by caller."""
+
     def __init__(self) -> None:
         self._held: Counter[str] = Counter()
 
@@ -28,10 +30,10 @@ class Uploads:
 
     @contextmanager
     def of(self, caller: str, declared_bytes: int) -> Iterator[Callable[[int], None]]:
-        """One more, which `caller` says has `declared_bytes`. What is given is to be called with the size of each piece that comes.
+        """Count one upload of `caller`, which declares `declared_bytes`. Call the yielded function with the size of each piece.
 
-        All of it counts until the block ends. That raises QueueFull where there is no room, with the first piece where the rest will
-        not fit.
+        The upload counts until the block ends. The yielded function raises QueueFull if there is no room, and already for the first
+        piece if the declared size does not fit.
         """
         received = counted = 0
 

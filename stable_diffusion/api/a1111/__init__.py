@@ -1,4 +1,4 @@
-"""A1111's API, the part that clients use."""
+"""A1111's API, as far as its clients use it."""
 
 from stable_diffusion.api.a1111.responses import PREFIXES, refusal
 from stable_diffusion.api.a1111.routes import make_routes

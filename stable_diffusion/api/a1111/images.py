@@ -1,6 +1,6 @@
-"""The picture and the mask of an A1111 body, from base64 to what is drawn at which size: resize modes, inversion, blur.
+"""The image and the mask of an A1111 body, from base64 to the output size: resize modes, inversion, blur.
 
-Knows nothing of HTTP or of the model that is loaded.
+Does not depend on HTTP or on the loaded model.
 """
 
 from __future__ import annotations
@@ -18,23 +18,22 @@ from stable_diffusion.images.transform import fit, scale_mask
 
 T = TypeVar("T")
 
-
 _WHITE_SPACE = b" \t\r\n\v\f"
 
 
 class UnreadablePicture(InvalidRequest):
-    """It keeps its 400 where whatever else is wrong with a body is a 422."""
+    """An image that cannot be decoded: status 400, while other errors in a body are 422."""
 
 
 def read_initial_image(body: ImageToImageBody) -> Image.Image:
-    """The one picture of the body, upright RGB. Raises UnreadablePicture or TooLarge."""
+    """The body's only image, upright RGB. Raises UnreadablePicture or TooLarge."""
     return _decoded(body.init_images[0], "init_images", read_image)
 
 
 def read_inpainting_mask(body: ImageToImageBody, picture_size: tuple[int, int]) -> Image.Image | None:
-    """The mask as it counts: inverted and blurred as asked for, of its picture's size.
+    """The body's mask, inverted and blurred as requested and scaled to its image's size; None if there is none.
 
-    Raises UnreadablePicture, TooLarge, or InvalidRequest for other proportions than the picture's, or if it repaints nothing.
+    Raises UnreadablePicture, TooLarge, or InvalidRequest if it has other proportions than the image or repaints nothing.
     """
     if not body.mask:
         return None
@@ -51,7 +50,7 @@ def read_inpainting_mask(body: ImageToImageBody, picture_size: tuple[int, int]) 
 
 
 def resize(picture: Image.Image, width: int, height: int, resize_mode: int) -> Image.Image:
-    """To `width` x `height`, as A1111's mode says. 0: stretched, 1: covering it and cut, 2: within it, the edges continued."""
+    """Resize to `width` x `height` in A1111's mode. 0: stretch, 1: scale to cover and crop, 2: scale to fit and continue the edges."""
     if resize_mode == 0:
         return picture.resize((width, height), Image.Resampling.LANCZOS)
     if resize_mode == 1:
@@ -62,7 +61,7 @@ def resize(picture: Image.Image, width: int, height: int, resize_mode: int) -> I
 
 
 def _with_edges_continued(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """In the middle of `width` x `height`; its outermost rows or columns are repeated to the border."""
+    """Centre an image in `width` x `height` and repeat its outermost rows or columns up to the border."""
     left, top = (width - picture.width) // 2, (height - picture.height) // 2
     right, bottom = left + picture.width, top + picture.height
     canvas = Image.new(picture.mode, (width, height))
@@ -84,7 +83,7 @@ def _decoded(text: str, field: str, read: Callable[[bytes, str], T]) -> T:
 
 
 def _bytes_of(text: str, field: str) -> bytes:
-    """Base64, perhaps in lines, perhaps within a data URL."""
+    """Decode base64, which may have line breaks and may be in a data URL."""
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:

@@ -1,4 +1,4 @@
-"""The part of the OpenAPI document that describes A1111's API, made of the models that read its bodies."""
+"""A1111's API in the OpenAPI document, generated from the models that parse its bodies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TAG = {"name": "a1111", "description": "A1111's API, for its clients. Unknown fi
 _REFERENCES = "#/components/schemas/A1111{model}"
 _MODELS: tuple[type[BaseModel], ...] = (TextToImageBody, ImageToImageBody, Options)
 _EXAMPLE = {"prompt": "a small red circle on a blue background", "steps": 20, "sampler_name": "Euler a", "seed": 1, "batch_size": 2}
-# A grey picture of 8 x 8 pixels.
+# A grey image of 8 x 8 pixels.
 _EXAMPLE_PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mNsaGhgwAaYGHCAwSkBADAXAZDUexXGAAAAAElFTkSuQmCC"
 _READING_ERRORS = {
     "403": "A page of another site sent it, in a browser.",
@@ -82,7 +82,7 @@ def schemas() -> dict[str, Any]:
 
 
 def _schema(model: type[BaseModel]) -> dict[str, Any]:
-    """Every field may be null as well."""
+    """The schema of a body, in which every field may also be null."""
     schema = model.model_json_schema(ref_template=_REFERENCES)
     schema.pop("$defs", None)
     schema["description"] = schema["description"].splitlines()[0]
@@ -95,7 +95,7 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _limits() -> dict[str, dict[str, Any]]:
-    """By A1111's names, the limits of the fields that these become. Sides are rounded, and -1 is a seed too."""
+    """The limits of our fields, by A1111's names. Sides are rounded, and -1 is also a valid seed."""
     limits = {}
     for name, field in ImageToImageRequest.model_json_schema()["properties"].items():
         numbers = field.get("anyOf", [field])[0]
@@ -106,7 +106,6 @@ def _limits() -> dict[str, dict[str, Any]]:
 
 _LIMIT_KEYS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _LIMITS = _limits()
-
 
 _PICTURES_SCHEMA = {
     "type": "object",

@@ -1,6 +1,6 @@
-"""A1111's bodies as requests of ours: the names, defaults and kinds of its fields. Limits are those of `requests.py`.
+"""Parses A1111's bodies into our request models: the names, defaults and types of its fields. Limits are in `core/requests.py`.
 
-Knows nothing of HTTP, of pictures or of the model that is loaded.
+Does not depend on HTTP, on images or on the loaded model.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from stable_diffusion.core.requests import (
 )
 from stable_diffusion.core.schedulers import SCHEDULERS, known_schedule, sampler_of, scheduler_of
 
-MAX_NAMES = 1024  # of an object; a whole set of A1111's options has some 400
+MAX_NAMES = 1024  # of an object; the complete options of A1111 have about 400
 MAX_MASK_BLUR = 64
 
-# Our fields, as errors name them -> A1111's.
+# Our field names, which errors contain -> A1111's.
 A1111_NAMES = {
     "num_inference_steps": "steps",
     "guidance_scale": "cfg_scale",
@@ -43,7 +43,7 @@ _OUR_NAMES = re.compile(rf"\b({'|'.join(A1111_NAMES)})\b")
 
 _SIDE = f"Rounded down to a multiple of {SIDE_MULTIPLE}; {MIN_SIDE} to {MAX_SIDE}."
 _WITHOUT_EFFECT = "Has no effect."
-# One wrong item tells enough: a list may have thousands.
+# Report only the first wrong item: a list may have thousands.
 _Texts = Annotated[list[str], FailFast()]
 
 
@@ -130,7 +130,7 @@ Parameters = TypeVar("Parameters", bound=GenerationRequest)
 
 @dataclass(frozen=True)
 class Asked(Generic[Body, Parameters]):
-    """`count` pictures, the first one with `parameters`; `body` says the rest in A1111's words."""
+    """A request for `count` images, the first one with `parameters`. `body` contains the rest in A1111's terms."""
 
     body: Body
     parameters: Parameters
@@ -138,7 +138,7 @@ class Asked(Generic[Body, Parameters]):
 
 
 def read_text_to_image(document: dict[str, Any]) -> Asked[TextToImageBody, TextToImageRequest]:
-    """Raises InvalidRequest, or NotFound if there is no such sampler."""
+    """Parse the body of txt2img. Raises InvalidRequest, or NotFound for an unknown sampler."""
     body = _typed(TextToImageBody, document)
     if body.enable_hr:
         raise InvalidRequest("enable_hr: a second pass at a larger size is not supported, send false", field="enable_hr")
@@ -147,7 +147,7 @@ def read_text_to_image(document: dict[str, Any]) -> Asked[TextToImageBody, TextT
 
 
 def read_image_to_image(document: dict[str, Any]) -> Asked[ImageToImageBody, ImageToImageRequest]:
-    """Raises InvalidRequest, or NotFound if there is no such sampler or no picture."""
+    """Parse the body of img2img. Raises InvalidRequest, or NotFound for an unknown sampler or a missing image."""
     body = _typed(ImageToImageBody, document)
     if not body.init_images:
         raise NotFound("init_images: the picture is missing, send one in base64", field="init_images")
@@ -160,12 +160,12 @@ def read_image_to_image(document: dict[str, Any]) -> Asked[ImageToImageBody, Ima
 
 
 def without_pictures(body: ImageToImageBody) -> ImageToImageBody:
-    """What the answer needs of it: tens of megabytes less, unless the answer has them."""
+    """The body without its images, unless the response repeats them. This frees tens of megabytes."""
     return body if body.include_init_images else body.model_copy(update={"init_images": [], "mask": ""})
 
 
 def read_options(document: dict[str, Any]) -> Options:
-    """Raises InvalidRequest."""
+    """Parse the body of POST /sdapi/v1/options. Raises InvalidRequest."""
     return validated(Options, document)
 
 
@@ -205,9 +205,9 @@ def _rounded_down(side: int | None) -> int | None:
 
 
 def scheduler_asked_for(sampler: str, schedule: str) -> str | None:
-    """Our noise scheduler for A1111's sampler and noise levels; None: the model's own. A sampler without these levels has its own ones.
+    """Our noise scheduler for A1111's sampler and noise levels; None: the model's own. A sampler without these levels keeps its own.
 
-    Noise levels of which only one sampler has any are that sampler's where none is named.
+    If no sampler is named, noise levels that only one sampler supports select that sampler.
     Raises NotFound for an unknown sampler, InvalidRequest for unknown noise levels.
     """
     try:
@@ -223,7 +223,7 @@ def scheduler_asked_for(sampler: str, schedule: str) -> str | None:
 
 
 def missing_schedule(body: GenerationBody, scheduler: str) -> str | None:
-    """The noise levels that `body` asks for, if `scheduler`, with which it was drawn, does not have them."""
+    """The noise levels that `body` asks for, if `scheduler`, which was used, does not support them."""
     levels = known_schedule(body.scheduler)
     return levels if levels != sampler_of(scheduler)[1] else None
 

@@ -1,6 +1,6 @@
-"""What A1111's clients read: the answer with pictures, the lists, progress and errors, field by field in A1111's form.
+"""The responses of A1111's API: images, lists, progress and errors, field by field in A1111's form.
 
-Pure functions over plain data. Knows nothing of who draws.
+Functions over plain data; `routes.py` calls them.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.state.jobs import JobRecord
 from stable_diffusion.web.responses import image_file, retry_after
 
-PREFIXES = ("/sdapi/", "/internal/")  # of the paths where errors have this form
-_NOT_USED = -1  # A1111's own word for a subseed or a size that is not there
+PREFIXES = ("/sdapi/", "/internal/")  # of the paths whose errors have this form
+_NOT_USED = -1  # A1111's value for a missing subseed or size
 _TIMESTAMP = "%Y%m%d%H%M%S"
-_LEAST_PROGRESS, _MOST_PROGRESS = 0.01, 0.99  # 0 is an idle server, 1 a picture that is there
+_LEAST_PROGRESS, _MOST_PROGRESS = 0.01, 0.99  # 0 means an idle server, 1 a finished image
 
 
 def images_response(body: GenerationBody, tasks: Sequence[Task], pictures: Sequence[GeneratedImage], model: ModelFolder) -> dict[str, Any]:
-    """The answer of txt2img and img2img. Encodes the pictures, which takes a while."""
+    """The response of txt2img and img2img. Encodes the images, which takes a while."""
     drawn = list(zip(tasks, pictures, strict=True))
-    # Of a picture that was flagged nothing is told, as in its file.
+    # A flagged image gets no infotext, as in its file.
     infotexts = ["" if picture.flagged else infotext.write(task, picture, model) for task, picture in drawn]
     files = (image_file(task, picture, model, "png") for task, picture in drawn)
     return {
@@ -43,7 +43,7 @@ def images_response(body: GenerationBody, tasks: Sequence[Task], pictures: Seque
 
 
 def _echo(body: GenerationBody) -> dict[str, Any]:
-    """The fields that are known here, with their defaults."""
+    """The known fields of the request, with their defaults."""
     echo = body.model_dump()
     if isinstance(body, ImageToImageBody) and not body.include_init_images:
         echo |= {"init_images": None, "mask": None}
@@ -53,7 +53,7 @@ def _echo(body: GenerationBody) -> dict[str, Any]:
 def _info(
     body: GenerationBody, tasks: Sequence[Task], pictures: Sequence[GeneratedImage], model: ModelFolder, infotexts: list[str]
 ) -> dict[str, Any]:
-    """What was really drawn; the last two are not A1111's."""
+    """What was generated. The last two fields are not A1111's."""
     first, count = tasks[0], len(tasks)
     sampler, schedule = sampler_of(first.scheduler)
     return {
@@ -104,17 +104,17 @@ def _extra_parameters(body: GenerationBody, task: Task, schedule: str | None) ->
 
 
 def options_response(model: ModelFolder) -> dict[str, Any]:
-    """No `forge_preset`: SillyTavern takes a server with it for Forge."""
+    """No `forge_preset`: with it SillyTavern would take the server for Forge."""
     return {"sd_model_checkpoint": model.name, "samples_format": "png", "CLIP_stop_at_last_layers": 1}
 
 
 def models_response(model: ModelFolder) -> list[dict[str, Any]]:
-    """One, whose `title` is `sd_model_checkpoint` of the options."""
+    """The served model. Its `title` is `sd_model_checkpoint` of the options."""
     return [{"title": model.name, "model_name": model.name, "hash": model.hash, "sha256": None, "filename": model.name, "config": None}]
 
 
 def samplers_response() -> list[dict[str, Any]]:
-    """Every noise scheduler under its first short name, Karras' noise levels as a sampler of their own too."""
+    """Every noise scheduler under its first short name. DPM++ 2M with Karras' noise levels is a separate sampler."""
     return [{"name": name, "aliases": aliases, "options": {}} for name, *aliases in SCHEDULERS.values()]
 
 
@@ -123,7 +123,7 @@ def schedules_response() -> list[dict[str, Any]]:
 
 
 UPSCALERS: list[dict[str, Any]] = [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 1}]
-# What else clients ask at start; nothing of it is there.
+# Other paths that clients request at start. Nothing of it exists here.
 EMPTY_LISTS: dict[str, Any] = {
     "/sdapi/v1/latent-upscale-modes": [],
     "/sdapi/v1/sd-vae": [],
@@ -138,7 +138,7 @@ EMPTY_LISTS: dict[str, Any] = {
 
 
 def progress_response(jobs: Sequence[JobRecord]) -> dict[str, Any]:
-    """Over one caller's unfinished pictures. Idle is exactly progress 0 and job_count 0: clients wait for that."""
+    """The progress of one caller's unfinished images. Idle is exactly progress 0 and job_count 0, for which clients wait."""
     stands = [job.progress for job in jobs]
     done, steps = sum(stand.step for stand in stands), sum(stand.steps for stand in stands)
     furthest = max(stands, key=lambda stand: stand.step, default=None)
@@ -161,18 +161,18 @@ def progress_response(jobs: Sequence[JobRecord]) -> dict[str, Any]:
 
 
 def json_response(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """In ASCII: what a client sent may hold half of a surrogate pair, which UTF-8 cannot say."""
+    """JSON in ASCII: clients' texts may contain lone surrogates, which UTF-8 cannot encode."""
     return Response(json.dumps(content), status, headers, media_type="application/json")
 
 
 def error_response(error: ServiceError) -> Response:
-    """A1111's form. It has 422 for what is wrong with a field; subclasses of InvalidRequest have a status of their own."""
+    """An error in A1111's form, with 422 for a wrong field. Subclasses of InvalidRequest keep their own status."""
     status = 422 if type(error) is InvalidRequest else error.status
     return json_response(_error_body(type(error).__name__, error.message), status, retry_after(error))
 
 
 def refusal(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
-    """What never reached an endpoint, in A1111's form."""
+    """The response to a request that did not reach an endpoint, in A1111's form."""
     return json_response(_error_body("".join(word.capitalize() for word in kind.split("_")), message), status, headers)
 
 

@@ -1,4 +1,4 @@
-"""A1111's API, the part that clients use: /sdapi/v1/txt2img and img2img, the options, and the lists that clients ask for at start."""
+"""A1111's API: /sdapi/v1/txt2img and img2img, the options, and the lists that clients request at start."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from stable_diffusion.web.disconnect import while_connected
 from stable_diffusion.web.responses import with_error_responses
 from stable_diffusion.web.upload_budget import UNCOUNTED_BYTES
 
-# A picture and a mask in base64 with line breaks, and everything else.
+# An image and a mask in base64 with line breaks, plus the other fields.
 _MAX_PICTURES_BYTES = 2 * MAX_UPLOAD_BYTES * 3 // 2 + MAX_JSON_BYTES
 _MAX_OPTIONS_BYTES = UNCOUNTED_BYTES
 
@@ -113,14 +113,14 @@ async def _respond(request: Request, context: Context, body: GenerationBody, tas
 
 
 async def _read_image_tasks(request: Request, context: Context) -> tuple[GenerationBody, Task, int]:
-    """What was uploaded ends with this call: nothing keeps it while the pictures wait and are drawn."""
+    """Read the upload, which is released on return: nothing holds it while the images wait and are generated."""
     with within_upload_budget(request, context.uploads) as uploading:
         content = await json_content(uploading, _MAX_PICTURES_BYTES)
         return await decoded(request, context.decoding, partial(_read_image_task, content, context.model(), context.policy()))
 
 
 def _read_image_task(content: bytes, model: ModelFolder, policy: SafetyPolicy) -> tuple[GenerationBody, Task, int]:
-    """The body, the first picture's task and how many are asked for. Resized as A1111's mode says, which leaves nothing to be fitted."""
+    """The body, the first image's task and the number of images. Inputs are resized in A1111's mode, so `image_task` fits nothing."""
     asked = read_image_to_image(parse_json(content, "body", MAX_NAMES))
     _require_served(asked.body.override_settings, model)
     picture = read_initial_image(asked.body)
@@ -135,7 +135,7 @@ def _read_image_task(content: bytes, model: ModelFolder, policy: SafetyPolicy) -
 
 
 def _require_served(options: Options, model: ModelFolder) -> None:
-    """With or without the hash behind the name, as A1111's own titles have it. The hash takes a moment when it is first asked for."""
+    """Refuse another model than the served one. The name may end with the hash, as in A1111's titles, whose first use takes a moment."""
     name = options.sd_model_checkpoint
     if name and name != model.name and name != f"{model.name} [{model.hash}]":
         raise NotFound(

@@ -1,4 +1,4 @@
-"""Jobs by their ids."""
+"""/jobs: jobs by their ids."""
 
 from stable_diffusion.api.jobs.routes import make_routes
 

@@ -1,19 +1,18 @@
-"""Jobs in the OpenAPI document. Knows nothing of how requests are answered."""
+"""/jobs in the OpenAPI document."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from stable_diffusion.api.openapi import _ERROR, _JOB, ERRORS
+from stable_diffusion.api.openapi import ERROR_CONTENT, ERRORS, JOB_CONTENT
 from stable_diffusion.images.encode import MEDIA_TYPES
 from stable_diffusion.web.sse import MEDIA_TYPE
 
 TAG = {"name": "jobs", "description": "Follow, fetch, cancel"}
 
-
 _UNKNOWN = {
-    "404": {"description": "No such job, or its picture was sent in the answer and is not kept.", "content": _ERROR},
-    "503": {"description": "Where jobs stand cannot be read, or the model process could not be reached.", "content": _ERROR},
+    "404": {"description": "No such job, or its picture was sent in the answer and is not kept.", "content": ERROR_CONTENT},
+    "503": {"description": "Where jobs stand cannot be read, or the model process could not be reached.", "content": ERROR_CONTENT},
 }
 _JOB_ID = {
     "name": "job_id",
@@ -28,13 +27,13 @@ def paths() -> dict[str, Any]:
     return {
         "/jobs/{job_id}": {
             "parameters": [_JOB_ID],
-            "get": _operation("job", "Where does a job stand?", {"200": {"description": "The job.", "content": _JOB}}),
+            "get": _operation("job", "Where does a job stand?", {"200": {"description": "The job.", "content": JOB_CONTENT}}),
             "delete": _operation(
                 "cancel",
                 "Cancel a job within one step",
                 {
-                    "200": {"description": "It has ended, if it had not before.", "content": _JOB},
-                    "202": {"description": "It ends after the step that is being taken.", "content": _JOB},
+                    "200": {"description": "It has ended, if it had not before.", "content": JOB_CONTENT},
+                    "202": {"description": "It ends after the step that is being taken.", "content": JOB_CONTENT},
                 },
             ),
         },
@@ -59,13 +58,13 @@ def paths() -> dict[str, Any]:
                 "The picture of a job that nobody waited for",
                 {
                     "200": {"description": "The picture.", "content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
-                    "202": {"description": "It is not finished.", "content": _JOB},
-                    "406": {"description": "The Accept header allows none of the image types.", "content": _ERROR},
-                    "429": {"description": "It was not taken on.", "content": _ERROR},
-                    "504": {"description": "It was not finished in the time that was allowed.", "content": _ERROR},
-                    "410": {"description": "It was kept and is gone.", "content": _ERROR},
+                    "202": {"description": "It is not finished.", "content": JOB_CONTENT},
+                    "406": {"description": "The Accept header allows none of the image types.", "content": ERROR_CONTENT},
+                    "429": {"description": "It was not taken on.", "content": ERROR_CONTENT},
+                    "504": {"description": "It was not finished in the time that was allowed.", "content": ERROR_CONTENT},
+                    "410": {"description": "It was kept and is gone.", "content": ERROR_CONTENT},
                     "499": ERRORS["499"],
-                    "500": {"description": "It could not be drawn.", "content": _ERROR},
+                    "500": {"description": "It could not be drawn.", "content": ERROR_CONTENT},
                 },
             ),
         },

@@ -1,4 +1,4 @@
-"""/jobs: where a job stands, its events, its image, its cancellation."""
+"""/jobs: the state of a job, its events, its image, its cancellation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stable_diffusion.web.caller import key_name_of, owner_of
 from stable_diffusion.web.negotiation import accepted_types
 from stable_diffusion.web.responses import event_stream, followed_headers, with_error_responses
 
-_CANCELLED_WITHIN_S = 2.0  # a step of a large picture without a GPU takes longer
+_CANCELLED_WITHIN_S = 2.0  # a step of a large image on a CPU takes longer
 
 
 def make_routes(context: Context) -> list[Route]:
@@ -50,7 +50,7 @@ def make_routes(context: Context) -> list[Route]:
         return answer
 
     follow_events = Route("/jobs/{job_id}/events", with_error_responses(events), methods=["GET"])
-    follow_events.methods = {"GET"}  # not HEAD, which would wait for the job's end without a word
+    follow_events.methods = {"GET"}  # without HEAD, which would wait silently for the job's end
     return [
         Route("/jobs/{job_id}", with_error_responses(job), methods=["GET"]),
         Route("/jobs/{job_id}", with_error_responses(cancel), methods=["DELETE"]),
@@ -60,6 +60,6 @@ def make_routes(context: Context) -> list[Route]:
 
 
 async def _records(request: Request, context: Context) -> list[JobRecord]:
-    """With API keys a job is its key's alone; without them whoever knows its id may ask."""
+    """The records of the job in the path. With API keys only its own key may ask; without, any client that knows the id."""
     owner = owner_of(request) if key_name_of(request) is not None else None
     return await run_in_threadpool(context.jobs.get, request.path_params["job_id"], owner)

@@ -1,4 +1,4 @@
-"""/txt2img, /img2img and /inpaint."""
+"""The native API: /txt2img, /img2img and /inpaint."""
 
 from stable_diffusion.api.native.routes import make_routes
 

@@ -1,4 +1,4 @@
-"""/txt2img, /img2img and /inpaint in the OpenAPI document."""
+"""The native API (/txt2img, /img2img and /inpaint) in the OpenAPI document."""
 
 from __future__ import annotations
 

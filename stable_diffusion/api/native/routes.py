@@ -1,4 +1,4 @@
-"""/txt2img, /img2img and /inpaint: a request in, an image or its events out."""
+"""The native API: /txt2img, /img2img and /inpaint take a request and return an image or its events."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_routes(context: Context) -> list[Route]:
 
 
 async def _read_image_task(request: Request, context: Context, *names: str) -> tuple[Task, ImageToImageRequest]:
-    """What was uploaded ends with this call: nothing keeps it while the picture waits and is drawn."""
+    """Read the upload, which is released on return: nothing holds it while the image waits and is generated."""
     with within_upload_budget(request, context.uploads) as uploading:
         parameters, files = await read_form(uploading, *names)
         model, policy = context.model(), context.policy()

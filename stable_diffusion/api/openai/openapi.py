@@ -1,4 +1,4 @@
-"""The part of the OpenAPI document that describes OpenAI's images API, made of the models that validate it."""
+"""OpenAI's images API in the OpenAPI document, generated from the models that validate it."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _parameters(model: type[GenerationRequest]) -> dict[str, Any]:
 
 
 def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """A form has none: what is not given is left out, or empty."""
+    """A form has no null: fields that are not given are missing or empty."""
     kinds = [kind for kind in schema.get("anyOf", []) if kind != {"type": "null"}]
     kept = {name: value for name, value in schema.items() if name != "anyOf" and (name, value) != ("default", None)}
     return {**kept, **kinds[0]} if len(kinds) == 1 else schema

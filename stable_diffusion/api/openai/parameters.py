@@ -1,6 +1,6 @@
-"""What a request is called in OpenAI's images API, and how it becomes one of our request models.
+"""Parses the parameters of OpenAI's images API into OpenAI's own options and one of our request models.
 
-Knows nothing of HTTP, of pictures or of the model that is loaded.
+Does not depend on HTTP, on images or on the loaded model.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from stable_diffusion.core.types import ImageFormat
 
 MAX_PARTIAL_IMAGES = 3  # OpenAI's limit
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
-# These come by other names: `size`, `partial_images`, and `output_format` with OpenAI's default.
+# OpenAI has its own parameters for these: `size`, `partial_images`, and `output_format` with another default.
 _RENAMED = ("width", "height", "preview_every_steps", "output_format")
-# OpenAI's, of pictures that move or are made of shapes. Known here to be refused in words that help.
+# OpenAI's parameters for animations and vector images. They are known so that the refusal can explain itself.
 _NOT_OF_STILL_IMAGES = ("frame_duration_ms", "svg", "markup")
 _FORMATS_OF_OTHERS = ("gif", "svg")
 _STILL = "this server makes one still image (PNG, JPEG or WebP)"
@@ -77,7 +77,7 @@ class OpenaiParameters(BaseModel):
     frame_count: Annotated[int, AfterValidator(_one_frame)] = Field(1, description="Pictures are still.", json_schema_extra={"const": 1})
     stream: bool = Field(False, description="Answer with server-sent events. For one picture only.")
     partial_images: int = Field(0, ge=0, le=MAX_PARTIAL_IMAGES, description="With stream: how many coarse looks at the unfinished picture.")
-    # What follows makes no difference here and is accepted because clients send it.
+    # The following parameters have no effect. They are accepted because clients send them.
     quality: Any = Field("auto", description="Ignored.")
     style: Any = Field(None, description="Ignored.")
     moderation: Any = Field(None, description="Ignored; see safety_check.")
@@ -91,17 +91,17 @@ Drawn = TypeVar("Drawn", bound=GenerationRequest)
 
 
 def parse_generation(document: dict[str, Any]) -> tuple[OpenaiParameters, TextToImageRequest]:
-    """Raises InvalidRequest; a size that is out of range is reported as our `width` or `height`, an alias by our name."""
+    """Parse the body of a generation. Raises InvalidRequest, which names an out-of-range size `width` or `height`, an alias by our name."""
     return _parsed(document, TextToImageRequest)
 
 
 def parse_edit(document: dict[str, Any]) -> tuple[OpenaiParameters, ImageToImageRequest]:
-    """As `parse_generation`, for the fields of a form besides its pictures."""
+    """Parse the fields of an edit's form except its images, like `parse_generation`."""
     return _parsed(document, ImageToImageRequest)
 
 
 def drawing_fields(model: type[GenerationRequest]) -> list[str]:
-    """The prompt and our extensions: what keeps its name."""
+    """The fields of our request models that keep their names: the prompt and our extensions."""
     return [name for name in model.model_fields if name not in _RENAMED]
 
 
@@ -146,12 +146,12 @@ def _sides(size: str) -> dict[str, int]:
 
 
 def read_texts(texts: dict[str, str]) -> dict[str, Any]:
-    """The fields of a form as the JSON that they stand for. An empty one is not given, as where a form was not filled in."""
+    """Convert the fields of a form to JSON values. Empty fields count as not given."""
     return {name: _scalar(text) if name in _NUMBERS_AND_FLAGS else text for name, text in texts.items() if text}
 
 
 def _scalar(text: str) -> int | float | bool | str:
-    """A number or a flag as JSON writes it. Anything else stays text, which validation refuses by name."""
+    """Parse a number or a flag as JSON. Anything else stays text, which validation then refuses by name."""
     if len(text) > _MAX_NUMBER_CHARACTERS:
         return text
     try:
@@ -161,7 +161,7 @@ def _scalar(text: str) -> int | float | bool | str:
     return value if isinstance(value, int | float) else text
 
 
-_MAX_NUMBER_CHARACTERS = 64  # longer ones could be a megabyte of brackets, which takes half a second to read
+_MAX_NUMBER_CHARACTERS = 64  # a longer text could be a megabyte of brackets, which takes half a second to parse
 _NUMBERS_AND_FLAGS = {
     name
     for model in (OpenaiParameters, ImageToImageRequest)

@@ -1,6 +1,6 @@
-"""OpenAI's images API: its paths, its answers, its errors. What is drawn is the same as at the plain endpoints.
+"""OpenAI's images API: its paths, responses and errors. It generates the same images as the native API.
 
-Knows nothing of validation, and does not know the model's limits.
+`parameters.py` validates; the model's limits are those of the request models.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def make_routes(context: Context) -> list[Route]:
 
 
 async def _read_edit_task(request: Request, context: Context) -> tuple[Task, OpenaiParameters]:
-    """What was uploaded ends with this call: nothing keeps it while the pictures wait and are drawn."""
+    """Read the upload, which is released on return: nothing holds it while the images wait and are generated."""
     with within_upload_budget(request, context.uploads) as uploading:
         texts, content, mask_content = await _read_edit(uploading)
         asked, parameters = parse_edit(read_texts(texts))
@@ -79,7 +79,7 @@ async def _read_edit_task(request: Request, context: Context) -> tuple[Task, Ope
 
 
 async def _read_edit(request: Request) -> tuple[dict[str, str], bytes, bytes | None]:
-    """The text fields, the image and the mask if there is one."""
+    """The text fields, the image and the mask, if there is one."""
     async with opened_form(request, max_pictures=2, max_parts=64) as form:
         count = len(form.getlist("image")) + len(form.getlist("image[]"))
         if count > 1:
@@ -132,18 +132,18 @@ async def _respond(request: Request, context: Context, event: Event, task: Task,
 
 
 def _images_response(tasks: list[Task], pictures: list[GeneratedImage], model: ModelFolder, asked: OpenaiParameters) -> Response:
-    """Encodes: not for an event loop."""
+    """Encodes images: do not call it on an event loop."""
     data = [_described(one, picture, model, asked) for one, picture in zip(tasks, pictures, strict=True)]
     return JSONResponse({"created": int(time.time()), "data": data, **_look(tasks[0], asked)})
 
 
 async def _events(updates: Updates, context: Context, event: Event, task: Task, asked: OpenaiParameters) -> AsyncGenerator[bytes, None]:
-    """partial_image as often as asked for, then completed, or an error, which the official clients raise."""
+    """The events partial_image, as often as requested, then completed, or error, which the official clients raise."""
     sent = 0
     try:
         async with aclosing(updates):
             async for one in updates:
-                # One more than asked for may fall on the last steps.
+                # The last steps may yield one preview more than requested.
                 if isinstance(one, Progress) and one.preview is not None and sent < asked.partial_images:
                     yield await run_in_threadpool(_partial_event, f"{event}.partial_image", task, one.preview, sent, asked)
                     sent += 1
@@ -155,9 +155,9 @@ async def _events(updates: Updates, context: Context, event: Event, task: Task, 
 
 
 def _steps_between(partial_images: int, task: Task) -> int:
-    """How many steps lie between previews, so that they are spread evenly over all steps; 0: none.
+    """The number of steps between previews that spreads them evenly over all steps; 0: no previews.
 
-    A noise scheduler that calls the UNet twice for most steps (Heun) has them all in the first half.
+    With a noise scheduler that calls the UNet twice for most steps (Heun), all previews fall into the first half.
     """
     if not partial_images:
         return 0
@@ -165,13 +165,13 @@ def _steps_between(partial_images: int, task: Task) -> int:
 
 
 def _partial_event(name: str, task: Task, preview: Image.Image, index: int, asked: OpenaiParameters) -> bytes:
-    """Encodes: not for an event loop."""
+    """Encodes an image: do not call it on an event loop."""
     content = encode_preview(preview, (task.width, task.height), asked.output_format)
     return _event(name, task, asked, {"b64_json": as_base64(content), "partial_image_index": index})
 
 
 def _completed_event(name: str, task: Task, picture: GeneratedImage, model: ModelFolder, asked: OpenaiParameters) -> bytes:
-    """Encodes: not for an event loop."""
+    """Encodes an image: do not call it on an event loop."""
     return _event(name, task, asked, {**_described(task, picture, model, asked), "usage": _NO_USAGE})
 
 
@@ -179,7 +179,7 @@ def _event(name: str, task: Task, asked: OpenaiParameters, data: dict[str, Any])
     return sse.event(name, {"type": name, "created_at": int(time.time()), "quality": "auto", **_look(task, asked), **data})
 
 
-# Nothing is counted or paid for; typed clients expect the numbers in a stream.
+# Tokens are not counted, but typed clients expect these numbers in a stream.
 _NO_USAGE = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0, "input_tokens_details": {"text_tokens": 0, "image_tokens": 0}}
 
 
@@ -188,7 +188,7 @@ def _look(task: Task, asked: OpenaiParameters) -> dict[str, str]:
 
 
 def _described(task: Task, picture: GeneratedImage, model: ModelFolder, asked: OpenaiParameters) -> dict[str, Any]:
-    """A finished picture and what OpenAI's clients do not ask for but keep. `safety_flagged` is null where nobody looked."""
+    """A finished image with additional fields, which OpenAI's clients keep. `safety_flagged` is null if the image was not checked."""
     content = image_file(task, picture, model, asked.output_format, asked.output_compression)
     dropped = {"prompt_dropped": picture.dropped_prompt, "negative_prompt_dropped": picture.dropped_negative_prompt}
     return {
@@ -203,12 +203,12 @@ def error_response(error: ServiceError) -> Response:
     """An error in OpenAI's form."""
     headers = retry_after(error)
     if error.status >= 500 and not headers:
-        headers["x-should-retry"] = "false"  # the official clients would pay for the same failure three times
+        headers["x-should-retry"] = "false"  # the official clients would otherwise repeat the failing request
     return JSONResponse(_error_body(error.status, error.type, error.message, _param(error)), error.status, headers)
 
 
 def refusal(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
-    """What never reached an endpoint, in OpenAI's form and, where it has one, with its code."""
+    """The response to a request that did not reach an endpoint, in OpenAI's form, with OpenAI's code if there is one."""
     return JSONResponse(_error_body(status, _CODES.get(kind, kind), message, None), status, headers)
 
 

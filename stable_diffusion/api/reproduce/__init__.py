@@ -1,4 +1,4 @@
-"""/reproduce: an image is generated again from what its file says."""
+"""/reproduce: generates an image again from what its file says."""
 
 from stable_diffusion.api.reproduce.routes import make_routes
 

@@ -1,4 +1,4 @@
-"""What the OpenAPI document says of POST /reproduce. Knows nothing of how it is answered."""
+"""POST /reproduce in the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DRY_RUN = {
 
 
 def _form(picture: str) -> dict[str, Any]:
-    """The request body; `picture` says what an upload may be."""
+    """The request body. `picture` describes what may be uploaded."""
     parts = {
         "picture": f"A picture drawn by this server or by A1111, as its file was written. {picture}",
         "img": f"Only for img2img and inpaint: what it was drawn from, which its file does not hold. {picture}",
@@ -46,7 +46,7 @@ def _form(picture: str) -> dict[str, Any]:
 
 
 def _added_to(path: dict[str, Any]) -> dict[str, Any]:
-    """A path that draws, with what this one answers besides."""
+    """A path item of an operation that generates, with the additional responses of this one."""
     operation = path["post"]
     drawn = operation["responses"]["200"]
     answers = {

@@ -1,6 +1,6 @@
-"""POST /reproduce: a picture whose file says how it was drawn is drawn again, and what differs is said.
+"""POST /reproduce: generates an image again from the description in its file, and says what differs.
 
-Answers like the plain endpoints.
+It responds like the native API.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def make_routes(context: Context) -> list[Route]:
             return {"differs": _as_text([*differs, *differs_in_computing(reproduction.infotext, picture)])}
 
         answered = await respond(request, context, task, asked.parameters, remarks)
-        # Of a picture that is kept for later, and of a stream, what is known now.
+        # For an asynchronous job or a stream, the differences that are known now.
         answered.headers.setdefault("differs", as_headers({"differs": _as_text(differs)})["differs"])
         return answered
 
@@ -61,7 +61,7 @@ def make_routes(context: Context) -> list[Route]:
 
 @dataclass(frozen=True)
 class _Asked:
-    """`task` is None where inputs are `missing`, which only a dry run may have."""
+    """A parsed request. `task` is None if inputs are `missing`, which only a dry run allows."""
 
     reproduction: Reproduction
     parameters: TextToImageRequest | ImageToImageRequest
@@ -71,7 +71,7 @@ class _Asked:
 
 
 async def _read_request(request: Request, context: Context) -> _Asked:
-    """What was uploaded ends with this call: nothing keeps it while the picture waits and is drawn."""
+    """Read the upload, which is released on return: nothing holds it while the image waits and is generated."""
     with within_upload_budget(request, context.uploads) as uploading:
         options, files = await read_reproduction_form(uploading)
         model, policy = context.model(), context.policy()
@@ -104,12 +104,12 @@ def _parameters(reproduction: Reproduction, options: ReproductionRequest) -> Tex
         raise InvalidRequest(f"picture: it cannot be drawn here: {error.message}", field="picture") from None
     if not reproduction.is_ours:
         return parsed
-    # Ours were cleaned before they were drawn; cleaning once more could change them.
+    # Our own prompts are already cleaned; cleaning them again could change them.
     return parsed.model_copy(update={name: fields[name] for name in ("prompt", "negative_prompt")})
 
 
 def _missing(kind: Kind, files: dict[str, bytes]) -> list[str]:
-    """The inputs that are not there. Raises InvalidRequest for one that the picture was not drawn from."""
+    """The missing inputs. Raises InvalidRequest for an input that the image's kind does not use."""
     for name in files:
         if name not in ("picture", *_INPUTS[kind]):
             raise InvalidRequest(f"{name}: the picture is a {kind}, which starts from no such part", field=name)
@@ -136,10 +136,10 @@ def _task(
     task = image_task(parameters, model, policy, picture, read_mask(files["mask"], "mask"))
     if has_its_mask(said, task):
         return task
-    # A picture of OpenAI's door: its mask is read by what is transparent in it.
+    # Perhaps the image comes from OpenAI's API, which reads the transparency of a mask.
     try:
         by_transparency = image_task(parameters, model, policy, picture, read_transparency_as_mask(files["mask"], "mask"))
-    except InvalidRequest:  # nothing is
+    except InvalidRequest:  # nothing in it is transparent
         return task
     return by_transparency if has_its_mask(said, by_transparency) else task
 

@@ -1,4 +1,4 @@
-"""/status, /capabilities, and the pages of readiness and metrics."""
+"""/status and /capabilities, and the pages /readyz and /metrics."""
 
 from stable_diffusion.api.status.routes import make_routes, readiness_page, show_metrics
 

@@ -1,4 +1,4 @@
-"""`/status`, `/capabilities` and `/metrics` in the OpenAPI document. Knows nothing of how they are answered."""
+"""/status, /capabilities and /metrics in the OpenAPI document."""
 
 from __future__ import annotations
 

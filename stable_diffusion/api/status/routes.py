@@ -1,6 +1,6 @@
-"""What whoever runs or calls the server asks before drawing: how far it is, what it can do, and its metrics.
+"""How far the server is, what it can do, and its metrics: /status, /capabilities, /readyz and /metrics.
 
-Draws nothing. Runs in API workers: what only a runner knows is read from what it has written down.
+These run in API workers. Facts that only a runner knows come from the status file that it writes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from stable_diffusion.state.runner_status import RunnerState, living_runners
 from stable_diffusion.web.responses import with_error_responses
 
 _CURRENT_STATE = {"Cache-Control": "no-store"}
-# What JSON Schema calls the limits of a field.
+# JSON Schema's names for the limits of a field.
 _LIMITS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "default")
 
 
@@ -40,7 +40,7 @@ def make_routes(context: Context) -> list[Route]:
         runners = await run_in_threadpool(living_runners)
         ready = await context.client.readiness.is_ready()
         model = context.model()
-        await run_in_threadpool(lambda: model.hash)  # reads the weights when it is first asked for
+        await run_in_threadpool(lambda: model.hash)  # reads the weights on first use
         return JSONResponse(_status(model, runners, ready), headers=_CURRENT_STATE)
 
     async def capabilities(request: Request) -> Response:
@@ -51,13 +51,13 @@ def make_routes(context: Context) -> list[Route]:
 
 
 async def show_metrics(scope: Scope, receive: Receive, send: Send) -> None:
-    """`/metrics`, as an application: it stands in place of BentoML's page, which cannot show what is true now of a runner."""
+    """`/metrics` as an ASGI application. It replaces BentoML's page, which cannot show the current state of a runner."""
     content = await run_in_threadpool(metrics.page)
     await Response(content, media_type=CONTENT_TYPE_LATEST, headers=_CURRENT_STATE)(scope, receive, send)
 
 
 def readiness_page(context: Context) -> ASGIApp:
-    """`/readyz`, in place of BentoML's, which waits for a model process that has died and takes one that is starting for a slow one."""
+    """`/readyz` in place of BentoML's, which waits for a dead model process and cannot tell a starting one from a slow one."""
 
     async def show(scope: Scope, receive: Receive, send: Send) -> None:
         ready = await context.client.readiness.is_ready()
@@ -113,6 +113,6 @@ def _capabilities(model: ModelFolder, policy: SafetyPolicy) -> dict[str, Any]:
 
 
 def _limits(field: dict[str, Any]) -> dict[str, Any]:
-    """Of a field that may be left open, those of its value."""
+    """The limits of a field; for a field that may be null, those of its value."""
     value: dict[str, Any] = next((one for one in field.get("anyOf", ()) if one.get("type") != "null"), {})
     return {name: limit for name, limit in {**value, **field}.items() if name in _LIMITS}

@@ -1,6 +1,6 @@
-"""API keys: who has one, and which one a request carries. `python -m stable_diffusion.keys NAME` makes a new one.
+"""API keys: parses the configured keys and finds the one that a request carries. `python -m stable_diffusion.keys NAME` makes one.
 
-In memory there are names and SHA-256 digests, no keys. Knows nothing of what a key is needed for.
+Memory holds names and SHA-256 digests, no keys.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from stable_diffusion.core.settings import KEYS_FILE_VARIABLE, KEYS_VARIABLE
 
 logger = logging.getLogger("stable_diffusion")
 
-
 MIN_CHARACTERS = 16
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_SECRET = re.compile(r"[!-+\--9;-~]+")  # what is printable, but for the space, the comma and the colon
+_SECRET = re.compile(r"[!-+\--9;-~]+")  # printable ASCII except space, comma and colon
 _DIGEST = re.compile(r"[0-9a-fA-F]{64}")
 _DIGEST_PREFIX = "sha256:"
 
@@ -39,14 +38,14 @@ class Key:
     digest: bytes  # SHA-256 of the key
 
     def __str__(self) -> str:
-        """As an entry of SD_API_KEYS."""
+        """The key as an entry of SD_API_KEYS."""
         return f"{self.name}:{_DIGEST_PREFIX}{self.digest.hex()}"
 
 
 def read_keys(variables: Mapping[str, str]) -> tuple[Key, ...]:
-    """The keys that SD_API_KEYS and the file of SD_API_KEYS_FILE have; none where neither is set.
+    """The keys in SD_API_KEYS and in the file that SD_API_KEYS_FILE names; none if neither is set.
 
-    Raises SettingError, which names the entry that is wrong, never its secret.
+    Raises SettingError, which names the wrong entry, never its secret.
     """
     entries = [(f"{KEYS_VARIABLE}, entry {number}", entry) for number, entry in _filled(variables.get(KEYS_VARIABLE, "").split(","))]
     path = variables.get(KEYS_FILE_VARIABLE, "")
@@ -77,7 +76,7 @@ def _lines_of(path: str) -> list[tuple[int, str]]:
 
 
 def _key(where: str, entry: str, number: int) -> Key:
-    """`name:key`, `name:sha256:HEX`, or either without a name. A secret that looks like a name is not told in any message."""
+    """Parse `name:key`, `name:sha256:HEX`, or either without a name. No message contains a secret that looks like a name."""
     name, colon, secret = entry.partition(":")
     if not colon or entry.lower().startswith(_DIGEST_PREFIX):
         name, secret = f"key{number}", entry
@@ -108,9 +107,9 @@ def _refuse_doubles(keys: tuple[Key, ...]) -> None:
 
 
 def keep_only_digests(variables: MutableMapping[str, str]) -> None:
-    """Put the digests of all keys in the place of the keys, so that processes which get these variables know no key.
+    """Replace all keys by their digests, so that processes which inherit these variables know no key.
 
-    What is wrong stays as it is: whoever reads it says so.
+    Invalid settings stay unchanged: `read_keys` reports them later.
     """
     with suppress(SettingError):
         keys = read_keys(variables)
@@ -120,7 +119,7 @@ def keep_only_digests(variables: MutableMapping[str, str]) -> None:
 
 
 def name_of_key(keys: tuple[Key, ...], headers: Headers) -> str | None:
-    """The name of the key that a request carries, if it is one of `keys`. Takes as long whichever it is."""
+    """The name of the key that a request carries, if it is one of `keys`. The time does not depend on which one it is."""
     found = None
     for presented in _presented(headers):
         digest = _digest(presented)
@@ -131,12 +130,12 @@ def name_of_key(keys: tuple[Key, ...], headers: Headers) -> str | None:
 
 
 def carries_key(headers: Headers) -> bool:
-    """Whether a request carries any key, right or wrong. Clients without one send an empty header, or a scheme with nothing behind it."""
+    """Whether a request carries any key, valid or not. Clients without one may send an empty header, or only a scheme."""
     return bool(_presented(headers))
 
 
 def _presented(headers: Headers) -> list[bytes]:
-    """From `Authorization: Bearer KEY`, `Authorization: Basic base64(anything:KEY)` and `X-API-Key: KEY`."""
+    """The keys in `Authorization: Bearer KEY`, `Authorization: Basic base64(anything:KEY)` and `X-API-Key: KEY`."""
     scheme, _, value = headers.get("authorization", "").strip().partition(" ")
     credentials = value.strip().encode("latin-1")
     if scheme.lower() == "basic":

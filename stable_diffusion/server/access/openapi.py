@@ -1,7 +1,4 @@
-"""API keys and the rate limit in the OpenAPI document: what every operation but the probes may answer besides.
-
-Knows nothing of how keys are checked.
-"""
+"""API keys and the rate limit in the OpenAPI document: the responses that they add to every operation except the probes."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ SECURITY_SCHEMES: dict[str, Any] = {
     "basic": {"type": "http", "scheme": "basic", "description": "Any user, the key as the password. Browsers ask for it by themselves."},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The key."},
 }
-# The empty one: a server without keys needs none.
+# The empty entry: a server without keys needs none.
 SECURITY: list[dict[str, Any]] = [{}, *({name: []} for name in SECURITY_SCHEMES)]
 _OPEN = ("/livez", "/readyz", "/healthz")
 _ERROR_SCHEMAS = {"/v1/": "OpenaiError", "/sdapi/": "A1111Error", "/internal/": "A1111Error"}
@@ -23,7 +20,7 @@ _RATE_LIMITED = "This caller has sent more drawing requests to this machine than
 
 
 def with_keys(paths: dict[str, Any]) -> dict[str, Any]:
-    """The same paths, with 401 and 429 where these can be answered."""
+    """The same paths, with the responses 401 and 429 where they are possible."""
     return {path: {method: _with_keys(path, method, operation) for method, operation in item.items()} for path, item in paths.items()}
 
 

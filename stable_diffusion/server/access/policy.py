@@ -1,6 +1,6 @@
-"""What the operator has decided about who may come in: keys, what is open without one, how much each caller may ask for.
+"""The operator's access policy: API keys, what is open without one, and the rate limit.
 
-And whether the server may start like that at the address where it listens. Knows nothing of requests.
+Also decides whether the server may start with this policy at its address.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = logging.getLogger("stable_diffusion")
 
 @dataclass(frozen=True)
 class Access:
-    """Without `keys` everybody comes in. `open` is what needs none, of docs and metrics; without a limit anything may be asked for."""
+    """Without `keys` every request is allowed. `open` names what needs no key: docs, metrics. Without a limit the rate is not limited."""
 
     keys: tuple[Key, ...] = ()
     open: frozenset[str] = frozenset()
@@ -28,13 +28,13 @@ class Access:
 
 
 def read_access(variables: Mapping[str, str]) -> Access:
-    """What the settings and the API keys say of it. Raises SettingError."""
+    """Read the policy from the settings and the API keys. Raises SettingError."""
     settings = read_settings(variables)
     return Access(read_keys(variables), settings.open, settings.without_keys, settings.requests_per_minute)
 
 
 def check_exposure(access: Access, host: str, *, in_bento: bool) -> None:
-    """Say in the log who can come in at the address `host`. Raises SettingError where a bento would let in everybody by accident."""
+    """Log who can use the server at the address `host`. Raises SettingError if a bento would be open to everybody by accident."""
     if access.keys:
         opened = f"; open without one: {', '.join(sorted(access.open))}" if access.open else ""
         logger.info("An API key is needed. There are keys of: %s%s", ", ".join(key.name for key in access.keys), opened)
@@ -58,7 +58,7 @@ def check_exposure(access: Access, host: str, *, in_bento: bool) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address. What is no address counts as one that others reach."""
+    """Whether only this machine can reach an address. A text that is no address counts as reachable from outside."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
