@@ -22,10 +22,13 @@ KEYS_FILE_VARIABLE = "SD_API_KEYS_FILE"
 OPEN_VARIABLE = "SD_OPEN"
 WITHOUT_KEYS_VARIABLE = "SD_WITHOUT_KEYS"
 RATE_LIMIT_VARIABLE = "SD_RATE_LIMIT"
+# Set by the first process of a server for the others: what the operator has set about threads before BentoML overwrites it.
+OPERATORS_THREADS_VARIABLE = "SD_OPERATORS_THREADS"
 
 MAX_TIMEOUT_S = 3600.0  # of a request; configuration.yaml of both services sets the same number for BentoML
 OPENABLE = ("docs", "metrics")
 
+_THREAD_PREFIXES = ("OMP_", "GOMP_", "MKL_NUM", "MKL_DYNAMIC", "KMP_")
 _TOLD_CHARACTERS = 60  # of a wrong value, in messages
 _POLICIES: tuple[SafetyPolicy, ...] = get_args(SafetyPolicy)
 _ON = ("1", "true", "yes", "on")
@@ -159,3 +162,14 @@ def _requests_per_minute(environment: Mapping[str, str]) -> int | None:
 
 def _told(text: str) -> str:
     return repr(text[:_TOLD_CHARACTERS])
+
+
+def operators_threads(environment: Mapping[str, str]) -> str:
+    """What the operator has set about threads: "" if nothing, a number of threads if OMP_NUM_THREADS is one, else the names.
+
+    In a model process BentoML has overwritten the operator's variables; the server's first process has kept what they said.
+    """
+    if (kept := environment.get(OPERATORS_THREADS_VARIABLE)) is not None:
+        return kept
+    number = environment.get("OMP_NUM_THREADS", "").strip()
+    return number if number.isdigit() else " ".join(sorted(name for name in environment if name.startswith(_THREAD_PREFIXES)))

@@ -10,6 +10,7 @@ import copy
 import inspect
 import logging
 import math
+import os
 import time
 from collections.abc import Sequence
 from functools import lru_cache
@@ -54,7 +55,7 @@ class Denoiser:
         self._encode_text = lru_cache(maxsize=_KEPT_TEXTS)(self._encode_new_text)
         self.call_unet = RecordedCalls(self._run_unet)
         is_on_cpu = parts.device.type == "cpu"
-        self._threads = threads.of_process(torch.set_num_threads, torch.get_num_threads(), logger.info) if is_on_cpu else None
+        self._threads = threads.of_process(os.environ, torch.get_num_threads(), torch.set_num_threads, logger.info) if is_on_cpu else None
 
     @torch.inference_mode()
     def _run_unet(self, latents: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,8 @@ from bentoml._internal.configuration.containers import BentoMLContainer
 from bentoml._internal.context import server_context
 from bentoml._internal.utils import BentoMLDeprecationWarning
 
+from stable_diffusion.core.settings import OPERATORS_THREADS_VARIABLE, operators_threads
+
 # BentoML 1.4 calls services with runners "legacy". They are intended here; docs/architecture.md says why.
 warnings.filterwarnings("ignore", category=BentoMLDeprecationWarning)
 
@@ -21,6 +23,11 @@ warnings.filterwarnings("ignore", category=BentoMLDeprecationWarning)
 def restart_workers_in_containers() -> None:
     """In a container BentoML does not restart a worker that has died, which would leave a server that never responds."""
     os.environ.pop("BENTOML_CONTAINERIZED", None)
+
+
+def keep_operators_threads() -> None:
+    """BentoML sets OMP_NUM_THREADS and the like in the model process, whatever the operator has set."""
+    os.environ.setdefault(OPERATORS_THREADS_VARIABLE, operators_threads(os.environ))
 
 
 def switch_off_request_timers() -> None:

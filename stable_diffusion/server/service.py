@@ -46,6 +46,7 @@ def create_service(name: str, runner: bentoml.Runner, folder: Path, precision: P
     logger.setLevel(logging.INFO)
     bentoml_fixes.restart_workers_in_containers()
     bentoml_fixes.switch_off_request_timers()
+    bentoml_fixes.keep_operators_threads()
     name_shared_folder()  # here, because BentoML copies the environment for the runner before it calls on_deployment
     keep_only_digests(os.environ)  # here, for the same reason
     in_bento = is_in_bento(folder)

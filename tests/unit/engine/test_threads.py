@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from stable_diffusion.engine.threads import ThreadCount, is_left_to_us
+from stable_diffusion.core.settings import operators_threads
+from stable_diffusion.engine.threads import ThreadCount, of_process
 
 
 class Machine:
@@ -101,7 +102,49 @@ def test_many_threads_are_halved_until_steps_are_no_longer_held_up() -> None:
     assert machine.count.threads == 4
 
 
-@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_NUM_THREADS"])
-def test_what_the_operator_says_of_threads_wins(name: str) -> None:
-    assert is_left_to_us({"PATH": "/bin", "SD_MODEL": "demo"})
-    assert not is_left_to_us({name: "1"})
+def test_a_trial_that_meets_other_steps_ends_when_these_are_held_up(machine: Machine) -> None:
+    for _ in range(5):
+        machine.step()
+        machine.step("8 rows", times=2.0)
+    machine.is_busy = True
+    machine.step(), machine.step()
+    assert machine.count.threads == 1
+    machine.run_for(6)
+    while machine.count.threads == 1:
+        machine.step()
+    assert machine.step("8 rows", times=2.0) == 2, "the trial"
+    assert machine.count.threads == 1
+
+
+def test_a_trial_that_fails_returns_to_the_number_before_it() -> None:
+    by_threads = {3: 0.1, 2: 0.14, 1: 0.3}
+    machine = Machine(3, alone_s=by_threads, beside_s={3: 5.0, 2: 5.0, 1: 0.3})
+    machine.run_for(2)
+    machine.is_busy = True
+    machine.run_for(6)
+    assert machine.count.threads == 1
+    machine.beside_s[2] = 0.14
+    machine.run_for(40)
+    assert machine.count.threads == 2, "3 were tried and failed"
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_NUM_THREADS"])
+def test_what_the_operator_sets_about_threads_wins(name: str) -> None:
+    set_to: list[int] = []
+    assert of_process({name: "x"}, 8, set_to.append, print) is None
+    assert set_to == []
+    assert of_process({"PATH": "/bin", "SD_MODEL": "demo"}, 8, set_to.append, print) is not None
+    assert of_process({"PATH": "/bin"}, 1, set_to.append, print) is None, "nothing to decide"
+
+
+def test_the_operators_number_of_threads_is_used() -> None:
+    set_to: list[int] = []
+    assert of_process({"OMP_NUM_THREADS": "3"}, 8, set_to.append, print) is None
+    assert set_to == [3]
+
+
+def test_what_the_first_process_has_kept_counts_more_than_what_bentoml_has_set() -> None:
+    bentomls = {"OMP_NUM_THREADS": "8", "MKL_NUM_THREADS": "8"}
+    assert operators_threads({**bentomls, "SD_OPERATORS_THREADS": ""}) == ""
+    assert operators_threads({**bentomls, "SD_OPERATORS_THREADS": "2"}) == "2"
+    assert operators_threads(bentomls) == "8"
