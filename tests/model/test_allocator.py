@@ -12,7 +12,7 @@ import pytest
 TAKE_AND_FREE = """
 import resource, threading
 import torch
-from stable_diffusion.allocator import keep_freed_memory
+from stable_diffusion.engine.allocator import keep_freed_memory
 {call}
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

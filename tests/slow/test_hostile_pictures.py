@@ -22,7 +22,7 @@ from tests.hostile_pictures import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, 
 MAX_TAKEN_S = 15  # of computing, by one reader for one file; measured: 0.8 s
 MAX_PEAK_MIB = 640
 FEWEST_CASES = 400
-MODES = {"read_picture": "RGB", "read_mask": "L", "read_transparency_as_mask": "L", "read_mask_or_opacity": "L"}
+MODES = {"read_image": "RGB", "read_mask": "L", "read_transparency_as_mask": "L", "read_mask_or_opacity": "L"}
 
 
 @dataclass(frozen=True)

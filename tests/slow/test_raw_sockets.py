@@ -286,8 +286,8 @@ def test_slow_clients_are_sent_away_from_a_real_server(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "service.py").write_text(
         f"import sys\nsys.path[:0] = [{str(ROOT)!r}]\n"
-        "from stable_diffusion import connections, reading\n"
-        "reading.UPLOAD_PAUSE_S, connections.IDLE_TIMEOUT_S = 1.0, 3.0\n"
+        "from stable_diffusion.server import connections\nfrom stable_diffusion.web import body\n"
+        "body.UPLOAD_PAUSE_S, connections.IDLE_TIMEOUT_S = 1.0, 3.0\n"
         "connections.READING_PAUSE_S, connections.LOOK_EVERY_S = 1.0, 0.2\n"
         "from fp32.service import svc\n"
     )
