@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 logger = logging.getLogger("stable_diffusion")
 
@@ -67,6 +68,10 @@ class ServiceError(Exception):
         if retry_after_s is not None:
             self.retry_after_s = retry_after_s
         self.problems = problems if problems is not None else [FieldError(field, message)]
+
+    def facts(self) -> dict[str, Any]:
+        """What another process needs for `error_of_type`, as plain values."""
+        return {"type": self.type, "message": self.message, "retry_after_s": self.retry_after_s}
 
 
 class InvalidRequest(ServiceError):

@@ -6,8 +6,8 @@ The types do not depend on how an image is generated, sent or stored.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from stable_diffusion.core.settings import MAX_TIMEOUT_S
 
@@ -56,6 +56,10 @@ class GeneratedImage:
     dtype: str = ""  # of the computation, such as "float32"; "" if unknown
     decoded_again: bool = False  # in float32, because the first result was black or not finite
     waited_s: float | None = None  # until its first step; None if unknown
+
+    def facts(self) -> dict[str, Any]:
+        """Every field except the image, as plain values: `GeneratedImage(image, **facts)` is the same again."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "image"}
 
 
 @dataclass(frozen=True)

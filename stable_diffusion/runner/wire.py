@@ -39,19 +39,10 @@ def pack_outcome(outcome: GeneratedImage | ServiceError) -> str:
     In a JSON string the pixels would be scanned twice for characters to escape.
     """
     if isinstance(outcome, ServiceError):
-        content: dict[str, Any] = {"error": {"type": outcome.type, "message": outcome.message, "retry_after_s": outcome.retry_after_s}}
+        content: dict[str, Any] = {"error": outcome.facts()}
         pixels = ""
     else:
-        content = {
-            "size": outcome.image.size,
-            "flagged": outcome.flagged,
-            "dropped_prompt": outcome.dropped_prompt,
-            "dropped_negative_prompt": outcome.dropped_negative_prompt,
-            "device": outcome.device,
-            "dtype": outcome.dtype,
-            "decoded_again": outcome.decoded_again,
-            "waited_s": outcome.waited_s,
-        }
+        content = {"size": outcome.image.size, "image": outcome.facts()}
         pixels = base64.b64encode(outcome.image.tobytes()).decode("ascii")
     return f"{json.dumps(content)}\t{pixels}\n"
 
@@ -94,13 +85,5 @@ def unpack_update(line: str) -> TakenOn | Progress | GeneratedImage:
         return Progress(**values)
     if "error" in content:
         raise error_of_type(**content["error"])
-    return GeneratedImage(
-        image=Image.frombytes("RGB", tuple(content["size"]), base64.b64decode(pixels)),
-        flagged=content["flagged"],
-        dropped_prompt=content["dropped_prompt"],
-        dropped_negative_prompt=content["dropped_negative_prompt"],
-        device=content["device"],
-        dtype=content["dtype"],
-        decoded_again=content["decoded_again"],
-        waited_s=content["waited_s"],
-    )
+    image = Image.frombytes("RGB", tuple(content["size"]), base64.b64decode(pixels))
+    return GeneratedImage(image, **content["image"])

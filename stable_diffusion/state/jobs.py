@@ -172,24 +172,13 @@ class Jobs:
     def end(self, ticket: Ticket, outcome: GeneratedImage | ServiceError) -> None:
         """Store how a job ended, with the image if the job is asynchronous. Deletes old jobs and images."""
         picture = _png(outcome.image) if isinstance(outcome, GeneratedImage) and ticket.asynchronous else None
-        if isinstance(outcome, GeneratedImage):
-            state: State = "completed"
-            described: dict[str, Any] = {
-                "flagged": outcome.flagged,
-                "dropped_prompt": outcome.dropped_prompt,
-                "dropped_negative_prompt": outcome.dropped_negative_prompt,
-                "device": outcome.device,
-                "dtype": outcome.dtype,
-                "decoded_again": outcome.decoded_again,
-            }
-        else:
-            state, described = _state_of(outcome), _described(outcome)
+        state: State = "completed" if isinstance(outcome, GeneratedImage) else _state_of(outcome)
         now = time.time()
         with self._database() as database:
             database.execute(
                 "UPDATE jobs SET state = ?, step = iif(?, steps, step), outcome = ?, picture = ?, ended_at = ?, position = 0,"
                 " seconds_left = 0, preview = NULL WHERE id = ? AND image_index = ? AND ended_at IS NULL",
-                (state, state == "completed", json.dumps(described), picture, now, ticket.job_id, ticket.index),
+                (state, state == "completed", json.dumps(outcome.facts()), picture, now, ticket.job_id, ticket.index),
             )
             _forget(database, now)
 
@@ -344,12 +333,8 @@ def _fail(database: sqlite3.Connection, which: str, values: tuple[object, ...], 
     database.execute(
         "UPDATE jobs SET state = ?, outcome = ?, ended_at = ?, cancel = 1, position = 0, seconds_left = 0, preview = NULL"
         f" WHERE {which} AND ended_at IS NULL",
-        (_state_of(error), json.dumps(_described(error)), time.time(), *values),
+        (_state_of(error), json.dumps(error.facts()), time.time(), *values),
     )
-
-
-def _described(error: ServiceError) -> dict[str, Any]:
-    return {"type": error.type, "message": error.message, "retry_after_s": error.retry_after_s}
 
 
 def _state_of(error: ServiceError) -> State:
