@@ -22,12 +22,12 @@ from stable_diffusion.core import journal
 from stable_diffusion.core.errors import RateLimited, Unauthorized
 from stable_diffusion.core.types import RequestContext
 from stable_diffusion.server.access.keys import carries_key, name_of_key
-from stable_diffusion.server.access.policy import Access
+from stable_diffusion.server.access.policy import LIMITED_PATHS, Access, caller_at
 from stable_diffusion.server.bentoml_fixes import cors_options
 from stable_diffusion.server.pages import PAGE_ASSETS
 from stable_diffusion.state.folder import shared_folder
 from stable_diffusion.state.jobs import new_job_id
-from stable_diffusion.state.rates import LIMITED_PATHS, RateLimit, caller_at
+from stable_diffusion.state.rates import RateLimit
 from stable_diffusion.web import responses
 
 

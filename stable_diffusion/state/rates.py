@@ -6,7 +6,6 @@ for the disk: do not call it on an event loop.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import sqlite3
 import time
@@ -16,26 +15,8 @@ from pathlib import Path
 
 logger = logging.getLogger("stable_diffusion")
 
-# A POST to one of these generates. Requests that query, cancel or set options are not counted.
-LIMITED_PATHS = (
-    *("/txt2img", "/img2img", "/inpaint", "/reproduce", "/v1/images/generations", "/v1/images/edits"),
-    *("/sdapi/v1/txt2img", "/sdapi/v1/img2img"),
-)
 _BUSY_TIMEOUT_S = 2
 _SCHEMA = "CREATE TABLE IF NOT EXISTS callers (caller TEXT PRIMARY KEY, paid_off_s REAL NOT NULL) WITHOUT ROWID"
-
-
-def caller_at(address: str) -> str:
-    """The caller that an address stands for. For IPv6 it is the whole /64, the smallest network that a customer gets."""
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return f"address {address}"
-    if isinstance(parsed, ipaddress.IPv6Address):
-        if parsed.ipv4_mapped is None:
-            return f"address {ipaddress.IPv6Network((int(parsed) >> 64 << 64, 64))}"
-        parsed = parsed.ipv4_mapped
-    return f"address {parsed}"
 
 
 class RateLimit:

@@ -36,9 +36,8 @@ with warnings.catch_warnings():
 from stable_diffusion.api.context import Context
 from stable_diffusion.core.shutdown import Unfinished
 from stable_diffusion.runner.client import RunnerClient
-from stable_diffusion.server.access.policy import Access
+from stable_diffusion.server.access.policy import LIMITED_PATHS, Access
 from stable_diffusion.state.jobs import Jobs
-from stable_diffusion.state.rates import LIMITED_PATHS
 
 ALICE, BOB, CAROL = "correct-horse-battery-staple", "tr0ub4dor-and-three-more", "password-of-sixteen-or-more"
 KEYS = f"alice:{ALICE},bob:sha256:{hashlib.sha256(BOB.encode()).hexdigest()}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stable_diffusion.state.rates import LIMITED_PATHS
+from stable_diffusion.server.access.policy import LIMITED_PATHS
 
 SECURITY_SCHEMES: dict[str, Any] = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "The key."},

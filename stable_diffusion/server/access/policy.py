@@ -16,6 +16,12 @@ from stable_diffusion.server.access.keys import Key, read_keys
 
 logger = logging.getLogger("stable_diffusion")
 
+# A POST to one of these generates. Requests that query, cancel or set options are not counted.
+LIMITED_PATHS = (
+    *("/txt2img", "/img2img", "/inpaint", "/reproduce", "/v1/images/generations", "/v1/images/edits"),
+    *("/sdapi/v1/txt2img", "/sdapi/v1/img2img"),
+)
+
 
 @dataclass(frozen=True)
 class Access:
@@ -65,3 +71,16 @@ def is_loopback(host: str) -> bool:
         return False
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return (mapped or address).is_loopback
+
+
+def caller_at(address: str) -> str:
+    """The caller that an address stands for. For IPv6 it is the whole /64, the smallest network that a customer gets."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return f"address {address}"
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is None:
+            return f"address {ipaddress.IPv6Network((int(parsed) >> 64 << 64, 64))}"
+        parsed = parsed.ipv4_mapped
+    return f"address {parsed}"

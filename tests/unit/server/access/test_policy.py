@@ -8,7 +8,7 @@ import pytest
 
 from stable_diffusion.core.errors import SettingError
 from stable_diffusion.server.access.keys import read_keys
-from stable_diffusion.server.access.policy import Access, check_exposure, is_loopback, read_access
+from stable_diffusion.server.access.policy import Access, caller_at, check_exposure, is_loopback, read_access
 
 KEY = "correct-horse-battery-staple"
 KEYED = Access(read_keys({"SD_API_KEYS": f"alice:{KEY}"}))
@@ -79,3 +79,18 @@ def test_with_keys_a_server_starts_anywhere_and_the_log_has_their_names_alone(ca
     assert "There are keys of: alice" in caplog.text
     assert KEY not in caplog.text
     assert KEYED.keys[0].digest.hex() not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("address", "another", "is_the_same"),
+    [
+        ("2001:db8:1:2:3::4", "2001:db8:1:2:ffff::", True),
+        ("2001:db8:1:2::", "2001:db8:1:3::", False),
+        ("192.0.2.1", "192.0.2.2", False),
+        ("192.0.2.1", "::ffff:192.0.2.1", True),
+        ("192.0.2.1", "192.0.2.1", True),
+        ("testclient", "", False),
+    ],
+)
+def test_who_has_a_network_of_ipv6_addresses_is_one_caller(address: str, another: str, is_the_same: bool) -> None:
+    assert (caller_at(address) == caller_at(another)) is is_the_same
