@@ -1,7 +1,4 @@
-"""Reads request bodies within limits of size and time: JSON, multipart forms and their parts.
-
-`read_form` and `read_reproduction_form` read the forms of the native API and of POST /reproduce.
-"""
+"""Reads request bodies within limits of size and time: JSON, multipart forms and their parts."""
 
 from __future__ import annotations
 
@@ -20,7 +17,6 @@ from starlette.types import Message
 
 from stable_diffusion.core.errors import InvalidRequest, RequestTimeout, TooLarge, UnsupportedMediaType
 from stable_diffusion.core.json import MAX_NAMES, parse_json
-from stable_diffusion.core.requests import ImageToImageRequest, ReproductionRequest, parse_image_to_image, parse_reproduction
 from stable_diffusion.images.decode import MAX_UPLOAD_BYTES
 from stable_diffusion.web.caller import owner_of
 from stable_diffusion.web.upload_budget import Uploads
@@ -45,22 +41,8 @@ async def json_content(request: Request, max_bytes: int) -> bytes:
     return await limited(request, max_bytes).body()
 
 
-async def read_form(request: Request, *files: str) -> tuple[ImageToImageRequest, dict[str, bytes]]:
-    """The validated `data` part and the bytes of the named file parts."""
-    contents, data = await _read_parts(request, files, ())
-    if data is None:
-        raise InvalidRequest('data: the part is missing, send JSON (curl: -F data=\'{"prompt":"a red circle"}\')', field="data")
-    return parse_image_to_image(parse_json(data, "data")), contents
-
-
-async def read_reproduction_form(request: Request) -> tuple[ReproductionRequest, dict[str, bytes]]:
-    """The validated `data` part, which may be missing, and the bytes of the parts `picture` and, if present, `img` and `mask`."""
-    contents, data = await _read_parts(request, ("picture",), ("img", "mask"))
-    return parse_reproduction({} if data is None else parse_json(data, "data")), contents
-
-
-async def _read_parts(request: Request, required: Sequence[str], optional: Sequence[str]) -> tuple[dict[str, bytes], bytes | str | None]:
-    """The file parts by name, and the content of the `data` part."""
+async def read_parts(request: Request, required: Sequence[str], optional: Sequence[str]) -> tuple[dict[str, bytes], bytes | str | None]:
+    """The file parts by name, and the content of the `data` part, None if it is missing."""
     files = (*required, *optional)
     async with opened_form(request, max_pictures=max(2, len(files)), max_parts=8) as form:
         _refuse_unknown_parts(form, (*files, "data"))

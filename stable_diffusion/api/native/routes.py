@@ -9,10 +9,12 @@ from starlette.routing import Route
 from stable_diffusion.api.context import Context
 from stable_diffusion.api.deliver import respond
 from stable_diffusion.api.tasks import image_task, text_task
-from stable_diffusion.core.requests import ImageToImageRequest, parse_text_to_image
+from stable_diffusion.core.errors import InvalidRequest
+from stable_diffusion.core.json import parse_json
+from stable_diffusion.core.requests import ImageToImageRequest, parse_image_to_image, parse_text_to_image
 from stable_diffusion.core.types import Task
 from stable_diffusion.images.decode import read_image, read_mask
-from stable_diffusion.web.body import read_form, read_json_body, within_upload_budget
+from stable_diffusion.web.body import read_json_body, read_parts, within_upload_budget
 from stable_diffusion.web.decode_queue import decoded
 from stable_diffusion.web.responses import with_error_responses
 
@@ -36,7 +38,7 @@ def make_routes(context: Context) -> list[Route]:
 async def _read_image_task(request: Request, context: Context, *names: str) -> tuple[Task, ImageToImageRequest]:
     """Read the upload, which is released on return: nothing holds it while the image waits and is generated."""
     with within_upload_budget(request, context.uploads) as uploading:
-        parameters, files = await read_form(uploading, *names)
+        parameters, files = await _read_form(uploading, *names)
         model, policy = context.model(), context.policy()
 
         def work() -> Task:
@@ -45,3 +47,11 @@ async def _read_image_task(request: Request, context: Context, *names: str) -> t
             return image_task(parameters, model, policy, picture, mask)
 
         return await decoded(request, context.decoding, work), parameters
+
+
+async def _read_form(request: Request, *names: str) -> tuple[ImageToImageRequest, dict[str, bytes]]:
+    """The validated `data` part and the bytes of the named file parts."""
+    contents, data = await read_parts(request, names, ())
+    if data is None:
+        raise InvalidRequest('data: the part is missing, send JSON (curl: -F data=\'{"prompt":"a red circle"}\')', field="data")
+    return parse_image_to_image(parse_json(data, "data")), contents

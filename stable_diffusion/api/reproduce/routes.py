@@ -19,11 +19,13 @@ from stable_diffusion.api.deliver import respond
 from stable_diffusion.api.reproduce.reproduction import Reproduction, differs_in_computing, differs_in_input, has_its_mask, reproduction_of
 from stable_diffusion.api.tasks import image_task, text_task
 from stable_diffusion.core.errors import InvalidRequest
+from stable_diffusion.core.json import parse_json
 from stable_diffusion.core.requests import (
     ImageToImageRequest,
     ReproductionRequest,
     TextToImageRequest,
     parse_image_to_image,
+    parse_reproduction,
     parse_text_to_image,
 )
 from stable_diffusion.core.safety import SafetyPolicy
@@ -31,7 +33,7 @@ from stable_diffusion.core.types import GeneratedImage, Kind, Task
 from stable_diffusion.images import infotext
 from stable_diffusion.images.decode import read_description, read_image, read_mask, read_transparency_as_mask
 from stable_diffusion.models.folder import ModelFolder
-from stable_diffusion.web.body import read_reproduction_form, within_upload_budget
+from stable_diffusion.web.body import read_parts, within_upload_budget
 from stable_diffusion.web.decode_queue import decoded
 from stable_diffusion.web.responses import as_headers, with_error_responses
 
@@ -73,7 +75,8 @@ class _Asked:
 async def _read_request(request: Request, context: Context) -> _Asked:
     """Read the upload, which is released on return: nothing holds it while the image waits and is generated."""
     with within_upload_budget(request, context.uploads) as uploading:
-        options, files = await read_reproduction_form(uploading)
+        files, data = await read_parts(uploading, ("picture",), ("img", "mask"))
+        options = parse_reproduction({} if data is None else parse_json(data, "data"))
         model, policy = context.model(), context.policy()
         reproduction = await run_in_threadpool(_read, files["picture"], model)
         parameters = _parameters(reproduction, options)
