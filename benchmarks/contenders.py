@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import pynvml  # type: ignore[import-untyped]
 
@@ -25,9 +25,6 @@ from benchmarks.loads import Load, task
 from benchmarks.setup import Setup
 from stable_diffusion.core.errors import ServiceError
 from stable_diffusion.core.types import GeneratedImage, Task
-
-if TYPE_CHECKING:
-    pass
 
 MAX_BATCH_SIZE = 10
 

@@ -40,14 +40,21 @@ JOBS = (1, 2, 4, 8, 16)
 def started(names: Sequence[str], setup: Setup, *, at_once: bool = False) -> Iterator[list[Contender]]:
     """`at_once`: on a machine with a core for each of them. The engine comes first, and its batch limit is used by the others that have
     the same one to measure: while others load, the times of steps say little."""
-    with ExitStack() as ends, ThreadPoolExecutor(len(names) if at_once else 1) as threads:
-        if at_once:
-            setup = replace(setup, cache=Path(ends.enter_context(tempfile.TemporaryDirectory())))
-        running: dict[str, Contender] = {}
-        for wave in (["engine"], [name for name in names if name != "engine"]) if at_once and "engine" in names else (names,):
-            for name, future in [(name, threads.submit(CONTENDERS[name], setup)) for name in wave]:
-                running[name] = future.result()
-                ends.callback(running[name].end)
+    with ExitStack() as ends:
+
+        def start(name: str) -> Contender:
+            contender = CONTENDERS[name](setup)
+            ends.callback(contender.end)  # also if another one does not start
+            return contender
+
+        if not at_once:
+            yield [start(name) for name in names]
+            return
+        setup = replace(setup, cache=Path(ends.enter_context(tempfile.TemporaryDirectory())))
+        first = {name: start(name) for name in names if name == "engine"}
+        others = [name for name in names if name not in first]
+        with ThreadPoolExecutor(max(1, len(others))) as threads:
+            running = first | dict(zip(others, threads.map(start, others), strict=True))
         yield [running[name] for name in names]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import queue
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,7 +24,6 @@ from benchmarks.gpu.checks import Checks, Finding
 from benchmarks.plain import Plain
 from benchmarks.report import machine
 from benchmarks.setup import Setup
-from stable_diffusion.core.errors import ServiceError
 from stable_diffusion.core.schedulers import SCHEDULERS
 from stable_diffusion.core.telemetry import BatchLimitRecord, OutOfMemoryRecord, Record
 from stable_diffusion.core.types import GeneratedImage, Kind, Precision, Task
@@ -35,10 +33,10 @@ from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.job import Job
 from stable_diffusion.engine.loading import Parts, load
 from stable_diffusion.models.folder import check_model
+from tests.model.recording_engine import RecordingEngine
 from tests.safety_checkers import make_checked_model
 
 STEPS = 4
-_WAIT_S = 120
 NO_GPU = Finding(None, "needs a GPU")
 # Levels of 255. Alone against diffusers on the same device nothing may differ. A batch of another size, a replayed graph or a CPU may
 # round differently; in half precision a few pixels near an edge then differ by more, so there the mean is bounded.
@@ -50,23 +48,15 @@ class Running:
 
     def __init__(self, parts: Parts, max_batch_size: int = 10, denoiser: Denoiser | None = None) -> None:
         self.records: list[Record] = []
-        self._engine = Engine(lambda: denoiser or Denoiser(parts), max_batch_size, on_record=self.records.append)
+        engine = Engine(lambda: denoiser or Denoiser(parts), max_batch_size, on_record=self.records.append)
+        self._recording = RecordingEngine(engine, [])
 
     def generate(self, tasks: Sequence[Task]) -> list[GeneratedImage]:
         """All tasks at once. Raises the first error."""
-        outcomes: queue.SimpleQueue[tuple[int, GeneratedImage | ServiceError]] = queue.SimpleQueue()
-        for position, task in enumerate(tasks):
-            self._engine.submit(task, partial(lambda number, outcome: outcomes.put((number, outcome)), position))
-        images: dict[int, GeneratedImage] = {}
-        for _ in tasks:
-            position, outcome = outcomes.get(timeout=_WAIT_S)
-            if isinstance(outcome, ServiceError):
-                raise outcome
-            images[position] = outcome
-        return [images[position] for position in range(len(tasks))]
+        return self._recording.draw(tasks)
 
     def close(self) -> None:
-        self._engine.close()
+        self._recording.engine.close()
 
 
 def differences(one: Image.Image, other: Image.Image) -> np.ndarray[Any, Any]:

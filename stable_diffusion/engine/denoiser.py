@@ -24,6 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from stable_diffusion.core.errors import GenerationFailed
+from stable_diffusion.core.schedulers import KARRAS
 from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.engine import previews, threads
 from stable_diffusion.engine.cuda_graphs import RecordedCalls, Recorder
@@ -32,7 +33,6 @@ from stable_diffusion.engine.loading import Parts
 
 logger = logging.getLogger("stable_diffusion")
 
-_KARRAS = " Karras"
 # Embeddings of a text take a quarter of a megabyte in Stable Diffusion.
 _KEPT_TEXTS = 64
 _TIMED_STEPS = 5
@@ -177,8 +177,8 @@ class Denoiser:
 
     def _new_scheduler(self, name: str) -> Any:
         """A new noise scheduler with the model's noise schedule. The shared one is never changed."""
-        options = {"use_karras_sigmas": True} if name.endswith(_KARRAS) else {}
-        scheduler_class = getattr(diffusers, name.removesuffix(_KARRAS))
+        options = {"use_karras_sigmas": True} if name.endswith(f" {KARRAS}") else {}
+        scheduler_class = getattr(diffusers, name.removesuffix(f" {KARRAS}"))
         return scheduler_class.from_config(self._parts.scheduler.config, **options)
 
     def _draw_noise(self, task: Task, generator: torch.Generator) -> torch.Tensor:

@@ -22,7 +22,7 @@ from stable_diffusion.core import journal
 from stable_diffusion.core.errors import RateLimited, Unauthorized
 from stable_diffusion.core.types import RequestContext
 from stable_diffusion.server.access.keys import carries_key, name_of_key
-from stable_diffusion.server.access.policy import LIMITED_PATHS, Access, caller_at
+from stable_diffusion.server.access.policy import LIMITED_PATHS, PROBES, Access, caller_at
 from stable_diffusion.server.bentoml_fixes import cors_options
 from stable_diffusion.server.pages import PAGE_ASSETS
 from stable_diffusion.state.folder import shared_folder
@@ -57,7 +57,7 @@ class FrontDoor:
     def __init__(self, app: ASGIApp, routes: Sequence[Route], pages: Mapping[str, ASGIApp], access: Callable[[], Access]) -> None:
         self._app = app
         self._keys = access().keys
-        self._open = frozenset((*_PROBES, *(path for name in access().open for path in _OPENED[name])))
+        self._open = frozenset((*PROBES, *(path for name in access().open for path in _OPENED[name])))
         per_minute = access().requests_per_minute
         self._rate_limit = None if per_minute is None else RateLimit(shared_folder, per_minute)
         self._cors = cors_options()
@@ -184,7 +184,6 @@ def _refusal(path: str, status: int, kind: str, message: str, headers: dict[str,
 # APIs whose clients expect another form of errors than the native one.
 _DIALECTS: tuple[Dialect, ...] = (openai, a1111)
 _REALM = "stable_diffusion"
-_PROBES = ("/livez", "/readyz", "/healthz")  # load balancers send no key
 _ASSETS = tuple(f"/static_content/{name}" for name in PAGE_ASSETS)
 _BENTOML_PATHS = ("/livez", "/healthz", *_ASSETS)
 _OPENED = {"docs": ("/", "/docs.json", *_ASSETS), "metrics": ("/metrics",)}  # paths that SD_OPEN opens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stable_diffusion.server.access.policy import LIMITED_PATHS
+from stable_diffusion.server.access.policy import LIMITED_PATHS, PROBES
 
 SECURITY_SCHEMES: dict[str, Any] = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "The key."},
@@ -13,7 +13,6 @@ SECURITY_SCHEMES: dict[str, Any] = {
 }
 # The empty entry: a server without keys needs none.
 SECURITY: list[dict[str, Any]] = [{}, *({name: []} for name in SECURITY_SCHEMES)]
-_OPEN = ("/livez", "/readyz", "/healthz")
 _ERROR_SCHEMAS = {"/v1/": "OpenaiError", "/sdapi/": "A1111Error", "/internal/": "A1111Error"}
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
 _RATE_LIMITED = "This caller has sent more drawing requests to this machine than its operator allows in a minute (`rate_limited`)."
@@ -27,7 +26,7 @@ def with_keys(paths: dict[str, Any]) -> dict[str, Any]:
 def _with_keys(path: str, method: str, operation: Any) -> Any:
     if method == "parameters":
         return operation
-    if path in _OPEN:
+    if path in PROBES:
         return {**operation, "security": []}
     schema = next((name for prefix, name in _ERROR_SCHEMAS.items() if path.startswith(prefix)), "Error")
     content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}

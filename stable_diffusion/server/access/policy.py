@@ -16,6 +16,7 @@ from stable_diffusion.server.access.keys import Key, read_keys
 
 logger = logging.getLogger("stable_diffusion")
 
+PROBES = ("/livez", "/readyz", "/healthz")  # load balancers send no key
 # A POST to one of these generates. Requests that query, cancel or set options are not counted.
 LIMITED_PATHS = (
     *("/txt2img", "/img2img", "/inpaint", "/reproduce", "/v1/images/generations", "/v1/images/edits"),
