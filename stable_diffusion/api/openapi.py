@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from stable_diffusion.core.requests import GenerationRequest, ImageToImageRequest
+from pydantic import BaseModel
+
 from stable_diffusion.core.settings import MAX_TIMEOUT_S
 from stable_diffusion.images.encode import MEDIA_TYPES
 from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS, PICTURES_KEPT, PICTURES_KEPT_S
@@ -92,18 +93,20 @@ _ERRORS = {
 EXAMPLE = {"prompt": "a small red circle on a blue background", "num_inference_steps": 50, "guidance_scale": 7.5, "seed": 1}
 
 
-def schema_reference(model: type[GenerationRequest]) -> dict[str, str]:
+def schema_reference(model: type[BaseModel]) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
-def multipart(parts: dict[str, str]) -> dict[str, Any]:
-    files = {name: {"type": "string", "format": "binary", "description": text} for name, text in parts.items()}
+def multipart(files: dict[str, str], required: tuple[str, ...], data: dict[str, Any]) -> dict[str, Any]:
+    """The request body of a form: `files` describes each uploaded image, `data` is the schema of the part that holds JSON."""
+    parts: dict[str, Any] = {name: {"type": "string", "format": "binary", "description": text} for name, text in files.items()}
     return {
         "multipart/form-data": {
             "schema": {
                 "type": "object",
-                "required": [*parts, "data"],
-                "properties": {**files, "data": {**schema_reference(ImageToImageRequest), "example": {**EXAMPLE, "strength": 0.8}}},
+                "required": list(required),
+                "properties": parts | {"data": data},
+                "additionalProperties": False,
             },
             "encoding": {"data": {"contentType": "application/json"}},
         }

@@ -12,24 +12,18 @@ TAG = {"name": "images", "description": "Draw"}
 MODELS = (TextToImageRequest, ImageToImageRequest)
 
 
+_DATA = {**schema_reference(ImageToImageRequest), "example": {**EXAMPLE, "strength": 0.8}}
+
+
 def paths() -> dict[str, Any]:
+    from_text = {"application/json": {"schema": schema_reference(TextToImageRequest), "example": EXAMPLE}}
+    start = {"img": f"The picture to start from: {UPLOADS_IN_WORDS}"}
+    masked = {
+        "img": f"The picture to repaint: {UPLOADS_IN_WORDS}",
+        "mask": f"White is repainted, black is kept, grey blends. Of the picture's proportions. {UPLOADS_IN_WORDS}",
+    }
     return {
-        "/txt2img": generates(
-            "txt2img",
-            "Draw a picture from text",
-            {"application/json": {"schema": schema_reference(TextToImageRequest), "example": EXAMPLE}},
-        ),
-        "/img2img": generates(
-            "img2img", "Redraw a picture as a text says", multipart({"img": f"The picture to start from: {UPLOADS_IN_WORDS}"})
-        ),
-        "/inpaint": generates(
-            "inpaint",
-            "Repaint a part of a picture",
-            multipart(
-                {
-                    "img": f"The picture to repaint: {UPLOADS_IN_WORDS}",
-                    "mask": f"White is repainted, black is kept, grey blends. Of the picture's proportions. {UPLOADS_IN_WORDS}",
-                }
-            ),
-        ),
+        "/txt2img": generates("txt2img", "Draw a picture from text", from_text),
+        "/img2img": generates("img2img", "Redraw a picture as a text says", multipart(start, ("img", "data"), _DATA)),
+        "/inpaint": generates("inpaint", "Repaint a part of a picture", multipart(masked, ("img", "mask", "data"), _DATA)),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stable_diffusion.api.openapi import generates
+from stable_diffusion.api.openapi import generates, multipart, schema_reference
 from stable_diffusion.core.requests import ReproductionRequest
 from stable_diffusion.images.decode import UPLOADS_IN_WORDS
 
@@ -35,14 +35,7 @@ def _form(picture: str) -> dict[str, Any]:
         "img": f"Only for img2img and inpaint: what it was drawn from, which its file does not hold. {picture}",
         "mask": f"Only for inpaint: the mask. {picture}",
     }
-    files = {name: {"type": "string", "format": "binary", "description": text} for name, text in parts.items()}
-    data = {"$ref": f"#/components/schemas/{ReproductionRequest.__name__}", "example": {"dry_run": True}}
-    return {
-        "multipart/form-data": {
-            "schema": {"type": "object", "required": ["picture"], "properties": {**files, "data": data}},
-            "encoding": {"data": {"contentType": "application/json"}},
-        }
-    }
+    return multipart(parts, ("picture",), {**schema_reference(ReproductionRequest), "example": {"dry_run": True}})
 
 
 def _added_to(path: dict[str, Any]) -> dict[str, Any]:
