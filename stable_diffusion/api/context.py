@@ -18,17 +18,14 @@ from stable_diffusion.web.upload_budget import Uploads
 
 @dataclass(frozen=True)
 class Context:
-    """`model` returns the model that the runner has loaded, or raises ModelFolderError."""
+    """`model` returns the model that the runner has loaded, or raises ModelFolderError; `policy` may raise SettingError."""
 
     client: RunnerClient
     model: Callable[[], ModelFolder]
+    policy: Callable[[], SafetyPolicy]
     uploads: Uploads = field(default_factory=Uploads)
     decoding: Decoding = field(default_factory=Decoding)
 
     @property
     def jobs(self) -> Jobs:
         return self.client.jobs
-
-    def policy(self) -> SafetyPolicy:
-        """The safety policy. Raises SettingError."""
-        return self.client.policy()

@@ -16,18 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stable_diffusion.api.context import Context
-from stable_diffusion.core import journal
-from stable_diffusion.core.errors import InvalidRequest, JobsUnavailable, NotAcceptable, ServiceError
-from stable_diffusion.core.requests import GenerationRequest
-from stable_diffusion.core.types import GeneratedImage, ImageFormat, Progress, Task, Ticket
-from stable_diffusion.images.encode import MEDIA_TYPES
-from stable_diffusion.runner.client import Updates, begin, follow, generate, generate_asynchronously
-from stable_diffusion.state.jobs import JobRecord, State, fingerprint
-from stable_diffusion.web import sse
-from stable_diffusion.web.caller import rename_job, ticket_of
-from stable_diffusion.web.disconnect import while_connected
-from stable_diffusion.web.negotiation import accepted_types, idempotency_key, prefers_no_waiting
-from stable_diffusion.web.responses import (
+from stable_diffusion.api.responses import (
     completed_event,
     error_body,
     error_event,
@@ -38,6 +27,16 @@ from stable_diffusion.web.responses import (
     preview_event,
     progress_event,
 )
+from stable_diffusion.core import journal
+from stable_diffusion.core.errors import InvalidRequest, JobsUnavailable, NotAcceptable, ServiceError
+from stable_diffusion.core.requests import GenerationRequest
+from stable_diffusion.core.types import GeneratedImage, ImageFormat, Progress, Task, Ticket
+from stable_diffusion.images.encode import MEDIA_TYPES
+from stable_diffusion.runner.client import Updates, begin, follow, generate, generate_asynchronously
+from stable_diffusion.state.jobs import JobRecord, State, fingerprint
+from stable_diffusion.web import sse
+from stable_diffusion.web.disconnect import while_connected
+from stable_diffusion.web.headers import delivery_of, rename_job, ticket_of
 
 _ASK_AGAIN_S = 1
 
@@ -200,25 +199,24 @@ async def respond(
 
     `remarks` returns additional values to send beside the parameters; images of asynchronous jobs are sent without them.
     """
-    accepted, ticket = accepted_types(request), ticket_of(request)
-    image_format = parameters.output_format or accepted.image_format
-    key, is_asynchronous = idempotency_key(request), prefers_no_waiting(request)
-    if task.preview_every_steps and not (accepted.events or is_asynchronous):
+    ticket, delivery = ticket_of(request), delivery_of(request)
+    image_format = parameters.output_format or delivery.image_format
+    if task.preview_every_steps and not (delivery.events or delivery.asynchronous):
         raise InvalidRequest("preview_every_steps: previews need Accept: text/event-stream", field="preview_every_steps")
-    if image_format is None and not (accepted.events or is_asynchronous):
+    if image_format is None and not (delivery.events or delivery.asynchronous):
         raise NotAcceptable(f"Accept allows none of {', '.join((*MEDIA_TYPES.values(), sse.MEDIA_TYPE))}", field="Accept")
-    if is_asynchronous or key is not None:
-        job_id = await _accept(context, task, replace(ticket, asynchronous=True), key, parameters)
+    if delivery.asynchronous or delivery.idempotency_key is not None:
+        job_id = await _accept(context, task, replace(ticket, asynchronous=True), delivery.idempotency_key, parameters)
         rename_job(request, job_id)
-        if is_asynchronous:
+        if delivery.asynchronous:
             accepted_job = accepted_response(await run_in_threadpool(context.jobs.get, job_id))
             accepted_job.headers["Preference-Applied"] = "respond-async"
             return accepted_job
-        if accepted.events:
+        if delivery.events:
             return event_stream(_events_of_job(context, job_id, image_format or "jpeg"))
         assert image_format is not None
         return await while_connected(request, _image_of_job(context, job_id, image_format))
-    if accepted.events:
+    if delivery.events:
         updates = await while_connected(request, begin(context.client, task, ticket, follow=True))
         return event_stream(_events(updates, context, task, image_format or "jpeg", remarks))
     assert image_format is not None

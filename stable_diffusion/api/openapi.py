@@ -13,7 +13,7 @@ from stable_diffusion.core.settings import MAX_TIMEOUT_S
 from stable_diffusion.images.encode import MEDIA_TYPES
 from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS, PICTURES_KEPT, PICTURES_KEPT_S
 from stable_diffusion.web import sse
-from stable_diffusion.web.caller import TIMEOUT_HEADER
+from stable_diffusion.web.headers import TIMEOUT_HEADER
 
 TIMEOUT_PARAMETER: dict[str, Any] = {
     "name": TIMEOUT_HEADER,

@@ -63,6 +63,13 @@ def consecutive_tasks(task: Task, count: int) -> list[Task]:
     return [replace(task, seed=(task.seed + index) % SEED_LIMIT) for index in range(count)]
 
 
+def with_previews(task: Task, every_steps: int, policy: SafetyPolicy) -> Task:
+    """The same task with previews. Raises InvalidRequest if `policy` checks every image, since nothing checks a preview."""
+    if every_steps and policy == "always":
+        raise InvalidRequest("this server checks every picture, so it sends no previews of what has not been checked")
+    return replace(task, preview_every_steps=every_steps)
+
+
 def _require_bounded_work(width: int, height: int, steps: int, count: int) -> None:
     pixel_steps = width * height * steps * count
     if pixel_steps > MAX_PIXEL_STEPS:
@@ -88,7 +95,7 @@ def _task(
     mask: Image.Image | None = None,
 ) -> Task:
     _require_bounded_work(width, height, parameters.num_inference_steps, 1)
-    return Task(
+    task = Task(
         kind=kind,
         prompt=parameters.prompt,
         negative_prompt=parameters.negative_prompt,
@@ -97,7 +104,6 @@ def _task(
         num_inference_steps=parameters.num_inference_steps,
         guidance_scale=parameters.guidance_scale,
         guidance_end=parameters.guidance_end,
-        preview_every_steps=parameters.preview_every_steps,
         metadata=parameters.metadata,
         seed=random_seed() if parameters.seed is None else parameters.seed,
         scheduler=parameters.scheduler or model.scheduler,
@@ -108,3 +114,4 @@ def _task(
         image_hash=None if image is None else digest(image),
         mask_hash=None if mask is None else digest(mask),
     )
+    return with_previews(task, parameters.preview_every_steps, policy)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,6 @@ from datetime import datetime, timezone
 from typing import Any, TypeVar
 
 from stable_diffusion.core.errors import GenerationFailed, ServiceError
-from stable_diffusion.core.settings import read_settings
 from stable_diffusion.core.types import GeneratedImage, RequestContext, Task
 
 T = TypeVar("T")
@@ -31,6 +29,7 @@ logger = logging.getLogger("stable_diffusion.requests")
 class Line:
     """What is known so far of a request, or of an asynchronous job, which has no `answer`."""
 
+    with_prompts: bool = False
     client: str | None = None  # its address
     context: RequestContext | None = None
     answer: dict[str, Any] | None = None
@@ -70,7 +69,19 @@ class Line:
             return "cancelled"
         return "flagged" if any(self.flags) else "completed"
 
-    def note_picture(self, picture: GeneratedImage) -> None:
+    def note_task(self, task: Task, index: int) -> None:
+        values: dict[str, Any] = {
+            "kind": task.kind,
+            "width": task.width,
+            "height": task.height,
+            "steps": task.num_inference_steps,
+            "seed": task.seed,
+        }
+        if self.with_prompts:
+            values |= {"prompt": task.prompt, "negative_prompt": task.negative_prompt}
+        self.tasks[index] = values
+
+    def note_image(self, picture: GeneratedImage) -> None:
         self.flags.append(picture.flagged)
         if picture.waited_s is not None:
             self.waits_s.append(picture.waited_s)
@@ -102,10 +113,10 @@ def identify(context: RequestContext) -> None:
 def noting(task: Task, index: int) -> Iterator[Callable[[GeneratedImage], None]]:
     """Note `task` as image number `index` of the current request or job. The caller passes the finished image to the yielded function."""
     line = current_line.get() or Line()
-    line.tasks[index] = _described(task)
+    line.note_task(task, index)
     line.waited_for += 1
     try:
-        yield line.note_picture
+        yield line.note_image
     except Exception as error:
         line.error = line.error or (error if isinstance(error, ServiceError) else GenerationFailed("a defect"))
         raise
@@ -122,7 +133,7 @@ def waiting_for_job() -> Iterator[NoteEnd]:
 def note_accepted(task: Task) -> None:
     """Note that the current request has started `task` and does not wait for it."""
     if (line := current_line.get()) is not None:
-        line.tasks[0] = _described(task)
+        line.note_task(task, 0)
 
 
 async def as_job(drawing: Coroutine[Any, Any, T], is_taken_on: Callable[[], bool]) -> T:
@@ -131,26 +142,13 @@ async def as_job(drawing: Coroutine[Any, Any, T], is_taken_on: Callable[[], bool
     Run this as a task of its own: it sets the context's current line.
     """
     asked = current_line.get()
-    line = Line() if asked is None else Line(asked.client, asked.context)
+    line = Line() if asked is None else Line(asked.with_prompts, asked.client, asked.context)
     current_line.set(line)
     try:
         return await drawing
     finally:
         if is_taken_on():
             write_line(line)
-
-
-def _described(task: Task) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "kind": task.kind,
-        "width": task.width,
-        "height": task.height,
-        "steps": task.num_inference_steps,
-        "seed": task.seed,
-    }
-    if read_settings(os.environ).log_prompts:
-        values |= {"prompt": task.prompt, "negative_prompt": task.negative_prompt}
-    return values
 
 
 def write_line(line: Line) -> None:

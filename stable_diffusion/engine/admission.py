@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from stable_diffusion.core.errors import DeadlineExceeded, QueueFull
+from stable_diffusion.core.fair_share import share_is_left
 from stable_diffusion.engine.job import Job
 
 Size = tuple[int, int]  # height and width in pixels: a batch key
@@ -31,8 +32,6 @@ class QueueLimits:
 
 
 NO_LIMITS = QueueLimits(math.inf, math.inf)
-# The factor to which owners' shares may exceed the limits: there may be many owners.
-_ABOVE_THE_LIMITS = 2
 
 
 class StepTimes:
@@ -126,8 +125,8 @@ class Workload:
             return
         owners = len(seconds.keys() | {job.owner})
         own_count = sum(other.owner == job.owner for other in self._jobs)
-        has_share_left = seconds[job.owner] < self._limits.seconds / owners and own_count < self._limits.pictures / owners
-        if has_share_left and total <= _ABOVE_THE_LIMITS * self._limits.seconds and count < _ABOVE_THE_LIMITS * self._limits.pictures:
+        seconds_left = share_is_left(seconds[job.owner], total, owners, self._limits.seconds)
+        if seconds_left and share_is_left(own_count, count, owners, self._limits.pictures):
             return
         retry_after_s = max(1, math.ceil(max(over_s, total / count * over)))
         raise QueueFull(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,14 +22,12 @@ from starlette.concurrency import run_in_threadpool
 from stable_diffusion.core import journal
 from stable_diffusion.core.errors import (
     GenerationFailed,
-    InvalidRequest,
     JobsUnavailable,
     ModelUnavailable,
     ServiceError,
     ShuttingDown,
     as_service_error,
 )
-from stable_diffusion.core.safety import SafetyPolicy
 from stable_diffusion.core.shutdown import Unfinished
 from stable_diffusion.core.types import GeneratedImage, Progress, Task, Ticket
 from stable_diffusion.runner.readiness import Readiness
@@ -48,10 +46,9 @@ _MOST_LOOKS_PER_S = 100  # queries of the job store by all followers of jobs: ea
 
 @dataclass(frozen=True)
 class RunnerClient:
-    """The model processes as an API worker sees them. `policy` returns the safety policy, or raises SettingError."""
+    """The model processes as an API worker sees them."""
 
     runner: bentoml.Runner
-    policy: Callable[[], SafetyPolicy]
     jobs: Jobs
     unfinished: Unfinished
     followers: set[object] = field(default_factory=set)  # of jobs
@@ -70,26 +67,24 @@ async def generate(client: RunnerClient, task: Task, ticket: Ticket) -> Generate
 
 async def generate_all(client: RunnerClient, tasks: Sequence[Task], ticket: Ticket) -> list[GeneratedImage]:
     """Generate several images at once, so that they share the engine's steps. If one fails, the others are cancelled."""
-    drawing = [asyncio.ensure_future(generate(client, task, replace(ticket, index=index))) for index, task in enumerate(tasks)]
+    generations = [asyncio.ensure_future(generate(client, task, replace(ticket, index=index))) for index, task in enumerate(tasks)]
     try:
-        return await asyncio.gather(*drawing)
+        return await asyncio.gather(*generations)
     finally:
-        for one in drawing:
+        for one in generations:
             one.cancel()
-        await asyncio.gather(*drawing, return_exceptions=True)
+        await asyncio.gather(*generations, return_exceptions=True)
 
 
 async def begin(client: RunnerClient, task: Task, ticket: Ticket, *, follow: bool) -> Updates:
     """Hand a task to a model process. Returns when the process has accepted it; raises the reason if it has not.
 
-    The returned generator yields the updates that follow, the image last. Closing it cancels the job, unless it is asynchronous.
+    The returned generator yields the updates that come after, the image last. Closing it cancels the job, unless it is asynchronous.
     """
     if client.unfinished.is_stopping:
         raise ShuttingDown("the server is shutting down, try again in a minute")
-    if task.preview_every_steps and client.policy() == "always":
-        raise InvalidRequest("this server checks every picture, so it sends no previews of what has not been checked")
     await client.readiness.require_ready()
-    updates = _logged_news_of(client, task, ticket, follow=follow)
+    updates = _updates(client, task, ticket, follow=follow)
     try:
         # A stopping model process neither answers new connections nor closes them. Not asyncio.wait_for: before Python 3.12 it loses a
         # cancellation that arrives together with the result.
@@ -111,46 +106,36 @@ async def _image_of(updates: Updates) -> GeneratedImage:
     raise AssertionError("updates end with an image or an error")
 
 
-async def _logged_news_of(client: RunnerClient, task: Task, ticket: Ticket, *, follow: bool) -> Updates:
-    with journal.noting(task, ticket.index) as note_picture:
-        async with aclosing(_news_of(client, task, ticket, follow=follow)) as updates:
-            async for one in updates:
-                if isinstance(one, GeneratedImage):
-                    note_picture(one)
-                yield one
+async def _updates(client: RunnerClient, task: Task, ticket: Ticket, *, follow: bool) -> Updates:
+    """The updates of a task: TakenOn, with `follow` its progress, and its image. Raises the error with which it ends."""
+    stream = getattr(client.runner, task.kind).async_stream(pack_task(task, ticket, follow=follow))
+    has_image = False
+    with journal.noting(task, ticket.index) as note_image:
+        try:
+            async with aclosing(_lines(stream, client.unfinished.grace_is_over)) as lines:
+                async for line in lines:  # to its end, so that BentoML can use the connection again
+                    one = await run_in_threadpool(unpack_update, line)
+                    if isinstance(one, GeneratedImage):
+                        has_image = True
+                        note_image(one)
+                    yield one
+        except asyncio.TimeoutError:
+            raise GenerationFailed("the picture was not finished within the time that the server's configuration allows") from None
+        except (BentoMLException, aiohttp.ClientError) as error:
+            logger.error("The runner did not answer: %s", error)
+            raise ModelUnavailable("the model process cannot be reached, try again in a minute") from None
+        if not has_image:
+            raise ModelUnavailable("the model process stopped before the picture was finished, try again in a minute")
 
 
-async def _news_of(client: RunnerClient, task: Task, ticket: Ticket, *, follow: bool) -> Updates:
-    method = getattr(client.runner, task.kind)
-    stream = method.async_stream(pack_task(task, ticket, follow=follow))
-    pieces: list[str] = []
-    has_picture = False
-    try:
-        async with aclosing(_until(client.unfinished.grace_is_over, stream)) as timely:
-            async for piece in timely:
-                pieces.append(piece)
-                if "\n" in piece:  # pieces may end anywhere in a line, and the line with the image is long
-                    *lines, rest = "".join(pieces).split("\n")
-                    pieces = [rest]
-                    for line in lines:
-                        one = await run_in_threadpool(unpack_update, line)
-                        has_picture = isinstance(one, GeneratedImage)
-                        yield one
-    except asyncio.TimeoutError:
-        raise GenerationFailed("the picture was not finished within the time that the server's configuration allows") from None
-    except (BentoMLException, aiohttp.ClientError) as error:
-        logger.error("The runner did not answer: %s", error)
-        raise ModelUnavailable("the model process cannot be reached, try again in a minute") from None
-    finally:
-        await stream.aclose()
-    if not has_picture:
-        raise ModelUnavailable("the model process stopped before the picture was finished, try again in a minute")
+async def _lines(stream: AsyncGenerator[str, None], grace_is_over: asyncio.Event) -> AsyncGenerator[str, None]:
+    """Yield the lines of `stream`, whose pieces may end anywhere in a line; the line with the image is long. Closes `stream`.
 
-
-async def _until(end: asyncio.Event, stream: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-    """Yield the pieces of `stream`. Raises ShuttingDown once `end` is set."""
-    ending = asyncio.ensure_future(end.wait())
+    Raises ShuttingDown once `grace_is_over` is set.
+    """
+    ending = asyncio.ensure_future(grace_is_over.wait())
     piece: asyncio.Future[str | None] = ending.get_loop().create_future()
+    pieces: list[str] = []
     try:
         while True:
             piece = asyncio.ensure_future(anext(stream, None))
@@ -159,11 +144,17 @@ async def _until(end: asyncio.Event, stream: AsyncGenerator[str, None]) -> Async
                 raise ShuttingDown("the server stops and cannot finish the picture, try again in a minute")
             if (content := piece.result()) is None:
                 return
-            yield content
+            pieces.append(content)
+            if "\n" in content:
+                *lines, rest = "".join(pieces).split("\n")
+                pieces = [rest]
+                for line in lines:
+                    yield line
     finally:
         ending.cancel()
         piece.cancel()
         await asyncio.gather(ending, piece, return_exceptions=True)
+        await stream.aclose()
 
 
 async def generate_asynchronously(client: RunnerClient, task: Task, ticket: Ticket) -> None:
@@ -200,11 +191,11 @@ async def _hold(client: RunnerClient, task: Task, ticket: Ticket, refusal: async
         refusal.set_result(known)
         return known
     refusal.set_result(None)
-    drawing = asyncio.ensure_future(_image_of(updates))
-    while not (await asyncio.wait({drawing}, timeout=_HELD_AGAIN_S))[0]:
+    generation = asyncio.ensure_future(_image_of(updates))
+    while not (await asyncio.wait({generation}, timeout=_HELD_AGAIN_S))[0]:
         with suppress(JobsUnavailable):
             await run_in_threadpool(client.jobs.note_held, ticket.job_id)
-    return as_service_error(drawing.exception() or GenerationFailed("the picture was drawn and could not be kept"), where)
+    return as_service_error(generation.exception() or GenerationFailed("the picture was drawn and could not be kept"), where)
 
 
 async def _abandon(client: RunnerClient, job_id: str, error: ServiceError) -> None:

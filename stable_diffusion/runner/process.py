@@ -29,16 +29,16 @@ _LOOK_FOR_CANCELLATIONS_S = 0.05  # a full-size step on a GPU takes longer
 _STORE_FAILED_S = 10.0
 _NOTE_S = 0.5  # when a job ends, all queue positions change: store them together
 
-Messages = asyncio.Queue[Progress | GeneratedImage | ServiceError]
-
 
 @dataclass(frozen=True)
 class _Generation:
+    """One running task. `updates` ends with its outcome, `beginning` is done when the job store knows the task."""
+
     ticket: Ticket
     task: Task
     engine_job: Job
-    from_engine: Messages
-    to_client: Messages
+    updates: asyncio.Queue[Progress | GeneratedImage | ServiceError]
+    beginning: asyncio.Task[Any]
 
 
 class ModelProcess:
@@ -49,8 +49,8 @@ class ModelProcess:
         self._engine = engine
         self._jobs = jobs
         self._runner = runner
-        self._drawings: dict[tuple[str, int], _Generation] = {}
-        self._attending: set[asyncio.Task[None]] = set()
+        self._generations: dict[tuple[str, int], _Generation] = {}  # until their outcome is known
+        self._endings: set[asyncio.Task[None]] = set()
         self._to_note: dict[Ticket, Progress] = {}
         self._keeping: asyncio.Task[None] | None = None
         with suppress(JobsUnavailable):
@@ -63,80 +63,88 @@ class ModelProcess:
         """
         task, ticket, follow = unpack_task(packed)
         try:
-            drawing = self._start(task, ticket)
+            generation = self._start(task, ticket)
         except ServiceError as refusal:
             yield pack_outcome(refusal)
             return
         try:
             yield pack_taken_on()
-            while isinstance(what := await drawing.to_client.get(), Progress):
+            while isinstance(update := await generation.updates.get(), Progress):
                 if follow:
-                    yield pack_progress(what)
-            yield pack_outcome(what)
+                    yield pack_progress(update)
+            yield pack_outcome(update)
         finally:
             if not ticket.asynchronous:
-                self._cancel(drawing)
+                self._cancel(generation)
 
     def _start(self, task: Task, ticket: Ticket) -> _Generation:
         loop = asyncio.get_running_loop()
-        from_engine: Messages = asyncio.Queue()
 
-        def tell(what: Progress | GeneratedImage | ServiceError) -> None:
-            loop.call_soon_threadsafe(from_engine.put_nowait, what)
+        def receive(update: Progress | GeneratedImage | ServiceError) -> None:
+            loop.call_soon_threadsafe(lambda: self._receive(generation, update))
 
-        engine_job = self._engine.submit(task, tell, tell, owner=ticket.owner, timeout_s=ticket.timeout_s)
-        drawing = _Generation(ticket, task, engine_job, from_engine, asyncio.Queue())
-        self._drawings[ticket.job_id, ticket.index] = drawing
-        attending = asyncio.create_task(self._attend(drawing))
-        self._attending.add(attending)
-        attending.add_done_callback(self._attending.discard)
+        engine_job = self._engine.submit(task, receive, receive, owner=ticket.owner, timeout_s=ticket.timeout_s)
+        # A task of its own, so that the engine's updates do not wait for the store.
+        beginning = asyncio.create_task(_noted(self._jobs.begin, ticket, task, self._runner))
+        generation = _Generation(ticket, task, engine_job, asyncio.Queue(), beginning)
+        self._generations[ticket.job_id, ticket.index] = generation
         if self._keeping is None or self._keeping.done():
             self._keeping = asyncio.create_task(self._keep_the_store())
-        return drawing
+        return generation
 
-    def _cancel(self, drawing: _Generation) -> None:
+    def _cancel(self, generation: _Generation) -> None:
         """Cancel a job. Does nothing if it has ended."""
-        self._engine.cancel(drawing.engine_job)
-        drawing.from_engine.put_nowait(Cancelled("the job was cancelled"))
+        self._engine.cancel(generation.engine_job)
+        self._receive(generation, Cancelled("the job was cancelled"))
 
-    async def _attend(self, drawing: _Generation) -> None:
-        """Pass the engine's messages about a job on, first to the client, then to the job store."""
-        ticket = drawing.ticket
-        # A task of its own, so that the engine's messages do not wait for the store.
-        beginning = asyncio.create_task(_noted(self._jobs.begin, ticket, drawing.task, self._runner))
+    def _receive(self, generation: _Generation, update: Progress | GeneratedImage | ServiceError) -> None:
+        """Pass an update on. What comes after the outcome is dropped: a job that is being cancelled may still end by itself."""
+        ticket = generation.ticket
+        if self._generations.get((ticket.job_id, ticket.index)) is not generation:
+            return
+        if isinstance(update, Progress):
+            generation.updates.put_nowait(update)
+            last = self._to_note.get(ticket)
+            self._to_note[ticket] = update if update.preview or last is None else replace(update, preview=last.preview)
+            return
+        del self._generations[ticket.job_id, ticket.index]
+        self._to_note.pop(ticket, None)
+        ending = asyncio.create_task(self._end(generation, update))
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
+
+    async def _end(self, generation: _Generation, outcome: GeneratedImage | ServiceError) -> None:
+        """Pass the outcome on to the client and to the job store.
+
+        A waiting client gets the image first. An asynchronous job reports its end only when its image is in the store.
+        """
+        ticket = generation.ticket
         try:
-            while isinstance(what := await drawing.from_engine.get(), Progress):
-                drawing.to_client.put_nowait(what)
-                last = self._to_note.get(ticket)
-                self._to_note[ticket] = what if what.preview or last is None else replace(what, preview=last.preview)
-            outcome = await asyncio.to_thread(_finished, drawing.task, what)
+            outcome = await asyncio.to_thread(_finished, generation.task, outcome)
         except Exception:
             logger.exception("Job %s was drawn and could not be finished.", ticket.job_id)
             outcome = GenerationFailed("the picture could not be finished")
-        # A waiting client gets the image at once. An asynchronous job reports its end only when its image is in the store.
         if not ticket.asynchronous:
-            drawing.to_client.put_nowait(outcome)
-        self._to_note.pop(ticket, None)
-        await beginning
+            generation.updates.put_nowait(outcome)
+        await generation.beginning
         if not await _noted(self._jobs.end, ticket, outcome) and ticket.asynchronous:
             outcome = GenerationFailed("the picture was drawn and could not be kept")
             await _noted(self._jobs.end, ticket, outcome)
         if ticket.asynchronous:
-            drawing.to_client.put_nowait(outcome)
-        del self._drawings[ticket.job_id, ticket.index]
+            generation.updates.put_nowait(outcome)
 
     async def _keep_the_store(self) -> None:
         """While jobs run: cancel those with a cancellation request, and regularly store how far the jobs are."""
         noted = 0.0
-        while self._drawings:
+        while self._generations:
             await asyncio.sleep(_LOOK_FOR_CANCELLATIONS_S)
             to_cancel = await _noted(self._jobs.to_cancel, self._runner)
             if to_cancel is None:
                 await asyncio.sleep(_STORE_FAILED_S)  # the log gives the reason each time
                 continue
             for key in to_cancel:
-                if (drawing := self._drawings.get(key)) is not None:
-                    self._cancel(drawing)
+                if (generation := self._generations.get(key)) is not None:
+                    self._cancel(generation)
             if self._to_note and time.monotonic() - noted >= _NOTE_S:
                 notes, self._to_note = self._to_note, {}
                 await _noted(self._jobs.note, notes)

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_diffusion.api import a1111, openai
+from stable_diffusion.api import a1111, openai, responses
 from stable_diffusion.api.dialect import Dialect
 from stable_diffusion.core import journal
 from stable_diffusion.core.errors import RateLimited, Unauthorized
@@ -28,22 +28,6 @@ from stable_diffusion.server.pages import PAGE_ASSETS
 from stable_diffusion.state.folder import shared_folder
 from stable_diffusion.state.jobs import new_job_id
 from stable_diffusion.state.rates import RateLimit
-from stable_diffusion.web import responses
-
-
-class NoSniffing:
-    """Tells browsers, in every response, not to guess another content type than the declared one."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def marked(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["X-Content-Type-Options"] = "nosniff"
-            await send(message)
-
-        await self._app(scope, receive, marked)
 
 
 class FrontDoor:

@@ -22,7 +22,7 @@ from stable_diffusion.api import a1111, jobs, native, openai, reproduce, status
 from stable_diffusion.api.context import Context
 from stable_diffusion.core.errors import SettingError
 from stable_diffusion.core.safety import SafetyPolicy
-from stable_diffusion.core.settings import Limits, read_limits, safety_policy
+from stable_diffusion.core.settings import Limits, read_limits, read_settings, safety_policy
 from stable_diffusion.core.shutdown import Unfinished
 from stable_diffusion.core.types import Precision, RequestContext
 from stable_diffusion.models.folder import ModelFolder, is_in_bento, model_of_service
@@ -31,12 +31,11 @@ from stable_diffusion.server import bentoml_fixes, openapi, pages
 from stable_diffusion.server.access.keys import keep_only_digests
 from stable_diffusion.server.access.policy import read_access
 from stable_diffusion.server.connections import Connections
-from stable_diffusion.server.front_door import FrontDoor, NoSniffing, refuse_while_stopping
-from stable_diffusion.server.shutdown import Draining
+from stable_diffusion.server.front_door import FrontDoor, refuse_while_stopping
+from stable_diffusion.server.middleware import Draining, NoSniffing, RequestLog
 from stable_diffusion.server.start import checked_model
 from stable_diffusion.state.folder import name_shared_folder, shared_folder
 from stable_diffusion.state.jobs import Jobs
-from stable_diffusion.web.request_log import RequestLog
 
 logger = logging.getLogger("stable_diffusion")
 
@@ -68,13 +67,13 @@ def create_service(name: str, runner: bentoml.Runner, folder: Path, precision: P
         logger.info("When the server is ready, its address has a page to draw with at /ui, and one to try the API at /.")
 
     unfinished = Unfinished(_grace_s())
-    context = Context(RunnerClient(runner, policy, Jobs(shared_folder), unfinished), model)
+    context = Context(RunnerClient(runner, Jobs(shared_folder), unfinished), model, policy)
     routes = all_routes(context)
     service = Service(name, runners=[runner])
     service.on_deployment(check_start)
     service.mount_asgi_app(_with_path_as_sent(Starlette(routes=routes)), path="/")
     service.add_asgi_middleware(Connections)
-    service.add_asgi_middleware(RequestLog)
+    service.add_asgi_middleware(RequestLog, with_prompts=lambda: read_settings(os.environ).log_prompts)
     service.add_asgi_middleware(NoSniffing)
     service.add_asgi_middleware(Draining, unfinished=unfinished, refusal=refuse_while_stopping)
     service.add_asgi_middleware(FrontDoor, routes=routes, pages=make_pages(name, context), access=access)

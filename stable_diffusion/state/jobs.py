@@ -14,7 +14,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,9 @@ from stable_diffusion.core.errors import (
     UnknownJob,
     error_of_type,
 )
+from stable_diffusion.core.fair_share import share_is_left
 from stable_diffusion.core.types import GeneratedImage, ImageFormat, Progress, Task, Ticket
+from stable_diffusion.state.sqlite import transaction
 
 logger = logging.getLogger("stable_diffusion")
 
@@ -128,15 +130,9 @@ class Jobs:
     @contextmanager
     def _database(self) -> Iterator[sqlite3.Connection]:
         try:
-            with closing(sqlite3.connect(self._folder() / "jobs.sqlite", timeout=_BUSY_TIMEOUT_S)) as database:
-                database.row_factory = sqlite3.Row
-                # The data does not outlive the server, so it need not survive a power cut.
-                database.execute("PRAGMA synchronous = OFF")
-                if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'idempotency_keys'").fetchone():
-                    database.execute("PRAGMA journal_mode = WAL")
-                    database.executescript(_SCHEMA)
-                with database:
-                    yield database
+            file = self._folder() / "jobs.sqlite"
+            with transaction(file, _SCHEMA, last_table="idempotency_keys", busy_timeout_s=_BUSY_TIMEOUT_S) as database:
+                yield database
         except (OSError, sqlite3.Error) as error:
             logger.error("Where jobs stand cannot be read or written: %s", error)
             raise JobsUnavailable("where jobs stand cannot be read or written; pictures can be drawn while somebody waits") from None
@@ -290,8 +286,10 @@ def _too_many_asynchronous(database: sqlite3.Connection, owner: str) -> int | No
     rows = database.execute("SELECT owner, count(*) FROM jobs WHERE ended_at IS NULL AND asynchronous = 1 GROUP BY owner").fetchall()
     counts: dict[str, int] = {row[0]: row[1] for row in rows}
     unfinished = sum(counts.values())
-    has_share_left = counts.get(owner, 0) < MAX_ASYNCHRONOUS_JOBS / len(counts.keys() | {owner}) and unfinished < 2 * MAX_ASYNCHRONOUS_JOBS
-    return None if unfinished < MAX_ASYNCHRONOUS_JOBS or has_share_left else unfinished
+    if unfinished < MAX_ASYNCHRONOUS_JOBS:
+        return None
+    owners = len(counts.keys() | {owner})
+    return None if share_is_left(counts.get(owner, 0), unfinished, owners, MAX_ASYNCHRONOUS_JOBS) else unfinished
 
 
 def fingerprint(task: Task, seed: int | None) -> str:

@@ -10,8 +10,9 @@ import logging
 import sqlite3
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
+
+from stable_diffusion.state.sqlite import transaction
 
 logger = logging.getLogger("stable_diffusion")
 
@@ -36,15 +37,10 @@ class RateLimit:
         # The monotonic clock is the same in all processes of a machine, and nobody can set it.
         now = time.monotonic()
         try:
-            with closing(sqlite3.connect(self._folder() / "rates.sqlite", timeout=_BUSY_TIMEOUT_S, isolation_level=None)) as database:
-                database.execute("PRAGMA synchronous = OFF")  # the data does not outlive the server
-                if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'callers'").fetchone():
-                    database.execute("PRAGMA journal_mode = WAL")
-                    database.execute(_SCHEMA)
+            file = self._folder() / "rates.sqlite"
+            with transaction(file, _SCHEMA, last_table="callers", busy_timeout_s=_BUSY_TIMEOUT_S) as database:
                 database.execute("BEGIN IMMEDIATE")
-                wait_s = self._counted(database, caller, now)
-                database.execute("COMMIT")
-                return wait_s
+                return self._counted(database, caller, now)
         except (OSError, sqlite3.Error) as error:
             logger.error("Requests are let in uncounted, because their number cannot be kept: %s", error)
             return 0.0

@@ -14,14 +14,15 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
 from stable_diffusion.core.errors import QueueFull
-from stable_diffusion.web.caller import owner_of
+from stable_diffusion.core.fair_share import half_of
 from stable_diffusion.web.disconnect import while_connected
+from stable_diffusion.web.headers import owner_of
 
 T = TypeVar("T")
 
 _MAX_AT_ONCE = 2  # decoding an image of maximum size takes about 300 MB and a second
 MAX_WAITING = 400
-MAX_WAITING_OF_CALLER = MAX_WAITING // 2
+MAX_WAITING_OF_CALLER = half_of(MAX_WAITING)
 _RETRY_AFTER_S = 5
 
 

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from stable_diffusion.core.errors import QueueFull
+from stable_diffusion.core.fair_share import half_of
 
 MAX_BYTES = 256 * 2**20
-MAX_BYTES_OF_CALLER = MAX_BYTES // 2  # the largest possible body takes half of that
+MAX_BYTES_OF_CALLER = half_of(MAX_BYTES)  # the largest possible body takes half of that
 # Of each body. uvicorn buffers as much per connection anyway, and so a request without images is never refused for others' uploads.
 UNCOUNTED_BYTES = 64 * 2**10
 _RETRY_AFTER_S = 5

@@ -110,8 +110,8 @@ def client(server: Server, key: str | None) -> httpx.Client:
 
 
 def served_routes() -> set[tuple[str, str]]:
-    client = RunnerClient(None, lambda: "default-on", Jobs(lambda: Path()), Unfinished(grace_s=60))
-    context = Context(client, lambda: pytest.fail("not asked"))
+    client = RunnerClient(None, Jobs(lambda: Path()), Unfinished(grace_s=60))
+    context = Context(client, lambda: pytest.fail("not asked"), lambda: pytest.fail("not asked"))
     door = FrontDoor(PlainTextResponse(), all_routes(context), make_pages("test", context), Access)
     return {(method, path) for path, methods in door._methods.items() for method in methods if method != "HEAD"}
 

@@ -15,13 +15,13 @@ from starlette.responses import Response
 
 from stable_diffusion import __version__
 from stable_diffusion.api.a1111.parameters import GenerationBody, ImageToImageBody, missing_schedule
+from stable_diffusion.api.responses import image_file, retry_after
 from stable_diffusion.core.errors import InvalidRequest, ServiceError
 from stable_diffusion.core.schedulers import SCHEDULERS, SCHEDULES, sampler_of
 from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.images import infotext
 from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.state.jobs import JobRecord
-from stable_diffusion.web.responses import image_file, retry_after
 
 PREFIXES = ("/sdapi/", "/internal/")  # of the paths whose errors have this form
 _NOT_USED = -1  # A1111's value for a missing subseed or size

@@ -34,20 +34,19 @@ from stable_diffusion.api.a1111.responses import (
     schedules_response,
 )
 from stable_diffusion.api.context import Context
+from stable_diffusion.api.responses import with_error_responses
 from stable_diffusion.api.tasks import consecutive_tasks, image_task, text_task
 from stable_diffusion.core.errors import NotFound
-from stable_diffusion.core.json import parse_json
 from stable_diffusion.core.safety import SafetyPolicy
 from stable_diffusion.core.types import Task
 from stable_diffusion.images.decode import MAX_UPLOAD_BYTES
 from stable_diffusion.images.transform import output_size
 from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.runner.client import generate_all
-from stable_diffusion.web.body import MAX_JSON_BYTES, json_content, read_json_body, within_upload_budget
-from stable_diffusion.web.caller import owner_of, ticket_of
+from stable_diffusion.web.body import MAX_JSON_BYTES, json_content, parse_json, read_json_body, within_upload_budget
 from stable_diffusion.web.decode_queue import decoded
 from stable_diffusion.web.disconnect import while_connected
-from stable_diffusion.web.responses import with_error_responses
+from stable_diffusion.web.headers import owner_of, ticket_of
 from stable_diffusion.web.upload_budget import UNCOUNTED_BYTES
 
 # An image and a mask in base64 with line breaks, plus the other fields.

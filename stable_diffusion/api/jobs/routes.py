@@ -12,12 +12,11 @@ from starlette.routing import Route
 
 from stable_diffusion.api.context import Context
 from stable_diffusion.api.deliver import accepted_response, description, events_of, is_ended, kept_image_response, note_fetched
+from stable_diffusion.api.responses import event_stream, followed_headers, with_error_responses
 from stable_diffusion.core.errors import NotAcceptable
 from stable_diffusion.images.encode import MEDIA_TYPES
 from stable_diffusion.state.jobs import JobRecord
-from stable_diffusion.web.caller import key_name_of, owner_of
-from stable_diffusion.web.negotiation import accepted_types
-from stable_diffusion.web.responses import event_stream, followed_headers, with_error_responses
+from stable_diffusion.web.headers import accepted_types, key_name_of, owner_of
 
 _CANCELLED_WITHIN_S = 2.0  # a step of a large image on a CPU takes longer
 

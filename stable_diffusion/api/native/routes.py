@@ -8,15 +8,14 @@ from starlette.routing import Route
 
 from stable_diffusion.api.context import Context
 from stable_diffusion.api.deliver import respond
+from stable_diffusion.api.responses import with_error_responses
 from stable_diffusion.api.tasks import image_task, text_task
 from stable_diffusion.core.errors import InvalidRequest
-from stable_diffusion.core.json import parse_json
 from stable_diffusion.core.requests import ImageToImageRequest, parse_image_to_image, parse_text_to_image
 from stable_diffusion.core.types import Task
 from stable_diffusion.images.decode import read_image, read_mask
-from stable_diffusion.web.body import read_json_body, read_parts, within_upload_budget
+from stable_diffusion.web.body import parse_json, read_json_body, read_parts, within_upload_budget
 from stable_diffusion.web.decode_queue import decoded
-from stable_diffusion.web.responses import with_error_responses
 
 
 def make_routes(context: Context) -> list[Route]:

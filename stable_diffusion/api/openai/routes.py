@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any, Literal
 
 from PIL import Image
@@ -20,7 +19,8 @@ from starlette.routing import Route
 
 from stable_diffusion.api.context import Context
 from stable_diffusion.api.openai.parameters import OpenaiParameters, parse_edit, parse_generation, read_texts
-from stable_diffusion.api.tasks import consecutive_tasks, image_task, text_task
+from stable_diffusion.api.responses import as_base64, event_stream, image_file, known_error, retry_after, sendable, with_error_responses
+from stable_diffusion.api.tasks import consecutive_tasks, image_task, text_task, with_previews
 from stable_diffusion.core.errors import InvalidRequest, ModelNotFound, ServiceError
 from stable_diffusion.core.types import GeneratedImage, Progress, Task
 from stable_diffusion.images.decode import read_image, read_transparency_as_mask
@@ -29,10 +29,9 @@ from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.runner.client import Updates, begin, generate_all
 from stable_diffusion.web import sse
 from stable_diffusion.web.body import file_part, opened_form, read_json_body, within_upload_budget
-from stable_diffusion.web.caller import ticket_of
 from stable_diffusion.web.decode_queue import decoded
 from stable_diffusion.web.disconnect import while_connected
-from stable_diffusion.web.responses import as_base64, event_stream, image_file, known_error, retry_after, sendable, with_error_responses
+from stable_diffusion.web.headers import ticket_of
 
 PREFIXES = ("/v1/",)
 _PARAMS = {"width": "size", "height": "size"}  # our field, OpenAI's parameter
@@ -123,7 +122,7 @@ def _served(context: Context, asked: OpenaiParameters) -> ModelFolder:
 async def _respond(request: Request, context: Context, event: Event, task: Task, asked: OpenaiParameters) -> Response:
     ticket = ticket_of(request)
     if asked.stream:
-        task = replace(task, preview_every_steps=_steps_between(asked.partial_images, task))
+        task = with_previews(task, _steps_between(asked.partial_images, task), context.policy())
         updates = await while_connected(request, begin(context.client, task, ticket, follow=asked.partial_images > 0))
         return event_stream(_events(updates, context, event, task, asked))
     tasks = consecutive_tasks(task, asked.n)

@@ -17,9 +17,9 @@ from starlette.routing import Route
 from stable_diffusion.api.context import Context
 from stable_diffusion.api.deliver import respond
 from stable_diffusion.api.reproduce.reproduction import Reproduction, differs_in_computing, differs_in_input, has_its_mask, reproduction_of
+from stable_diffusion.api.responses import as_headers, with_error_responses
 from stable_diffusion.api.tasks import image_task, text_task
 from stable_diffusion.core.errors import InvalidRequest
-from stable_diffusion.core.json import parse_json
 from stable_diffusion.core.requests import (
     ImageToImageRequest,
     ReproductionRequest,
@@ -33,9 +33,8 @@ from stable_diffusion.core.types import GeneratedImage, Kind, Task
 from stable_diffusion.images import infotext
 from stable_diffusion.images.decode import read_description, read_image, read_mask, read_transparency_as_mask
 from stable_diffusion.models.folder import ModelFolder
-from stable_diffusion.web.body import read_parts, within_upload_budget
+from stable_diffusion.web.body import parse_json, read_parts, within_upload_budget
 from stable_diffusion.web.decode_queue import decoded
-from stable_diffusion.web.responses import as_headers, with_error_responses
 
 _INPUTS: dict[Kind, tuple[str, ...]] = {"txt2img": (), "img2img": ("img",), "inpaint": ("img", "mask")}
 

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from stable_diffusion import __version__
 from stable_diffusion.api.context import Context
+from stable_diffusion.api.responses import with_error_responses
 from stable_diffusion.api.tasks import kinds_of
 from stable_diffusion.core.requests import MAX_IMAGES, MAX_PIXEL_STEPS, ImageToImageRequest
 from stable_diffusion.core.safety import SafetyPolicy
@@ -28,7 +29,6 @@ from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.runner.readiness import stage_of
 from stable_diffusion.state import metrics
 from stable_diffusion.state.runner_status import RunnerState, living_runners
-from stable_diffusion.web.responses import with_error_responses
 
 _CURRENT_STATE = {"Cache-Control": "no-store"}
 # JSON Schema's names for the limits of a field.

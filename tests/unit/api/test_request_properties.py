@@ -14,13 +14,13 @@ from hypothesis.strategies import SearchStrategy
 from PIL import Image
 from starlette.responses import Response
 
+from stable_diffusion.api import responses
 from stable_diffusion.api.a1111 import parameters as a1111_parameters
 from stable_diffusion.api.a1111 import responses as a1111_responses
 from stable_diffusion.api.openai import parameters as openai_parameters
 from stable_diffusion.api.openai import routes as openai_routes
 from stable_diffusion.api.tasks import consecutive_tasks, image_task, text_task
 from stable_diffusion.core.errors import InvalidRequest, ServiceError
-from stable_diffusion.core.json import parse_json
 from stable_diffusion.core.requests import (
     GenerationRequest,
     ImageToImageRequest,
@@ -34,7 +34,7 @@ from stable_diffusion.images import infotext
 from stable_diffusion.images.decode import read_description
 from stable_diffusion.images.encode import encode
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
-from stable_diffusion.web import responses
+from stable_diffusion.web.body import parse_json
 
 MODEL = check_model(DEMO_FOLDER)
 LONGEST_MESSAGE = 6000  # of an error, in characters: it repeats what was sent only in part

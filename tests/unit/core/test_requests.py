@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from stable_diffusion.core.errors import InvalidRequest
-from stable_diffusion.core.json import parse_json
 from stable_diffusion.core.requests import parse_image_to_image, parse_text_to_image, random_seed
 from stable_diffusion.core.schedulers import SCHEDULERS
+from stable_diffusion.web.body import parse_json
 
 
 def test_only_a_prompt_is_needed() -> None:

@@ -13,7 +13,6 @@ import pytest
 
 from stable_diffusion.core.errors import (
     GenerationFailed,
-    InvalidRequest,
     JobsUnavailable,
     ModelLoading,
     ModelUnavailable,
@@ -41,9 +40,9 @@ def _ready_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     RunnerState(1, "fp32", "demo").enter("ready")
 
 
-def client_of(lines: Lines, policy: Any = "default-on", grace_s: float = 60) -> RunnerClient:
+def client_of(lines: Lines, grace_s: float = 60) -> RunnerClient:
     runner = SimpleNamespace(txt2img=SimpleNamespace(async_stream=lines))
-    return RunnerClient(runner, lambda: policy, Jobs(shared_folder), Unfinished(grace_s))
+    return RunnerClient(runner, Jobs(shared_folder), Unfinished(grace_s))
 
 
 async def never_answers(_: dict[str, Any]) -> AsyncGenerator[str, None]:
@@ -197,12 +196,6 @@ def test_followers_look_less_often_where_they_are_many(monkeypatch: pytest.Monke
 
     assert asyncio.run(follow_with(0)) >= 4
     assert asyncio.run(follow_with(50)) <= 3
-
-
-def test_a_server_that_checks_every_picture_shows_none_before_that() -> None:
-    task = make_task(preview_every_steps=1)
-    assert isinstance(error_of(client_of(full, policy="always"), task), InvalidRequest)
-    assert isinstance(error_of(client_of(full, policy="default-on"), task), QueueFull)
 
 
 def test_an_asynchronous_job_that_is_not_taken_on_is_refused_at_once_and_its_record_says_when_to_try_again() -> None:

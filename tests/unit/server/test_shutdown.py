@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 
 from stable_diffusion.core import shutdown
 from stable_diffusion.core.shutdown import Unfinished
-from stable_diffusion.server.shutdown import Draining
+from stable_diffusion.server.middleware import Draining
 
 
 async def no_messages() -> Any:

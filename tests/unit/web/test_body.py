@@ -16,9 +16,9 @@ from starlette.types import Message
 
 from stable_diffusion.api.a1111 import responses as a1111_responses
 from stable_diffusion.api.openai import routes as openai_routes
+from stable_diffusion.api.responses import error_response, with_error_responses
 from stable_diffusion.core.errors import RequestTimeout, ServiceError
 from stable_diffusion.web import body
-from stable_diffusion.web.responses import error_response, with_error_responses
 
 FORM = {"content-type": "multipart/form-data; boundary=x"}
 FILE = b'--x\r\nContent-Disposition: form-data; name="img"; filename="a.png"\r\n\r\n'

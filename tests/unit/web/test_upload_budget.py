@@ -46,7 +46,7 @@ def small_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_context() -> Context:
-    return Context(RunnerClient(None, lambda: "default-on", Jobs(Path), Unfinished(grace_s=60)), lambda: MODEL)
+    return Context(RunnerClient(None, Jobs(Path), Unfinished(grace_s=60)), lambda: MODEL, lambda: "default-on")
 
 
 def noise() -> bytes:

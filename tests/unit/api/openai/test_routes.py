@@ -67,8 +67,8 @@ def client_of(draws: Draws, requests: list[str]) -> openai.OpenAI:
         return True
 
     runner = SimpleNamespace(txt2img=SimpleNamespace(async_stream=draw), runner_handle_is_ready=is_ready)
-    client = RunnerClient(runner, lambda: "default-on", Jobs(shared_folder), Unfinished(grace_s=60))
-    api = Starlette(routes=make_routes(Context(client, lambda: check_model(DEMO_FOLDER))))
+    client = RunnerClient(runner, Jobs(shared_folder), Unfinished(grace_s=60))
+    api = Starlette(routes=make_routes(Context(client, lambda: check_model(DEMO_FOLDER), lambda: "default-on")))
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
         await api({**scope, RequestContext.KEY: RequestContext(new_job_id())}, receive, send)

@@ -44,8 +44,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def ask(path: str, answer: bool | Exception = True, model: ModelFolder | None = None) -> Any:
     model = model or check_model(DEMO_FOLDER)
-    client = RunnerClient(Runner(answer), lambda: "default-on", Jobs(shared_folder), Unfinished(grace_s=60))
-    response = TestClient(Starlette(routes=make_routes(Context(client, lambda: model)))).get(path)
+    client = RunnerClient(Runner(answer), Jobs(shared_folder), Unfinished(grace_s=60))
+    response = TestClient(Starlette(routes=make_routes(Context(client, lambda: model, lambda: "default-on")))).get(path)
     assert response.status_code == 200
     return response.json()
 

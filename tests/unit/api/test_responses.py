@@ -6,13 +6,13 @@ import h11
 import pytest
 from PIL import Image
 
+from stable_diffusion.api.responses import as_headers, image_file
 from stable_diffusion.core.requests import MAX_PROMPT_CHARACTERS
 from stable_diffusion.core.types import GeneratedImage, ImageFormat
 from stable_diffusion.images import infotext
 from stable_diffusion.images.decode import read_description
 from stable_diffusion.images.encode import MEDIA_TYPES
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
-from stable_diffusion.web.responses import as_headers, image_file
 from tests.tasks import make_task
 
 MODEL = check_model(DEMO_FOLDER)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stable_diffusion.core.errors import InvalidRequest
-from stable_diffusion.core.json import parse_json
+from stable_diffusion.web.body import parse_json
 
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])

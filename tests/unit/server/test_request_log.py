@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from stable_diffusion.core import journal
 from stable_diffusion.core.errors import Cancelled, GenerationFailed, ServiceError, TooManyJobs
 from stable_diffusion.core.types import GeneratedImage, RequestContext, Task
-from stable_diffusion.web.request_log import RequestLog
+from stable_diffusion.server.middleware import RequestLog
 
 TASK = Task(
     kind="txt2img",
@@ -46,7 +46,9 @@ def picture(flagged: bool | None = False, waited_s: float = 0.25) -> GeneratedIm
     return GeneratedImage(Image.new("RGB", (8, 8)), flagged, "", "", waited_s=waited_s)
 
 
-def lines(capsys: pytest.CaptureFixture[str], app: ASGIApp, job_in_path: str | None = None, **scope: Any) -> list[dict[str, Any]]:
+def lines(
+    capsys: pytest.CaptureFixture[str], app: ASGIApp, job_in_path: str | None = None, with_prompts: bool = False, **scope: Any
+) -> list[dict[str, Any]]:
     """What is logged of a request that `app` answers."""
 
     async def nothing(message: Message) -> None:
@@ -60,7 +62,7 @@ def lines(capsys: pytest.CaptureFixture[str], app: ASGIApp, job_in_path: str | N
         raise NotImplementedError
 
     asked = {"type": "http", "method": "POST", "path": "/txt2img", "client": ("192.0.2.1", 1234), **scope}
-    asyncio.run(RequestLog(front_door)(asked, never, nothing))
+    asyncio.run(RequestLog(front_door, lambda: with_prompts)(asked, never, nothing))
     return [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
 
 
@@ -186,17 +188,15 @@ def test_requests_that_only_read_have_no_line(capsys: pytest.CaptureFixture[str]
     assert lines(capsys, answering(200), method="GET") == []
 
 
-def test_nothing_that_a_client_sends_breaks_the_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SD_LOG_PROMPTS", "1")
-    (line,) = lines(capsys, answering(404), path=f"/{NOISY}", client=(NOISY, 0))
+def test_nothing_that_a_client_sends_breaks_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = lines(capsys, answering(404), with_prompts=True, path=f"/{NOISY}", client=(NOISY, 0))
     assert (line["path"], line["client"]) == (f"/{NOISY}", NOISY)
 
 
-def test_prompts_are_logged_only_where_that_is_asked_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_logged_only_where_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     (line,) = lines(capsys, answering(200, picture()))
     assert "secret" not in json.dumps(line)
-    monkeypatch.setenv("SD_LOG_PROMPTS", "1")
-    (line,) = lines(capsys, answering(200, picture()))
+    (line,) = lines(capsys, answering(200, picture()), with_prompts=True)
     assert (line["prompt"], line["negative_prompt"]) == ("a secret", "")
 
 

@@ -1,0 +1,117 @@
+"""Middleware around the front door: the request log, the header against content sniffing, and the end of an API worker.
+
+None of it knows routes or API keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import signal
+import sys
+from collections.abc import Callable
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stable_diffusion.core.errors import Unauthorized
+from stable_diffusion.core.journal import Line, current_line, write_line
+from stable_diffusion.core.shutdown import Unfinished
+
+logger = logging.getLogger("stable_diffusion.requests")
+
+_LOGGED_METHODS = ("POST", "DELETE")
+_MAX_PATH_CHARACTERS = 200
+
+# A worker that is finishing is alive, can be measured, and holds images to be fetched. These requests do not count as unfinished work:
+# uvicorn completes those that it has begun, and a client that keeps asking could delay the end for ever.
+_ALWAYS_ANSWERED = ("/livez", "/healthz", "/metrics")
+_ALWAYS_ANSWERED_UNDER = "/jobs/"
+
+
+class RequestLog:
+    """Logs requests. It surrounds all middleware that may refuse one."""
+
+    def __init__(self, app: ASGIApp, with_prompts: Callable[[], bool]) -> None:
+        self._app = app
+        self._with_prompts = with_prompts()
+        _write_to_standard_output()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        answer = {"method": scope["method"], "path": scope["path"][:_MAX_PATH_CHARACTERS]}
+        line = Line(self._with_prompts, scope["client"][0] if scope.get("client") else None, answer=answer)
+        is_logged = scope["method"] in _LOGGED_METHODS
+        current_line.set(line if is_logged else None)  # a request may start in the context of the previous one on its connection
+
+        async def noting_status(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                answer["status"] = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting_status)
+        finally:
+            if is_logged or answer.get("status") == Unauthorized.status:
+                write_line(line)
+
+
+def _write_to_standard_output() -> None:
+    """Write lines without the prefix of BentoML's log, so that programs can parse them."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+class NoSniffing:
+    """Tells browsers, in every response, not to guess another content type than the declared one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def marked(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)["X-Content-Type-Options"] = "nosniff"
+            await send(message)
+
+        await self._app(scope, receive, marked)
+
+
+class Draining:
+    """After SIGTERM new requests get `refusal`. The signal is passed to uvicorn when all work is finished.
+
+    uvicorn alone stops listening at once, but BentoML's first process keeps the listening socket open for its workers. A client that
+    connects while the last images are generated would wait until all of them are done and then be cut off.
+    """
+
+    def __init__(self, app: ASGIApp, unfinished: Unfinished, refusal: ASGIApp) -> None:
+        self._app = app
+        self._unfinished = unfinished
+        self._refusal = refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            self._take_over_sigterm()
+        if scope["type"] != "http" or (self._unfinished.is_stopping and _is_always_answered(scope["path"])):
+            await self._app(scope, receive, send)
+        elif self._unfinished.is_stopping:
+            await self._refusal(scope, receive, send)
+        else:
+            with self._unfinished.piece_of_work():
+                await self._app(scope, receive, send)
+
+    def _take_over_sigterm(self) -> None:
+        uvicorn_handler = signal.getsignal(signal.SIGTERM)
+        if not callable(uvicorn_handler):
+            return  # not served by uvicorn, which installs its handlers before the application starts
+        stop = functools.partial(uvicorn_handler, signal.SIGTERM, None)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._unfinished.stop_when_done, stop)
+
+
+def _is_always_answered(path: str) -> bool:
+    return path in _ALWAYS_ANSWERED or path.startswith(_ALWAYS_ANSWERED_UNDER)

@@ -1,0 +1,28 @@
+"""Opens the SQLite files that a server's processes share. What they contain does not outlive the server.
+
+Does not know their tables.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def transaction(file: Path, schema: str, *, last_table: str, busy_timeout_s: float) -> Iterator[sqlite3.Connection]:
+    """Open `file` for one transaction, which is rolled back on an exception. Rows have names.
+
+    Creates the tables of `schema` if `last_table` is missing. A caller that reads before it writes begins with BEGIN IMMEDIATE, so that
+    what it has read stays true. Raises sqlite3.Error, also if another process holds the file for longer than `busy_timeout_s`.
+    """
+    with closing(sqlite3.connect(file, timeout=busy_timeout_s)) as database:
+        database.row_factory = sqlite3.Row
+        database.execute("PRAGMA synchronous = OFF")  # nothing here needs to survive a power cut
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (last_table,)).fetchone():
+            database.execute("PRAGMA journal_mode = WAL")
+            database.executescript(schema)
+        with database:
+            yield database

@@ -1,0 +1,138 @@
+"""What a request says in its headers: who sends it, how long it may take, and how the response should come.
+
+Does not read bodies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from stable_diffusion.core.errors import DeadlineExceeded, InvalidRequest
+from stable_diffusion.core.settings import MAX_TIMEOUT_S
+from stable_diffusion.core.types import ImageFormat, RequestContext, Ticket
+from stable_diffusion.images.encode import MEDIA_TYPES
+from stable_diffusion.web import sse
+
+TIMEOUT_HEADER = "Request-Timeout"  # seconds
+_MAX_KEY_CHARACTERS = 255
+
+
+def context_of(request: Request) -> RequestContext:
+    """What the front door has stored about the request."""
+    found: RequestContext = request.scope[RequestContext.KEY]
+    return found
+
+
+def ticket_of(request: Request) -> Ticket:
+    """A ticket for the request: the job id from the front door, the owner, and the remaining time.
+
+    Raises InvalidRequest, or DeadlineExceeded if reading the request has used up the time.
+    """
+    found = context_of(request)
+    left_s = _timeout_s(request) - (time.monotonic() - found.received_s)
+    if left_s <= 0:
+        raise DeadlineExceeded("the time that the request allows was over before it was read")
+    return Ticket(job_id=found.job_id, owner=owner_of(request), timeout_s=left_s)
+
+
+def _timeout_s(request: Request) -> float:
+    text = request.headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return MAX_TIMEOUT_S
+    # No exponents, no signs, no inf or nan.
+    timeout_s = float(text) if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text, re.ASCII) else 0.0
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        message = f"{TIMEOUT_HEADER}: must be a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}"
+        raise InvalidRequest(message, field=TIMEOUT_HEADER)
+    return timeout_s
+
+
+def rename_job(request: Request, job_id: str) -> None:
+    """Assign the request to an existing job, whose id the response then carries, even if it is an error."""
+    context_of(request).job_id = job_id
+
+
+def key_name_of(request: Request) -> str | None:
+    """The name of the request's API key; None if the server has no keys."""
+    return context_of(request).key_name
+
+
+def owner_of(request: Request) -> str:
+    """An opaque identifier of the caller.
+
+    It derives from the API key if the server has keys, else from the Authorization header, or without one from the address.
+    """
+    name = key_name_of(request)
+    if name is not None:
+        return hashlib.sha256(f"key {name}".encode()).hexdigest()[:32]
+    authorization = request.headers.get("authorization", "")
+    if not authorization.partition(" ")[2]:  # clients without a password send an empty header, or only a scheme
+        authorization = ""
+    address = request.client.host if request.client else ""
+    return hashlib.sha256(f"{authorization}\n{'' if authorization else address}".encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """How a client wants the image of a request that generates. `image_format` is None if it accepts none of the types."""
+
+    events: bool  # server-sent events
+    image_format: ImageFormat | None
+    asynchronous: bool  # a job to ask about, without waiting
+    idempotency_key: str | None  # a repeated request with this key gets the job of the first
+
+
+def delivery_of(request: Request) -> Delivery:
+    """Read Accept, Prefer and Idempotency-Key. Raises InvalidRequest."""
+    accepted = accepted_types(request)
+    return Delivery(accepted.events, accepted.image_format, _prefers_no_waiting(request), _idempotency_key(request))
+
+
+def _prefers_no_waiting(request: Request) -> bool:
+    """Whether the client sent `Prefer: respond-async` (RFC 7240, 4.1)."""
+    preferences = ",".join(request.headers.getlist("prefer")).lower().split(",")
+    return any(preference.partition(";")[0].strip() == "respond-async" for preference in preferences)
+
+
+def _idempotency_key(request: Request) -> str | None:
+    """The header Idempotency-Key, with which a repeated request gets the job of the first. Raises InvalidRequest."""
+    key = request.headers.get("idempotency-key")
+    if key is not None and not (0 < len(key) <= _MAX_KEY_CHARACTERS and key.isascii() and key.isprintable()):
+        raise InvalidRequest(f"Idempotency-Key: must have 1 to {_MAX_KEY_CHARACTERS} printable ASCII characters", field="Idempotency-Key")
+    return key
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What the client accepts: events, if it names them, and its preferred image type, if any."""
+
+    events: bool
+    image_format: ImageFormat | None
+
+
+def accepted_types(request: Request) -> Accepted:
+    """Read the Accept header (RFC 9110, 12.5.1). A client without a preference gets jpeg."""
+    accept = ",".join(request.headers.getlist("accept")) or "*/*"
+    formats: dict[str, ImageFormat] = {name: image_format for image_format, name in MEDIA_TYPES.items()}
+    formats |= {"*/*": "jpeg", "image/*": "jpeg", "": "jpeg"}
+    liked: list[tuple[float, str]] = []
+    for entry in accept.split(","):
+        media_type, *options = (part.strip().lower() for part in entry.split(";"))
+        quality = next((option[2:] for option in options if option.startswith("q=")), "1")
+        try:
+            weight = float(quality)
+        except ValueError:
+            weight = 0.0
+        if weight > 0:
+            liked.append((weight, media_type))
+    images_liked = [entry for entry in liked if entry[1] in formats]
+    return Accepted(
+        events=any(media_type == sse.MEDIA_TYPE for _, media_type in liked),
+        # max returns the first of equal entries.
+        image_format=formats[max(images_liked, key=lambda entry: entry[0])[1]] if images_liked else None,
+    )
