@@ -33,7 +33,7 @@ from stable_diffusion.core.requests import GenerationRequest
 from stable_diffusion.core.types import GeneratedImage, ImageFormat, Progress, Task, Ticket
 from stable_diffusion.images.encode import MEDIA_TYPES
 from stable_diffusion.runner.client import Updates, begin, follow, generate, generate_asynchronously
-from stable_diffusion.state.jobs import JobRecord, State, fingerprint
+from stable_diffusion.state.job_record import JobRecord, State, fingerprint
 from stable_diffusion.web import sse
 from stable_diffusion.web.disconnect import while_connected
 from stable_diffusion.web.headers import delivery_of, rename_job, ticket_of

@@ -11,7 +11,8 @@ from pydantic import BaseModel
 
 from stable_diffusion.core.settings import MAX_TIMEOUT_S
 from stable_diffusion.images.encode import MEDIA_TYPES
-from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS, PICTURES_KEPT, PICTURES_KEPT_S
+from stable_diffusion.state.job_record import PICTURES_KEPT, PICTURES_KEPT_S
+from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS
 from stable_diffusion.web import sse
 from stable_diffusion.web.headers import TIMEOUT_HEADER
 

@@ -22,7 +22,7 @@ from stable_diffusion.images import infotext
 from stable_diffusion.images.encode import MEDIA_TYPES, encode, encode_preview
 from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.state.folder import server_token
-from stable_diffusion.state.jobs import PICTURES_KEPT_S
+from stable_diffusion.state.job_record import PICTURES_KEPT_S
 from stable_diffusion.web import sse
 
 SERVER_COOKIE = "job_server"

@@ -32,7 +32,8 @@ from stable_diffusion.core.shutdown import Unfinished
 from stable_diffusion.core.types import GeneratedImage, Progress, Task, Ticket
 from stable_diffusion.runner.readiness import Readiness
 from stable_diffusion.runner.wire import TakenOn, pack_task, unpack_update
-from stable_diffusion.state.jobs import JobRecord, Jobs
+from stable_diffusion.state.job_record import JobRecord
+from stable_diffusion.state.jobs import Jobs
 
 logger = logging.getLogger("stable_diffusion")
 

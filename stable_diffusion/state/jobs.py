@@ -7,7 +7,6 @@ wait for the disk: do not call it on an event loop. It does not depend on how im
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import secrets
@@ -15,40 +14,31 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
-
-from PIL import Image
 
 from stable_diffusion.core.errors import (
     Cancelled,
     GenerationFailed,
     IdempotencyMismatch,
     JobsUnavailable,
-    PictureExpired,
-    PictureNotKept,
     ServiceError,
     TooManyJobs,
     UnknownJob,
-    error_of_type,
 )
 from stable_diffusion.core.fair_share import share_is_left
 from stable_diffusion.core.types import GeneratedImage, ImageFormat, Progress, Task, Ticket
+from stable_diffusion.state.job_record import PICTURES_KEPT, PICTURES_KEPT_S, JobRecord, State, as_png
 from stable_diffusion.state.sqlite import transaction
 
 logger = logging.getLogger("stable_diffusion")
 
-PICTURES_KEPT_S = 3600
-PICTURES_KEPT = 100
 MAX_ASYNCHRONOUS_JOBS = 64  # unfinished ones; each holds one of the 800 connections that BentoML allows to the runner
 _JOBS_REMEMBERED_S = 24 * 3600
 _JOBS_REMEMBERED = 10_000
 _HELD_FOR_S = 60  # after this silence the API worker that should hand the job to a runner is considered dead
 _GIVEN_UP_S = 10
 _BUSY_TIMEOUT_S = 5
-
-State = Literal["queued", "running", "completed", "failed", "cancelled"]
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -66,51 +56,6 @@ CREATE TABLE IF NOT EXISTS idempotency_keys (
     key TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, job_id TEXT NOT NULL, created_at REAL NOT NULL
 );
 """
-
-
-@dataclass(frozen=True)
-class JobRecord:
-    """The stored state of one image of a job. Times in seconds since 1970. `progress` does not contain the preview."""
-
-    id: str
-    index: int
-    task: Task  # without its images
-    asynchronous: bool
-    state: State
-    progress: Progress
-    is_estimated: bool  # False: its position and remaining seconds are not known yet
-    preview_png: bytes | None
-    image_format: ImageFormat | None  # as requested
-    created_at: float
-    ended_at: float | None
-    outcome: dict[str, Any]
-    picture: bytes | None  # PNG
-
-    @property
-    def is_ended(self) -> bool:
-        return self.ended_at is not None
-
-    @property
-    def preview(self) -> Image.Image | None:
-        return None if self.preview_png is None else _image(self.preview_png)
-
-    @property
-    def kept_until(self) -> float | None:
-        return None if self.picture is None or self.ended_at is None else self.ended_at + PICTURES_KEPT_S
-
-    @property
-    def error(self) -> ServiceError | None:
-        return error_of_type(**self.outcome) if self.state in ("failed", "cancelled") else None
-
-    def finished(self) -> GeneratedImage:
-        """The image of a completed job. Raises the job's error, PictureNotKept or PictureExpired."""
-        if self.error is not None:
-            raise self.error
-        if not self.asynchronous:
-            raise PictureNotKept("the picture of this job was sent to the client that asked for it and is not kept")
-        if self.picture is None:
-            raise PictureExpired(f"the picture is gone: the last {PICTURES_KEPT} are kept, for {PICTURES_KEPT_S // 60} minutes")
-        return GeneratedImage(_image(self.picture), **self.outcome)
 
 
 def new_job_id() -> str:
@@ -152,7 +97,7 @@ class Jobs:
                 progress.step,
                 progress.steps,
                 progress.seconds_left,
-                None if progress.preview is None else _png(progress.preview),
+                None if progress.preview is None else as_png(progress.preview),
                 ticket.job_id,
                 ticket.index,
             )
@@ -167,7 +112,7 @@ class Jobs:
 
     def end(self, ticket: Ticket, outcome: GeneratedImage | ServiceError) -> None:
         """Store how a job ended, with the image if the job is asynchronous. Deletes old jobs and images."""
-        picture = _png(outcome.image) if isinstance(outcome, GeneratedImage) and ticket.asynchronous else None
+        picture = as_png(outcome.image) if isinstance(outcome, GeneratedImage) and ticket.asynchronous else None
         state: State = "completed" if isinstance(outcome, GeneratedImage) else _state_of(outcome)
         now = time.time()
         with self._database() as database:
@@ -292,18 +237,6 @@ def _too_many_asynchronous(database: sqlite3.Connection, owner: str) -> int | No
     return None if share_is_left(counts.get(owner, 0), unfinished, owners, MAX_ASYNCHRONOUS_JOBS) else unfinished
 
 
-def fingerprint(task: Task, seed: int | None) -> str:
-    """A digest that distinguishes requests. `seed`: as requested, since a random one differs each time."""
-    digest = hashlib.sha256()
-    for field in fields(Task):
-        value = seed if field.name == "seed" else getattr(task, field.name)
-        digest.update(repr((field.name, None if isinstance(value, Image.Image) else value)).encode("utf-8", "replace"))
-        if isinstance(value, Image.Image):
-            digest.update(repr((value.mode, value.size)).encode())
-            digest.update(value.tobytes())
-    return digest.hexdigest()
-
-
 def _insert(database: sqlite3.Connection, ticket: Ticket, task: Task, runner: int | None) -> None:
     """Insert a job as queued, or claim for `runner` the job that an API worker has accepted."""
     described = json.dumps({field.name: getattr(task, field.name) for field in fields(Task) if field.name not in ("image", "mask")})
@@ -368,14 +301,3 @@ def _record(row: sqlite3.Row, now: float) -> JobRecord:
         outcome=json.loads(row["outcome"] or "{}"),
         picture=None if is_too_old else row["picture"],
     )
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
-
-
-def _image(png: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
-        return image.copy()

@@ -211,6 +211,7 @@ def setting(name: str, value: str) -> list[dict[str, str]]:
 def test_where_nobody_gets_in_the_server_starts_without_keys() -> None:
     assert environment() == {"SD_WITHOUT_KEYS": "1"}
     assert environment(environment_variables=setting("SD_WITHOUT_KEYS", "1")) == {"SD_WITHOUT_KEYS": "1"}
+    assert environment(environment_variables=setting("SD_WITHOUT_KEYS", "true")) == {"SD_WITHOUT_KEYS": "true"}
     assert "SD_WITHOUT_KEYS must be 1" in refusal({"environment_variables": setting("SD_WITHOUT_KEYS", "0")})
 
 

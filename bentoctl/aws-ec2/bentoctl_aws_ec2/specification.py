@@ -128,18 +128,23 @@ def check_keys(spec: Mapping[str, Any]) -> list[str]:
         return ["spec.environment_variables: SD_API_KEYS_FILE names a file, and the container is given none; give api_key_arn"]
     if spec.get("api_key_arn") and "SD_API_KEYS" in given:
         return ["spec.environment_variables: SD_API_KEYS is what the container gets from api_key_arn; give one of the two"]
-    if spec["allowed_cidrs"] and not has_keys(spec) and given.get("SD_WITHOUT_KEYS") != "1":
+    if spec["allowed_cidrs"] and not has_keys(spec) and not _is_on(given.get("SD_WITHOUT_KEYS", "")):
         return [
             "spec.allowed_cidrs: whoever is there could draw without an API key. Give api_key_arn; or SD_WITHOUT_KEYS with the value 1 "
             "in environment_variables, if that is meant"
         ]
-    if not spec["allowed_cidrs"] and not has_keys(spec) and given.get("SD_WITHOUT_KEYS", "1") != "1":
+    if not spec["allowed_cidrs"] and not has_keys(spec) and not _is_on(given.get("SD_WITHOUT_KEYS", "1")):
         return [
             "spec.environment_variables: SD_WITHOUT_KEYS must be 1 where there are no API keys (api_key_arn), or the server does not start"
         ]
     if has_keys(spec) and "metrics" not in [name.strip() for name in given.get("SD_OPEN", "metrics").split(",")]:
         return ["spec.environment_variables: SD_OPEN must have metrics in it, which the machine reads to know how much there is to do"]
     return []
+
+
+def _is_on(value: str) -> bool:
+    """As the server reads it (core/settings.py); the operator is installed without the server's package."""
+    return value.strip().lower() in ("1", "true", "yes", "on")
 
 
 def check_image_tag(image_tag: str, deployment_name: str, region: str) -> list[str]:

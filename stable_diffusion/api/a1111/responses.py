@@ -21,7 +21,7 @@ from stable_diffusion.core.schedulers import SCHEDULERS, SCHEDULES, sampler_of
 from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.images import infotext
 from stable_diffusion.models.folder import ModelFolder
-from stable_diffusion.state.jobs import JobRecord
+from stable_diffusion.state.job_record import JobRecord
 
 PREFIXES = ("/sdapi/", "/internal/")  # of the paths whose errors have this form
 _NOT_USED = -1  # A1111's value for a missing subseed or size

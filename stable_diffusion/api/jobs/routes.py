@@ -15,7 +15,7 @@ from stable_diffusion.api.deliver import accepted_response, description, events_
 from stable_diffusion.api.responses import event_stream, followed_headers, with_error_responses
 from stable_diffusion.core.errors import NotAcceptable
 from stable_diffusion.images.encode import MEDIA_TYPES
-from stable_diffusion.state.jobs import JobRecord
+from stable_diffusion.state.job_record import JobRecord
 from stable_diffusion.web.headers import accepted_types, key_name_of, owner_of
 
 _CANCELLED_WITHIN_S = 2.0  # a step of a large image on a CPU takes longer

@@ -26,7 +26,8 @@ from stable_diffusion.runner import client as client_module
 from stable_diffusion.runner.client import RunnerClient, begin, follow, generate, generate_asynchronously
 from stable_diffusion.runner.wire import pack_outcome, pack_taken_on
 from stable_diffusion.state.folder import shared_folder
-from stable_diffusion.state.jobs import JobRecord, Jobs
+from stable_diffusion.state.job_record import JobRecord
+from stable_diffusion.state.jobs import Jobs
 from stable_diffusion.state.runner_status import RunnerState
 from tests.tasks import make_task
 

@@ -22,7 +22,8 @@ from stable_diffusion.core.errors import (
     UnknownJob,
 )
 from stable_diffusion.core.types import GeneratedImage, Progress, Ticket
-from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS, PICTURES_KEPT, PICTURES_KEPT_S, Jobs, fingerprint, new_job_id
+from stable_diffusion.state.job_record import PICTURES_KEPT, PICTURES_KEPT_S, fingerprint
+from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS, Jobs, new_job_id
 from tests.tasks import make_task
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 16, 3), dtype=np.uint8))

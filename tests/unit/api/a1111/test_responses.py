@@ -15,7 +15,7 @@ from stable_diffusion.api.a1111.responses import error_response, images_response
 from stable_diffusion.core.errors import GenerationFailed, InvalidRequest, NotFound, ServiceError, TooLarge
 from stable_diffusion.core.types import GeneratedImage, Progress, Task
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
-from stable_diffusion.state.jobs import JobRecord
+from stable_diffusion.state.job_record import JobRecord
 from tests.tasks import make_task
 
 MODEL = check_model(DEMO_FOLDER, name="demo")

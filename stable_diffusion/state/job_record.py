@@ -1,0 +1,89 @@
+"""What the job store says of a job: one record per image. Also how it tells whether two requests are the same.
+
+Does not know how records are stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from PIL import Image
+
+from stable_diffusion.core.errors import PictureExpired, PictureNotKept, ServiceError, error_of_type
+from stable_diffusion.core.types import GeneratedImage, ImageFormat, Progress, Task
+
+PICTURES_KEPT_S = 3600
+PICTURES_KEPT = 100
+
+State = Literal["queued", "running", "completed", "failed", "cancelled"]
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """The stored state of one image of a job. Times in seconds since 1970. `progress` does not contain the preview."""
+
+    id: str
+    index: int
+    task: Task  # without its images
+    asynchronous: bool
+    state: State
+    progress: Progress
+    is_estimated: bool  # False: its position and remaining seconds are not known yet
+    preview_png: bytes | None
+    image_format: ImageFormat | None  # as requested
+    created_at: float
+    ended_at: float | None
+    outcome: dict[str, Any]
+    picture: bytes | None  # PNG
+
+    @property
+    def is_ended(self) -> bool:
+        return self.ended_at is not None
+
+    @property
+    def preview(self) -> Image.Image | None:
+        return None if self.preview_png is None else from_png(self.preview_png)
+
+    @property
+    def kept_until(self) -> float | None:
+        return None if self.picture is None or self.ended_at is None else self.ended_at + PICTURES_KEPT_S
+
+    @property
+    def error(self) -> ServiceError | None:
+        return error_of_type(**self.outcome) if self.state in ("failed", "cancelled") else None
+
+    def finished(self) -> GeneratedImage:
+        """The image of a completed job. Raises the job's error, PictureNotKept or PictureExpired."""
+        if self.error is not None:
+            raise self.error
+        if not self.asynchronous:
+            raise PictureNotKept("the picture of this job was sent to the client that asked for it and is not kept")
+        if self.picture is None:
+            raise PictureExpired(f"the picture is gone: the last {PICTURES_KEPT} are kept, for {PICTURES_KEPT_S // 60} minutes")
+        return GeneratedImage(from_png(self.picture), **self.outcome)
+
+
+def fingerprint(task: Task, seed: int | None) -> str:
+    """A digest that distinguishes requests. `seed`: as requested, since a random one differs each time."""
+    digest = hashlib.sha256()
+    for field in fields(Task):
+        value = seed if field.name == "seed" else getattr(task, field.name)
+        digest.update(repr((field.name, None if isinstance(value, Image.Image) else value)).encode("utf-8", "replace"))
+        if isinstance(value, Image.Image):
+            digest.update(repr((value.mode, value.size)).encode())
+            digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def as_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def from_png(png: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+        return image.copy()
