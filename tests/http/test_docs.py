@@ -222,3 +222,9 @@ def test_the_make_targets_that_the_pages_name_exist() -> None:
 
 def test_curl_is_installed() -> None:
     assert shutil.which("curl"), "the examples need curl"
+
+
+def test_the_tests_that_security_names_exist() -> None:
+    named = set(re.findall(r"`(tests/[\w/]+\.py)`", PAGES["SECURITY.md"]))
+    assert named
+    assert [file for file in sorted(named) if not (ROOT / file).exists()] == []
