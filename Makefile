@@ -5,7 +5,7 @@
 # make image-test build both Docker images and run them (needs Docker; half an hour at first)
 # make bench      this project against plain diffusers and BentoML's batching on the demo model: about 40 minutes
 # make soak       half an hour of mixed load and faults: memory flat, every request answered (MINUTES)
-# make check      lint, format and types only
+# make check      lint, format, types, import rules and spelling only
 # make format     rewrite the files as the linter wants them
 # make docs       write the tables in docs/ from the code
 # make audit      known advisories of what a bento installs (asks PyPI)
@@ -32,6 +32,7 @@ AWS_PROVIDER_SCHEMA := cdktf-cdktf-provider-aws==21.22.1
 WEIGHTS := $(if $(filter fp16,$(PRECISION)),fp16/models/v1_4_fp16,fp32/models/v1_4)
 PARALLEL := --numprocesses 2 --dist loadfile
 CODE := stable_diffusion fp32/service.py fp16/service.py tests benchmarks bentoctl/aws-ec2 docs/tables.py
+PROSE := $(wildcard *.md */*.md) Makefile
 
 # The checks run while the tools of the tests are installed.
 MAKEFLAGS += --jobs=2
@@ -92,6 +93,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy $(CODE)
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/codespell $(CODE) $(PROSE) --skip '*.json,*/model/*' --ignore-words-list caf,iif,regio
 	$(BIN)/pip check
 
 format: $(INSTALLED)
