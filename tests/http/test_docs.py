@@ -35,6 +35,7 @@ NOT_RUN = {
     ("CONTRIBUTING.md", "make serve"): STARTS,
     ("CONTRIBUTING.md", "make quick"): ITSELF,
     ("bentoctl/README.md", "source .venv/bin/activate && export BENTOML_DO_NOT_TRACK=True"): AWS,
+    ("bentoctl/README.md", "bentoctl destroy -f deployment_config_fp16.yaml"): AWS,
     ("bentoctl/README.md", "mkdir tokyo && cd tokyo"): AWS,
     ("docs/configuration.md", "SD_API_KEYS_FILE=$PWD/keys SD_RATE_LIMIT=30 make serve HOST=0.0.0.0"): STARTS,
     ("docs/configuration.md", "SD_MODEL=/path/to/folder make serve"): STARTS,

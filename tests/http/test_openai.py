@@ -17,7 +17,7 @@ from tests.http.asking import PROMPT, as_file, draw, picture_of, redraw
 from tests.http.servers import Server
 from tests.http.test_event_stream import cancelled
 
-IN_COMPANY = 2  # levels of 255 by which a picture may differ there, as the README says
+IN_COMPANY = 2  # levels of 255 by which a picture may differ there, as docs/performance.md says
 
 
 @pytest.fixture
