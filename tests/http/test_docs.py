@@ -53,10 +53,7 @@ NOT_RUN = {
 }
 RUN = [example for example in EXAMPLES if example.language in ("bash", "python") and (example.page, example.first_line) not in NOT_RUN]
 # The pages in docs/ have many examples with the default of 50 steps. Here they take fewer; those of README run as they stand.
-FULL, SHORT = (
-    """'{"prompt":"a small red circle on a blue background"}'""",
-    """'{"prompt":"a small red circle on a blue background","num_inference_steps":4}'""",
-)
+FULL, SHORT = """background"}'""", """background","num_inference_steps":4}'"""
 # Any request that an example makes must succeed.
 CURL = 'set -euo pipefail; curl() { command curl --silent --show-error --fail-with-body "$@"; }\n'
 
@@ -229,3 +226,9 @@ def test_the_tests_that_security_names_exist() -> None:
     named = set(re.findall(r"`(tests/[\w/]+\.py)`", PAGES["SECURITY.md"]))
     assert named
     assert [file for file in sorted(named) if not (ROOT / file).exists()] == []
+
+
+def test_the_files_that_contributing_names_exist() -> None:
+    named = set(re.findall(r"`([\w/]+/\w+\.py)`", PAGES["CONTRIBUTING.md"]))
+    assert len(named) > 15
+    assert [file for file in sorted(named) if not ((ROOT / file).exists() or (ROOT / "stable_diffusion" / file).exists())] == []
