@@ -189,7 +189,7 @@ def test_a_request_is_refused_by_name_or_lies_within_the_limits_and_can_be_drawn
 
 
 def assert_within_limits(parameters: GenerationRequest, count: int) -> None:
-    """The numbers of the README."""
+    """The numbers that docs/api.md names."""
     assert len(parameters.prompt) <= 2000 * 18  # one character of a ligature may become several letters
     assert 1 <= parameters.num_inference_steps <= 150
     assert 0 <= parameters.guidance_scale <= 30
