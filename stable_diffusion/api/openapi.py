@@ -1,19 +1,36 @@
-"""The shared parts of the OpenAPI document for operations that generate: load, deadlines, headers, errors, responses.
+"""The shared parts of the OpenAPI document: JSON and events as content; for operations that generate: load, deadlines, headers, errors.
 
-The `openapi` modules of the API packages use them.
+The `openapi` modules of the API packages use them. Where a schema belongs, they put the type that the code reads or sends;
+`server/openapi.py` replaces it by its JSON Schema.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import Field
 
+from stable_diffusion.api.job import Job
 from stable_diffusion.core.settings import MAX_TIMEOUT_S
 from stable_diffusion.images.encode import MEDIA_TYPES
 from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS, PICTURES_KEPT, PICTURES_KEPT_S
 from stable_diffusion.web import sse
 from stable_diffusion.web.caller import TIMEOUT_HEADER
+from stable_diffusion.web.responses import CompletedEvent, Error, PreviewEvent, ProgressEvent, QueuedEvent
+
+
+def json_content(model: Any, **more: Any) -> dict[str, Any]:
+    return {"application/json": {"schema": model, **more}}
+
+
+def event_content(events: dict[str, Any]) -> dict[str, Any]:
+    """The content of a stream: one event's schema. `events` has the type of each event's data, which is JSON."""
+    kinds = []
+    for name, data in events.items():
+        encoded = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
+        kinds.append({"type": "object", "required": ["event", "data"], "properties": {"event": {"const": name}, "data": encoded}})
+    return {sse.MEDIA_TYPE: {"schema": {"oneOf": kinds}}}
+
 
 TIMEOUT_PARAMETER: dict[str, Any] = {
     "name": TIMEOUT_HEADER,
@@ -45,8 +62,9 @@ REQUEST_HEADERS: list[dict[str, Any]] = [
         "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
     },
 ]
-ERROR_CONTENT = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-JOB_CONTENT = {"application/json": {"schema": {"$ref": "#/components/schemas/Job"}}}
+ERROR_CONTENT = json_content(Error)
+JOB_CONTENT = json_content(Job)
+EVENTS = {"queued": QueuedEvent, "progress": ProgressEvent, "preview": PreviewEvent, "completed": CompletedEvent, "error": Error}
 ACCEPTED = {
     "description": f"The job is being drawn. Its picture is kept for {PICTURES_KEPT_S // 60} minutes, the last {PICTURES_KEPT} are.",
     "headers": {"Location": {"description": "The job's address.", "schema": {"type": "string"}}},
@@ -77,6 +95,7 @@ _ANSWER_HEADERS = {
     "strength": "Strength (img2img and inpaint only).",
     "safety_check": "Whether the safety checker was to look at the picture, where the model has one.",
     "safety_flagged": "true: the picture was flagged and is blank. false: it was not. unchecked: nobody looked.",
+    "decoded_again": "Only there if the picture was black or broken and was decoded a second time: float32.",
     "model": "The model; `demo` is the embedded demo model.",
     "Job-Id": "The id of this request's job.",
 }
@@ -93,19 +112,15 @@ _ERRORS = {
 EXAMPLE = {"prompt": "a small red circle on a blue background", "num_inference_steps": 50, "guidance_scale": 7.5, "seed": 1}
 
 
-def schema_reference(model: type[BaseModel]) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{model.__name__}"}
-
-
-def multipart(files: dict[str, str], required: tuple[str, ...], data: dict[str, Any]) -> dict[str, Any]:
-    """The request body of a form: `files` describes each uploaded image, `data` is the schema of the part that holds JSON."""
+def multipart(files: dict[str, str], required: tuple[str, ...], data: Any, example: dict[str, Any]) -> dict[str, Any]:
+    """The request body of a form: `files` describes each uploaded image, `data` is the model of the part that holds JSON."""
     parts: dict[str, Any] = {name: {"type": "string", "format": "binary", "description": text} for name, text in files.items()}
     return {
         "multipart/form-data": {
             "schema": {
                 "type": "object",
                 "required": list(required),
-                "properties": parts | {"data": data},
+                "properties": parts | {"data": Annotated[data, Field(json_schema_extra={"example": example})]},
                 "additionalProperties": False,
             },
             "encoding": {"data": {"contentType": "application/json"}},
@@ -124,7 +139,7 @@ def generates(name: str, summary: str, content: dict[str, Any]) -> dict[str, Any
             "description": "The picture. Or, where Accept asks for text/event-stream, what happens until it is there: the events "
             "queued, progress, preview, completed and error, each with JSON.",
             "headers": headers,
-            "content": {media_type: {} for media_type in (*MEDIA_TYPES.values(), sse.MEDIA_TYPE)},
+            "content": {**{media_type: {} for media_type in MEDIA_TYPES.values()}, **event_content(EVENTS)},
         }
     }
     answers |= {"202": ACCEPTED, **ERRORS}

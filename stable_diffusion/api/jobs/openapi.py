@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from stable_diffusion.api.openapi import ERROR_CONTENT, ERRORS, JOB_CONTENT
+from stable_diffusion.api.job import CompletedJobEvent
+from stable_diffusion.api.openapi import ERROR_CONTENT, ERRORS, EVENTS, JOB_CONTENT, event_content
 from stable_diffusion.images.encode import MEDIA_TYPES
-from stable_diffusion.web.sse import MEDIA_TYPE
+from stable_diffusion.web.responses import CompletedEvent
 
 TAG = {"name": "jobs", "description": "Follow, fetch, cancel"}
 
@@ -46,7 +47,7 @@ def paths() -> dict[str, Any]:
                     "200": {
                         "description": "The events queued, progress, preview, completed and error, each with JSON. "
                         "`completed` has the picture if it is kept.",
-                        "content": {MEDIA_TYPE: {}},
+                        "content": event_content({**EVENTS, "completed": CompletedEvent | CompletedJobEvent}),
                     }
                 },
             ),
@@ -73,31 +74,3 @@ def paths() -> dict[str, Any]:
 
 def _operation(name: str, summary: str, answers: dict[str, Any]) -> dict[str, Any]:
     return {"operationId": name, "summary": summary, "tags": [TAG["name"]], "responses": _UNKNOWN | answers}
-
-
-def schemas() -> dict[str, Any]:
-    count, time = {"type": "integer", "minimum": 0}, {"type": "string", "format": "date-time"}
-    properties: dict[str, Any] = {
-        "id": {"type": "string"},
-        "state": {"enum": ["queued", "running", "completed", "failed", "cancelled"]},
-        "kind": {"enum": ["txt2img", "img2img", "inpaint"]},
-        "images": {"type": "integer", "minimum": 1, "description": "Pictures of the job; steps are those of all of them."},
-        "position": {
-            "type": ["integer", "null"],
-            "minimum": 0,
-            "description": "Its place among those that wait for their first step, 0 for all others; null before it is known.",
-        },
-        "step": count,
-        "steps": count,
-        "seconds_left": {
-            "type": ["number", "null"],
-            "minimum": 0,
-            "description": "Estimated from measured steps, if nobody else comes; null before it is known.",
-        },
-        "created_at": time,
-        "ended_at": {"anyOf": [time, {"type": "null"}]},
-        "picture": {"type": ["string", "null"], "description": "Where it can be fetched."},
-        "picture_kept_until": {"anyOf": [time, {"type": "null"}]},
-    }
-    error = {"$ref": "#/components/schemas/Error/properties/error"}
-    return {"Job": {"type": "object", "required": list(properties), "properties": {**properties, "error": error}}}

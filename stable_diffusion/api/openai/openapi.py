@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from stable_diffusion.api.openai.parameters import ALIASES, OpenaiParameters, drawing_fields
-from stable_diffusion.api.openapi import LOAD_ERRORS, TIMEOUT_PARAMETER
+from stable_diffusion.api.openai.responses import (
+    OpenaiCompleted,
+    OpenaiError,
+    OpenaiErrorEvent,
+    OpenaiImages,
+    OpenaiModels,
+    OpenaiPartialImage,
+)
+from stable_diffusion.api.openapi import LOAD_ERRORS, TIMEOUT_PARAMETER, event_content, json_content
 from stable_diffusion.core.requests import GenerationRequest, ImageToImageRequest, TextToImageRequest
 from stable_diffusion.images.decode import UPLOADS_IN_WORDS
-from stable_diffusion.web import sse
 
 TAG = {"name": "openai", "description": "OpenAI's images API, for its clients"}
 _EXAMPLE = {"prompt": "a small red circle on a blue background", "n": 2, "size": "auto", "seed": 1, "num_inference_steps": 20}
@@ -26,8 +33,8 @@ _ERRORS = {
 
 
 def paths() -> dict[str, Any]:
-    generation = {"application/json": {"schema": _reference("OpenaiGeneration"), "example": _EXAMPLE}}
-    edit = {"multipart/form-data": {"schema": _reference("OpenaiEdit")}}
+    generation = json_content({"$ref": "#/components/schemas/OpenaiGeneration"}, example=_EXAMPLE)
+    edit = {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/OpenaiEdit"}}}
     return {
         "/v1/images/generations": {"post": _draws("createImage", "Draw pictures from text", generation, "image_generation")},
         "/v1/images/edits": {"post": _draws("createImageEdit", "Redraw a picture, or repaint a part of it", edit, "image_edit")},
@@ -36,7 +43,7 @@ def paths() -> dict[str, Any]:
                 "operationId": "listModels",
                 "summary": "The one model that is served",
                 "tags": [TAG["name"]],
-                "responses": {"200": _json("The model.", "OpenaiModels"), "500": _json("A defect of the server.", "OpenaiError")},
+                "responses": {"200": _json("The model.", OpenaiModels), "500": _json("A defect of the server.", OpenaiError)},
             }
         },
     }
@@ -62,9 +69,6 @@ def schemas() -> dict[str, Any]:
     return {
         "OpenaiGeneration": _parameters(TextToImageRequest),
         "OpenaiEdit": edit,
-        "OpenaiImages": _IMAGES,
-        "OpenaiModels": _MODELS,
-        "OpenaiError": _ERROR,
     }
 
 
@@ -88,91 +92,18 @@ def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draws(name: str, summary: str, content: dict[str, Any], event: str) -> dict[str, Any]:
-    answer = _json(
-        f"The pictures. With `stream` server-sent events: `{event}.partial_image` and `{event}.completed`, or `error`.", "OpenaiImages"
-    )
-    answer["content"][sse.MEDIA_TYPE] = {}
+    events = {f"{event}.partial_image": OpenaiPartialImage, f"{event}.completed": OpenaiCompleted, "error": OpenaiErrorEvent}
+    told = f"The pictures. With `stream` server-sent events: `{event}.partial_image` and `{event}.completed`, or `error`."
+    answer = {"description": told, "content": json_content(OpenaiImages) | event_content(events)}
     return {
         "operationId": name,
         "summary": summary,
         "tags": [TAG["name"]],
         "parameters": [TIMEOUT_PARAMETER],
         "requestBody": {"required": True, "content": content},
-        "responses": {"200": answer, **{status: _json(text, "OpenaiError") for status, text in _ERRORS.items()}},
+        "responses": {"200": answer, **{status: _json(text, OpenaiError) for status, text in _ERRORS.items()}},
     }
 
 
-def _json(description: str, schema: str) -> dict[str, Any]:
-    return {"description": description, "content": {"application/json": {"schema": _reference(schema)}}}
-
-
-def _reference(schema: str) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{schema}"}
-
-
-_IMAGES = {
-    "type": "object",
-    "required": ["created", "data", "size", "output_format", "background"],
-    "properties": {
-        "created": {"type": "integer", "description": "Seconds since 1970."},
-        "data": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["b64_json", "seed", "safety_flagged"],
-                "properties": {
-                    "b64_json": {"type": "string", "contentEncoding": "base64"},
-                    "seed": {"type": "integer", "description": "Send it again to get the same picture."},
-                    "safety_flagged": {
-                        "type": ["boolean", "null"],
-                        "description": "true: the picture was flagged and is blank. false: it was not. null: nobody looked.",
-                    },
-                    "prompt_dropped": {
-                        "type": "string",
-                        "description": "Only there if the prompt was too long: the end that was not used.",
-                    },
-                    "negative_prompt_dropped": {"type": "string", "description": "The same of the negative prompt."},
-                },
-            },
-        },
-        "size": {"type": "string", "examples": ["512x512"]},
-        "output_format": {"type": "string", "examples": ["png"]},
-        "background": {"type": "string", "const": "opaque"},
-    },
-}
-_MODELS = {
-    "type": "object",
-    "required": ["object", "data"],
-    "properties": {
-        "object": {"const": "list"},
-        "data": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["id", "object", "created", "owned_by"],
-                "properties": {
-                    "id": {"type": "string"},
-                    "object": {"const": "model"},
-                    "created": {"type": "integer"},
-                    "owned_by": {"type": "string"},
-                },
-            },
-        },
-    },
-}
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string", "examples": ["invalid_request_error"]},
-                "param": {"type": ["string", "null"], "examples": ["size"]},
-                "code": {"type": ["string", "null"], "examples": ["invalid_request"]},
-            },
-        }
-    },
-}
+def _json(description: str, model: Any) -> dict[str, Any]:
+    return {"description": description, "content": json_content(model)}

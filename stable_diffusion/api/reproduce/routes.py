@@ -16,7 +16,14 @@ from starlette.routing import Route
 
 from stable_diffusion.api.context import Context
 from stable_diffusion.api.deliver import respond
-from stable_diffusion.api.reproduce.reproduction import Reproduction, differs_in_computing, differs_in_input, has_its_mask, reproduction_of
+from stable_diffusion.api.reproduce.reproduction import (
+    DryRun,
+    Reproduction,
+    differs_in_computing,
+    differs_in_input,
+    has_its_mask,
+    reproduction_of,
+)
 from stable_diffusion.api.tasks import image_task, text_task
 from stable_diffusion.core.errors import InvalidRequest
 from stable_diffusion.core.json import parse_json
@@ -148,7 +155,8 @@ def _task(
 
 
 def _description(reproduction: Reproduction, missing: list[str], differs: list[str]) -> Response:
-    return JSONResponse({"kind": reproduction.kind, "parameters": reproduction.fields, "missing": missing, "differs": differs})
+    answer: DryRun = {"kind": reproduction.kind, "parameters": reproduction.fields, "missing": missing, "differs": differs}
+    return JSONResponse(answer)
 
 
 def _as_text(differs: list[str]) -> str:
