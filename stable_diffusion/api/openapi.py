@@ -1,4 +1,4 @@
-"""The shared parts of the OpenAPI document: JSON and events as content; for operations that generate: load, deadlines, headers, errors.
+"""The shared parts of the OpenAPI document: operations, responses, events, and what operations that generate have in common.
 
 The `openapi` modules of the API packages use them. Where a schema belongs, they put the type that the code reads or sends;
 `server/openapi.py` replaces it by its JSON Schema.
@@ -19,8 +19,21 @@ from stable_diffusion.web.caller import TIMEOUT_HEADER
 from stable_diffusion.web.responses import CompletedEvent, Error, PreviewEvent, ProgressEvent, QueuedEvent
 
 
+def operation(tag: dict[str, str], name: str, summary: str, responses: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"operationId": name, "summary": summary, "tags": [tag["name"]], **more, "responses": responses}
+
+
 def json_content(model: Any, **more: Any) -> dict[str, Any]:
     return {"application/json": {"schema": model, **more}}
+
+
+def json_response(description: str, model: Any, **more: Any) -> dict[str, Any]:
+    return {"description": description, "content": json_content(model, **more)}
+
+
+def errors(descriptions: dict[str, str], model: Any = Error) -> dict[str, Any]:
+    """The responses of these statuses, with errors of type `model`."""
+    return {status: json_response(description, model) for status, description in descriptions.items()}
 
 
 def event_content(events: dict[str, Any]) -> dict[str, Any]:
@@ -62,24 +75,11 @@ REQUEST_HEADERS: list[dict[str, Any]] = [
         "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
     },
 ]
-ERROR_CONTENT = json_content(Error)
-JOB_CONTENT = json_content(Job)
 EVENTS = {"queued": QueuedEvent, "progress": ProgressEvent, "preview": PreviewEvent, "completed": CompletedEvent, "error": Error}
-ACCEPTED = {
-    "description": f"The job is being drawn. Its picture is kept for {PICTURES_KEPT_S // 60} minutes, the last {PICTURES_KEPT} are.",
+_ACCEPTED = {
+    **json_response(f"The job is being drawn. Its picture is kept for {PICTURES_KEPT_S // 60} minutes, the last {PICTURES_KEPT} are.", Job),
     "headers": {"Location": {"description": "The job's address.", "schema": {"type": "string"}}},
-    "content": JOB_CONTENT,
 }
-ERRORS: dict[str, dict[str, Any]] = {
-    "422": {"description": "The Idempotency-Key was used for another request.", "content": ERROR_CONTENT},
-    "429": {
-        "description": f"{LOAD_ERRORS['429']} Or {MAX_ASYNCHRONOUS_JOBS} jobs that nobody waits for are not finished (`too_many_jobs`).",
-        "headers": {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
-        "content": ERROR_CONTENT,
-    },
-    "499": {"description": "The job was cancelled.", "content": ERROR_CONTENT},
-}
-
 _ANSWER_HEADERS = {
     "prompt": "The prompt as it was used. Text in headers is percent-encoded UTF-8, cut after 1024 characters.",
     "negative_prompt": "The negative prompt as it was used.",
@@ -106,9 +106,13 @@ _ERRORS = {
     "408": "The body stalled or came too slowly; the connection is closed.",
     "413": "The body or an image is too large.",
     "415": "The body is not of the type that the endpoint takes.",
+    "422": "The Idempotency-Key was used for another request.",
+    "499": "The job was cancelled.",
     "500": "The picture could not be computed.",
-    **{status: text for status, text in LOAD_ERRORS.items() if status not in ERRORS},
+    **LOAD_ERRORS,
+    "429": f"{LOAD_ERRORS['429']} Or {MAX_ASYNCHRONOUS_JOBS} jobs that nobody waits for are not finished (`too_many_jobs`).",
 }
+IMAGES_TAG = {"name": "images", "description": "Draw"}
 EXAMPLE = {"prompt": "a small red circle on a blue background", "num_inference_steps": 50, "guidance_scale": 7.5, "seed": 1}
 
 
@@ -128,30 +132,28 @@ def multipart(files: dict[str, str], required: tuple[str, ...], data: Any, examp
     }
 
 
-def generates(name: str, summary: str, content: dict[str, Any]) -> dict[str, Any]:
-    headers = {
-        header: {"description": text, "schema": {"type": "string"}}
-        for header, text in _ANSWER_HEADERS.items()
-        if header != "strength" or name != "txt2img"
-    }
+def generates(
+    name: str,
+    summary: str,
+    content: dict[str, Any],
+    tag: dict[str, str] = IMAGES_TAG,
+    more_headers: dict[str, str] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """The path item of an operation that responds with an image; `more` and `more_headers` are further content and headers of it."""
+    headers = _ANSWER_HEADERS | (more_headers or {})
+    if name == "txt2img":
+        headers.pop("strength")
     answers: dict[str, Any] = {
         "200": {
             "description": "The picture. Or, where Accept asks for text/event-stream, what happens until it is there: the events "
             "queued, progress, preview, completed and error, each with JSON.",
-            "headers": headers,
-            "content": {**{media_type: {} for media_type in MEDIA_TYPES.values()}, **event_content(EVENTS)},
-        }
+            "headers": {header: {"description": text, "schema": {"type": "string"}} for header, text in headers.items()},
+            "content": {**{media_type: {} for media_type in MEDIA_TYPES.values()}, **event_content(EVENTS), **more},
+        },
+        "202": _ACCEPTED,
+        **errors(_ERRORS),
     }
-    answers |= {"202": ACCEPTED, **ERRORS}
-    for status, text in _ERRORS.items():
-        answers[status] = {"description": text, "content": ERROR_CONTENT}
-    return {
-        "post": {
-            "operationId": name,
-            "summary": summary,
-            "tags": ["images"],
-            "parameters": [*REQUEST_HEADERS, TIMEOUT_PARAMETER],
-            "requestBody": {"required": True, "content": content},
-            "responses": answers,
-        }
-    }
+    answers["429"]["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+    parameters, body = [*REQUEST_HEADERS, TIMEOUT_PARAMETER], {"required": True, "content": content}
+    return {"post": operation(tag, name, summary, answers, parameters=parameters, requestBody=body)}

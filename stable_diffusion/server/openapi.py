@@ -20,8 +20,7 @@ from stable_diffusion.server.access import openapi as access
 def document(title: str, version: str) -> dict[str, Any]:
     """All APIs as a JSON-serialisable OpenAPI 3.1 document."""
     apis = (native, reproduce, jobs, openai, a1111, status)
-    probes = {"/livez": _probe("livez", "Is the server process alive?"), "/readyz": _probe("readyz", "Is the model loaded?")}
-    paths = probes | {path: item for api in apis for path, item in api.paths().items()}
+    paths = {path: item for api in apis for path, item in api.paths().items()}
     written = {
         "openapi": "3.1.0",
         "info": {
@@ -59,10 +58,3 @@ def _mapped(node: Any, schema_of: Callable[[Any], Any]) -> Any:
     if isinstance(node, list | tuple):
         return [_mapped(part, schema_of) for part in node]
     return node if isinstance(node, str | int | float | None) else schema_of(node)
-
-
-def _probe(name: str, summary: str) -> dict[str, Any]:
-    answers: dict[str, Any] = {"200": {"description": "Yes.", "content": {"text/plain": {"schema": str}}}}
-    if name == "readyz":
-        answers["503"] = {"description": "Not yet."}
-    return {"get": {"operationId": name, "summary": summary, "tags": [status.TAG["name"]], "responses": answers}}

@@ -21,7 +21,7 @@ from stable_diffusion.api.a1111.responses import (
     samplers_response,
     schedules_response,
 )
-from stable_diffusion.api.openapi import LOAD_ERRORS, TIMEOUT_PARAMETER, json_content
+from stable_diffusion.api.openapi import LOAD_ERRORS, TIMEOUT_PARAMETER, errors, json_content, json_response, operation
 from stable_diffusion.core.requests import ImageToImageRequest
 
 TAG = {"name": "a1111", "description": "A1111's API, for its clients. Unknown fields are ignored, null is as good as a missing field."}
@@ -48,47 +48,38 @@ _ASKING_ERRORS = {"500": _DEFECT, "503": "Where jobs stand cannot be read."}
 
 
 def paths() -> dict[str, Any]:
+    with_picture = {**_EXAMPLE, "init_images": [_EXAMPLE_PICTURE], "denoising_strength": 0.75}
+    unreadable = {"400": "A picture is no base64, damaged or no PNG, JPEG or WebP."}
+    set_options = json_response("Accepted.", type(None))
+    progress = json_response("Idle is exactly progress 0 and job_count 0.", A1111Progress)
+    interrupted = json_response("They are ended before their next step.", dict[str, Any])
     return {
-        "/sdapi/v1/txt2img": {"post": _draws("a1111Txt2img", "Draw pictures from text", TextToImageBody, _EXAMPLE, _DRAWING_ERRORS)},
+        "/sdapi/v1/txt2img": {"post": _draws("Txt2img", "Draw pictures from text", _body(TextToImageBody, _EXAMPLE), {})},
         "/sdapi/v1/img2img": {
             "post": _draws(
-                "a1111Img2img",
-                "Redraw a picture, or with a mask repaint a part of it",
-                ImageToImageBody,
-                {**_EXAMPLE, "init_images": [_EXAMPLE_PICTURE], "denoising_strength": 0.75},
-                {"400": "A picture is no base64, damaged or no PNG, JPEG or WebP.", **_DRAWING_ERRORS},
+                "Img2img", "Redraw a picture, or with a mask repaint a part of it", _body(ImageToImageBody, with_picture), unreadable
             )
         },
         "/sdapi/v1/options": {
-            "get": _gets("a1111Options", "The options: which model is served", "The options.", A1111ServedOptions),
-            "post": {
-                **_described("a1111SetOptions", "Ask for a model: accepted if it is the served one"),
-                "requestBody": _body(Options, {"sd_model_checkpoint": "demo"}),
-                "responses": {"200": _json("Accepted.", type(None)), **_errors(_READING_ERRORS)},
-            },
+            "get": _gets("Options", "The options: which model is served", "The options.", A1111ServedOptions),
+            "post": _operation(
+                "SetOptions",
+                "Ask for a model: accepted if it is the served one",
+                set_options,
+                _READING_ERRORS,
+                requestBody=_body(Options, {"sd_model_checkpoint": "demo"}),
+            ),
         },
-        "/sdapi/v1/sd-models": {"get": _gets("a1111Models", "The one model that is served", "The model.", list[A1111Model])},
-        "/sdapi/v1/samplers": {
-            "get": _gets("a1111Samplers", "The samplers", "The samplers.", list[A1111Sampler], example=samplers_response())
-        },
+        "/sdapi/v1/sd-models": {"get": _gets("Models", "The one model that is served", "The model.", list[A1111Model])},
+        "/sdapi/v1/samplers": {"get": _gets("Samplers", "The samplers", "The samplers.", list[A1111Sampler], samplers_response())},
         "/sdapi/v1/schedulers": {
-            "get": _gets("a1111Schedulers", "The noise levels", "The noise levels.", list[A1111Scheduler], example=schedules_response())
+            "get": _gets("Schedulers", "The noise levels", "The noise levels.", list[A1111Scheduler], schedules_response())
         },
-        "/sdapi/v1/upscalers": {"get": _gets("a1111Upscalers", "No upscalers", "None.", list[A1111Upscaler], example=UPSCALERS)},
-        "/sdapi/v1/progress": {
-            "get": {
-                **_described("a1111Progress", "How far the caller's own jobs are"),
-                "responses": {"200": _json("Idle is exactly progress 0 and job_count 0.", A1111Progress), **_errors(_ASKING_ERRORS)},
-            }
-        },
-        "/sdapi/v1/interrupt": {
-            "post": {
-                **_described("a1111Interrupt", "Cancel the caller's own jobs"),
-                "responses": {"200": _json("They are ended before their next step.", dict[str, Any]), **_errors(_ASKING_ERRORS)},
-            }
-        },
+        "/sdapi/v1/upscalers": {"get": _gets("Upscalers", "No upscalers", "None.", list[A1111Upscaler], UPSCALERS)},
+        "/sdapi/v1/progress": {"get": _operation("Progress", "How far the caller's own jobs are", progress, _ASKING_ERRORS)},
+        "/sdapi/v1/interrupt": {"post": _operation("Interrupt", "Cancel the caller's own jobs", interrupted, _ASKING_ERRORS)},
         **{
-            path: {"get": _gets(f"a1111{_last_words(path)}", "Empty, for clients that ask at start", "Nothing.", _kind(content))}
+            path: {"get": _gets(_last_words(path), "Empty, for clients that ask at start", "Nothing.", _kind(content))}
             for path, content in EMPTY_LISTS.items()
         },
     }
@@ -125,29 +116,22 @@ _LIMIT_KEYS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _LIMITS = _limits()
 
 
-def _draws(name: str, summary: str, model: type[BaseModel], example: dict[str, Any], errors: dict[str, str]) -> dict[str, Any]:
-    described = {**_described(name, summary), "parameters": [TIMEOUT_PARAMETER], "requestBody": _body(model, example)}
-    return {**described, "responses": {"200": _json("The pictures.", A1111Pictures), **_errors(errors)}}
+def _draws(name: str, summary: str, body: dict[str, Any], failures: dict[str, str]) -> dict[str, Any]:
+    answer, failures = json_response("The pictures.", A1111Pictures), {**failures, **_DRAWING_ERRORS}
+    return _operation(name, summary, answer, failures, parameters=[TIMEOUT_PARAMETER], requestBody=body)
 
 
-def _gets(name: str, summary: str, text: str, model: Any, **more: Any) -> dict[str, Any]:
-    return {**_described(name, summary), "responses": {"200": _json(text, model, **more), **_errors({"500": _DEFECT})}}
+def _gets(name: str, summary: str, description: str, model: Any, example: Any = None) -> dict[str, Any]:
+    answer = json_response(description, model, **({} if example is None else {"example": example}))
+    return _operation(name, summary, answer, {"500": _DEFECT})
 
 
-def _described(name: str, summary: str) -> dict[str, Any]:
-    return {"operationId": name, "summary": summary, "tags": [TAG["name"]]}
+def _operation(name: str, summary: str, answer: dict[str, Any], failures: dict[str, str], **more: Any) -> dict[str, Any]:
+    return operation(TAG, f"a1111{name}", summary, {"200": answer, **errors(failures, A1111Error)}, **more)
 
 
 def _body(model: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
     return {"required": True, "content": json_content({"$ref": _REFERENCES.format(model=model.__name__)}, example=example)}
-
-
-def _errors(errors: dict[str, str]) -> dict[str, Any]:
-    return {status: _json(text, A1111Error) for status, text in errors.items()}
-
-
-def _json(text: str, model: Any, **more: Any) -> dict[str, Any]:
-    return {"description": text, "content": json_content(model, **more)}
 
 
 def _kind(content: Any) -> Any:

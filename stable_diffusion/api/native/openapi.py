@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from stable_diffusion.api.openapi import EXAMPLE, generates, json_content, multipart
+from stable_diffusion.api.openapi import EXAMPLE, IMAGES_TAG, generates, json_content, multipart
 from stable_diffusion.core.requests import ImageToImageRequest, TextToImageRequest
 from stable_diffusion.images.decode import UPLOADS_IN_WORDS
 
-TAG = {"name": "images", "description": "Draw"}
+TAG = IMAGES_TAG
 _EXAMPLE = {**EXAMPLE, "strength": 0.8}
 
 

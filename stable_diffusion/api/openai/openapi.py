@@ -5,15 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from stable_diffusion.api.openai.parameters import ALIASES, OpenaiParameters, drawing_fields
-from stable_diffusion.api.openai.responses import (
-    OpenaiCompleted,
-    OpenaiError,
-    OpenaiErrorEvent,
-    OpenaiImages,
-    OpenaiModels,
-    OpenaiPartialImage,
-)
-from stable_diffusion.api.openapi import LOAD_ERRORS, TIMEOUT_PARAMETER, event_content, json_content
+from stable_diffusion.api.openai.responses import EVENTS, OpenaiError, OpenaiImages, OpenaiModels
+from stable_diffusion.api.openapi import LOAD_ERRORS, TIMEOUT_PARAMETER, errors, event_content, json_content, json_response, operation
 from stable_diffusion.core.requests import GenerationRequest, ImageToImageRequest, TextToImageRequest
 from stable_diffusion.images.decode import UPLOADS_IN_WORDS
 
@@ -35,17 +28,11 @@ _ERRORS = {
 def paths() -> dict[str, Any]:
     generation = json_content({"$ref": "#/components/schemas/OpenaiGeneration"}, example=_EXAMPLE)
     edit = {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/OpenaiEdit"}}}
+    models = {"200": json_response("The model.", OpenaiModels), **errors({"500": "A defect of the server."}, OpenaiError)}
     return {
-        "/v1/images/generations": {"post": _draws("createImage", "Draw pictures from text", generation, "image_generation")},
-        "/v1/images/edits": {"post": _draws("createImageEdit", "Redraw a picture, or repaint a part of it", edit, "image_edit")},
-        "/v1/models": {
-            "get": {
-                "operationId": "listModels",
-                "summary": "The one model that is served",
-                "tags": [TAG["name"]],
-                "responses": {"200": _json("The model.", OpenaiModels), "500": _json("A defect of the server.", OpenaiError)},
-            }
-        },
+        "/v1/images/generations": _draws("createImage", "Draw pictures from text", generation, "image_generation"),
+        "/v1/images/edits": _draws("createImageEdit", "Redraw a picture, or repaint a part of it", edit, "image_edit"),
+        "/v1/models": {"get": operation(TAG, "listModels", "The one model that is served", models)},
     }
 
 
@@ -66,10 +53,7 @@ def schemas() -> dict[str, Any]:
     edit = _parameters(ImageToImageRequest)
     edit["properties"] = files | {name: _without_null(schema) for name, schema in edit["properties"].items()}
     edit["required"] = ["image", *edit["required"]]
-    return {
-        "OpenaiGeneration": _parameters(TextToImageRequest),
-        "OpenaiEdit": edit,
-    }
+    return {"OpenaiGeneration": _parameters(TextToImageRequest), "OpenaiEdit": edit}
 
 
 def _parameters(model: type[GenerationRequest]) -> dict[str, Any]:
@@ -92,18 +76,9 @@ def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draws(name: str, summary: str, content: dict[str, Any], event: str) -> dict[str, Any]:
-    events = {f"{event}.partial_image": OpenaiPartialImage, f"{event}.completed": OpenaiCompleted, "error": OpenaiErrorEvent}
+    events = {name.format(event): model for name, model in EVENTS.items()}
     told = f"The pictures. With `stream` server-sent events: `{event}.partial_image` and `{event}.completed`, or `error`."
     answer = {"description": told, "content": json_content(OpenaiImages) | event_content(events)}
-    return {
-        "operationId": name,
-        "summary": summary,
-        "tags": [TAG["name"]],
-        "parameters": [TIMEOUT_PARAMETER],
-        "requestBody": {"required": True, "content": content},
-        "responses": {"200": answer, **{status: _json(text, OpenaiError) for status, text in _ERRORS.items()}},
-    }
-
-
-def _json(description: str, model: Any) -> dict[str, Any]:
-    return {"description": description, "content": json_content(model)}
+    answers = {"200": answer, **errors(_ERRORS, OpenaiError)}
+    body = {"required": True, "content": content}
+    return {"post": operation(TAG, name, summary, answers, parameters=[TIMEOUT_PARAMETER], requestBody=body)}

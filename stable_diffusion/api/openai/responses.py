@@ -111,12 +111,10 @@ class OpenaiErrorEvent(OpenaiError):
     type: Literal["error"]
 
 
-_NO_USAGE: OpenaiUsage = {
-    "total_tokens": 0,
-    "input_tokens": 0,
-    "output_tokens": 0,
-    "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
-}
+# By name, in which "{}" is image_generation or image_edit.
+EVENTS = {"{}.partial_image": OpenaiPartialImage, "{}.completed": OpenaiCompleted, "error": OpenaiErrorEvent}
+_NO_TOKENS: OpenaiInputTokens = {"text_tokens": 0, "image_tokens": 0}
+_NO_USAGE: OpenaiUsage = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0, "input_tokens_details": _NO_TOKENS}
 
 
 def images_response(tasks: Sequence[Task], pictures: Sequence[GeneratedImage], model: ModelFolder, asked: OpenaiParameters) -> OpenaiImages:

@@ -7,23 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from typing_extensions import TypedDict
 
 from stable_diffusion.api.context import Context
 from stable_diffusion.api.deliver import respond
-from stable_diffusion.api.reproduce.reproduction import (
-    DryRun,
-    Reproduction,
-    differs_in_computing,
-    differs_in_input,
-    has_its_mask,
-    reproduction_of,
-)
+from stable_diffusion.api.reproduce.reproduction import Reproduction, differs_in_computing, differs_in_input, has_its_mask, reproduction_of
 from stable_diffusion.api.tasks import image_task, text_task
 from stable_diffusion.core.errors import InvalidRequest
 from stable_diffusion.core.json import parse_json
@@ -152,6 +147,21 @@ def _task(
     except InvalidRequest:  # nothing in it is transparent
         return task
     return by_transparency if has_its_mask(said, by_transparency) else task
+
+
+class DryRun(TypedDict):
+    """The response where nothing is generated: `dry_run` was asked for, or parts are missing."""
+
+    kind: Kind
+    parameters: Annotated[dict[str, Any], Field(description="The fields of a request that draws it again.")]
+    missing: Annotated[list[str], Field(description="Parts that drawing it needs and that were not sent.")]
+    differs: Annotated[
+        list[str],
+        Field(
+            description="What would differ, as far as it is known before drawing.",
+            examples=[["Model: v1_4 (d3f0a1b2c3), here demo (b7503e29ef)", "torch: 2.12.0, here 2.13.0"]],
+        ),
+    ]
 
 
 def _description(reproduction: Reproduction, missing: list[str], differs: list[str]) -> Response:

@@ -1,28 +1,30 @@
-"""/status, /capabilities and /metrics in the OpenAPI document."""
+"""/status, /capabilities, /metrics and the probes in the OpenAPI document."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from stable_diffusion.api.openapi import ERROR_CONTENT, json_content
+from stable_diffusion.api.openapi import errors, json_response, operation
 from stable_diffusion.api.status.responses import Capabilities, Status
 
 TAG = {"name": "operation", "description": "Run"}
-_STOPPING = {"503": {"description": "The server is shutting down.", "content": ERROR_CONTENT}}
 
 
 def paths() -> dict[str, Any]:
-    text = {"text/plain": {"schema": str}}
-    stands = "How far the server is: model, device, loading stage, caps, versions"
     return {
-        "/status": _get("status", stands, json_content(Status), _STOPPING),
-        "/capabilities": _get(
-            "capabilities", "What can be asked for: limits, schedulers, sizes, formats", json_content(Capabilities), _STOPPING
-        ),
-        "/metrics": _get("metrics", "Prometheus metrics", text, {}),
+        "/status": _json("status", "How far the server is: model, device, loading stage, caps, versions", Status),
+        "/capabilities": _json("capabilities", "What can be asked for: limits, schedulers, sizes, formats", Capabilities),
+        "/metrics": _text("metrics", "Prometheus metrics", "Prometheus metrics."),
+        "/livez": _text("livez", "Is the server process alive?", "Yes."),
+        "/readyz": _text("readyz", "Is the model loaded?", "Yes.", {"503": {"description": "Not yet."}}),
     }
 
 
-def _get(name: str, summary: str, content: dict[str, Any], errors: dict[str, Any]) -> dict[str, Any]:
-    answers = {"200": {"description": f"{summary}.", "content": content}, **errors}
-    return {"get": {"operationId": name, "summary": summary, "tags": [TAG["name"]], "responses": answers}}
+def _json(name: str, summary: str, model: Any) -> dict[str, Any]:
+    answers = {"200": json_response(f"{summary}.", model), **errors({"503": "The server is shutting down."})}
+    return {"get": operation(TAG, name, summary, answers)}
+
+
+def _text(name: str, summary: str, description: str, failures: dict[str, Any] | None = None) -> dict[str, Any]:
+    answer = {"description": description, "content": {"text/plain": {"schema": str}}}
+    return {"get": operation(TAG, name, summary, {"200": answer, **(failures or {})})}
