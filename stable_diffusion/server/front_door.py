@@ -16,8 +16,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_diffusion.api import a1111, openai, responses
-from stable_diffusion.api.dialect import Dialect
+from stable_diffusion.api import responses
+from stable_diffusion.api.dialect import dialect_of
 from stable_diffusion.core import journal
 from stable_diffusion.core.errors import RateLimited, Unauthorized
 from stable_diffusion.core.types import RequestContext
@@ -160,13 +160,11 @@ async def refuse_while_stopping(scope: Scope, receive: Receive, send: Send) -> N
 
 def _refusal(path: str, status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
     """A refusal in the error form of the API that the path belongs to."""
-    dialect = next((one for one in _DIALECTS if path.startswith(one.PREFIXES)), None)
+    dialect = dialect_of(path)
     refuse = responses.refusal if dialect is None else dialect.refusal
     return refuse(status, kind, message, headers)
 
 
-# APIs whose clients expect another form of errors than the native one.
-_DIALECTS: tuple[Dialect, ...] = (openai, a1111)
 _REALM = "stable_diffusion"
 _ASSETS = tuple(f"/static_content/{name}" for name in PAGE_ASSETS)
 _BENTOML_PATHS = ("/livez", "/healthz", *_ASSETS)

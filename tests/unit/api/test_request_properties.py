@@ -18,7 +18,7 @@ from stable_diffusion.api import responses
 from stable_diffusion.api.a1111 import parameters as a1111_parameters
 from stable_diffusion.api.a1111 import responses as a1111_responses
 from stable_diffusion.api.openai import parameters as openai_parameters
-from stable_diffusion.api.openai import routes as openai_routes
+from stable_diffusion.api.openai import responses as openai_responses
 from stable_diffusion.api.tasks import consecutive_tasks, image_task, text_task
 from stable_diffusion.core.errors import InvalidRequest, ServiceError
 from stable_diffusion.core.requests import (
@@ -152,8 +152,8 @@ _OPENAI_FIELDS = [
 DOORS: list[Door] = [
     (of_plain_text, [name for name in ImageToImageRequest.model_fields if name != "strength"], responses.error_response),
     (of_plain_picture, list(ImageToImageRequest.model_fields), responses.error_response),
-    (of_openai, [name for name in _OPENAI_FIELDS if name != "strength"], openai_routes.error_response),
-    (of_openai_form, _OPENAI_FIELDS, openai_routes.error_response),
+    (of_openai, [name for name in _OPENAI_FIELDS if name != "strength"], openai_responses.error_response),
+    (of_openai_form, _OPENAI_FIELDS, openai_responses.error_response),
     (of_a1111_text, list(a1111_parameters.TextToImageBody.model_fields), a1111_responses.error_response),
     (of_a1111_picture, list(a1111_parameters.ImageToImageBody.model_fields), a1111_responses.error_response),
 ]
