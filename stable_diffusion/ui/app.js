@@ -1,11 +1,11 @@
 /** The page: connects the form, the drawing, the results and the history. */
 
 import { Unreachable } from "./connection.js";
-import { applyLimits, capitalised, clearProblems, notNumbers, readSettings, showProblems, writeSettings } from "./form.js";
+import { applyCapabilities, capitalised, clearProblems, notNumbers, readSettings, showProblems, writeSettings } from "./form.js";
 import { openHistory } from "./history.js";
 import { openInput } from "./input.js";
 import { element, inWords, openCard } from "./results.js";
-import { blobOf, describeFields, draw, Refused } from "./service.js";
+import { blobOf, readCapabilities, draw, Refused } from "./service.js";
 
 const TEXT_FIELDS = ["prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "scheduler", "seed"];
 const PREVIEWS = 20; // of a picture
@@ -47,11 +47,11 @@ part("draw").disabled = false;
 
 async function readLimits() {
   try {
-    const { fields, example } = await describeFields();
-    applyLimits(form, fields, example);
-    seedLimit = fields.seed.exclusiveMaximum;
+    const capabilities = await readCapabilities();
+    applyCapabilities(form, capabilities);
+    seedLimit = capabilities.fields.seed.exclusiveMaximum;
   } catch (error) {
-    alertTo(`The limits and the noise schedulers could not be read from the server (docs.json: ${error.message}). Reload the page to try again.`);
+    alertTo(`The limits and the noise schedulers could not be read from the server (/capabilities: ${error.message}). Reload the page to try again.`);
   }
 }
 

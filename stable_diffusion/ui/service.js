@@ -11,15 +11,11 @@ export class Refused extends Error {
   }
 }
 
-/** Each field's JSON schema by name, from the server's own description, and an example of a prompt. */
-export async function describeFields() {
-  const answer = await fetch("../docs.json");
+/** What the server says of itself: `fields` has the limits and defaults of each, `schedulers` their names. Raises Unreachable or Error. */
+export async function readCapabilities() {
+  const answer = await reached(fetch("../capabilities"));
   if (!answer.ok) throw new Error(`status ${answer.status}`);
-  const document = await answer.json();
-  const { properties } = document.components.schemas.ImageToImageRequest;
-  const { example } = document.paths["/txt2img"].post.requestBody.content["application/json"];
-  const fields = Object.entries(properties).map(([name, { anyOf, ...schema }]) => [name, { ...anyOf?.[0], ...schema }]);
-  return { fields: Object.fromEntries(fields), example };
+  return answer.json();
 }
 
 /**

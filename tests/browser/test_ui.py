@@ -1,138 +1,29 @@
-"""The page at /ui in a real browser: Debian's Chromium, driven by Playwright, against a started server."""
+"""The page at /ui in a real browser."""
 
 from __future__ import annotations
 
 import base64
-import io
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, Request, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from stable_diffusion.core.schedulers import SCHEDULERS
 from stable_diffusion.demo.shapes import judge, nearest_colour
+from tests.browser.visit import CHROMIUM, Visit, decoded
 from tests.http.asking import as_file
 from tests.http.servers import ROOT, Server
 from tests.http.test_event_stream import cancelled
 
-CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
-# A container's root has no sandbox; the rest keeps the browser from asking the internet anything.
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 PROMPT = "a red circle on a blue background"
 PHONE = {"viewport": {"width": 320, "height": 640}, "has_touch": True, "is_mobile": True}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield chromium
-        chromium.close()
-
-
-@dataclass
-class Visit:
-    """A page of a browser's user of its own, and what went on below it."""
-
-    server: Server
-    context: BrowserContext
-    page: Page
-    asked: list[str] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
-
-    def begin(self) -> None:
-        self.page.on("request", self._note_request)
-        self.page.on("console", self._note_console)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.open()
-
-    def open(self) -> None:
-        self.page.goto(f"{self.server.url}/ui")
-        expect(self.draw).to_be_enabled()
-
-    def _note_request(self, request: Request) -> None:
-        self.asked.append(request.url)
-
-    def _note_console(self, message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning"):
-            self.complaints.append(message.text)
-
-    def control(self, name: str) -> Locator:
-        return self.page.locator(f"#{name}")
-
-    @property
-    def draw(self) -> Locator:
-        return self.control("draw")
-
-    def fill(self, **values: object) -> None:
-        for name, value in values.items():
-            self.control(name).fill(str(value))
-
-    def pictures(self, count: int = 1) -> list[Image.Image]:
-        """As the browser has decoded them, when all are there."""
-        expect(self.page.locator("#cards figcaption")).to_have_count(count, timeout=60_000)
-        expect(self.draw).to_be_visible()
-        shown = self.page.locator("#cards img").all()
-        return [_decoded(image) for image in shown]
-
-
-def _decoded(image: Locator) -> Image.Image:
-    url = image.evaluate(
-        """async (image) => {
-             await image.decode();
-             const canvas = document.createElement("canvas");
-             [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
-             canvas.getContext("2d").drawImage(image, 0, 0);
-             return canvas.toDataURL("image/png");
-           }"""
-    )
-    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
-
-
-@pytest.fixture
-def visiting(browser: Browser, server: Server) -> Iterator[Callable[..., Visit]]:
-    """Opens the page. In the end nothing may have been asked of anybody else, and nothing may have been complained about."""
-    visits: list[Visit] = []
-
-    def open_page(script: str = "", **options: Any) -> Visit:
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
-        context.set_default_timeout(20_000)
-        if script:
-            context.add_init_script(script)
-        visit = Visit(server, context, context.new_page())
-        visits.append(visit)
-        visit.begin()
-        return visit
-
-    yield open_page
-    for visit in visits:
-        visit.context.close()
-    for visit in visits:
-        assert [url for url in visit.asked if not url.startswith((f"{server.url}/", "blob:", "data:"))] == []
-        assert visit.complaints == []
-
-
-@pytest.fixture
-def visit(visiting: Callable[..., Visit]) -> Visit:
-    return visiting()
 
 
 def test_text_is_drawn_with_the_keyboard_alone_and_previews_and_progress_are_shown(visit: Visit) -> None:
@@ -193,7 +84,7 @@ def test_a_dropped_picture_is_redrawn(visit: Visit, input_picture: Image.Image) 
     assert (verdict.colour, verdict.background) == ("yellow", "green")
     visit.page.get_by_role("button", name="Use as input").click()
     expect(visit.control("img")).to_be_focused()
-    assert _decoded(visit.control("input-picture")).tobytes() == picture.tobytes()
+    assert decoded(visit.control("input-picture")).tobytes() == picture.tobytes()
 
 
 def test_a_file_that_the_server_would_not_take_is_sent_as_one_that_it_does(visit: Visit) -> None:
@@ -207,7 +98,7 @@ def test_a_file_that_the_server_would_not_take_is_sent_as_one_that_it_does(visit
 
 def test_what_is_no_picture_is_said_at_its_field(visit: Visit) -> None:
     visit.control("img").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
-    expect(visit.control("img-problem")).to_contain_text("cannot read")
+    expect(visit.control("img-problem")).to_contain_text("not an image that this browser can show")
     expect(visit.control("input")).to_be_hidden()
 
 
@@ -391,7 +282,7 @@ def test_a_server_that_is_gone_is_said_to_be(visit: Visit) -> None:
     visit.fill(prompt=PROMPT)
     visit.draw.click()
     expect(visit.page.get_by_role("alert")).to_have_text("The server cannot be reached. Is it still running?")
-    visit.page.route("**/docs.json", lambda route: route.abort())
+    visit.page.route("**/capabilities", lambda route: route.abort())
     visit.open()
     expect(visit.page.get_by_role("alert")).to_contain_text("could not be read from the server")
     visit.complaints[:] = [text for text in visit.complaints if "net::ERR_FAILED" not in text]
