@@ -1,4 +1,4 @@
-/** The fields: their limits, their values, and what is wrong with them. Knows nothing of drawing. */
+/** The fields: their limits, their values, and what is wrong with them. Knows nothing of requests. */
 
 /** Limits, defaults and choices as the server tells them in GET /capabilities. */
 export function applyCapabilities(form, { fields, schedulers }) {
@@ -44,7 +44,7 @@ export function writeSettings(form, names, settings) {
 /** Fields that hold what is no number at all, which a browser tells nobody but us. */
 export function notNumbers(form) {
   const wrong = [...form.querySelectorAll("input[type=number]")].filter((control) => control.validity.badInput);
-  return wrong.map(({ id }) => ({ field: id, message: "This is not a number." }));
+  return wrong.map(({ id }) => ({ field: id, message: "Enter a number." }));
 }
 
 /** Show each problem at its field and go to the first one. Returns those whose field is not in the form. */

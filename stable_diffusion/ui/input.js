@@ -1,4 +1,4 @@
-/** The picture to start from: chosen, dropped or taken from a result, with the mask over it. Knows nothing of drawing. */
+/** The image to start from: chosen, dropped or taken from a result, with the mask over it. Knows nothing of requests. */
 
 import { openMask } from "./mask.js";
 import { prepareUpload } from "./upload.js";
@@ -9,7 +9,7 @@ export function openInput(form, onProblem) {
   const panel = part("input");
   const shown = part("input-picture");
   const mask = openMask(part("mask"));
-  let picture = null;
+  let image = null;
   let taking = Promise.resolve();
 
   const kind = () => form.elements.kind.value;
@@ -17,14 +17,14 @@ export function openInput(form, onProblem) {
     part("mask-tools").hidden = part("mask").hidden = kind() !== "inpaint";
   };
   const show = () => {
-    panel.hidden = !picture;
-    part("choose-label").textContent = picture ? "Choose another picture" : "Choose a picture";
+    panel.hidden = !image;
+    part("choose-label").textContent = image ? "Choose another image" : "Choose an image";
     showKind();
   };
   const take = async (file) => {
     try {
       const { blob: taken, width, height } = await prepareUpload(file);
-      picture = taken;
+      image = taken;
       URL.revokeObjectURL(shown.src);
       shown.src = URL.createObjectURL(taken);
       part("input-frame").style.setProperty("--ratio", width / height);
@@ -39,7 +39,7 @@ export function openInput(form, onProblem) {
   // One after the other, so that the file that was chosen last is the one that stays, however long each takes.
   const set = (file) => (taking = taking.then(() => take(file)));
   const remove = () => {
-    picture = null;
+    image = null;
     URL.revokeObjectURL(shown.src);
     shown.removeAttribute("src");
     show();
@@ -65,17 +65,18 @@ export function openInput(form, onProblem) {
 
   return {
     set,
-    /** {kind, picture, mask}: what is to be sent. An inpainting without a mask is one where nothing is painted. */
+    /** {kind, image, mask}: what is to be sent. "inpaint" without a mask: nothing is painted. */
     async read() {
       await taking;
-      if (!picture) return { kind: "txt2img", picture: null, mask: null };
-      if (kind() === "img2img") return { kind: "img2img", picture, mask: null };
-      return { kind: "inpaint", picture, mask: mask.isEmpty() ? null : await mask.toBlob() };
+      if (!image) return { kind: "txt2img", image: null, mask: null };
+      if (kind() === "img2img") return { kind: "img2img", image, mask: null };
+      return { kind: "inpaint", image, mask: mask.isEmpty() ? null : await mask.toBlob() };
     },
-    async write({ kind, picture, mask: painted }) {
-      if (!picture) return remove();
+    async write({ kind, image, mask: painted }) {
+      await taking;
+      if (!image) return remove();
       form.elements.kind.value = kind;
-      await set(picture);
+      await set(image);
       if (painted) await mask.load(painted);
     },
   };

@@ -36,14 +36,14 @@ async function bytesOf(file) {
 /** An ImageBitmap, or an <img> of an SVG: a bitmap is refused where a file is cut short, of which an <img> shows the rest as nothing. */
 async function decoded(bytes) {
   try {
-    return isMarkup(bytes) ? await drawing(bytes) : await createImageBitmap(new Blob([bytes]));
+    return isMarkup(bytes) ? await svgImage(bytes) : await createImageBitmap(new Blob([bytes]));
   } catch {
     throw new Error(notShown(kindOf(bytes)));
   }
 }
 
 /** createImageBitmap reads no SVG. One that does not say how large it is gets a size from some browsers. */
-async function drawing(bytes) {
+async function svgImage(bytes) {
   const url = URL.createObjectURL(new Blob([bytes], { type: "image/svg+xml" }));
   const image = new Image();
   image.src = url;

@@ -58,7 +58,7 @@ def test_text_is_drawn_with_the_keyboard_alone_and_previews_and_progress_are_sho
     assert (verdict.colour, verdict.background, verdict.shape) == ("red", "blue", "circle")
     expect(visit.draw).to_be_focused()
     expect(visit.page.get_by_role("img", name=PROMPT)).to_be_visible()
-    expect(visit.page.get_by_role("status")).to_have_text("The picture is there.")
+    expect(visit.page.get_by_role("status")).to_have_text("The image is ready.")
     seen = visit.page.evaluate("window.seen")
     assert {maximum for _, maximum, _ in seen} >= {41}, "PNDM takes one step more"
     assert len({source for _, _, source in seen if source}) > 3, "previews"
@@ -76,7 +76,7 @@ def test_a_dropped_picture_is_redrawn(visit: Visit, input_picture: Image.Image) 
            }""",
         content,
     )
-    expect(visit.page.get_by_role("img", name="The picture to start from")).to_be_visible()
+    expect(visit.page.get_by_role("img", name="The image to start from")).to_be_visible()
     visit.fill(prompt="a yellow square on a green background", num_inference_steps=10, seed=1, strength=0.3)
     visit.draw.click()
     (picture,) = visit.pictures()
@@ -120,7 +120,7 @@ def test_what_was_painted_is_repainted_and_nothing_else(visit: Visit, input_pict
         mouse.down()
         mouse.move(box["x"] + share * box["width"], box["y"] + box["height"] - 1, steps=5)
         mouse.up()
-    expect(visit.control("mask")).to_have_attribute("aria-label", re.compile(r"Mask: 4\d % of the picture is painted"))
+    expect(visit.control("mask")).to_have_attribute("aria-label", re.compile(r"Mask: 4\d % of the image is painted"))
     visit.draw.click()
     (picture,) = visit.pictures()
     before, after = np.asarray(input_picture), np.asarray(picture)
@@ -130,16 +130,16 @@ def test_what_was_painted_is_repainted_and_nothing_else(visit: Visit, input_pict
 
 def test_a_mask_needs_no_pointer(visit: Visit, input_picture: Image.Image) -> None:
     visit.control("img").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": as_file(input_picture)})
-    visit.page.get_by_role("radio", name="Redraw all").focus()
+    visit.page.get_by_role("radio", name="Repaint all").focus()
     visit.page.keyboard.press("ArrowRight")
     visit.page.get_by_text("Rectangle by numbers").press("Enter")
     visit.fill(left=50, top=0, right=100, bottom=100)
     visit.page.get_by_role("button", name="Paint the rectangle").press("Enter")
-    expect(visit.page.get_by_role("img", name="Mask: 50 % of the picture is painted")).to_be_visible()
+    expect(visit.page.get_by_role("img", name="Mask: 50 % of the image is painted")).to_be_visible()
     visit.page.get_by_role("button", name="Clear the mask").press("Enter")
-    expect(visit.page.get_by_role("img", name="Mask: 0 % of the picture is painted")).to_be_visible()
+    expect(visit.page.get_by_role("img", name="Mask: 0 % of the image is painted")).to_be_visible()
     visit.page.get_by_role("button", name="Paint everything").press("Enter")
-    expect(visit.page.get_by_role("img", name="Mask: 100 % of the picture is painted")).to_be_visible()
+    expect(visit.page.get_by_role("img", name="Mask: 100 % of the image is painted")).to_be_visible()
 
 
 def without_refusals(visit: Visit) -> None:
@@ -155,7 +155,7 @@ def test_what_the_server_refuses_is_said_at_the_field(visit: Visit) -> None:
     expect(visit.control("width")).to_have_attribute("aria-describedby", "width-problem")
     expect(visit.control("prompt")).to_have_attribute("aria-invalid", "true")
     expect(visit.control("prompt")).to_be_focused()
-    expect(visit.page.get_by_role("alert")).to_have_text("Please look at the marked fields.")
+    expect(visit.page.get_by_role("alert")).to_have_text("Check the marked fields.")
     visit.fill(prompt=PROMPT, width=72, num_inference_steps=2, count=1)
     visit.control("prompt").press("Control+Enter")
     (picture,) = visit.pictures()
@@ -165,7 +165,7 @@ def test_what_the_server_refuses_is_said_at_the_field(visit: Visit) -> None:
     visit.fill(num_inference_steps=5000)
     visit.draw.click()
     expect(visit.control("num_inference_steps-problem")).to_have_text("Must be less than or equal to 150")
-    expect(visit.page.get_by_role("alert")).to_have_text("Please look at the marked field.")
+    expect(visit.page.get_by_role("alert")).to_have_text("Check the marked field.")
     assert visit.pictures()[0].tobytes() == picture.tobytes(), "what was drawn before is still there"
     without_refusals(visit)
 
@@ -174,7 +174,7 @@ def test_cancelled_pictures_are_not_drawn_on(visit: Visit) -> None:
     before = cancelled(visit.server)
     visit.fill(prompt=PROMPT, num_inference_steps=150, count=3, seed=7)
     visit.draw.click()
-    states = visit.page.locator("#cards .drawing span:not(.unseen)")
+    states = visit.page.locator("#cards .generating span:not(.unseen)")
     for number in range(3):
         expect(states.nth(number)).to_contain_text(" of 151")
     visit.page.locator("#cards button").first.click()
@@ -196,11 +196,11 @@ def test_four_pictures_are_drawn_at_once_and_the_others_when_there_is_room(visit
 
     visit.fill(prompt=PROMPT, num_inference_steps=150, width=64, height=64, count=6, seed=7)
     visit.draw.click()
-    states = visit.page.locator("#cards .drawing span:not(.unseen)")
+    states = visit.page.locator("#cards .generating span:not(.unseen)")
     for number in range(4):
         expect(states.nth(number)).to_contain_text(" of 151")
     for number in (4, 5):
-        expect(states.nth(number)).to_have_text("Waiting for the others")
+        expect(states.nth(number)).to_have_text("Waiting for other images")
     assert asked() == 4
     visit.page.get_by_role("button", name="Cancel (seed 11)").click()
     expect(states.nth(4)).to_have_text("Cancelled")
@@ -236,7 +236,7 @@ def test_a_picture_and_its_settings_are_found_again_after_a_reload(visit: Visit,
     for name, value in {**expected, "scheduler": "Euler a", "width": ""}.items():
         expect(visit.control(name)).to_have_value(value)
     expect(visit.control("seed")).to_have_value(re.compile(r"\d+"))
-    expect(visit.page.get_by_role("img", name="Mask: 100 % of the picture is painted")).to_be_visible()
+    expect(visit.page.get_by_role("img", name="Mask: 100 % of the image is painted")).to_be_visible()
     visit.draw.click()
     expect(visit.page.locator("#history-list li")).to_have_count(2)
     (again,) = visit.pictures()
@@ -246,6 +246,28 @@ def test_a_picture_and_its_settings_are_found_again_after_a_reload(visit: Visit,
     expect(visit.control("history")).to_be_hidden()
     visit.open()
     expect(visit.control("history")).to_be_hidden()
+
+
+def test_what_an_earlier_version_of_the_page_has_kept_is_still_there(visit: Visit, input_picture: Image.Image) -> None:
+    content = base64.b64encode(as_file(input_picture)).decode()
+    entry = {"settings": {"prompt": "an old one", "seed": 5}, "kind": "txt2img"}
+    parameters = {"prompt": "an old one", "seed": 5, "width": 64, "height": 64, "num_inference_steps": 4, "scheduler": "PNDMScheduler"}
+    visit.page.evaluate(
+        """async ([entry, parameters, content]) => {
+             const bytes = Uint8Array.from(atob(content), (one) => one.charCodeAt(0));
+             const picture = new Blob([bytes], { type: "image/png" });
+             const done = (request) => new Promise((resolve) => { request.onsuccess = () => resolve(request.result); });
+             const database = await done(indexedDB.open("stable_diffusion", 1));
+             const store = database.transaction("drawn", "readwrite").objectStore("drawn");
+             await done(store.add({ ...entry, start: null, mask: null, picture, parameters }));
+           }""",
+        [entry, parameters, content],
+    )
+    visit.open()
+    visit.control("history-list").get_by_role("button", name="an old one, seed 5").click()
+    (shown,) = visit.pictures()
+    assert shown.tobytes() == input_picture.tobytes()
+    expect(visit.control("seed")).to_have_value("5")
 
 
 def test_several_pictures_have_the_seeds_that_follow(visit: Visit) -> None:
@@ -281,7 +303,7 @@ def test_a_server_that_is_gone_is_said_to_be(visit: Visit) -> None:
     visit.page.route("**/txt2img", lambda route: route.abort())
     visit.fill(prompt=PROMPT)
     visit.draw.click()
-    expect(visit.page.get_by_role("alert")).to_have_text("The server cannot be reached. Is it still running?")
+    expect(visit.page.get_by_role("alert")).to_have_text("The server cannot be reached. Check that it is running and try again.")
     visit.page.route("**/capabilities", lambda route: route.abort())
     visit.open()
     expect(visit.page.get_by_role("alert")).to_contain_text("could not be read from the server")
@@ -293,7 +315,7 @@ def test_a_mistake_of_the_page_is_not_blamed_on_the_server(visit: Visit) -> None
     visit.fill(prompt=PROMPT)
     with visit.page.expect_event("pageerror"):
         visit.draw.click()
-    expect(visit.page.get_by_role("alert")).to_have_text("Something went wrong in this page.")
+    expect(visit.page.get_by_role("alert")).to_have_text("Something went wrong in this page. Reload it and try again.")
     (complaint,) = visit.complaints
     assert "null" in complaint
     visit.complaints.clear()
@@ -356,7 +378,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_fingers_paint(visiting:
     assert not too_wide()
 
 
-CHOICES = ("Redraw all", "Repaint a part", "Paint", "Erase")
+CHOICES = ("Repaint all", "Repaint a part", "Paint", "Erase")
 
 
 @contextmanager
@@ -377,7 +399,7 @@ def roles_and_names(visit: Visit) -> list[tuple[str, str]]:
 
 
 def test_controls_of_two_pictures_have_names_of_their_own(visit: Visit) -> None:
-    expect(visit.page.get_by_label("Choose a picture or drop one here")).to_have_id("img")
+    expect(visit.page.get_by_label("Choose an image or drop one here")).to_have_id("img")
     visit.fill(prompt=PROMPT, num_inference_steps=150, count=2)
     visit.draw.click()
     expect(visit.page.get_by_role("progressbar")).to_have_count(2)
