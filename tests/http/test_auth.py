@@ -24,7 +24,7 @@ from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 from starlette.responses import PlainTextResponse
 
-from tests.browser.test_ui import ARGUMENTS, CHROMIUM
+from tests.browser.visit import ARGUMENTS, CHROMIUM
 from tests.http.servers import BENTOML, PLAIN_HTTP, ROOT, Server, environment, serve
 from tests.http.test_request_log import line_of
 
@@ -46,13 +46,12 @@ FRIEND = "https://friend.example"
 PROMPT = "a red circle on a blue background"
 PROBES = ("/livez", "/readyz", "/healthz")
 OPEN = (*PROBES, "/metrics")
+UI_MODULES = ("app", "connection", "events", "file", "form", "history", "input", "mask", "results", "service", "upload")
 # Every route, and how a request with nothing in it is answered to who has a key.
 TABLE = {
     **{("GET", path): 200 for path in (*OPEN, "/", "/docs.json", "/static_content/swagger-ui.css", "/static_content/swagger-ui-bundle.js")},
     **{("GET", path): 200 for path in ("/status", "/capabilities", "/v1/models", "/ui/", "/ui/style.css")},
-    **{
-        ("GET", f"/ui/{name}.js"): 200 for name in ("app", "connection", "events", "form", "history", "input", "mask", "results", "service")
-    },
+    **{("GET", f"/ui/{name}.js"): 200 for name in UI_MODULES},
     ("GET", "/ui"): 308,
     **{("POST", path): 415 for path in LIMITED_PATHS},
     ("GET", "/jobs/{job_id}"): 404,
