@@ -30,6 +30,8 @@ TOOLS_INSTALLED := .venv/tools/installed
 # The schema of the AWS provider that bentoctl/aws-ec2 is written for (6.25), as text: tests hold our Terraform against it.
 AWS_PROVIDER_SCHEMA := cdktf-cdktf-provider-aws==21.22.1
 WEIGHTS := $(if $(filter fp16,$(PRECISION)),fp16/models/v1_4_fp16,fp32/models/v1_4)
+# An IPv6 address stands in brackets in a URL (RFC 3986, 3.2.2).
+ADDRESS = http://$(if $(findstring :,$(HOST)),[$(HOST)],$(HOST)):$(PORT)
 PARALLEL := --numprocesses 2 --dist loadfile
 CODE := stable_diffusion fp32/service.py fp16/service.py tests benchmarks bentoctl/aws-ec2 docs/tables.py
 PROSE := $(wildcard *.md */*.md) Makefile
@@ -62,9 +64,9 @@ precision:
 
 serve: precision $(INSTALLED)
 	@echo "When the server is ready, try:"
-	@echo "  curl -X POST http://$(HOST):$(PORT)/txt2img -H 'Content-Type: application/json' \\"
+	@echo "  curl -X POST '$(ADDRESS)/txt2img' -H 'Content-Type: application/json' \\"
 	@echo "       -d '{\"prompt\":\"a small red circle on a blue background\"}' --output output.jpg"
-	@echo "or open http://$(HOST):$(PORT)/ui in a browser. Ctrl+C stops it."
+	@echo "or open $(ADDRESS)/ui in a browser. Ctrl+C stops it."
 	@cd $(PRECISION) && BENTOML_CONFIG=configuration.yaml exec $(BIN)/bentoml serve service:svc --production --host $(HOST) --port $(PORT)
 
 quick: check

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import http.client
 import io
 import socket
 import subprocess
@@ -136,6 +137,22 @@ def test_every_route_needs_a_key_but_those_that_are_open(keyed: Server) -> None:
                 assert (anybody.head(path).status_code == 401) is (path not in OPEN), path
 
 
+SPELLINGS = ("/{}", "{}/", "//{}//", "http://any.example{}", "http://any.example:80/{}/")
+
+
+def test_no_spelling_of_a_path_goes_around_the_key(keyed: Server) -> None:
+    """As httplib sends it, which does not tidy up."""
+    address = urlsplit(keyed.url)
+    connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=60)
+    for method, path in TABLE:
+        for spelling in SPELLINGS:
+            connection.request(method, spelling.format(path))
+            answer = connection.getresponse()
+            answer.read()
+            assert (answer.status == 401) is (path not in OPEN), (method, path, spelling)
+    connection.close()
+
+
 def test_every_route_takes_the_key_in_each_of_three_ways(keyed: Server) -> None:
     with client(keyed, None) as anybody:
         for headers in ways(ALICE):
@@ -245,6 +262,12 @@ def test_a_page_of_an_allowed_site_may_send_its_key_and_read_the_answers(keyed: 
         assert "Authorization" in preflight.headers["access-control-allow-headers"]
         assert anybody.options("/txt2img", headers={**asked, "Origin": "https://other.example"}).status_code == 400
         assert "# HELP" not in anybody.options("/metrics", headers=asked).text
+        private = {**asked, "Access-Control-Request-Private-Network": "true"}
+        allowed = anybody.options("/txt2img", headers=private)
+        assert (allowed.status_code, allowed.headers["access-control-allow-private-network"]) == (200, "true")
+        assert allowed.headers["access-control-allow-origin"] == FRIEND
+        other = anybody.options("/txt2img", headers={**private, "Origin": "https://other.example"})
+        assert (other.status_code, other.headers.get("access-control-allow-private-network")) == (400, None)
         from_page = {"Origin": FRIEND, "Sec-Fetch-Site": "cross-site"}
         request = {"prompt": PROMPT, "num_inference_steps": 2}
         drawn = anybody.post("/txt2img", json=request, headers={**from_page, **ways(ALICE)[0]})
