@@ -37,7 +37,7 @@ class FrontDoor:
     First it refuses requests of two lengths, and those without a valid API key, if the server has keys. Then it refuses unknown paths and
     shows BentoML's metrics route templates such as `/jobs/{job_id}`: the metrics keep a series for every path that they see. It also
     refuses changes that a page of another site requests, bodies in codings that it cannot undo, and callers over the rate limit. All this
-    happens before the body is read. A path has one form here: `request_target.py` sees to that.
+    happens before the body is read. A path has one form here: `OnePath` in `middleware.py` sees to that.
     """
 
     def __init__(self, app: ASGIApp, routes: Sequence[Route], pages: Mapping[str, ASGIApp], access: Callable[[], Access]) -> None:

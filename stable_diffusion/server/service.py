@@ -32,8 +32,7 @@ from stable_diffusion.server.access.keys import keep_only_digests
 from stable_diffusion.server.access.policy import read_access
 from stable_diffusion.server.connections import Connections
 from stable_diffusion.server.front_door import FrontDoor, refuse_while_stopping
-from stable_diffusion.server.middleware import Draining, NoSniffing, RequestLog
-from stable_diffusion.server.request_target import OnePath
+from stable_diffusion.server.middleware import Draining, NoSniffing, OnePath, RequestLog
 from stable_diffusion.server.start import checked_model
 from stable_diffusion.state.folder import name_shared_folder, shared_folder
 from stable_diffusion.state.jobs import Jobs

@@ -18,7 +18,7 @@ with warnings.catch_warnings():
     from stable_diffusion.server.front_door import FrontDoor
 from stable_diffusion.server.access.keys import read_keys
 from stable_diffusion.server.access.policy import Access
-from stable_diffusion.server.request_target import OnePath, normal_path
+from stable_diffusion.server.middleware import OnePath, normal_path
 from stable_diffusion.state.folder import name_shared_folder
 
 KEY = "correct-horse-battery-staple"
