@@ -78,9 +78,9 @@ def read_description(content: bytes, field: str) -> str | None:
     if isinstance(text, str):
         return str(text)
     try:
-        return exif_comment(picture) if picture.info.get("exif") else None
-    except _BROKEN_DATA:
-        raise InvalidRequest(f"{field}: its EXIF block is damaged", field=field) from None
+        return exif_comment(picture.info["exif"]) if picture.info.get("exif") else None
+    except ValueError as error:
+        raise InvalidRequest(f"{field}: {error}", field=field) from None
 
 
 def _open(content: bytes, field: str) -> Image.Image:
