@@ -171,6 +171,7 @@ def corpus() -> Iterator[Case]:
     yield from _damaged(whole)
     yield from _wrong_lengths(whole)
     yield from _bombs(whole)
+    yield from _damaged_beside_pixels(whole["png of Pillow, RGB"])
     yield from _animations()
     yield from _exif(whole["jpeg RGB"])
     yield from _other_formats()
@@ -199,6 +200,20 @@ def _damaged(whole: dict[str, bytes]) -> Iterator[Case]:
         yield Case(f"{name}, zeros within", content[:inserted] + bytes(1000) + content[inserted:], "either")
 
 
+def _damaged_beside_pixels(plain: bytes) -> Iterator[Case]:
+    """Wrong checksums: of chunks that pixels need, and of others."""
+    data = plain.index(b"IDAT") - 4
+    for kind in (b"pHYs", b"gAMA", b"eXIf", b"iCCP", b"tEXt", b"zTXt", b"iTXt", b"acTL", b"fcTL", b"sPLT", b"xxXx"):
+        for name, content in (("empty", b""), ("of zeros", bytes(26)), ("of 300 bytes", bytes(range(50)) * 6)):
+            broken = chunk(kind, content)[:-1] + b"?"
+            yield Case(f"png, {kind.decode()} {name}, a wrong checksum", plain[:data] + broken + plain[data:], "read")
+            yield Case(f"png, {kind.decode()} {name} behind the pixels, a wrong checksum", plain[:-12] + broken + plain[-12:], "read")
+    for kind in (b"PLTE", b"tRNS"):
+        yield Case(f"png, {kind.decode()}, a wrong checksum", plain[:data] + chunk(kind, bytes(6))[:-1] + b"?" + plain[data:], "refused")
+    yield Case("png, tRNS too short", plain[:data] + chunk(b"tRNS", bytes(5)) + plain[data:], "refused")
+    yield Case("png, IHDR, a wrong checksum", plain[:29] + b"????" + plain[33:], "refused")
+
+
 def _wrong_lengths(whole: dict[str, bytes]) -> Iterator[Case]:
     plain = whole["png of Pillow, RGB"]
     data = plain.index(b"IDAT") - 4
@@ -223,6 +238,11 @@ def _bombs(whole: dict[str, bytes]) -> Iterator[Case]:
     for colour in (GREY, RGB, RGBA):
         for depth in (8, 16):
             yield Case(f"png, the largest, type {colour} of {depth} bit", flat_png(4096, 4096, depth, colour), "read")
+    for depth, colour in ((4, GREY), (16, GREY), (8, RGB), (16, RGB)):
+        key = chunk(b"tRNS", bytes(6 if colour == RGB else 2))
+        yield Case(
+            f"png, the largest, type {colour} of {depth} bit with a colour key", flat_png(4096, 4096, depth, colour, before=key), "read"
+        )
     for width, height in ((2**24, 1), (1, 2**24), (2**14 + 1, 1)):
         yield Case(f"png of {width} x {height}", flat_png(width, height, 8, GREY), "refused")
     for width, height in ((2**14, 1024), (1, 2**14)):
@@ -243,11 +263,11 @@ def _bombs(whole: dict[str, bytes]) -> Iterator[Case]:
         b"iCCP": b"profile\0\0" + huge,
     }
     for kind, content in texts.items():
-        yield Case(f"png, {kind.decode()} of 200 MiB before the pixels", flat_png(8, 8, 8, RGB, before=chunk(kind, content)), "refused")
-        yield Case(f"png, {kind.decode()} of 200 MiB behind the pixels", flat_png(8, 8, 8, RGB, after=chunk(kind, content)), "either")
+        yield Case(f"png, {kind.decode()} of 200 MiB before the pixels", flat_png(8, 8, 8, RGB, before=chunk(kind, content)), "read")
+        yield Case(f"png, {kind.decode()} of 200 MiB behind the pixels", flat_png(8, 8, 8, RGB, after=chunk(kind, content)), "read")
     many = chunk(b"zTXt", b"parameters\0\0" + zlib.compress(bytes(_MI - 1), 9)) * 1000
-    yield Case("png, a thousand texts of 1 MiB", flat_png(8, 8, 8, RGB, before=many), "refused")
-    yield Case("png, a thousand texts of 1 MiB behind the pixels", flat_png(8, 8, 8, RGB, after=many), "either")
+    yield Case("png, a thousand texts of 1 MiB", flat_png(8, 8, 8, RGB, before=many), "read")
+    yield Case("png, a thousand texts of 1 MiB behind the pixels", flat_png(8, 8, 8, RGB, after=many), "read")
     yield Case("png, a text of 19 MiB", flat_png(8, 8, 8, RGB, before=chunk(b"tEXt", b"parameters\0" + b"x" * 19 * _MI)), "either")
 
     yield Case("png, a million empty chunks", flat_png(8, 8, 8, RGB, before=chunk(b"aaAa", b"") * 10**6), "refused")
