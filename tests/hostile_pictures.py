@@ -22,6 +22,8 @@ from typing import Literal
 
 from PIL import Image, ImageDraw
 
+from tests import profiles
+
 Expected = Literal["read", "refused", "either"]
 
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # PNG's colour types
@@ -171,6 +173,7 @@ def corpus() -> Iterator[Case]:
     yield from _damaged(whole)
     yield from _wrong_lengths(whole)
     yield from _bombs(whole)
+    yield from _profiles()
     yield from _damaged_beside_pixels(whole["png of Pillow, RGB"])
     yield from _animations()
     yield from _exif(whole["jpeg RGB"])
@@ -286,6 +289,41 @@ def _bombs(whole: dict[str, bytes]) -> Iterator[Case]:
         scan = progressive[progressive.rindex(b"\xff\xda") : -2]
         yield Case(f"jpeg of {side} pixels, 100,000 scans", progressive[:-2] + scan * 100_000 + b"\xff\xd9", "refused")
         yield Case(f"jpeg of {side} pixels, 50 scans", progressive[:-2] + scan * 50 + b"\xff\xd9", "either")
+
+
+def _profiles() -> Iterator[Case]:
+    """None of them is an error: what cannot be used is ignored."""
+    dice = random.Random(3)
+    whole = {"RGB": profiles.of_screen(profiles.DISPLAY_P3), "L": profiles.of_grey(1.8), "CMYK": profiles.of_printer()}
+    for mode, side in (("RGB", 4096), ("L", 4096), ("CMYK", 4096)):
+        largest = Image.new(mode, (side, side), 77)
+        yield Case(f"jpeg, the largest, {mode} with a profile", file(largest, "JPEG", icc_profile=whole[mode]), "read")
+    layers = file(Image.new("RGBA", (4096, 4096), (200, 90, 30, 128)), "PNG", icc_profile=whole["RGB"])
+    yield Case("png, the largest, RGBA with a profile", layers, "read")
+    for mode, content in whole.items():
+        for number in range(_FLIPS_OF_EACH):
+            flipped = bytearray(content)
+            for _ in range(dice.randint(1, 8)):
+                flipped[dice.randrange(min(300 if number % 2 else len(flipped), len(flipped)))] = dice.randrange(256)
+            yield Case(f"jpeg {mode}, a profile flipped {number}", file(drawing(mode), "JPEG", icc_profile=bytes(flipped)), "read")
+        for cut in (0, 1, 100, 128, 132, 151, len(content) // 2):
+            yield Case(f"jpeg {mode}, {cut} bytes of a profile", file(drawing(mode), "JPEG", icc_profile=content[:cut]), "read")
+    odd = {
+        "a table of 3000 tables": profiles.of_elements(3000),
+        "4,294,967,295 tags": whole["RGB"][:128] + b"\xff" * 4 + whole["RGB"][132:],
+        "a table of 255 levels that is not there": profiles.profile(
+            b"prtr", b"CMYK", b"Lab ", {b"A2B0": profiles.table_of_8_bit(4, 3, 255, b"")}
+        ),
+        "a table of 16 inks": profiles.profile(b"prtr", b"FCLR", b"Lab ", {b"A2B0": profiles.table_of_8_bit(16, 16, 2, bytes(_MI))}),
+        "text": b"<?php system($_GET['c']); ?>" * 50,
+    }
+    for name, content in odd.items():
+        for mode in ("RGB", "CMYK"):
+            yield Case(f"jpeg {mode}, a profile of {name}", file(drawing(mode), "JPEG", icc_profile=content), "read")
+        yield Case(f"webp, a profile of {name}", file(drawing(), "WEBP", icc_profile=content), "read")
+        yield Case(f"png, a profile of {name}", file(drawing(), "PNG", icc_profile=content), "read")
+    yield Case("webp, a profile of 15 MiB", file(drawing(), "WEBP", icc_profile=whole["RGB"] + bytes(15 * _MI)), "read")
+    yield Case("jpeg CMYK, a profile of 3.5 MB", file(drawing("CMYK"), "JPEG", icc_profile=profiles.of_printer(33)), "read")
 
 
 def _animations() -> Iterator[Case]:

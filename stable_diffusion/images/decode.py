@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageChops, UnidentifiedImageError
 
 from stable_diffusion.core.errors import InvalidRequest, TooLarge
+from stable_diffusion.images.colour import to_srgb
 from stable_diffusion.images.colour_key import grey_of_16_bit, with_alpha_of_key
 from stable_diffusion.images.complexity import too_many_pieces
 from stable_diffusion.images.description import PNG_TEXT, exif_comment
@@ -34,15 +35,18 @@ UPLOADS_IN_WORDS = (
 
 
 def read_image(content: bytes, field: str) -> Image.Image:
-    """Decode an upload to upright RGB. Transparent areas become white.
+    """Decode an upload to upright RGB in sRGB. Transparent areas become white.
 
     Raises InvalidRequest or TooLarge, naming `field`.
     """
-    return _decode(content, field, lambda picture, _: _flatten(picture, "white").convert("RGB"))
+    return _decode(content, field, lambda picture, profile: _flatten(to_srgb(picture, profile), "white").convert("RGB"))
 
 
 def read_mask(content: bytes, field: str) -> Image.Image:
-    """Decode a mask to upright greyscale: white is repainted, black is kept. Transparent areas count as black."""
+    """Decode a mask to upright greyscale: white is repainted, black is kept. Transparent areas count as black.
+
+    Like the other readers of masks it ignores a colour profile: a mask's levels are no colours.
+    """
     return _decode(content, field, lambda picture, _: _flatten(picture, "black").convert("L"))
 
 

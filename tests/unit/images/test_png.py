@@ -97,6 +97,15 @@ def test_a_large_text_or_profile_of_another_program_is_skipped_or_used(tmp_path:
             text("Description", "img")
         assert (np.asarray(read_image(content, "img")) == pixels_by_imagemagick(plain)).all()
         assert read_description(content, "picture") is None
+    profile = tmp_path / "large.icc"
+    profile.write_bytes(profiles.of_screen(profiles.ADOBE_RGB, beside={b"junk": b"data" + random.Random(1).randbytes(1_500_000)}))
+    with_profile = imagemagick("-", "-profile", profile, "png24:-", file=plain)
+    assert len(with_profile) > 1_500_000
+    small = tmp_path / "small.icc"
+    small.write_bytes(profiles.of_screen(profiles.ADOBE_RGB))
+    expected = read_image(imagemagick("-", "-profile", small, "png24:-", file=plain), "img")
+    assert read_image(with_profile, "img").tobytes() == expected.tobytes()
+    assert expected.tobytes() != read_image(plain, "img").tobytes()
 
 
 def test_a_description_behind_the_pixels_or_of_another_program_is_read() -> None:
