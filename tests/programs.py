@@ -17,7 +17,8 @@ _LIMIT_S = 60
 
 def imagemagick(*arguments: str | Path, file: bytes = b"") -> bytes:
     """What ImageMagick writes to its output, with `file` at its input."""
-    return _output_of(["magick", "convert"], "ImageMagick", arguments, file)
+    # Of version 7 `magick`, before it `convert`; others have a program of that name too, but not beside `identify`.
+    return _output_of(["magick", "convert"] if shutil.which("identify") else [], "ImageMagick", arguments, file)
 
 
 def exiftool(*arguments: str | Path, file: bytes) -> bytes:
@@ -40,10 +41,6 @@ def cwebp(*arguments: str | Path, file: Path) -> bytes:
 def pnmtopng(*arguments: str, file: bytes) -> bytes:
     """Netpbm's picture as PNG."""
     return _output_of(["pnmtopng"], "netpbm", arguments, file)
-
-
-def ffmpeg(*arguments: str) -> bytes:
-    return _output_of(["ffmpeg"], "ffmpeg", ("-loglevel", "error", *arguments), b"")
 
 
 def pixels_by_imagemagick(file: bytes, *operations: str | Path, mode: str = "rgb") -> Pixels:

@@ -118,7 +118,8 @@ def test_ci_runs_the_readmes_test_command_and_brings_only_programs_whose_tests_w
     lines = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith(("#", "set ", "cd "))]
     assert lines[-1] == "make test"
     installed = [line.partition("install ")[2] for line in lines if " install " in line]
-    assert installed == ["--quiet=2 --no-install-recommends haproxy cloud-init chromium >/dev/null"]
+    programs = "haproxy cloud-init chromium imagemagick libimage-exiftool-perl webp netpbm"
+    assert installed == [f"--quiet=2 --no-install-recommends {programs} >/dev/null"]
 
 
 def test_make_refuses_a_precision_that_does_not_exist() -> None:

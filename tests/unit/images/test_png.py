@@ -15,7 +15,7 @@ from stable_diffusion.images.decode import names_of_texts, read_description, rea
 from stable_diffusion.images.png import split
 from tests import profiles
 from tests.hostile_pictures import GREY, RGB, chunk, flat_png, png
-from tests.programs import exiftool, ffmpeg, imagemagick, pixels_by_imagemagick
+from tests.programs import exiftool, imagemagick, pixels_by_imagemagick, pnmtopng
 
 CASES = Path(__file__).parent / "cases"
 NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
@@ -48,7 +48,7 @@ def made_by_others(folder: Path) -> dict[str, bytes]:
         "ImageMagick, a palette": imagemagick("-size", "40x30", "gradient:red-blue", "-colors", "20", "-density", "72", "png8:-"),
         "ImageMagick, a profile": imagemagick("-", "-profile", folder / "of.icc", "png:-", file=painted),
         "exiftool": exiftool("-XMP:Creator=somebody", "-EXIF:Make=some camera", "-PNG:Comment=words", file=painted),
-        "ffmpeg": ffmpeg("-f", "lavfi", "-i", "testsrc=size=64x48", "-frames:v", "1", "-f", "image2pipe", "-c:v", "png", "-"),
+        "netpbm": pnmtopng("-phys", "2835", "2835", "1", "-gamma", "0.45", file=b"P6\n8 8\n255\n" + bytes(range(192))),
     }
 
 
