@@ -68,6 +68,18 @@ def of_printer(points: int = 3) -> bytes:
     return profile(b"prtr", b"CMYK", b"Lab ", {b"desc": _text(b"a printer"), b"A2B0": table_of_8_bit(4, 3, points, nodes)})
 
 
+def of_scanner(points: int = 9) -> bytes:
+    """An RGB profile with a table to Lab in place of primaries: darker and less colourful than the numbers say, but for white."""
+    levels = [point / (points - 1) for point in range(points)]
+    nodes = bytes(level for red, green, blue in itertools.product(levels, repeat=3) for level in _lab_of_light(red, green, blue))
+    return profile(b"scnr", b"RGB ", b"Lab ", {b"desc": _text(b"a scanner"), b"A2B0": table_of_8_bit(3, 3, points, nodes)})
+
+
+def _lab_of_light(red: float, green: float, blue: float) -> tuple[int, int, int]:
+    light = 0.3 * red + 0.6 * green + 0.1 * blue
+    return round(255 * light**1.5), 128 + round(50 * (red - green)), 128 + round(50 * (light - blue))
+
+
 def _lab(cyan: float, magenta: float, yellow: float, black: float) -> tuple[int, int, int]:
     """Some ink: the levels are invented, but each ink pulls where it should."""
     light = (1 - 0.9 * black) * (1 - 0.45 * cyan) * (1 - 0.5 * magenta) * (1 - 0.1 * yellow)

@@ -48,7 +48,7 @@ def made_by_others(folder: Path) -> dict[str, bytes]:
         "ImageMagick, a palette": imagemagick("-size", "40x30", "gradient:red-blue", "-colors", "20", "-density", "72", "png8:-"),
         "ImageMagick, a profile": imagemagick("-", "-profile", folder / "of.icc", "png:-", file=painted),
         "exiftool": exiftool("-XMP:Creator=somebody", "-EXIF:Make=some camera", "-PNG:Comment=words", file=painted),
-        "netpbm": pnmtopng("-phys", "2835", "2835", "1", "-gamma", "0.45", file=b"P6\n8 8\n255\n" + bytes(range(192))),
+        "netpbm": pnmtopng("-gamma", "0.45", file=b"P6\n8 8\n255\n" + bytes(range(192))),
     }
 
 
