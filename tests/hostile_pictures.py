@@ -22,6 +22,8 @@ from typing import Literal
 
 from PIL import Image, ImageDraw
 
+from tests import profiles
+
 Expected = Literal["read", "refused", "either"]
 
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # PNG's colour types
@@ -171,6 +173,8 @@ def corpus() -> Iterator[Case]:
     yield from _damaged(whole)
     yield from _wrong_lengths(whole)
     yield from _bombs(whole)
+    yield from _profiles()
+    yield from _damaged_beside_pixels(whole["png of Pillow, RGB"])
     yield from _animations()
     yield from _exif(whole["jpeg RGB"])
     yield from _other_formats()
@@ -199,6 +203,20 @@ def _damaged(whole: dict[str, bytes]) -> Iterator[Case]:
         yield Case(f"{name}, zeros within", content[:inserted] + bytes(1000) + content[inserted:], "either")
 
 
+def _damaged_beside_pixels(plain: bytes) -> Iterator[Case]:
+    """Wrong checksums: of chunks that pixels need, and of others."""
+    data = plain.index(b"IDAT") - 4
+    for kind in (b"pHYs", b"gAMA", b"eXIf", b"iCCP", b"tEXt", b"zTXt", b"iTXt", b"acTL", b"fcTL", b"sPLT", b"xxXx"):
+        for name, content in (("empty", b""), ("of zeros", bytes(26)), ("of 300 bytes", bytes(range(50)) * 6)):
+            broken = chunk(kind, content)[:-1] + b"?"
+            yield Case(f"png, {kind.decode()} {name}, a wrong checksum", plain[:data] + broken + plain[data:], "read")
+            yield Case(f"png, {kind.decode()} {name} behind the pixels, a wrong checksum", plain[:-12] + broken + plain[-12:], "read")
+    for kind in (b"PLTE", b"tRNS"):
+        yield Case(f"png, {kind.decode()}, a wrong checksum", plain[:data] + chunk(kind, bytes(6))[:-1] + b"?" + plain[data:], "refused")
+    yield Case("png, tRNS too short", plain[:data] + chunk(b"tRNS", bytes(5)) + plain[data:], "refused")
+    yield Case("png, IHDR, a wrong checksum", plain[:29] + b"????" + plain[33:], "refused")
+
+
 def _wrong_lengths(whole: dict[str, bytes]) -> Iterator[Case]:
     plain = whole["png of Pillow, RGB"]
     data = plain.index(b"IDAT") - 4
@@ -223,6 +241,11 @@ def _bombs(whole: dict[str, bytes]) -> Iterator[Case]:
     for colour in (GREY, RGB, RGBA):
         for depth in (8, 16):
             yield Case(f"png, the largest, type {colour} of {depth} bit", flat_png(4096, 4096, depth, colour), "read")
+    for depth, colour in ((4, GREY), (16, GREY), (8, RGB), (16, RGB)):
+        key = chunk(b"tRNS", bytes(6 if colour == RGB else 2))
+        yield Case(
+            f"png, the largest, type {colour} of {depth} bit with a colour key", flat_png(4096, 4096, depth, colour, before=key), "read"
+        )
     for width, height in ((2**24, 1), (1, 2**24), (2**14 + 1, 1)):
         yield Case(f"png of {width} x {height}", flat_png(width, height, 8, GREY), "refused")
     for width, height in ((2**14, 1024), (1, 2**14)):
@@ -243,11 +266,11 @@ def _bombs(whole: dict[str, bytes]) -> Iterator[Case]:
         b"iCCP": b"profile\0\0" + huge,
     }
     for kind, content in texts.items():
-        yield Case(f"png, {kind.decode()} of 200 MiB before the pixels", flat_png(8, 8, 8, RGB, before=chunk(kind, content)), "refused")
-        yield Case(f"png, {kind.decode()} of 200 MiB behind the pixels", flat_png(8, 8, 8, RGB, after=chunk(kind, content)), "either")
+        yield Case(f"png, {kind.decode()} of 200 MiB before the pixels", flat_png(8, 8, 8, RGB, before=chunk(kind, content)), "read")
+        yield Case(f"png, {kind.decode()} of 200 MiB behind the pixels", flat_png(8, 8, 8, RGB, after=chunk(kind, content)), "read")
     many = chunk(b"zTXt", b"parameters\0\0" + zlib.compress(bytes(_MI - 1), 9)) * 1000
-    yield Case("png, a thousand texts of 1 MiB", flat_png(8, 8, 8, RGB, before=many), "refused")
-    yield Case("png, a thousand texts of 1 MiB behind the pixels", flat_png(8, 8, 8, RGB, after=many), "either")
+    yield Case("png, a thousand texts of 1 MiB", flat_png(8, 8, 8, RGB, before=many), "read")
+    yield Case("png, a thousand texts of 1 MiB behind the pixels", flat_png(8, 8, 8, RGB, after=many), "read")
     yield Case("png, a text of 19 MiB", flat_png(8, 8, 8, RGB, before=chunk(b"tEXt", b"parameters\0" + b"x" * 19 * _MI)), "either")
 
     yield Case("png, a million empty chunks", flat_png(8, 8, 8, RGB, before=chunk(b"aaAa", b"") * 10**6), "refused")
@@ -266,6 +289,41 @@ def _bombs(whole: dict[str, bytes]) -> Iterator[Case]:
         scan = progressive[progressive.rindex(b"\xff\xda") : -2]
         yield Case(f"jpeg of {side} pixels, 100,000 scans", progressive[:-2] + scan * 100_000 + b"\xff\xd9", "refused")
         yield Case(f"jpeg of {side} pixels, 50 scans", progressive[:-2] + scan * 50 + b"\xff\xd9", "either")
+
+
+def _profiles() -> Iterator[Case]:
+    """None of them is an error: what cannot be used is ignored."""
+    dice = random.Random(3)
+    whole = {"RGB": profiles.of_screen(profiles.DISPLAY_P3), "L": profiles.of_grey(1.8), "CMYK": profiles.of_printer()}
+    for mode, side in (("RGB", 4096), ("L", 4096), ("CMYK", 4096)):
+        largest = Image.new(mode, (side, side), 77)
+        yield Case(f"jpeg, the largest, {mode} with a profile", file(largest, "JPEG", icc_profile=whole[mode]), "read")
+    layers = file(Image.new("RGBA", (4096, 4096), (200, 90, 30, 128)), "PNG", icc_profile=whole["RGB"])
+    yield Case("png, the largest, RGBA with a profile", layers, "read")
+    for mode, content in whole.items():
+        for number in range(_FLIPS_OF_EACH):
+            flipped = bytearray(content)
+            for _ in range(dice.randint(1, 8)):
+                flipped[dice.randrange(min(300 if number % 2 else len(flipped), len(flipped)))] = dice.randrange(256)
+            yield Case(f"jpeg {mode}, a profile flipped {number}", file(drawing(mode), "JPEG", icc_profile=bytes(flipped)), "read")
+        for cut in (0, 1, 100, 128, 132, 151, len(content) // 2):
+            yield Case(f"jpeg {mode}, {cut} bytes of a profile", file(drawing(mode), "JPEG", icc_profile=content[:cut]), "read")
+    odd = {
+        "a table of 3000 tables": profiles.of_elements(3000),
+        "4,294,967,295 tags": whole["RGB"][:128] + b"\xff" * 4 + whole["RGB"][132:],
+        "a table of 255 levels that is not there": profiles.profile(
+            b"prtr", b"CMYK", b"Lab ", {b"A2B0": profiles.table_of_8_bit(4, 3, 255, b"")}
+        ),
+        "a table of 16 inks": profiles.profile(b"prtr", b"FCLR", b"Lab ", {b"A2B0": profiles.table_of_8_bit(16, 16, 2, bytes(_MI))}),
+        "text": b"<?php system($_GET['c']); ?>" * 50,
+    }
+    for name, content in odd.items():
+        for mode in ("RGB", "CMYK"):
+            yield Case(f"jpeg {mode}, a profile of {name}", file(drawing(mode), "JPEG", icc_profile=content), "read")
+        yield Case(f"webp, a profile of {name}", file(drawing(), "WEBP", icc_profile=content), "read")
+        yield Case(f"png, a profile of {name}", file(drawing(), "PNG", icc_profile=content), "read")
+    yield Case("webp, a profile of 15 MiB", file(drawing(), "WEBP", icc_profile=whole["RGB"] + bytes(15 * _MI)), "read")
+    yield Case("jpeg CMYK, a profile of 3.5 MB", file(drawing("CMYK"), "JPEG", icc_profile=profiles.of_printer(33)), "read")
 
 
 def _animations() -> Iterator[Case]:

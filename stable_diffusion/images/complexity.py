@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 import struct
 
+from stable_diffusion.images.png import MAX_EXIF_BYTES
+from stable_diffusion.images.png import SIGNATURE as _PNG
+
 MAX_PIECES = 2**14  # PNG chunks or JPEG segments; a large photograph has a few hundred
 MAX_SCANS = 64  # progressive JPEGs have about ten
-MAX_EXIF_BYTES = 2**20
 _MAX_EXIF_SEGMENTS = MAX_EXIF_BYTES // 2**16
 _MAX_BYTES_BETWEEN = 2**16  # total bytes between JPEG segments
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
 _EXIF = b"Exif\0\0"
 # ITU-T T.81, B.1.1: a marker, perhaps after fill bytes. FF 00 is data; D0 to D7 and 01 are markers within data.

@@ -10,12 +10,17 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from PIL import Image, ImageChops, UnidentifiedImageError
 
 from stable_diffusion.core.errors import InvalidRequest, TooLarge
-from stable_diffusion.images.complexity import MAX_EXIF_BYTES, too_many_pieces
+from stable_diffusion.images.colour import to_srgb
+from stable_diffusion.images.colour_key import grey_of_16_bit, with_alpha_of_key
+from stable_diffusion.images.complexity import too_many_pieces
 from stable_diffusion.images.description import PNG_TEXT, exif_comment
+from stable_diffusion.images.png import MAX_EXIF_BYTES, MAX_PROFILE_BYTES, Png, split, too_large_exif
+from stable_diffusion.images.png import SIGNATURE as PNG_SIGNATURE
 
 # Pillow's warnings about clients' files do not help the operator, and any client could fill the log with them.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -30,16 +35,19 @@ UPLOADS_IN_WORDS = (
 
 
 def read_image(content: bytes, field: str) -> Image.Image:
-    """Decode an upload to upright RGB. Transparent areas become white.
+    """Decode an upload to upright RGB in sRGB. Transparent areas become white.
 
     Raises InvalidRequest or TooLarge, naming `field`.
     """
-    return _decode(content, field, lambda picture: _flatten(picture, "white").convert("RGB"))
+    return _decode(content, field, lambda picture, profile: _flatten(to_srgb(picture, profile), "white").convert("RGB"))
 
 
 def read_mask(content: bytes, field: str) -> Image.Image:
-    """Decode a mask to upright greyscale: white is repainted, black is kept. Transparent areas count as black."""
-    return _decode(content, field, lambda picture: _flatten(picture, "black").convert("L"))
+    """Decode a mask to upright greyscale: white is repainted, black is kept. Transparent areas count as black.
+
+    Like the other readers of masks it ignores a colour profile: a mask's levels are no colours.
+    """
+    return _decode(content, field, lambda picture, _: _flatten(picture, "black").convert("L"))
 
 
 def read_transparency_as_mask(content: bytes, field: str) -> Image.Image:
@@ -48,7 +56,7 @@ def read_transparency_as_mask(content: bytes, field: str) -> Image.Image:
     Raises InvalidRequest if nothing is transparent: a black-and-white mask would silently repaint nothing.
     """
 
-    def transparency(picture: Image.Image) -> Image.Image:
+    def transparency(picture: Image.Image, _: bytes | None) -> Image.Image:
         alpha = picture.convert("RGBA").getchannel("A")
         if alpha.getextrema() == (255, 255):
             raise InvalidRequest(f"{field}: nothing in it is transparent; what is to be repainted must have alpha 0", field=field)
@@ -60,8 +68,8 @@ def read_transparency_as_mask(content: bytes, field: str) -> Image.Image:
 def read_mask_or_opacity(content: bytes, field: str) -> Image.Image:
     """Decode a mask like `read_mask`. If it has transparent areas, its opacity is the mask, whatever its colours."""
 
-    def opacity(picture: Image.Image) -> Image.Image:
-        alpha = picture.convert("RGBA").getchannel("A") if picture.has_transparency_data else None
+    def opacity(picture: Image.Image, _: bytes | None) -> Image.Image:
+        alpha = picture.getchannel("A") if picture.has_transparency_data else None
         return picture.convert("L") if alpha is None or alpha.getextrema() == (255, 255) else alpha
 
     return _decode(content, field, opacity)
@@ -70,20 +78,36 @@ def read_mask_or_opacity(content: bytes, field: str) -> Image.Image:
 def read_description(content: bytes, field: str) -> str | None:
     """The description in an image file: A1111's PNG text "parameters", else the EXIF comment. None if there is neither.
 
-    Reads no pixels. Raises InvalidRequest or TooLarge, naming `field`: in the cases in which `read_image` does, and for text that is
-    damaged or too long when decompressed (Pillow stops at 1 MiB per compressed text).
+    Reads no pixels. Raises InvalidRequest or TooLarge, naming `field`: in the cases in which `read_image` does before it decodes, and
+    for a text or a comment that is damaged or too long.
     """
-    picture = _open(content, field)
-    text = picture.info.get(PNG_TEXT)
-    if isinstance(text, str):
-        return str(text)
+    upload = _open(content, field)
+    text = None if upload.png is None else upload.png.text(PNG_TEXT, field)
+    if text is not None or upload.exif is None:
+        return text
     try:
-        return exif_comment(picture) if picture.info.get("exif") else None
-    except _BROKEN_DATA:
-        raise InvalidRequest(f"{field}: its EXIF block is damaged", field=field) from None
+        return exif_comment(upload.exif)
+    except ValueError as error:
+        raise InvalidRequest(f"{field}: {error}", field=field) from None
 
 
-def _open(content: bytes, field: str) -> Image.Image:
+def names_of_texts(content: bytes, field: str) -> list[str]:
+    """The names of a PNG file's texts; none of other files. Raises what `read_description` does before it looks for one."""
+    upload = _open(content, field)
+    return [] if upload.png is None else upload.png.names_of_texts
+
+
+@dataclass(frozen=True)
+class _Upload:
+    """A file whose header was read. `png` is None if it is a JPEG or WebP."""
+
+    picture: Image.Image
+    png: Png | None
+    exif: bytes | None
+    profile: bytes | None
+
+
+def _open(content: bytes, field: str) -> _Upload:
     """Read only the header, so that a decompression bomb is refused before anything is decoded."""
     if not content:
         raise InvalidRequest(f"{field}: the file is empty, send a PNG, JPEG or WebP image", field=field)
@@ -91,14 +115,8 @@ def _open(content: bytes, field: str) -> Image.Image:
         raise TooLarge(f"{field}: the file has {len(content)} bytes, at most {MAX_UPLOAD_BYTES} are allowed", field=field)
     if reason := too_many_pieces(content):
         raise TooLarge(f"{field}: the file has {reason}", field=field)
-    try:
-        picture: Image.Image = Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP"))
-    except UnidentifiedImageError:
-        raise InvalidRequest(f"{field}: not a PNG, JPEG or WebP image", field=field) from None
-    except Image.DecompressionBombError:
-        raise TooLarge(f"{field}: the image has more than {MAX_UPLOAD_PIXELS} pixels", field=field) from None
-    except _BROKEN_DATA:
-        raise InvalidRequest(f"{field}: the image is damaged or cut short, or holds too much text", field=field) from None
+    png = split(content, field) if content.startswith(PNG_SIGNATURE) else None
+    picture = _opened(content if png is None else png.pixels, field)
     if picture.width * picture.height > MAX_UPLOAD_PIXELS:
         raise TooLarge(
             f"{field}: the image has {picture.width} x {picture.height} pixels, at most {MAX_UPLOAD_PIXELS} in all are allowed",
@@ -108,24 +126,42 @@ def _open(content: bytes, field: str) -> Image.Image:
         raise TooLarge(
             f"{field}: the image has {picture.width} x {picture.height} pixels, at most {MAX_UPLOAD_SIDE} a side are allowed", field=field
         )
-    _require_small_exif(picture, field)
-    return picture
+    if png is not None:
+        # Where `Image.getexif` finds the orientation.
+        beside = {"exif": png.exif, "xmp": png.xmp}
+        picture.info.update({name: value for name, value in beside.items() if value})
+        return _Upload(picture, png, png.exif, png.profile)
+    exif, profile = picture.info.get("exif"), picture.info.get("icc_profile")
+    if exif is not None and len(exif) > MAX_EXIF_BYTES:
+        raise too_large_exif(f"{len(exif)}", field)
+    return _Upload(picture, None, exif, profile if profile is not None and len(profile) <= MAX_PROFILE_BYTES else None)
 
 
-def _require_small_exif(picture: Image.Image, field: str) -> None:
-    """Check the size of the EXIF block. PNG may also hold it as text, and after the pixels."""
-    size = max(len(picture.info.get(name, b"")) for name in ("exif", "Raw profile type exif"))
-    if size > MAX_EXIF_BYTES:
-        raise TooLarge(f"{field}: its EXIF block has {size} bytes, at most {MAX_EXIF_BYTES} are allowed", field=field)
-
-
-def _decode(content: bytes, field: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    picture = _open(content, field)
+def _opened(content: bytes, field: str) -> Image.Image:
     try:
-        picture.load()
-        _require_small_exif(picture, field)
-        turn = _turn(picture)
-        converted = convert(_to_8_bit(picture))
+        return Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP"))
+    except UnidentifiedImageError:
+        raise InvalidRequest(f"{field}: {_unidentified(content)}", field=field) from None
+    except Image.DecompressionBombError:
+        raise TooLarge(f"{field}: the image has more than {MAX_UPLOAD_PIXELS} pixels", field=field) from None
+    except _BROKEN_DATA:
+        raise InvalidRequest(f"{field}: the image is damaged or cut short", field=field) from None
+
+
+def _unidentified(content: bytes) -> str:
+    for beginning, name in ((PNG_SIGNATURE, "PNG"), (b"\xff\xd8\xff", "JPEG")):
+        if content.startswith(beginning):
+            return f"the {name} is damaged or cut short"
+    return "not a PNG, JPEG or WebP image"
+
+
+def _decode(content: bytes, field: str, convert: Callable[[Image.Image, bytes | None], Image.Image]) -> Image.Image:
+    """`convert` gets the image in L, LA, RGB, RGBA or CMYK, and its profile."""
+    upload = _open(content, field)
+    try:
+        upload.picture.load()
+        turn = _turn(upload.picture)
+        converted = convert(_to_8_bit(upload), upload.profile)
         return converted if turn is None else converted.transpose(turn)
     except _BROKEN_DATA:
         raise InvalidRequest(f"{field}: the image is damaged or cut short", field=field) from None
@@ -169,11 +205,14 @@ def _turn(picture: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _to_8_bit(picture: Image.Image) -> Image.Image:
-    """Scale 16-bit greyscale down; Pillow's own conversion would clip it to white."""
-    if picture.mode.startswith("I"):
-        return picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    return picture
+def _to_8_bit(upload: _Upload) -> Image.Image:
+    """Palettes as colours, black and white and 16-bit greyscale as greyscale, a colour key as alpha."""
+    picture = upload.picture
+    if upload.png is not None and upload.png.colour_key is not None:
+        return with_alpha_of_key(picture, upload.png)
+    if picture.mode == "P":
+        return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    return grey_of_16_bit(picture) if picture.mode.startswith("I") else picture.convert("L") if picture.mode == "1" else picture
 
 
 def _flatten(picture: Image.Image, backdrop: str) -> Image.Image:

@@ -5,23 +5,104 @@
 
 from __future__ import annotations
 
+import struct
+
 from PIL import Image, PngImagePlugin
 
 PNG_TEXT = "parameters"
 _EXIF_FOLDER, _USER_COMMENT = 0x8769, 0x9286
+_BYTE_ORDERS = {b"II*\0": "<", b"MM\0*": ">"}  # of a TIFF block, as `struct` names them
+_ENTRY_BYTES = 12
+_TEXT_TYPES = (1, 2, 7, 129)  # bytes, ASCII, undefined, and UTF-8 of Exif 3.0: one byte each
 _UTF_16 = b"UNICODE\0"
+_MARKS = {b"\xef\xbb\xbf": "utf-8", b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}
+BYTE_ORDER_MARK = "\ufeff"
 
 
-def exif_comment(picture: Image.Image) -> str | None:
-    """EXIF 2.32, 4.6.5, UserComment: eight bytes that name the character code, then the text in the block's byte order."""
-    exif = picture.getexif()
-    comment = exif.get_ifd(_EXIF_FOLDER).get(_USER_COMMENT)
-    if not isinstance(comment, bytes):
-        return None
-    code, text = comment[:8], comment[8:]
-    if code == _UTF_16:
-        return text.decode("utf-16-le" if exif.endian == "<" else "utf-16-be")
-    return text.decode("ascii") if code == b"ASCII\0\0\0" else None
+def exif_comment(block: bytes) -> str | None:
+    """The UserComment of an EXIF block, in whatever encoding its writer took. None if there is none, or an empty one.
+
+    Raises ValueError, whose text says what was found, if the block is damaged or the comment is no text.
+    """
+    while block.startswith(b"Exif\0\0"):
+        block = block[6:]
+    order = _BYTE_ORDERS.get(block[:4])
+    if order is None:
+        raise ValueError("its EXIF block is damaged: it does not begin as TIFF does")
+    try:
+        comment = _user_comment(block, order)
+    except struct.error:
+        raise ValueError("its EXIF block is damaged or cut short") from None
+    return _text_of(comment, order).rstrip("\0").lstrip(BYTE_ORDER_MARK) or None
+
+
+def _user_comment(block: bytes, order: str) -> bytes:
+    """Its bytes, none if there is no comment."""
+    folder = _entry(block, order, struct.unpack_from(f"{order}I", block, 4)[0], _EXIF_FOLDER)
+    entry = None if folder is None else _entry(block, order, struct.unpack_from(f"{order}I", block, folder + 8)[0], _USER_COMMENT)
+    if entry is None:
+        return b""
+    kind, length, value = struct.unpack_from(f"{order}HII", block, entry + 2)
+    if kind not in _TEXT_TYPES:
+        raise ValueError(f"its EXIF comment is no text: it is of TIFF's type {kind}")
+    start = entry + 8 if length <= 4 else value
+    if start + length > len(block):
+        raise ValueError(f"its EXIF comment is cut short: it should have {length} bytes")
+    return block[start : start + length]
+
+
+def _entry(block: bytes, order: str, folder: int, tag: int) -> int | None:
+    """Where a TIFF folder's entry for `tag` begins."""
+    (count,) = struct.unpack_from(f"{order}H", block, folder)
+    for entry in range(folder + 2, folder + 2 + count * _ENTRY_BYTES, _ENTRY_BYTES):
+        if struct.unpack_from(f"{order}H", block, entry)[0] == tag:
+            return entry
+    return None
+
+
+def _text_of(comment: bytes, order: str) -> str:
+    """EXIF 2.32, 4.6.5, UserComment: eight bytes that name the character code, then the text, in UTF-16 in the block's byte order.
+
+    Programs write UTF-16 in the other order or with a byte order mark, UTF-8 behind "UNICODE" (as Exif 3.0 allows) or "ASCII", and no
+    code at all. So the text says what it is: only UTF-16 has zeros within.
+    """
+    code = comment[:8].rstrip(b"\0 ")
+    if code == b"JIS":
+        raise ValueError("its EXIF comment is in JIS, which is not read here")
+    text = comment[8:] if code in (b"", b"ASCII", b"UNICODE") else comment
+    marked = [encoding for mark, encoding in _MARKS.items() if text.startswith(mark)]
+    has_zeros = b"\0" in text.rstrip(b"\0")
+    utf_16 = ["utf-16-le", "utf-16-be"] if order == "<" else ["utf-16-be", "utf-16-le"]
+    if marked:
+        encodings = marked
+    elif code == b"UNICODE":
+        encodings = utf_16 if has_zeros else ["utf-8", *utf_16]
+    else:
+        if has_zeros and _pairs_in(wide := _decoded(text, utf_16) or ""):
+            return wide
+        text = text.partition(b"\0")[0]  # behind it, some have what was in their memory
+        encodings = ["utf-8", "latin-1"]
+    decoded = _decoded(text, encodings)
+    if decoded is None:
+        raise ValueError(f"its EXIF comment is damaged: {len(text)} bytes that are not {' or '.join(map(str.upper, encodings))}")
+    return decoded
+
+
+def _decoded(text: bytes, encodings: list[str]) -> str | None:
+    """Decode with the encoding that finds most of what an infotext has, the first of equals. None if there is none."""
+    found: list[str] = []
+    for encoding in encodings:
+        whole = text[: len(text) & ~1] if encoding.startswith("utf-16") else text  # behind it, some have one more zero
+        try:
+            found.append(whole.decode(encoding))
+        except UnicodeDecodeError:
+            continue
+    return max(found, key=_pairs_in, default=None)
+
+
+def _pairs_in(text: str) -> int:
+    """How many names with a value the text has at most; UTF-16 in the wrong order has none."""
+    return text.count(": ")
 
 
 def as_exif(description: str) -> Image.Exif:

@@ -16,6 +16,7 @@ from stable_diffusion import __version__
 from stable_diffusion.core.errors import InvalidRequest
 from stable_diffusion.core.schedulers import sampler_of
 from stable_diffusion.core.types import GeneratedImage, Task
+from stable_diffusion.images.description import BYTE_ORDER_MARK
 from stable_diffusion.models.folder import ModelFolder
 
 PROGRAM = "stable-diffusion-bentoml"  # followed by the version; A1111 takes a bare number for its own version
@@ -23,6 +24,9 @@ LIBRARIES = ("torch", "diffusers")  # whose versions may change an image
 MAX_CHARACTERS = 2**16  # of an infotext; two prompts of maximum length, written twice, take half of it
 _NEGATIVE = "Negative prompt:"
 _FEWEST_PAIRS = 3  # on the last line; A1111 takes a line with fewer for a part of the prompt
+_STEPS = "Steps"  # the first of the last line
+_TEMPLATES = ("Template:", "Negative Template:")  # of dynamic prompts, behind the last line: what the prompt was made from
+_MAX_SHOWN_CHARACTERS = 60
 # A name, and a value that is a JSON string or extends to the next comma. Equivalent to A1111's own expression.
 _PAIR = re.compile(r'\s*(?P<name>\w[\w \-/]+):\s*(?P<value>"(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
@@ -43,7 +47,7 @@ def write(task: Task, picture: GeneratedImage, model: ModelFolder) -> str:
     """
     values = _values(task, picture, model)
     prompts = f"{task.prompt}\n{_NEGATIVE} {task.negative_prompt}" if task.negative_prompt else task.prompt
-    if _prompts_of(prompts.lstrip()) != (task.prompt, task.negative_prompt):
+    if _prompts_of(_without_mark(prompts).lstrip()) != (task.prompt, task.negative_prompt):
         # A line looks like the start of another section, or readers would drop white space.
         values["Exact prompt"] = task.prompt
         if task.negative_prompt:
@@ -56,7 +60,7 @@ def _values(task: Task, picture: GeneratedImage, model: ModelFolder) -> dict[str
     sampler, schedule = sampler_of(task.scheduler)
     drawn_on = {"Precision": picture.dtype, "Device": picture.device}
     values = {
-        "Steps": str(task.num_inference_steps),
+        _STEPS: str(task.num_inference_steps),
         "Sampler": sampler,
         "Schedule type": schedule,
         "CFG scale": _number(task.guidance_scale),
@@ -81,16 +85,43 @@ def read(text: str, field: str = "infotext") -> Infotext:
     """Parse an infotext by `write` or A1111. Raises InvalidRequest, naming `field`, if the text is none."""
     if len(text) > MAX_CHARACTERS:
         raise InvalidRequest(f"{field}: an infotext of {len(text)} characters, at most {MAX_CHARACTERS} are allowed", field=field)
-    prompts, _, last_line = text.strip().rpartition("\n")
-    values = _pairs(last_line)
+    prompts, values = _prompts_and_values(_without_mark(text).strip())
     if len(values) < _FEWEST_PAIRS:
         raise InvalidRequest(
-            f"{field}: no infotext: its last line must say how the picture was drawn (Steps: 20, Sampler: Euler a, ...)", field=field
+            f"{field}: no infotext: its last line must say how the picture was drawn (Steps: 20, Sampler: Euler a, ...), "
+            f"and is {_shown(text)}",
+            field=field,
         )
     prompt, negative_prompt = _prompts_of(prompts)
     if "Exact prompt" in values:
         prompt, negative_prompt = values.pop("Exact prompt"), values.pop("Exact negative prompt", "")
     return Infotext(prompt, negative_prompt, values)
+
+
+def _prompts_and_values(text: str) -> tuple[str, dict[str, str]]:
+    """Split at the last line, or at the last one with Steps that templates follow. A template may itself look like such a line."""
+    prompts, _, last_line = text.rpartition("\n")
+    values = _pairs(last_line)
+    if _STEPS in values:
+        return prompts, values
+    lines = text.split("\n")
+    for number in range(len(lines) - 1, 0, -1):
+        if lines[number].startswith(_TEMPLATES):
+            before = _pairs(lines[number - 1])
+            if _STEPS in before and len(before) >= _FEWEST_PAIRS:
+                return "\n".join(lines[: number - 1]), before
+    return prompts, values
+
+
+def _without_mark(text: str) -> str:
+    """Without the byte order mark with which some programs begin a text."""
+    return text.lstrip(BYTE_ORDER_MARK)
+
+
+def _shown(text: str) -> str:
+    """The last line in quotes, shortened."""
+    line = text.strip().rpartition("\n")[2]
+    return repr(line if len(line) <= _MAX_SHOWN_CHARACTERS else f"{line[:_MAX_SHOWN_CHARACTERS]}...")
 
 
 def program_version() -> str:

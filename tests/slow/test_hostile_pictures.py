@@ -78,6 +78,15 @@ def test_what_is_right_is_read_and_what_is_wrong_is_refused(reading: Reading) ->
     assert not [outcome for outcome in decoded if outcome.expected == "refused" and not outcome.refusal]
 
 
+def test_a_bomb_of_text_is_refused_where_the_text_is_read(reading: Reading) -> None:
+    told = {outcome.case: outcome.refusal for outcome in reading.outcomes if outcome.reader == "read_description"}
+    for kind in ("zTXt", "iTXt"):
+        for where in ("before", "behind"):
+            refusal = told[f"png, {kind} of 200 MiB {where} the pixels"]
+            assert refusal == "img: its text parameters holds too much text, at most 1048576 bytes of it are read"
+    assert told["png, iCCP of 200 MiB before the pixels"] is None
+
+
 def test_no_file_takes_long_or_much_memory(reading: Reading) -> None:
     slowest = max(reading.outcomes, key=lambda outcome: outcome.taken_s)
     print(f"slowest: {slowest}; peak: {reading.peak_mib} MiB")
@@ -97,6 +106,9 @@ def test_no_file_takes_long_or_much_memory(reading: Reading) -> None:
         ("jpeg, 4 MiB of fill bytes", "the file has more than 65536 bytes between its segments"),
         ("jpeg, EXIF of 15 MiB", "the file has EXIF in more than 16 segments"),
         ("png, EXIF of 15 MiB", "its EXIF block has 157286"),
+        ("png, tRNS, a wrong checksum", "the PNG is damaged: its tRNS chunk is cut short, or its checksum is wrong"),
+        ("png, IHDR, a wrong checksum", "the PNG is damaged: its IHDR chunk is cut short, or its checksum is wrong"),
+        ("the beginning of a PNG", "the PNG is damaged: its header, the IHDR chunk, is missing"),
         ("a GIF file", "not a PNG, JPEG or WebP image"),
         ("an SVG file", "not a PNG, JPEG or WebP image"),
         ("a PostScript program", "not a PNG, JPEG or WebP image"),

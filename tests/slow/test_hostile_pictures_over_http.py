@@ -16,7 +16,7 @@ from tests.http.servers import Server
 MAX_TAKEN_S = 20
 NAMES = {
     "png of 65535 x 65535 in its header": 413,
-    "png, zTXt of 200 MiB before the pixels": 400,
+    "png, tRNS, a wrong checksum": 400,
     "png, a million empty chunks": 413,
     "jpeg, a million empty segments": 413,
     "jpeg of 4096 pixels, 100,000 scans": 413,
@@ -30,9 +30,17 @@ NAMES = {
 }
 
 
+BOMB_OF_TEXT = "png, zTXt of 200 MiB before the pixels"
+
+
 @pytest.fixture(scope="module")
-def files() -> dict[str, bytes]:
-    return {case.name: case.content for case in corpus() if case.name in NAMES}
+def corpus_files() -> dict[str, bytes]:
+    return {case.name: case.content for case in corpus() if case.name in (*NAMES, BOMB_OF_TEXT)}
+
+
+@pytest.fixture(scope="module")
+def files(corpus_files: dict[str, bytes]) -> dict[str, bytes]:
+    return {name: content for name, content in corpus_files.items() if name != BOMB_OF_TEXT}
 
 
 def through_img2img(client: httpx.Client, content: bytes) -> tuple[int, str]:
@@ -87,6 +95,18 @@ def test_the_worst_files_are_refused_by_name(
             # An empty text is no picture but a missing one to a form's reader, and A1111 answers 400 to what is no picture.
             assert status in (NAMES[name], 400 if through is through_a1111 else NAMES[name]), (name, status, told)
             assert told.startswith(DOORS[through]), (name, told)
+
+
+def test_a_bomb_of_text_is_refused_only_where_the_text_is_read(server: Server, corpus_files: dict[str, bytes]) -> None:
+    bomb = corpus_files[BOMB_OF_TEXT]
+    with server.client() as client:
+        client.timeout = httpx.Timeout(MAX_TAKEN_S)
+        assert through_reproduce(client, bomb) == (
+            400,
+            "picture picture: its text parameters holds too much text, at most 1048576 bytes of it are read",
+        )
+        answer = client.post("/img2img", files={"img": bomb}, data={"data": json.dumps({"prompt": PROMPT, "num_inference_steps": 2})})
+        assert answer.status_code == 200, answer.text
 
 
 def test_the_server_draws_after_them(server: Server) -> None:

@@ -33,11 +33,12 @@ from stable_diffusion.core.requests import (
 from stable_diffusion.core.safety import SafetyPolicy
 from stable_diffusion.core.types import GeneratedImage, Kind, Task
 from stable_diffusion.images import infotext
-from stable_diffusion.images.decode import read_description, read_image, read_mask, read_transparency_as_mask
+from stable_diffusion.images.decode import names_of_texts, read_description, read_image, read_mask, read_transparency_as_mask
 from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.web.body import parse_json, read_parts, within_upload_budget
 from stable_diffusion.web.decode_queue import decoded
 
+_MAX_SHOWN_NAMES = 8
 _INPUTS: dict[Kind, tuple[str, ...]] = {"txt2img": (), "img2img": ("img",), "inpaint": ("img", "mask")}
 
 
@@ -92,8 +93,10 @@ async def _read_request(request: Request, context: Context) -> _Asked:
 def _read(content: bytes, model: ModelFolder) -> Reproduction:
     text = read_description(content, "picture")
     if text is None:
+        others = ", ".join(map(repr, names_of_texts(content, "picture")[:_MAX_SHOWN_NAMES]))
         raise InvalidRequest(
-            "picture: its file does not say how it was drawn: no PNG text named parameters, no EXIF comment. Many programs drop them.",
+            f"picture: its file does not say how it was drawn: no PNG text named parameters{f' (there are: {others})' if others else ''}, "
+            "no EXIF comment. Many programs drop them.",
             field="picture",
         )
     return reproduction_of(infotext.read(text, "picture"), model)
