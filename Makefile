@@ -83,15 +83,16 @@ image-test: $(INSTALLED)
 
 # A clone has a .venv of its own: gigabytes, which are removed again.
 pythons:
-	@passed=; failed=; \
+	@passed=; failed=; commit=$$(git rev-parse --short HEAD); \
 	for python in $(PYTHONS); do \
 	  "$$python" -c pass 2>/dev/null || { echo "$$python does not run here"; continue; }; \
 	  folder=$$(mktemp -d); \
-	  if git clone --quiet . "$$folder" && $(MAKE) --directory "$$folder" PYTHON="$$python" on-this-python; \
+	  if git clone --quiet . "$$folder" && git -C "$$folder" checkout --quiet --detach $$commit && \
+	    $(MAKE) --directory "$$folder" PYTHON="$$python" on-this-python; \
 	  then passed="$$passed $$("$$python" --version)"; else failed="$$failed $$("$$python" --version)"; fi; \
 	  rm -rf "$$folder"; \
 	done; \
-	echo "Commit $$(git rev-parse --short HEAD) on $$(date +%F). Passed:$${passed:- none}. Failed:$${failed:- none}."; \
+	echo "Commit $$commit on $$(date +%F). Passed:$${passed:- none}. Failed:$${failed:- none}."; \
 	[ -n "$$passed" ] && [ -z "$$failed" ]
 
 on-this-python: $(INSTALLED)
