@@ -336,7 +336,7 @@ def test_a_dead_model_process_is_started_again_inside_the_container(built: Built
 
 def test_a_change_of_code_pushes_one_small_layer(built: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / built.precision
-    shutil.copytree(ROOT / built.precision, folder, ignore=shutil.ignore_patterns("models", "__pycache__"))
+    shutil.copytree(ROOT / built.precision, folder, ignore=shutil.ignore_patterns("v1_4*", "__pycache__"))
     for name in ("requirements-runtime.lock", "Dockerfile.template"):
         shutil.copy(ROOT / name, tmp_path)
     weights = folder / "models" / {"fp32": "v1_4", "fp16": "v1_4_fp16"}[built.precision] / "unet" / "weights.safetensors"
