@@ -3,6 +3,7 @@
 # make test       install, check and run every test
 # make test-NAME  the tests of one folder: unit, model, http, browser, slow, deployment, benchmarks
 # make image-test build both Docker images and run them (needs Docker; half an hour at first)
+# make pythons    unit tests and make serve of the last commit with each Python from 3.10 to 3.13 that is here (PYTHONS), a .venv for each
 # make bench      this project against plain diffusers and BentoML's batching on the demo model: about 40 minutes
 # make soak       half an hour of mixed load and faults: memory flat, every request answered (MINUTES)
 # make check      lint, format, types, import rules and spelling only
@@ -17,6 +18,7 @@ PRECISION ?= fp32
 HOST ?= 127.0.0.1
 PORT ?= 3000
 PYTHON ?= python3
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 MINUTES ?= 30
 
 UV_VERSION := 0.13.9
@@ -45,7 +47,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # PyFilesystem, of which BentoML is made, says so at every start.
 export PYTHONWARNINGS := ignore:pkg_resources is deprecated:UserWarning
 
-.PHONY: serve quick test image-test bench soak check format docs audit model demo lock precision
+.PHONY: serve quick test image-test pythons on-this-python bench soak check format docs audit model demo lock precision
 
 $(INSTALLED): requirements.txt requirements-runtime.txt requirements.lock bentoctl/aws-ec2/requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
@@ -82,6 +84,24 @@ test-%: $(TOOLS_INSTALLED)
 
 image-test: $(INSTALLED)
 	$(BIN)/python -m pytest -m image tests/image
+
+# A clone has a .venv of its own: gigabytes, which are removed again.
+pythons:
+	@passed=; failed=; commit=$$(git rev-parse --short HEAD); \
+	for python in $(PYTHONS); do \
+	  "$$python" -c pass 2>/dev/null || { echo "$$python does not run here"; continue; }; \
+	  folder=$$(mktemp -d); \
+	  if git clone --quiet . "$$folder" && git -C "$$folder" checkout --quiet --detach $$commit && \
+	    $(MAKE) --directory "$$folder" PYTHON="$$python" on-this-python; \
+	  then passed="$$passed $$("$$python" --version)"; else failed="$$failed $$("$$python" --version)"; fi; \
+	  rm -rf "$$folder"; \
+	done; \
+	echo "Commit $$commit on $$(date +%F). Passed:$${passed:- none}. Failed:$${failed:- none}."; \
+	[ -n "$$passed" ] && [ -z "$$failed" ]
+
+on-this-python: $(INSTALLED)
+	$(BIN)/python -m pytest $(PARALLEL) tests/unit
+	$(BIN)/python -m pytest tests/http/test_readme.py -k make_serve
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.run

@@ -74,7 +74,7 @@ class Settings:
 def read_settings(environment: Mapping[str, str]) -> Settings:
     """Raises SettingError, which names the first wrong variable and what is allowed."""
     return Settings(
-        model=_text(environment, MODEL_VARIABLE),
+        model=unquoted(environment, MODEL_VARIABLE),
         limits=_limits(environment),
         safety=_safety(environment),
         log_prompts=_flag(environment, LOG_PROMPTS_VARIABLE),
@@ -104,13 +104,21 @@ def safety_policy(environment: Mapping[str, str], *, model_name: str, has_checke
     return policy
 
 
-def _text(environment: Mapping[str, str], name: str) -> str:
-    return environment.get(name, "").strip()
+def is_in_quotes(text: str) -> bool:
+    return len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+
+
+def unquoted(environment: Mapping[str, str], name: str) -> str:
+    """The value of a variable without spaces around it, "" if it is not set. Raises SettingError if it is in quotes."""
+    text = environment.get(name, "").strip()
+    if is_in_quotes(text):
+        raise SettingError(f"{name}: the value is in quotes. Leave them out: Docker keeps the quotes in an env file")
+    return text
 
 
 def _flag(environment: Mapping[str, str], name: str) -> bool:
     """The one rule for all variables that are on or off."""
-    text = _text(environment, name)
+    text = unquoted(environment, name)
     if text.lower() in _ON:
         return True
     if text.lower() in _OFF:
@@ -119,8 +127,8 @@ def _flag(environment: Mapping[str, str], name: str) -> bool:
 
 
 def _limits(environment: Mapping[str, str]) -> Limits:
-    given = {field: (name, most) for field, (name, most) in LIMIT_VARIABLES.items() if _text(environment, name)}
-    return Limits(**{field: _positive(_text(environment, name), name, most) for field, (name, most) in given.items()})
+    given = {field: (name, most) for field, (name, most) in LIMIT_VARIABLES.items() if unquoted(environment, name)}
+    return Limits(**{field: _positive(unquoted(environment, name), name, most) for field, (name, most) in given.items()})
 
 
 def _positive(text: str, name: str, most: float) -> float:
@@ -134,7 +142,7 @@ def _positive(text: str, name: str, most: float) -> float:
 
 
 def _safety(environment: Mapping[str, str]) -> SafetyPolicy:
-    asked_for = _text(environment, SAFETY_VARIABLE) or Settings.safety
+    asked_for = unquoted(environment, SAFETY_VARIABLE) or Settings.safety
     for policy in _POLICIES:
         if policy == asked_for:
             return policy
@@ -142,14 +150,14 @@ def _safety(environment: Mapping[str, str]) -> SafetyPolicy:
 
 
 def _open(environment: Mapping[str, str]) -> frozenset[str]:
-    names = frozenset(name.strip() for name in _text(environment, OPEN_VARIABLE).split(",") if name.strip())
+    names = frozenset(name.strip() for name in unquoted(environment, OPEN_VARIABLE).split(",") if name.strip())
     if unknown := sorted(names - set(OPENABLE)):
         raise SettingError(f"{OPEN_VARIABLE}: {_told(unknown[0])} cannot be opened, only {' and '.join(OPENABLE)}")
     return names
 
 
 def _requests_per_minute(environment: Mapping[str, str]) -> int | None:
-    text = _text(environment, RATE_LIMIT_VARIABLE)
+    text = unquoted(environment, RATE_LIMIT_VARIABLE)
     if not text:
         return None
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:7]) <= _MAX_REQUESTS_PER_MINUTE and len(text) <= 6):

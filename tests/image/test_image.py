@@ -5,6 +5,7 @@ Slow, and needs what most machines lack: a Docker daemon, buildx and the base im
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
@@ -26,18 +27,21 @@ from stable_diffusion.demo.shapes import judge
 from tests.deployment.commands import bentoctl
 from tests.http.servers import ROOT, build_bento, free_port, wait_until_drawing
 
-pytestmark = pytest.mark.image
-
 BUILD_TIMEOUT_S = 3600  # the first build on a machine downloads gigabytes
 READY_TIMEOUT_S = 300
-GRACE_S = 900  # for `docker stop`; its own default is 10
+GRACE_S = 900  # of `docker stop`, whose own default is 10
 DRAIN_S = 40  # how long the last picture should take: longer than any usual grace
 REBUILD_S = 60
 LAYER_OF_CODE_BYTES = 2_000_000
 WEIGHTS_BYTES = 300_000_000
 # As the machine on AWS runs it (bentoctl/aws-ec2, machine.sh).
 SERVE = ("serve", "--timeout-keep-alive", "3660")
-HARDENED = ("--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "4096")
+OPTIONS = ("--stop-timeout", str(GRACE_S), "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "4096")
+CACHE = "/home/bentoml/.cache"
+KEY = "correct-horse-battery-staple"
+DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
+
+pytestmark = [pytest.mark.image, pytest.mark.timeout(BUILD_TIMEOUT_S)]
 
 
 @dataclass(frozen=True)
@@ -95,25 +99,12 @@ def layer_sizes(image: str) -> list[int]:
 
 
 @contextmanager
-def container(image: str) -> Iterator[Container]:
-    """The image with the demo model, on a free port of this machine, until the block ends."""
+def container(image: str, *options: str) -> Iterator[Container]:
+    """The image with the demo model and more options of `docker run`, on a free port of this machine, until the block ends."""
     port = free_port()
-    started = Container(
-        docker(
-            "run",
-            "--detach",
-            "--env",
-            "SD_MODEL=demo",
-            "--env",
-            "SD_WITHOUT_KEYS=1",
-            "--publish",
-            f"127.0.0.1:{port}:3000",
-            *HARDENED,
-            image,
-            *SERVE,
-        ),
-        port,
-    )
+    published = ("--publish", f"127.0.0.1:{port}:3000")
+    options = options if "--env-file" in options else ("--env", "SD_WITHOUT_KEYS=1", *options)
+    started = Container(docker("run", "--detach", "--env", "SD_MODEL=demo", *published, *OPTIONS, *options, image, *SERVE), port)
     try:
         wait_until_ready(started)
         yield started
@@ -133,6 +124,23 @@ def wait_until_ready(started: Container) -> None:
                 pass  # not listening yet
             time.sleep(0.3)
     raise AssertionError(f"not ready after {READY_TIMEOUT_S} s:\n{started.log()}")
+
+
+def wait_until_unready(started: Container) -> None:
+    deadline = time.monotonic() + 60
+    with started.client() as client:
+        while client.get("/readyz", timeout=10).status_code == 200:
+            assert time.monotonic() < deadline, started.log()
+            time.sleep(0.1)
+
+
+def refusal(image: str, *options: str) -> str:
+    """What a container writes that does not start."""
+    command = ["docker", "run", "--rm", *OPTIONS, *options, image, *SERVE]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert finished.returncode == 1, finished.stderr
+    assert "Traceback" not in finished.stderr + finished.stdout
+    return finished.stderr
 
 
 def draw(client: httpx.Client, **fields: object) -> httpx.Response:
@@ -212,11 +220,65 @@ def test_nothing_runs_as_root_or_under_a_shell(running: Container) -> None:
     assert "entrypoint.sh" not in command
 
 
+def test_the_servers_user_can_change_nothing_but_the_cache(running: Container) -> None:
+    find = ("find", "/home/bentoml", "/app", "-writable", "-not", "-path", f"{CACHE}*")
+    assert docker("exec", running.id, *find) == ""
+    assert docker("exec", running.id, "stat", "--format", "%U", f"{CACHE}/stable_diffusion_bentoml") == "bentoml"
+
+
+def test_a_start_says_nothing_of_deprecated_packages(running: Container) -> None:
+    log = running.log()
+    assert "Loaded demo" in log
+    assert "pkg_resources" not in log
+
+
 def test_without_weights_it_ends_with_the_plain_message(built: Built) -> None:
-    finished = subprocess.run(["docker", "run", "--rm", built.image], capture_output=True, text=True, timeout=120, check=False)
-    assert finished.returncode == 1
-    assert "Not started: this bento holds no weights" in finished.stderr
-    assert "Traceback" not in finished.stderr + finished.stdout
+    assert "Not started: this bento holds no weights" in refusal(built.image)
+
+
+def test_it_draws_with_a_root_file_system_that_is_read_only(built: Built) -> None:
+    with container(built.image, "--read-only", "--tmpfs", "/tmp") as started:
+        assert_draws_what_is_asked(started)
+        assert "Traceback" not in started.log()
+
+
+def test_without_a_place_for_temporary_files_it_ends_with_the_option_that_makes_one(built: Built) -> None:
+    told = refusal(built.image, "--read-only")
+    assert told == "Not started: /tmp cannot be written to. With 'docker run --read-only' add '--tmpfs /tmp'.\n"
+
+
+def test_a_volume_keeps_the_measured_batch_limit(built: Built) -> None:
+    volume = docker("volume", "create")
+    try:
+        for known in (False, True):
+            with container(built.image, "--volume", f"{volume}:{CACHE}") as started:
+                assert (f"known from {CACHE}/stable_diffusion_bentoml/" in started.log()) is known
+                assert "cannot be kept" not in started.log()
+    finally:
+        docker("volume", "rm", volume)
+
+
+def test_an_env_file_has_the_keys(built: Built, tmp_path: Path) -> None:
+    file = tmp_path / "keys.env"
+    file.write_text(f"SD_API_KEYS=alice:sha256:{DIGEST}\n")
+    with container(built.image, "--env-file", str(file)) as started, started.client() as client:
+        assert draw(client).status_code == 401
+        client.headers["X-API-Key"] = KEY
+        assert draw(client).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        (f'SD_API_KEYS="alice:sha256:{DIGEST}"', "SD_API_KEYS: the value is in quotes. Leave them out"),
+        (f"alice:sha256:{DIGEST}", "In an env file the line is SD_API_KEYS=alice:sha256:..."),
+        (f"alice:{KEY}==", "a variable whose name begins with 'alice:'"),
+    ],
+)
+def test_a_wrong_line_of_an_env_file_is_told(built: Built, tmp_path: Path, line: str, told: str) -> None:
+    file = tmp_path / "keys.env"
+    file.write_text(line + "\n")
+    assert told in refusal(built.image, "--env", "SD_MODEL=demo", "--env-file", str(file))
 
 
 def test_stopped_in_the_middle_of_a_picture_it_finishes_that_and_only_that(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,7 +292,7 @@ def test_stopped_in_the_middle_of_a_picture_it_finishes_that_and_only_that(built
         time.sleep(1)  # from the API worker to the runner it takes milliseconds
 
         begun = time.monotonic()
-        stopped = threads.submit(docker, "stop", "--time", str(GRACE_S), started.id, timeout=GRACE_S + 60)
+        stopped = threads.submit(docker, "stop", started.id, timeout=GRACE_S + 60)
         time.sleep(1)
         with started.client() as late:
             refused = draw(late)
@@ -255,16 +317,26 @@ def test_stopped_in_the_middle_of_a_picture_it_finishes_that_and_only_that(built
         assert_draws_what_is_asked(started)
 
 
-def test_a_dead_model_process_ends_the_container_so_that_docker_can_start_it_again(built: Built) -> None:
-    with container(built.image) as started:
+def test_a_dead_model_process_is_started_again_inside_the_container(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
+    with container(built.image) as started, started.client() as client:
+        since = started.state("StartedAt")
         kill = "import psutil; [p.kill() for p in psutil.process_iter() if 'bentoml_cli.worker.runner' in p.cmdline()]"
         docker("exec", started.id, "python", "-c", kill)
-        assert docker("wait", started.id, timeout=60) != "0"
+        begun = time.monotonic()
+        wait_until_unready(started)
+        refused = draw(client)
+        assert refused.status_code == 503
+        assert refused.json()["error"]["type"] in ("model_loading", "model_unavailable")
+        wait_until_ready(started)
+        with capsys.disabled():
+            print(f"\n{built.precision}: ready {time.monotonic() - begun:.1f} s after the model process was killed")
+        assert_draws_what_is_asked(started)
+        assert (started.state("Running"), started.state("StartedAt")) == ("true", since)
 
 
 def test_a_change_of_code_pushes_one_small_layer(built: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / built.precision
-    shutil.copytree(ROOT / built.precision, folder, ignore=shutil.ignore_patterns("models", "__pycache__"))
+    shutil.copytree(ROOT / built.precision, folder, ignore=shutil.ignore_patterns("v1_4*", "__pycache__"))
     for name in ("requirements-runtime.lock", "Dockerfile.template"):
         shutil.copy(ROOT / name, tmp_path)
     weights = folder / "models" / {"fp32": "v1_4", "fp16": "v1_4_fp16"}[built.precision] / "unet" / "weights.safetensors"
@@ -291,7 +363,9 @@ def test_a_change_of_code_pushes_one_small_layer(built: Built, tmp_path: Path, c
         assert sizes[-1] < LAYER_OF_CODE_BYTES
         assert WEIGHTS_BYTES in sizes
         inside = f"/home/bentoml/bento/src/{weights.relative_to(folder)}"
-        assert docker("run", "--rm", "--entrypoint", "stat", images[1], "--format", "%s %U", inside) == f"{WEIGHTS_BYTES} bentoml"
+        assert (
+            docker("run", "--rm", "--entrypoint", "stat", images[1], "--format", "%s %U %A", inside) == f"{WEIGHTS_BYTES} root -rwxr-xr-x"
+        )
     finally:
         for image in images:
             docker("image", "rm", image)

@@ -21,7 +21,7 @@ from pathlib import Path
 from starlette.datastructures import Headers
 
 from stable_diffusion.core.errors import SettingError
-from stable_diffusion.core.settings import KEYS_FILE_VARIABLE, KEYS_VARIABLE
+from stable_diffusion.core.settings import KEYS_FILE_VARIABLE, KEYS_VARIABLE, is_in_quotes, unquoted
 
 logger = logging.getLogger("stable_diffusion")
 
@@ -47,15 +47,27 @@ def read_keys(variables: Mapping[str, str]) -> tuple[Key, ...]:
 
     Raises SettingError, which names the wrong entry, never its secret.
     """
-    entries = [(f"{KEYS_VARIABLE}, entry {number}", entry) for number, entry in _filled(variables.get(KEYS_VARIABLE, "").split(","))]
-    path = variables.get(KEYS_FILE_VARIABLE, "")
+    _refuse_entry_as_variable(variables)
+    value, path = unquoted(variables, KEYS_VARIABLE), unquoted(variables, KEYS_FILE_VARIABLE)
+    entries = [(f"{KEYS_VARIABLE}, entry {number}", entry) for number, entry in _filled(value.split(","))]
     if path:
         entries += [(f"{KEYS_FILE_VARIABLE}, line {number}", entry) for number, entry in _lines_of(path)]
-    if not entries and (path or variables.get(KEYS_VARIABLE, "").strip()):
+    if not entries and (path or value):
         raise SettingError(f"{KEYS_FILE_VARIABLE if path else KEYS_VARIABLE} is set and holds no key")
     keys = tuple(_key(where, entry, number) for number, (where, entry) in enumerate(entries, 1))
     _refuse_doubles(keys)
     return keys
+
+
+def _refuse_entry_as_variable(variables: Mapping[str, str]) -> None:
+    """Refuse a variable named `alice:KEY`, which Docker makes of the line `alice:KEY=` in an env file. No other name has a colon."""
+    for variable in variables:
+        name, colon, secret = variable.partition(":")
+        if colon and len(secret) >= MIN_CHARACTERS and _NAME.fullmatch(name):
+            raise SettingError(
+                f"{KEYS_VARIABLE}: the environment has a variable whose name begins with '{name}:', like an entry of {KEYS_VARIABLE}. "
+                f"In an env file the line must begin with {KEYS_VARIABLE}="
+            )
 
 
 def _filled(parts: Iterable[str]) -> list[tuple[int, str]]:
@@ -77,7 +89,11 @@ def _lines_of(path: str) -> list[tuple[int, str]]:
 
 def _key(where: str, entry: str, number: int) -> Key:
     """Parse `name:key`, `name:sha256:HEX`, or either without a name. No message contains a secret that looks like a name."""
+    if entry.startswith(f"{KEYS_VARIABLE}="):
+        raise SettingError(f"{where}: leave '{KEYS_VARIABLE}=' out, which stands only before the first entry of an env file's line")
     name, colon, secret = entry.partition(":")
+    if is_in_quotes(entry) or is_in_quotes(secret):
+        raise SettingError(f"{where}: leave the quotes out")
     if not colon or entry.lower().startswith(_DIGEST_PREFIX):
         name, secret = f"key{number}", entry
     elif not _NAME.fullmatch(name):

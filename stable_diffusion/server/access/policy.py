@@ -52,6 +52,7 @@ def check_exposure(access: Access, host: str, *, in_bento: bool) -> None:
         raise SettingError(
             f"no API key is set, and everybody who reaches {host} could draw. Set {KEYS_VARIABLE} or {KEYS_FILE_VARIABLE} "
             "('python -m stable_diffusion.keys NAME' makes a key), or listen with --host 127.0.0.1. "
+            f"In an env file the line is {KEYS_VARIABLE}=alice:sha256:..., without quotes; Docker drops a line without {KEYS_VARIABLE}=. "
             "Where something else keeps others out (a firewall, a published port of 127.0.0.1 only), "
             f"{WITHOUT_KEYS_VARIABLE}=1 starts without keys"
         )

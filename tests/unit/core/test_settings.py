@@ -64,6 +64,14 @@ def test_any_other_word_is_refused_by_the_name_of_its_variable(name: str, value:
     assert str(refused.value) == f"{name} must be 1, true, yes or on, or else 0, false, no, off or empty, not {value[:60]!r}"
 
 
+@pytest.mark.parametrize("value", ['"1"', "'1'", ' "demo" ', '""'])
+@pytest.mark.parametrize("name", [*FLAGS, *OTHERS])
+def test_a_value_that_still_has_its_quotes_is_refused_by_name(name: str, value: str) -> None:
+    with pytest.raises(SettingError) as refused:
+        read_settings({name: value})
+    assert str(refused.value) == f"{name}: the value is in quotes. Leave them out: Docker keeps the quotes in an env file"
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "1e10", "ten", "1,5"])
 @pytest.mark.parametrize("name", [name for name, _ in LIMIT_VARIABLES.values()])
 def test_what_cannot_be_is_refused_by_name(name: str, value: str) -> None:

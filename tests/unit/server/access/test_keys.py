@@ -68,6 +68,14 @@ def test_a_file_has_one_key_a_line_and_comments(tmp_path: Path, caplog: pytest.L
         (f"alice:{ALICE},alice:{BOB}", "there are two keys with the name alice"),
         (f"bob:{BOB},carol:sha256:{DIGEST}", "bob and carol are the same key"),
         (" , ", "SD_API_KEYS is set and holds no key"),
+        *(
+            (f"{quote}{entries}{quote}", "SD_API_KEYS: the value is in quotes. Leave them out: Docker keeps the quotes in an env file")
+            for entries in (f"alice:sha256:{DIGEST}", f"alice:{ALICE},bob:{BOB}", "s" * 20, "")
+            for quote in "\"'"
+        ),
+        (f'alice:{ALICE},"bob:{BOB}"', "SD_API_KEYS, entry 2: leave the quotes out"),
+        (f'alice:{ALICE},bob:"{BOB}"', "SD_API_KEYS, entry 2: leave the quotes out"),
+        (f"alice:{ALICE},SD_API_KEYS=bob:{BOB}", "SD_API_KEYS, entry 2: leave 'SD_API_KEYS=' out"),
     ],
 )
 def test_what_is_wrong_is_told_by_the_entry_and_never_with_the_secret(value: str, words: str) -> None:
@@ -75,6 +83,35 @@ def test_what_is_wrong_is_told_by_the_entry_and_never_with_the_secret(value: str
         read_keys({"SD_API_KEYS": value})
     assert words in str(refused.value)
     assert not [secret for secret in (ALICE, BOB, "secret-of", "ssss") if secret in str(refused.value)]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (f'"alice:sha256:{DIGEST}"', "SD_API_KEYS_FILE, line 2: leave the quotes out"),
+        (f"SD_API_KEYS=alice:sha256:{DIGEST}", "SD_API_KEYS_FILE, line 2: leave 'SD_API_KEYS=' out"),
+    ],
+)
+def test_a_line_of_an_env_file_is_recognised_in_a_file_of_keys(tmp_path: Path, line: str, words: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# of the office\n{line}\n")
+    file.chmod(0o600)
+    with pytest.raises(SettingError, match=words):
+        read_keys({"SD_API_KEYS_FILE": str(file)})
+    with pytest.raises(SettingError, match="SD_API_KEYS_FILE: the value is in quotes"):
+        read_keys({"SD_API_KEYS_FILE": f'"{file}"'})
+
+
+@pytest.mark.parametrize("others", [{}, {"SD_API_KEYS": f"alice:{ALICE}"}])
+def test_an_entry_in_place_of_a_variables_name_is_refused(others: dict[str, str]) -> None:
+    """What Docker makes of the line `bob:tr0ub4dor/and+three==` in an env file; the line `bob:sha256:...` it drops."""
+    name, _, value = f"bob:{BOB}".partition("=")
+    with pytest.raises(SettingError) as refused:
+        read_keys({**others, name: value})
+    assert "a variable whose name begins with 'bob:'" in str(refused.value)
+    assert "the line must begin with SD_API_KEYS=" in str(refused.value)
+    assert "tr0ub4dor" not in str(refused.value)
+    assert read_keys({"IMAGE": f"sha256:{DIGEST}", "a:b": "c", "with space:" + "s" * 20: "x"}) == ()
 
 
 def test_a_file_that_is_missing_or_empty_is_refused(tmp_path: Path) -> None:

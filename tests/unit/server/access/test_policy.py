@@ -69,6 +69,7 @@ def test_elsewhere_a_bento_without_keys_does_not_start_unless_it_is_told_to(capl
     with pytest.raises(SettingError) as refused:
         check_exposure(Access(), "0.0.0.0", in_bento=True)
     assert all(words in str(refused.value) for words in ("SD_API_KEYS", "python -m stable_diffusion.keys", "SD_WITHOUT_KEYS=1"))
+    assert "In an env file the line is SD_API_KEYS=alice:sha256:..., without quotes" in str(refused.value)
     check_exposure(Access(is_without_keys_on_purpose=True), "0.0.0.0", in_bento=True)
     assert "NO API KEY IS SET" in caplog.text
 
