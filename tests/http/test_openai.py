@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 from tests.http.asking import PROMPT, as_file, draw, picture_of, redraw
+from tests.http.following import cancelled
 from tests.http.servers import ROOT, Server, environment
-from tests.http.test_event_stream import cancelled
 
 IN_COMPANY = 2  # levels of 255 by which a picture may differ there, as the README says
 
