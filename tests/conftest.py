@@ -22,17 +22,24 @@ hypothesis.settings.load_profile("repeatable")
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 # Tests compute beside servers that compute: threads that spin while they wait would hold the processor that others need.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Tests that run side by side share the cores out among themselves and the servers that they start.
+if side_by_side := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // side_by_side)))
 
-_FOLDERS = ("unit", "model", "http", "browser", "slow", "deployment", "benchmarks", "image")
+# The longest files come first: at the end, when nothing is left to share out, only short ones run.
+_FOLDERS = ("slow", "model", "benchmarks", "http", "browser", "deployment", "unit", "image")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Each folder of tests has a marker of its name."""
+    """Each folder of tests has a marker of its name, and its place in the order."""
     folder_of_tests = Path(__file__).parent
+    place: dict[pytest.Item, int] = {}
     for item in items:
         folder = item.path.relative_to(folder_of_tests).parts[0]
+        place[item] = _FOLDERS.index(folder) if folder in _FOLDERS else len(_FOLDERS)
         if folder in _FOLDERS:
             item.add_marker(folder)
+    items.sort(key=place.__getitem__)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -235,6 +235,7 @@ def test_the_arithmetic_of_a_call_is_counted_with_all_of_its_rows(demo_parts: Pa
     assert counter.get_total_flops() - before == pytest.approx(2 * of_one_job * 1e12)
 
 
+@pytest.mark.alone
 def test_a_step_is_timed_beside_its_unet_call_and_the_matrix_product(demo_parts: Parts) -> None:
     timed = time_step(Denoiser(demo_parts), 2, 64, tflop=0.001)
     assert timed is not None

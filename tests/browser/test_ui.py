@@ -15,10 +15,11 @@ from playwright.sync_api import Page, expect
 
 from stable_diffusion.core.schedulers import SCHEDULERS
 from stable_diffusion.demo.shapes import judge, nearest_colour
-from tests.browser.visit import CHROMIUM, Visit, decoded
+from tests.browser.chromium import CHROMIUM
+from tests.browser.visit import Visit, decoded
 from tests.http.asking import as_file
+from tests.http.following import cancelled
 from tests.http.servers import ROOT, Server
-from tests.http.test_event_stream import cancelled
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 

@@ -19,7 +19,8 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
-from tests.browser.visit import CHROMIUM, Visit, decoded
+from tests.browser.chromium import CHROMIUM
+from tests.browser.visit import Visit, decoded
 
 PROGRAMS = {"convert": "imagemagick", "exiftool": "libimage-exiftool-perl", "cwebp": "webp", "webpmux": "webp", "avifenc": "libavif-bin"}
 MISSING = sorted({package for program, package in PROGRAMS.items() if shutil.which(program) is None})

@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import shutil
 from dataclasses import dataclass, field
 
 from PIL import Image
 from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, Request, expect
 
 from tests.http.servers import Server
-
-CHROMIUM = shutil.which("chromium")
-# A container's root has no sandbox; the rest keeps the browser from asking the internet anything.
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @dataclass

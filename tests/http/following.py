@@ -1,8 +1,11 @@
-"""Jobs as tests start and follow them."""
+"""Jobs as tests start and follow them, by asking, by their events and in the log."""
 
 from __future__ import annotations
 
+import json
+import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -10,6 +13,7 @@ import httpx
 from tests.http.asking import PROMPT
 from tests.http.servers import Server
 
+Event = tuple[str, dict[str, Any]]
 NO_WAITING = {"Prefer": "respond-async"}
 
 
@@ -33,3 +37,21 @@ def ended(server: Server, path: str) -> dict[str, Any]:
         assert time.monotonic() < deadline, job
         time.sleep(0.05)
     return dict(job)
+
+
+def events_of(response: httpx.Response) -> Iterator[Event]:
+    """As a browser's EventSource reads them."""
+    name, data = "message", ""
+    for line in response.iter_lines():
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            data += line.removeprefix("data: ")
+        elif not line and data:
+            yield name, json.loads(data)
+            name, data = "message", ""
+
+
+def cancelled(server: Server) -> int:
+    """How many jobs were cancelled, by the log."""
+    return len(re.findall(r"was cancelled after", server.log))

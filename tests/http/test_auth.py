@@ -22,12 +22,12 @@ import psutil
 import pytest
 import yaml
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 from starlette.responses import PlainTextResponse
 
-from tests.browser.visit import ARGUMENTS, CHROMIUM
+from tests.browser.chromium import CHROMIUM, chromium
+from tests.http.log_lines import line_of
 from tests.http.servers import BENTOML, PLAIN_HTTP, ROOT, Server, environment, serve
-from tests.http.test_request_log import line_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what BentoML is made of, while it is loaded
@@ -348,10 +348,8 @@ def test_at_a_loopback_address_a_server_without_keys_starts_quietly(server: Serv
 def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("chromium is not installed")
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield chromium
-        chromium.close()
+    with chromium() as started:
+        yield started
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
 import threading
 import time
 from collections.abc import Iterator
@@ -13,27 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-import httpx
 import pytest
 from PIL import Image
 
 from tests.http.asking import PROMPT, as_file, refused
+from tests.http.following import Event, cancelled, events_of
 from tests.http.servers import Server
-
-Event = tuple[str, dict[str, Any]]
-
-
-def events_of(response: httpx.Response) -> Iterator[Event]:
-    """As a browser's EventSource reads them."""
-    name, data = "message", ""
-    for line in response.iter_lines():
-        if line.startswith("event: "):
-            name = line.removeprefix("event: ")
-        elif line.startswith("data: "):
-            data += line.removeprefix("data: ")
-        elif not line and data:
-            yield name, json.loads(data)
-            name, data = "message", ""
 
 
 @contextmanager
@@ -103,10 +87,6 @@ def test_who_has_to_wait_is_told_the_place_in_the_queue(server: Server) -> None:
     assert {name for name, _ in told} == {"progress", "queued"}
     queued = [data for name, data in told if name == "queued"]
     assert all(data["position"] >= 1 and data["seconds_left"] > 0 for data in queued)
-
-
-def cancelled(server: Server) -> int:
-    return len(re.findall(r"was cancelled after", server.log))
 
 
 def test_a_client_that_goes_away_in_the_middle_stops_its_job(server: Server) -> None:

@@ -16,9 +16,8 @@ import pytest
 from PIL import Image
 
 from tests.http.asking import PROMPT, as_file, draw, picture_of, redraw, refused
-from tests.http.following import NO_WAITING, ask, ended, start
+from tests.http.following import NO_WAITING, ask, ended, events_of, start
 from tests.http.servers import Server, wait_until_ready
-from tests.http.test_event_stream import events_of
 
 
 @pytest.fixture

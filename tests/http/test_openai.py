@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from tests.http.asking import PROMPT, as_file, draw, picture_of, redraw
+from tests.http.following import cancelled
 from tests.http.servers import Server
-from tests.http.test_event_stream import cancelled
 
 IN_COMPANY = 2  # levels of 255 by which a picture may differ there, as docs/performance.md says
 

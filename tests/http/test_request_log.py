@@ -12,31 +12,13 @@ import pytest
 from PIL import Image
 
 from tests.http.asking import as_file
+from tests.http.log_lines import line_about, line_of
 from tests.http.servers import Server
 
 SECRET_PROMPT = "a red circle for Zebulon only"
 SECRET_KEY = "key-6f1ed002ab5595859014ebf0951522d9"
 HEADERS = {"Authorization": f"Bearer {SECRET_KEY}", "X-API-Key": SECRET_KEY}
 DRAWN = {"kind": "txt2img", "width": 64, "height": 64, "steps": 2, "seed": 5, "images": 1, "outcome": "completed", "status": 200}
-
-
-def lines_of(server: Server, text: str) -> list[dict[str, Any]]:
-    """The lines that have `text` in them."""
-    return [json.loads(line) for line in server.log.split("\n") if line.startswith('{"time": ') and text in line]
-
-
-def line_about(server: Server, text: str, method: str | None) -> dict[str, Any]:
-    """The one line of a request with `method`, or without one the line of a job's end: it may not be there yet."""
-    deadline = time.monotonic() + 20
-    while not (found := [line for line in lines_of(server, text) if line.get("method") == method]):
-        assert time.monotonic() < deadline, server.log[-2000:]
-        time.sleep(0.02)
-    (line,) = found
-    return line
-
-
-def line_of(server: Server, answer: httpx.Response) -> dict[str, Any]:
-    return line_about(server, answer.headers["job-id"], "POST")
 
 
 def body(**fields: object) -> dict[str, object]:

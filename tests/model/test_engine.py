@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +20,7 @@ from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.job import Job, Latents
 from stable_diffusion.engine.loading import Parts
 from tests.model.recording_engine import RecordingEngine
+from tests.model.reference import largest_difference, mean_difference
 from tests.tasks import make_task
 
 Outcome = GeneratedImage | ServiceError
@@ -89,14 +89,6 @@ def bench(parts: Parts, max_batch_size: int = 10) -> Iterator[Bench]:
         yield made
     finally:
         made.engine.close()
-
-
-def largest_difference(one: Image.Image, other: Image.Image) -> int:
-    return int(np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int)).max())
-
-
-def mean_difference(one: Image.Image, other: Image.Image) -> float:
-    return float(np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int)).mean())
 
 
 def test_rows_of_different_jobs_share_a_unet_call(recording_engine: RecordingEngine) -> None:

@@ -23,7 +23,7 @@ from stable_diffusion.engine.loading import Parts
 from stable_diffusion.engine.watchdog import Watchdog
 from tests import faults
 from tests.model.recording_engine import RecordingEngine
-from tests.model.test_engine import largest_difference
+from tests.model.reference import largest_difference
 from tests.tasks import make_task
 
 Outcome = GeneratedImage | ServiceError

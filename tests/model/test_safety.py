@@ -15,7 +15,7 @@ from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.loading import Parts, load
 from stable_diffusion.models.folder import check_model
 from tests.model.recording_engine import RecordingEngine
-from tests.model.test_denoiser import assert_same_picture, draw_with_diffusers
+from tests.model.reference import assert_same_picture, draw_with_diffusers
 from tests.safety_checkers import make_checked_model
 from tests.tasks import make_task
 

@@ -12,6 +12,7 @@ from stable_diffusion.models.folder import DEMO_FOLDER, check_model
 from stable_diffusion.runner.startup import start_engine
 
 
+@pytest.mark.alone
 def test_the_engine_of_the_runner_measures_how_many_pictures_share_a_step_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -38,6 +38,7 @@ def compute(processes: int, jobs: int = 2) -> list[list[float]]:
     return found
 
 
+@pytest.mark.alone
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
 def test_two_processes_that_compute_at_once_take_at_most_three_times_as_long() -> None:
     (alone,) = compute(1)

@@ -19,7 +19,6 @@ from tests.http.asking import draw, refused
 from tests.http.following import ask, ended, start
 from tests.http.ledger import DISTURBED, PROMPT, SOUND_KINDS, Load
 from tests.http.servers import PLAIN_HTTP, ROOT, Server, serve
-from tests.slow.test_raw_sockets import address_of
 
 STUCK_STEP_S = 15
 # Circus looks for dead processes every ten seconds; then the runner imports torch and loads the model: half a minute on a quiet machine.
@@ -113,7 +112,7 @@ def require_undisturbed(load: Load, began_after_s: float) -> None:
 
 def held_by(worker: psutil.Process, server: Server) -> list[object]:
     """The connections of clients that an API worker has open."""
-    _, port = address_of(server)
+    _, port = server.address
     return [one for one in worker.net_connections("tcp") if one.raddr and one.laddr.port == port]
 
 

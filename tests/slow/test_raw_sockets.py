@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 import psutil
@@ -37,17 +36,12 @@ MALFORMED_UPGRADES = (UPGRADE.replace(b"Host: x", b"Host: \xff") + b"\r\n", UPGR
 FORGED_LINE = b"/%0A%7B%22time%22:%20%22never%22%7D%0A"
 
 
-def address_of(server: Server) -> tuple[str, int]:
-    parts = urlsplit(server.url)
-    return str(parts.hostname), int(parts.port or 0)
-
-
 def connected(server: Server, read_buffer_bytes: int | None = None) -> socket.socket:
     client = socket.socket()
     if read_buffer_bytes is not None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, read_buffer_bytes)
     client.settimeout(ANSWERED_WITHIN_S)
-    client.connect(address_of(server))
+    client.connect(server.address)
     return client
 
 
@@ -365,7 +359,7 @@ async def opened(address: tuple[str, int], count: int) -> list[socket.socket]:
 def test_ten_thousand_idle_connections_keep_nobody_out(unharmed: Server) -> None:
     before, count = descriptors(unharmed), idle_connections()
     began = time.monotonic()
-    clients = asyncio.run(opened(address_of(unharmed), count))
+    clients = asyncio.run(opened(unharmed.address, count))
     try:
         while descriptors(unharmed) < before + count:
             assert time.monotonic() - began < 40, f"{descriptors(unharmed) - before} of {count} were accepted"

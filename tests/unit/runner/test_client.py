@@ -79,7 +79,7 @@ async def full(_: dict[str, Any]) -> AsyncGenerator[str, None]:
 def error_of(client: RunnerClient, task: Task, *, stopping: bool = False) -> ServiceError:
     async def to_its_end() -> None:
         if stopping:
-            client.unfinished._stop = lambda: None
+            client.unfinished.stop_when_done(lambda: None)
         async for _ in await begin(client, task, TICKET, follow=False):
             pass
 

@@ -45,6 +45,16 @@ async def until_all_have_begun_or_wait() -> None:
     await asyncio.sleep(0.05)
 
 
+async def assert_both_places_are_free(queue: Decoding) -> None:
+    """Of three, two are begun at once, and the third when one of them is done."""
+    decoder = Decoder()
+    asked = [asyncio.ensure_future(queue.run("next", decoder.of(f"next {number}"))) for number in range(3)]
+    await until_all_have_begun_or_wait()
+    assert len(decoder.begun) == 2
+    decoder.go_on(3)
+    assert await asyncio.gather(*asked) == ["next 0", "next 1", "next 2"]
+
+
 def test_two_are_decoded_at_a_time_and_callers_take_turns() -> None:
     async def decode() -> list[str]:
         queue, decoder = Decoding(), Decoder()
@@ -76,7 +86,7 @@ def test_who_leaves_while_waiting_takes_no_turn_and_leaves_no_place_behind() -> 
         last = [asyncio.ensure_future(queue.run("a", decoder.of("last"))) for _ in range(2)]
         decoder.go_on(4)
         await asyncio.gather(*drawn, *last)
-        assert (queue._running, queue._waiting) == (0, {})
+        await assert_both_places_are_free(queue)
         return decoder.begun
 
     assert asyncio.run(decode()) == ["first", "first", "last", "last"]
@@ -117,7 +127,7 @@ def test_what_was_begun_for_who_has_left_keeps_its_place_until_it_is_done(caplog
         decoder.go_on(4)
         assert await asyncio.gather(*staying) == ["stays"] * 2
         assert decoder.most_at_once == 2
-        assert queue._running == 0
+        await assert_both_places_are_free(queue)
 
     asyncio.run(decode())
     gc.collect()

@@ -58,7 +58,7 @@ async def drawn(_: dict[str, Any]) -> AsyncGenerator[str, None]:
     yield pack_outcome(GeneratedImage(Image.new("RGB", (64, 64)), None, "", "", device="cpu", dtype="float32"))
 
 
-def client_of(draws: Draws, requests: list[str]) -> openai.OpenAI:
+def http_client_of(draws: Draws, requests: list[str]) -> TestClient:
     def draw(packed: dict[str, Any]) -> AsyncGenerator[str, None]:
         requests.append(packed["task"]["prompt"])
         return draws(packed)
@@ -73,7 +73,11 @@ def client_of(draws: Draws, requests: list[str]) -> openai.OpenAI:
     async def application(scope: Scope, receive: Receive, send: Send) -> None:
         await api({**scope, RequestContext.KEY: RequestContext(new_job_id())}, receive, send)
 
-    return openai.OpenAI(base_url="http://testserver/v1", api_key="unused", http_client=TestClient(application))
+    return TestClient(application)
+
+
+def client_of(draws: Draws, requests: list[str]) -> openai.OpenAI:
+    return openai.OpenAI(base_url="http://testserver/v1", api_key="unused", http_client=http_client_of(draws, requests))
 
 
 def test_a_picture_that_failed_is_a_server_error_that_the_client_does_not_pay_for_again() -> None:
@@ -129,6 +133,6 @@ def test_a_second_mask_is_refused(input_picture: Image.Image) -> None:
     buffer = io.BytesIO()
     input_picture.save(buffer, "PNG")
     body = [(name, (f"{name}.png", buffer.getvalue(), "image/png")) for name in ("image", "mask", "mask")]
-    refused = client_of(drawn, [])._client.post("/v1/images/edits", files=body, data={"prompt": "a red circle"})
+    refused = http_client_of(drawn, []).post("/v1/images/edits", files=body, data={"prompt": "a red circle"})
     assert refused.status_code == 400
     assert refused.json()["error"]["message"] == "mask: is given more than once"
