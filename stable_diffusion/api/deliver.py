@@ -29,9 +29,9 @@ from stable_diffusion.api.responses import (
 from stable_diffusion.core import journal
 from stable_diffusion.core.errors import InvalidRequest, JobsUnavailable, NotAcceptable, ServiceError
 from stable_diffusion.core.requests import GenerationRequest
-from stable_diffusion.core.types import GeneratedImage, ImageFormat, Progress, Task, Ticket
+from stable_diffusion.core.types import GeneratedImage, ImageFormat, Progress, Task
 from stable_diffusion.images.encode import MEDIA_TYPES
-from stable_diffusion.runner.client import Updates, begin, follow, generate, generate_asynchronously
+from stable_diffusion.runner.client import Updates, begin, follow, generate, generate_all, generate_asynchronously
 from stable_diffusion.state.job_record import JobRecord, fingerprint
 from stable_diffusion.web import sse
 from stable_diffusion.web.disconnect import while_connected
@@ -48,10 +48,7 @@ def accepted_response(records: Sequence[JobRecord]) -> Response:
 
 async def _awaited_image(context: Context, job_id: str, image_format: ImageFormat, note_end: journal.NoteEnd) -> Response:
     """Wait for the image of an asynchronous job and return it."""
-    last: list[JobRecord] = []
-    async with aclosing(follow(context.client, job_id)) as standings:
-        async for records in standings:
-            last = records
+    last = await _ended(context, job_id)
     response = await run_in_threadpool(kept_image_response, context, last[0], image_format)
     await note_fetched(context, last[0])
     response.headers.update(followed_headers())
@@ -152,8 +149,7 @@ async def respond(
     if image_format is None and not (delivery.events or delivery.asynchronous):
         raise NotAcceptable(f"Accept allows none of {', '.join((*MEDIA_TYPES.values(), sse.MEDIA_TYPE))}", field="Accept")
     if delivery.asynchronous or delivery.idempotency_key is not None:
-        job_id = await _accept(context, task, replace(ticket, asynchronous=True), delivery.idempotency_key, parameters)
-        rename_job(request, job_id)
+        job_id = await _accept(request, context, [task], delivery.idempotency_key, parameters.seed, parameters.output_format)
         if delivery.asynchronous:
             accepted_job = accepted_response(await run_in_threadpool(context.jobs.get, job_id))
             accepted_job.headers["Preference-Applied"] = "respond-async"
@@ -170,13 +166,58 @@ async def respond(
     return await run_in_threadpool(image_response, task, picture, context.model(), image_format, remarks(picture))
 
 
-async def _accept(context: Context, task: Task, ticket: Ticket, key: str | None, parameters: GenerationRequest) -> str:
+async def _accept(
+    request: Request, context: Context, tasks: Sequence[Task], key: str | None, seed: int | None, image_format: ImageFormat | None
+) -> str:
     """Start an asynchronous job and return its id; with an idempotency key that was used before, the id of the earlier job."""
-    what = await run_in_threadpool(fingerprint, task, parameters.seed)
-    job_id = await run_in_threadpool(context.jobs.accept, ticket, task, key, what, parameters.output_format)
+    ticket = replace(ticket_of(request), asynchronous=True)
+    what = await run_in_threadpool(fingerprint, request.url.path, tasks, seed)
+    job_id = await run_in_threadpool(context.jobs.accept, ticket, tasks, key, what, image_format)
     if job_id == ticket.job_id:
-        await generate_asynchronously(context.client, task, ticket)
+        await generate_asynchronously(context.client, tasks, ticket)
+    rename_job(request, job_id)
     return job_id
+
+
+async def generate_once(
+    request: Request, context: Context, tasks: Sequence[Task], seed: int | None
+) -> tuple[Sequence[Task], Sequence[GeneratedImage]]:
+    """The images of `tasks`, for APIs that respond when all are finished. `seed`: of the first image, as requested.
+
+    With Idempotency-Key, a request that is sent again gets the job of the first, and its tasks. Raises InvalidRequest for
+    Prefer: respond-async, which these APIs do not offer.
+    """
+    key = waiting_key(request)
+    if key is None:
+        images = await while_connected(request, generate_all(context.client, tasks, ticket_of(request)))
+        return tasks, images
+    job_id = await _accept(request, context, tasks, key, seed, None)
+    with journal.waiting_for_job() as note_end:
+        records = await while_connected(request, _ended(context, job_id))
+        images = await run_in_threadpool(lambda: [record.finished() for record in records])
+        await note_fetched(context, records[0])
+        note_end(*_end_of(records))
+    return [record.task for record in records], images
+
+
+def waiting_key(request: Request) -> str | None:
+    """The Idempotency-Key of a request to an API that always waits for its images. Raises InvalidRequest for Prefer: respond-async."""
+    delivery = delivery_of(request)
+    if delivery.asynchronous:
+        raise InvalidRequest(
+            "Prefer: respond-async is offered by /txt2img, /img2img, /inpaint and /reproduce; this API responds when the images are "
+            "finished, leave the header out",
+            field="Prefer",
+        )
+    return delivery.idempotency_key
+
+
+async def _ended(context: Context, job_id: str) -> list[JobRecord]:
+    last: list[JobRecord] = []
+    async with aclosing(follow(context.client, job_id)) as standings:
+        async for records in standings:
+            last = records
+    return last
 
 
 async def _image_of_job(context: Context, job_id: str, image_format: ImageFormat) -> Response:

@@ -61,6 +61,13 @@ LOAD_ERRORS = {
 }
 
 # Of the native API and /reproduce.
+IDEMPOTENCY_KEY: dict[str, Any] = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "A second request with the same key gets the first one's job, running or done, instead of another. Such a job is "
+    "generated to its end even if the client leaves.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
+}
 REQUEST_HEADERS: list[dict[str, Any]] = [
     {
         "name": "Prefer",
@@ -68,13 +75,7 @@ REQUEST_HEADERS: list[dict[str, Any]] = [
         "description": "`respond-async`: answer at once with 202 and the job's address; the picture is fetched later.",
         "schema": {"type": "string"},
     },
-    {
-        "name": "Idempotency-Key",
-        "in": "header",
-        "description": "A second request with the same key gets the first one's job, running or done, instead of another. Such a job is "
-        "drawn to its end even if the client leaves.",
-        "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
-    },
+    IDEMPOTENCY_KEY,
 ]
 EVENTS = {"queued": QueuedEvent, "progress": ProgressEvent, "preview": PreviewEvent, "completed": CompletedEvent, "error": Error}
 _ACCEPTED = {

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -130,10 +130,11 @@ def waiting_for_job() -> Iterator[NoteEnd]:
     yield line.note_end
 
 
-def note_accepted(task: Task) -> None:
-    """Note that the current request has started `task` and does not wait for it."""
+def note_accepted(tasks: Sequence[Task]) -> None:
+    """Note that the current request has started a job of `tasks`, which goes on without it."""
     if (line := current_line.get()) is not None:
-        line.note_task(task, 0)
+        for index, task in enumerate(tasks):
+            line.note_task(task, index)
 
 
 async def as_job(drawing: Coroutine[Any, Any, T], is_taken_on: Callable[[], bool]) -> T:

@@ -10,7 +10,7 @@ import secrets
 from typing import Annotated, Any, Literal, TypeVar
 
 import ftfy
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from stable_diffusion.core.errors import FieldError, InvalidRequest
 from stable_diffusion.core.schedulers import SCHEDULERS, known_scheduler
@@ -27,6 +27,7 @@ MAX_PIXEL_STEPS = 400_000_000
 SEED_LIMIT = 2**32  # every client's language represents such a number exactly
 
 _MAX_PROBLEMS = 20  # reported per request
+_BLANK_PROMPTS = "blank prompts are allowed"
 
 
 def _clean_text(text: str) -> str:
@@ -35,8 +36,8 @@ def _clean_text(text: str) -> str:
     return cleaned.strip()
 
 
-def _not_blank(text: str) -> str:
-    if not text:
+def _not_blank(text: str, info: ValidationInfo) -> str:
+    if not text and not (info.context or {}).get(_BLANK_PROMPTS):
         raise ValueError("must not be empty")
     return text
 
@@ -146,22 +147,22 @@ def random_seed() -> int:
     return secrets.randbelow(SEED_LIMIT)
 
 
-def parse_text_to_image(document: dict[str, Any]) -> TextToImageRequest:
-    return validated(TextToImageRequest, document)
+def parse_text_to_image(document: dict[str, Any], *, blank_prompts: bool = False) -> TextToImageRequest:
+    return validated(TextToImageRequest, document, blank_prompts=blank_prompts)
 
 
-def parse_image_to_image(document: dict[str, Any]) -> ImageToImageRequest:
-    return validated(ImageToImageRequest, document)
+def parse_image_to_image(document: dict[str, Any], *, blank_prompts: bool = False) -> ImageToImageRequest:
+    return validated(ImageToImageRequest, document, blank_prompts=blank_prompts)
 
 
 def parse_reproduction(document: dict[str, Any]) -> ReproductionRequest:
     return validated(ReproductionRequest, document)
 
 
-def validated(model: type[Model], document: dict[str, Any]) -> Model:
+def validated(model: type[Model], document: dict[str, Any], *, blank_prompts: bool = False) -> Model:
     """Validate `document`. Raises InvalidRequest, which names each wrong field and what is allowed."""
     try:
-        return model.model_validate(document)
+        return model.model_validate(document, context={_BLANK_PROMPTS: blank_prompts})
     except ValidationError as error:
         details = error.errors(include_url=False, include_input=False)[:_MAX_PROBLEMS]
         problems = [_problem(detail, model) for detail in details]

@@ -158,18 +158,18 @@ async def _lines(stream: AsyncGenerator[str, None], grace_is_over: asyncio.Event
         await stream.aclose()
 
 
-async def generate_asynchronously(client: RunnerClient, task: Task, ticket: Ticket) -> None:
-    """Hand an accepted job to a model process. The job store says how far it is.
+async def generate_asynchronously(client: RunnerClient, tasks: Sequence[Task], ticket: Ticket) -> None:
+    """Hand an accepted job, with one task for each of its images, to a model process. The job store says how far it is.
 
-    Returns when the process has accepted the task; raises the reason if it has not, which also ends the job.
-    A connection to the runner stays open until the job is done: BentoML stops both processes at once, and each waits for its open
+    Returns when the process has accepted all tasks; raises the reason if it has not, which also ends the job.
+    Connections to the runner stay open until the job is done: BentoML stops both processes at once, and each waits for its open
     connections.
     """
     refusal: asyncio.Future[ServiceError | None] = asyncio.get_running_loop().create_future()
 
     async def hold() -> None:
         with client.unfinished.piece_of_work():
-            error = await journal.as_job(_hold(client, task, ticket, refusal), lambda: refusal.done() and refusal.result() is None)
+            error = await journal.as_job(_hold(client, tasks, ticket, refusal), lambda: refusal.done() and refusal.result() is None)
             await _abandon(client, ticket.job_id, error)
             with suppress(JobsUnavailable):
                 await _time_to_fetch(client, ticket.job_id)
@@ -179,24 +179,39 @@ async def generate_asynchronously(client: RunnerClient, task: Task, ticket: Tick
     holding.add_done_callback(_held.discard)
     if (error := await asyncio.shield(refusal)) is not None:
         raise error
-    journal.note_accepted(task)
+    journal.note_accepted(tasks)
 
 
-async def _hold(client: RunnerClient, task: Task, ticket: Ticket, refusal: asyncio.Future[ServiceError | None]) -> ServiceError:
+async def _hold(client: RunnerClient, tasks: Sequence[Task], ticket: Ticket, refusal: asyncio.Future[ServiceError | None]) -> ServiceError:
     """Wait until a job has ended. Returns the error with which it ends if the model process has not stored its end."""
     where = f"Job {ticket.job_id}"
+    begun: list[Updates] = []
     try:
-        updates = await begin(client, task, ticket, follow=False)
+        for index, task in enumerate(tasks):
+            begun.append(await begin(client, task, replace(ticket, index=index), follow=False))
     except Exception as error:
         known = as_service_error(error, where)
         refusal.set_result(known)
+        for updates in begun:
+            await updates.aclose()
         return known
     refusal.set_result(None)
-    generation = asyncio.ensure_future(_image_of(updates))
+    generation = asyncio.ensure_future(_all_images_of(begun))
     while not (await asyncio.wait({generation}, timeout=_HELD_AGAIN_S))[0]:
         with suppress(JobsUnavailable):
             await run_in_threadpool(client.jobs.note_held, ticket.job_id)
     return as_service_error(generation.exception() or GenerationFailed("the picture was drawn and could not be kept"), where)
+
+
+async def _all_images_of(begun: Sequence[Updates]) -> None:
+    """Wait for the images. If one fails, the others are not waited for."""
+    waiting = [asyncio.ensure_future(_image_of(updates)) for updates in begun]
+    try:
+        await asyncio.gather(*waiting)
+    finally:
+        for one in waiting:
+            one.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def _abandon(client: RunnerClient, job_id: str, error: ServiceError) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -66,11 +67,11 @@ class JobRecord:
         return GeneratedImage(from_png(self.picture), **self.outcome)
 
 
-def fingerprint(task: Task, seed: int | None) -> str:
-    """A digest that distinguishes requests. `seed`: as requested, since a random one differs each time."""
-    digest = hashlib.sha256()
+def fingerprint(path: str, tasks: Sequence[Task], seed: int | None) -> str:
+    """A digest that distinguishes requests. `seed`: of the first image as requested, since a random one differs each time."""
+    digest = hashlib.sha256(repr((path, len(tasks))).encode())
     for field in fields(Task):
-        value = seed if field.name == "seed" else getattr(task, field.name)
+        value = seed if field.name == "seed" else getattr(tasks[0], field.name)
         digest.update(repr((field.name, None if isinstance(value, Image.Image) else value)).encode("utf-8", "replace"))
         if isinstance(value, Image.Image):
             digest.update(repr((value.mode, value.size)).encode())

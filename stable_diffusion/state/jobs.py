@@ -12,9 +12,9 @@ import logging
 import secrets
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from stable_diffusion.core.errors import (
@@ -140,9 +140,14 @@ class Jobs:
     # --- API workers ---------------------------------------------------------------------------------
 
     def accept(
-        self, ticket: Ticket, task: Task, idempotency_key: str | None, fingerprint: str, image_format: ImageFormat | None = None
+        self,
+        ticket: Ticket,
+        tasks: Sequence[Task],
+        idempotency_key: str | None,
+        fingerprint: str,
+        image_format: ImageFormat | None = None,
     ) -> str:
-        """Accept an asynchronous job, which the caller must then hand to a runner. Returns its id.
+        """Accept an asynchronous job of one image for each task, which the caller must then hand to a runner. Returns its id.
 
         If this owner has used `idempotency_key` before, returns the id of that earlier job, and there is nothing to hand over.
         Raises IdempotencyMismatch if the key was used for another request, TooManyJobs if too many jobs are unfinished.
@@ -161,7 +166,8 @@ class Jobs:
                     f"{unfinished} jobs with Prefer: respond-async or an Idempotency-Key are not finished, more are not accepted",
                     retry_after_s=max(1, round(soonest or 1)),
                 )
-            _insert(database, ticket, task, None)
+            for index, task in enumerate(tasks):
+                _insert(database, replace(ticket, index=index), task, None)
             database.execute("UPDATE jobs SET held_at = ?, image_format = ? WHERE id = ?", (time.time(), image_format, ticket.job_id))
             if key is not None:
                 database.execute(
@@ -170,10 +176,12 @@ class Jobs:
             return ticket.job_id
 
     def _known(self, database: sqlite3.Connection, key: str) -> sqlite3.Row | None:
-        """The job of an idempotency key, unless that job failed, was cancelled or has lost its image: then the key may be used again."""
+        """The job of an idempotency key, unless that job failed, was cancelled or has lost an image: then the key may be used again."""
         row: sqlite3.Row | None = database.execute(
-            "SELECT fingerprint, job_id FROM idempotency_keys JOIN jobs ON jobs.id = job_id"
-            " WHERE key = ? AND (ended_at IS NULL OR (picture IS NOT NULL AND ended_at > ?))",
+            "SELECT fingerprint, job_id FROM idempotency_keys WHERE key = ?"
+            " AND EXISTS (SELECT 1 FROM jobs WHERE id = job_id)"
+            " AND NOT EXISTS (SELECT 1 FROM jobs WHERE id = job_id"
+            " AND ended_at IS NOT NULL AND (picture IS NULL OR ended_at <= ?))",
             (key, time.time() - PICTURES_KEPT_S),
         ).fetchone()
         return row

@@ -289,7 +289,6 @@ def test_a_mask_is_repainted_where_it_is_white_or_inverted_where_it_is_black(
 @pytest.mark.parametrize(
     ("path", "changes", "status", "told"),
     [
-        ("txt2img", {"prompt": None}, 422, "prompt: must not be empty"),
         ("txt2img", {"steps": 151}, 422, "steps: must be less than or equal to 150"),
         ("txt2img", {"sampler_name": "DPM fast"}, 404, "sampler_name: unknown scheduler 'DPM fast', allowed are PNDM"),
         ("txt2img", {"scheduler": "Polyexponential", "sampler_name": "Euler"}, 422, "scheduler: unknown noise levels 'Polyexponential'"),
@@ -400,3 +399,62 @@ def test_the_callers_own_jobs_can_be_watched_and_interrupted_and_no_others(serve
         while (idle := progress(alice))["state"]["job_count"] and time.monotonic() < deadline:
             time.sleep(0.05)
         assert (idle["progress"], idle["state"]["job_count"]) == (0.0, 0)
+
+
+def test_a_request_that_is_sent_again_with_its_key_gets_the_same_images(server: Server) -> None:
+    body = {"prompt": PROMPT, "steps": 2, "n_iter": 2}
+    key = {"Idempotency-Key": "a1111 again"}
+    first, again = (post(server, "txt2img", body, key) for _ in range(2))
+    assert first.status_code == again.status_code == 200, again.text
+    assert first.headers["job-id"] == again.headers["job-id"]
+    assert first.json()["images"] == again.json()["images"]
+    assert json.loads(first.json()["info"])["all_seeds"] == json.loads(again.json()["info"])["all_seeds"]
+    assert "another request" in refused(post(server, "txt2img", {**body, "prompt": "a blue square"}, key), 422)
+    other = post(server, "txt2img", body)
+    assert other.headers["job-id"] != first.headers["job-id"]
+
+
+def test_an_asynchronous_response_is_refused_by_name(server: Server) -> None:
+    answer = refused(post(server, "txt2img", {"prompt": PROMPT, "steps": 2}, {"Prefer": "respond-async"}), 422)
+    assert answer.startswith("Prefer: respond-async is offered by /txt2img")
+
+
+def test_what_a1111_takes_is_taken(server: Server) -> None:
+    """Requests that A1111 answers: without a prompt, with any seed, with a ControlNet that has nothing to do."""
+    empty = draw(server, prompt="", width=64, height=64)
+    assert json.loads(empty["info"])["prompt"] == ""
+    large = json.loads(draw(server, seed=3088633670041979)["info"])
+    assert large["seed"] == 3088633670041979 % 2**32
+    assert large["all_seeds"] == [large["seed"]]
+    assert len(draw(server, alwayson_scripts={"ControlNet": {"args": []}, "controlnet": {"args": [{"enabled": False}]}})["images"]) == 1
+
+
+def test_at_strength_0_the_image_comes_back_unchanged(server: Server, input_picture: Image.Image) -> None:
+    answer = draw(server, "img2img", init_images=[in_base64(input_picture)], denoising_strength=0, width=64, height=64)
+    expected = input_picture.resize((64, 64), Image.Resampling.LANCZOS)
+    assert np.array_equal(pixels_of(answer["images"][0]), np.asarray(expected.convert("RGB")).astype(int))
+    assert "Denoising strength: 0" in json.loads(answer["info"])["infotexts"][0]
+
+
+@pytest.mark.parametrize("name", ["hypernetworks", "face-restorers", "realesrgan-models", "script-info", "extensions"])
+def test_lists_of_what_is_not_here_are_empty(server: Server, name: str) -> None:
+    assert get(server, f"/sdapi/v1/{name}") == []
+
+
+def test_there_is_nothing_to_refresh_or_skip(server: Server) -> None:
+    assert post(server, "refresh-checkpoints", {}).json() is None
+    skipped = post(server, "skip", {})
+    assert (skipped.status_code, skipped.json()) == (200, {})
+
+
+def test_png_info_reads_what_a_file_says(server: Server, input_picture: Image.Image) -> None:
+    image = draw(server, negative_prompt="green", width=72)["images"][0]
+    said = post(server, "png-info", {"image": f"data:image/png;base64,{image}"}).json()
+    text = decoded(image).text["parameters"]  # type: ignore[attr-defined]
+    assert (said["info"], said["items"]) == (text, {"parameters": text})
+    values = said["parameters"]
+    assert (values["Prompt"], values["Negative prompt"], values["Steps"], values["Seed"]) == (PROMPT, "green", "3", "7")
+    assert (values["Size-1"], values["Size-2"]) == ("72", "64")
+    assert post(server, "png-info", {"image": in_base64(input_picture)}).json() == {"info": "", "items": {}, "parameters": {}}
+    assert refused(post(server, "png-info", {"image": "not base64"}), 400).startswith("image: not base64")
+    assert refused(post(server, "png-info", {}), 422).startswith("image: is required")

@@ -242,3 +242,29 @@ def test_a_client_that_leaves_stops_all_its_pictures(server: Server, client: ope
     while cancelled(server) < before + 3:
         assert time.monotonic() < give_up, server.log
         time.sleep(0.1)
+
+
+def test_a_request_that_is_sent_again_with_its_key_gets_the_same_images(client: openai.OpenAI) -> None:
+    """As the official client repeats a request whose response was lost."""
+    key = {"Idempotency-Key": "openai again"}
+    asked: dict[str, Any] = {"prompt": PROMPT, "n": 2, "extra_body": {"num_inference_steps": 2}, "extra_headers": key}
+    first, again = (client.images.with_raw_response.generate(**asked) for _ in range(2))
+    assert first.headers["job-id"] == again.headers["job-id"]
+    assert [one.b64_json for one in first.parse().data or []] == [one.b64_json for one in again.parse().data or []]
+    with pytest.raises(openai.UnprocessableEntityError) as refusal:
+        client.images.generate(**{**asked, "prompt": "a blue square"})
+    assert refusal.value.param == "Idempotency-Key"
+    with pytest.raises(openai.BadRequestError, match="cannot be combined with stream"):
+        client.images.generate(**{**asked, "n": 1, "stream": True})
+
+
+def test_a_seed_of_minus_1_is_random(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"prompt": PROMPT, "extra_body": {"num_inference_steps": 2, "seed": -1}}
+    first, second = (client.images.generate(**asked) for _ in range(2))
+    assert (first.data or [])[0].b64_json != (second.data or [])[0].b64_json
+
+
+def test_a_model_is_found_by_its_name(client: openai.OpenAI) -> None:
+    assert client.models.retrieve("demo") == client.models.list().data[0]
+    with pytest.raises(openai.NotFoundError, match="there is no 'other' here"):
+        client.models.retrieve("other")

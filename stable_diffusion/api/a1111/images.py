@@ -11,9 +11,10 @@ from typing import TypeVar
 
 from PIL import Image, ImageFilter, ImageOps
 
-from stable_diffusion.api.a1111.parameters import ImageToImageBody
+from stable_diffusion.api.a1111.parameters import ImageToImageBody, PngInfoBody
 from stable_diffusion.core.errors import InvalidRequest, TooLarge
-from stable_diffusion.images.decode import MAX_UPLOAD_BYTES, read_image, read_mask_or_opacity
+from stable_diffusion.core.types import GeneratedImage, Task
+from stable_diffusion.images.decode import MAX_UPLOAD_BYTES, read_description, read_image, read_mask_or_opacity
 from stable_diffusion.images.transform import fit, scale_mask
 
 T = TypeVar("T")
@@ -28,6 +29,17 @@ class UnreadablePicture(InvalidRequest):
 def read_initial_image(body: ImageToImageBody) -> Image.Image:
     """The body's only image, upright RGB. Raises UnreadablePicture or TooLarge."""
     return _decoded(body.init_images[0], "init_images", read_image)
+
+
+def read_infotext(body: PngInfoBody) -> str:
+    """What an image's file says of how it was generated; "" if nothing. Raises UnreadablePicture or TooLarge."""
+    return _decoded(body.image, "image", read_description) or ""
+
+
+def unchanged_image(task: Task) -> GeneratedImage:
+    """The result of an img2img task of strength 0: its input, on which nothing was generated and nothing was checked."""
+    assert task.image is not None
+    return GeneratedImage(task.image, flagged=None, dropped_prompt="", dropped_negative_prompt="")
 
 
 def read_inpainting_mask(body: ImageToImageBody, picture_size: tuple[int, int]) -> Image.Image | None:

@@ -6,13 +6,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stable_diffusion.api.a1111.parameters import A1111_NAMES, ImageToImageBody, Options, TextToImageBody
+from stable_diffusion.api.a1111.parameters import A1111_NAMES, ImageToImageBody, Options, PngInfoBody, TextToImageBody
 from stable_diffusion.api.a1111.responses import (
     EMPTY_LISTS,
     UPSCALERS,
     A1111Error,
     A1111Model,
     A1111Pictures,
+    A1111PngInfo,
     A1111Progress,
     A1111Sampler,
     A1111Scheduler,
@@ -21,7 +22,7 @@ from stable_diffusion.api.a1111.responses import (
     samplers_response,
     schedules_response,
 )
-from stable_diffusion.api.openapi import LOAD_ERRORS, TIMEOUT_PARAMETER, errors, json_content, json_response, operation
+from stable_diffusion.api.openapi import IDEMPOTENCY_KEY, LOAD_ERRORS, TIMEOUT_PARAMETER, errors, json_content, json_response, operation
 from stable_diffusion.core.requests import ImageToImageRequest
 
 TAG = {"name": "a1111", "description": "A1111's API, for its clients. Unknown fields are ignored, null is as good as a missing field."}
@@ -35,7 +36,7 @@ _READING_ERRORS = {
     "408": "The body stalled or came too slowly; the connection is closed.",
     "413": "The body or a picture is too large.",
     "415": "The body is not JSON.",
-    "422": "A field is malformed, out of range or asks for what is not supported.",
+    "422": "A field is malformed, out of range or asks for what is not supported, or the Idempotency-Key was used for another request.",
 }
 _DRAWING_ERRORS = {
     **_READING_ERRORS,
@@ -78,6 +79,17 @@ def paths() -> dict[str, Any]:
         "/sdapi/v1/upscalers": {"get": _gets("Upscalers", "No upscalers", "None.", list[A1111Upscaler], UPSCALERS)},
         "/sdapi/v1/progress": {"get": _operation("Progress", "How far the caller's own jobs are", progress, _ASKING_ERRORS)},
         "/sdapi/v1/interrupt": {"post": _operation("Interrupt", "Cancel the caller's own jobs", interrupted, _ASKING_ERRORS)},
+        "/sdapi/v1/skip": {"post": _operation("Skip", "Cancel the caller's oldest job", interrupted, _ASKING_ERRORS)},
+        "/sdapi/v1/refresh-checkpoints": {"post": _gets("RefreshCheckpoints", "Does nothing: one model is served", "null.", type(None))},
+        "/sdapi/v1/png-info": {
+            "post": _operation(
+                "PngInfo",
+                "What an image's file says of how it was generated",
+                json_response("The infotext.", A1111PngInfo),
+                {**unreadable, **_READING_ERRORS},
+                requestBody=_body(PngInfoBody, {"image": _EXAMPLE_PICTURE}),
+            )
+        },
         **{
             path: {"get": _gets(_last_words(path), "Empty, for clients that ask at start", "Nothing.", _kind(content))}
             for path, content in EMPTY_LISTS.items()
@@ -86,7 +98,7 @@ def paths() -> dict[str, Any]:
 
 
 def schemas() -> dict[str, Any]:
-    return {f"A1111{model.__name__}": _schema(model) for model in (TextToImageBody, ImageToImageBody, Options)}
+    return {f"A1111{model.__name__}": _schema(model) for model in (TextToImageBody, ImageToImageBody, Options, PngInfoBody)}
 
 
 def _schema(model: type[BaseModel]) -> dict[str, Any]:
@@ -103,12 +115,13 @@ def _schema(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _limits() -> dict[str, dict[str, Any]]:
-    """The limits of our fields, by A1111's names. Sides are rounded, and -1 is also a valid seed."""
+    """The limits of our fields, by A1111's names. Sides are rounded, seeds have none, and at strength 0 nothing is generated."""
     limits = {}
     for name, field in ImageToImageRequest.model_json_schema()["properties"].items():
         numbers = field.get("anyOf", [field])[0]
         limits[A1111_NAMES.get(name, name)] = {key: numbers[key] for key in _LIMIT_KEYS if key in numbers}
-    limits["seed"]["minimum"] = -1
+    del limits["seed"]
+    limits["denoising_strength"] = {"minimum": 0, "maximum": 1}
     return limits
 
 
@@ -118,7 +131,7 @@ _LIMITS = _limits()
 
 def _draws(name: str, summary: str, body: dict[str, Any], failures: dict[str, str]) -> dict[str, Any]:
     answer, failures = json_response("The pictures.", A1111Pictures), {**failures, **_DRAWING_ERRORS}
-    return _operation(name, summary, answer, failures, parameters=[TIMEOUT_PARAMETER], requestBody=body)
+    return _operation(name, summary, answer, failures, parameters=[IDEMPOTENCY_KEY, TIMEOUT_PARAMETER], requestBody=body)
 
 
 def _gets(name: str, summary: str, description: str, model: Any, example: Any = None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from stable_diffusion.core.requests import (
     MAX_SIDE,
     MAX_STEPS,
     MIN_SIDE,
+    SEED_LIMIT,
     SIDE_MULTIPLE,
     GenerationRequest,
     ImageToImageRequest,
@@ -66,7 +67,7 @@ class GenerationBody(BaseModel):
 
     prompt: str = Field("", description="What to draw.")
     negative_prompt: str = Field("", description="What to keep away from.")
-    seed: int = Field(-1, description="-1: random. Picture i is drawn with seed + i.")
+    seed: int = Field(-1, description="-1: random. Image i is generated with seed + i, modulo 2^32; `info` says which seeds were used.")
     sampler_name: str = Field("", description="A name from /sdapi/v1/samplers. By default the model's own.")
     sampler_index: str = Field("", description="Another name of sampler_name.")
     scheduler: str = Field(
@@ -87,7 +88,7 @@ class GenerationBody(BaseModel):
     n_iter: int = Field(1, ge=1, le=MAX_IMAGES, description="See batch_size.")
     override_settings: Options = Field(_NO_OPTIONS, description="Of these only two are looked at.")
     send_images: bool = Field(True, description="false: the answer has no pictures.")
-    alwayson_scripts: dict[str, Any] = Field({}, description="There are no scripts: any name is refused.")
+    alwayson_scripts: dict[str, Any] = Field({}, description="There are no scripts: a name is refused, unless its args are empty.")
     script_name: str = Field("", description="There are no scripts: any name is refused.")
     infotext: str = Field("", description="Refused: POST /reproduce draws a picture again.")
     restore_faces: bool = Field(False, description=_WITHOUT_EFFECT)
@@ -120,8 +121,16 @@ class ImageToImageBody(GenerationBody):
     resize_mode: int = Field(
         0, ge=0, le=3, description="0: stretch, 1: scale and cut, 2: scale and continue the edges. 3, in latent space, is refused."
     )
-    denoising_strength: float = Field(0.75, description="How far to leave the picture, above 0, up to 1.")
+    denoising_strength: float = Field(0.75, description="How far to leave the image, 0 to 1. 0: the image itself, resized.")
     include_init_images: bool = Field(False, description="true: `parameters` of the answer has the pictures that were sent.")
+
+
+class PngInfoBody(BaseModel):
+    """The body of POST /sdapi/v1/png-info."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    image: str = Field(description="One PNG, JPEG or WebP in base64, with or without data:...,")
 
 
 Body = TypeVar("Body", bound=GenerationBody)
@@ -143,7 +152,7 @@ def read_text_to_image(document: dict[str, Any]) -> Asked[TextToImageBody, TextT
     if body.enable_hr:
         raise InvalidRequest("enable_hr: a second pass at a larger size is not supported, send false", field="enable_hr")
     fields = _fields(body)
-    return Asked(body, _in_a1111_words(lambda: parse_text_to_image(fields)), _count(body))
+    return Asked(body, _in_a1111_words(lambda: parse_text_to_image(fields, blank_prompts=True)), _count(body))
 
 
 def read_image_to_image(document: dict[str, Any]) -> Asked[ImageToImageBody, ImageToImageRequest]:
@@ -155,8 +164,9 @@ def read_image_to_image(document: dict[str, Any]) -> Asked[ImageToImageBody, Ima
         raise InvalidRequest(f"init_images: {len(body.init_images)} pictures, send one", field="init_images")
     if body.resize_mode == 3:
         raise InvalidRequest("resize_mode: 3, resizing in latent space, is not supported, allowed are 0, 1 and 2", field="resize_mode")
-    fields = {**_fields(body), "strength": body.denoising_strength}
-    return Asked(body, _in_a1111_words(lambda: parse_image_to_image(fields)), _count(body))
+    # At strength 0 nothing is generated, so the field's own limit does not apply.
+    fields = {**_fields(body), "strength": body.denoising_strength or 1.0}
+    return Asked(body, _in_a1111_words(lambda: parse_image_to_image(fields, blank_prompts=True)), _count(body))
 
 
 def without_pictures(body: ImageToImageBody) -> ImageToImageBody:
@@ -169,14 +179,27 @@ def read_options(document: dict[str, Any]) -> Options:
     return validated(Options, document)
 
 
+def read_png_info(document: dict[str, Any]) -> PngInfoBody:
+    """Parse the body of POST /sdapi/v1/png-info. Raises InvalidRequest."""
+    return validated(PngInfoBody, document)
+
+
 def _typed(model: type[Body], document: dict[str, Any]) -> Body:
     body = validated(model, {name: value for name, value in document.items() if value is not None})
     if body.infotext:
         raise InvalidRequest("infotext: not read here, use POST /reproduce", field="infotext")
-    for field, names in (("script_name", [body.script_name] if body.script_name else []), ("alwayson_scripts", body.alwayson_scripts)):
-        for name in names:
-            raise InvalidRequest(f"{field}: there is no script {name[:60]!r}, nor any other", field=field)
+    if body.script_name:
+        raise InvalidRequest(f"script_name: there is no script {body.script_name[:60]!r}, nor any other", field="script_name")
+    for name, script in body.alwayson_scripts.items():
+        if not _does_nothing(script):
+            raise InvalidRequest(f"alwayson_scripts: there is no script {name[:60]!r}, nor any other", field="alwayson_scripts")
     return body
+
+
+def _does_nothing(script: Any) -> bool:
+    """Whether a script was sent without work for it, as clients do with every request: no units, or only disabled ones."""
+    units = script.get("args", []) if isinstance(script, dict) else script
+    return isinstance(units, list) and all(not unit or (isinstance(unit, dict) and unit.get("enabled") is False) for unit in units)
 
 
 def _count(body: GenerationBody) -> int:
@@ -194,10 +217,15 @@ def _fields(body: GenerationBody) -> dict[str, Any]:
         "height": _rounded_down(body.height),
         "num_inference_steps": body.steps,
         "guidance_scale": body.cfg_scale,
-        "seed": None if body.seed == -1 else body.seed,
+        "seed": asked_seed(body),
         "scheduler": scheduler_asked_for(body.sampler_name or body.sampler_index, body.scheduler),
         "metadata": body.override_settings.enable_pnginfo is not False,
     }
+
+
+def asked_seed(body: GenerationBody) -> int | None:
+    """The first image's seed; None: random. Larger seeds than ours, which A1111's clients make up, are taken modulo 2^32."""
+    return None if body.seed == -1 else body.seed % SEED_LIMIT
 
 
 def _rounded_down(side: int | None) -> int | None:

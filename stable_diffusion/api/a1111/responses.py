@@ -75,6 +75,12 @@ class A1111Upscaler(TypedDict):
     scale: float
 
 
+class A1111PngInfo(TypedDict):
+    info: Annotated[str, Field(description="The infotext in the file, empty if there is none.")]
+    items: dict[str, str]
+    parameters: Annotated[dict[str, str], Field(description="The infotext's values by A1111's names.")]
+
+
 class A1111State(TypedDict):
     skipped: Literal[False]
     interrupted: Literal[False]
@@ -202,12 +208,29 @@ EMPTY_LISTS: dict[str, Any] = {
     "/sdapi/v1/sd-vae": [],
     "/sdapi/v1/loras": [],
     "/sdapi/v1/prompt-styles": [],
+    "/sdapi/v1/hypernetworks": [],
+    "/sdapi/v1/face-restorers": [],
+    "/sdapi/v1/realesrgan-models": [],
+    "/sdapi/v1/script-info": [],
+    "/sdapi/v1/extensions": [],
     "/sdapi/v1/embeddings": {"loaded": {}, "skipped": {}},
     "/sdapi/v1/scripts": {"txt2img": [], "img2img": []},
     "/sdapi/v1/cmd-flags": {},
     "/sdapi/v1/memory": {"ram": {}, "cuda": {}},
     "/internal/ping": {},
 }
+
+
+def png_info_response(text: str) -> A1111PngInfo:
+    """What an image's file says: as it is, and by name as far as it is an infotext."""
+    try:
+        said = infotext.read(text)
+    except InvalidRequest:
+        return {"info": text, "items": {}, "parameters": {}}
+    values = {"Prompt": said.prompt, "Negative prompt": said.negative_prompt, **said.values}
+    width, _, height = values.get("Size", "").partition("x")
+    sides = {"Size-1": width, "Size-2": height} if height else {}
+    return {"info": text, "items": {"parameters": text}, "parameters": values | sides}
 
 
 def progress_response(jobs: Sequence[JobRecord]) -> A1111Progress:

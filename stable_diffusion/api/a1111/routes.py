@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,13 +12,16 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from stable_diffusion.api.a1111.images import read_initial_image, read_inpainting_mask, resize
+from stable_diffusion.api.a1111.images import read_infotext, read_initial_image, read_inpainting_mask, resize, unchanged_image
 from stable_diffusion.api.a1111.parameters import (
     MAX_NAMES,
     GenerationBody,
+    ImageToImageBody,
     Options,
+    asked_seed,
     read_image_to_image,
     read_options,
+    read_png_info,
     read_text_to_image,
     without_pictures,
 )
@@ -29,24 +33,25 @@ from stable_diffusion.api.a1111.responses import (
     json_response,
     models_response,
     options_response,
+    png_info_response,
     progress_response,
     samplers_response,
     schedules_response,
 )
 from stable_diffusion.api.context import Context
+from stable_diffusion.api.deliver import generate_once
 from stable_diffusion.api.responses import with_error_responses
 from stable_diffusion.api.tasks import consecutive_tasks, image_task, text_task
 from stable_diffusion.core.errors import NotFound
 from stable_diffusion.core.safety import SafetyPolicy
-from stable_diffusion.core.types import Task
+from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.images.decode import MAX_UPLOAD_BYTES
 from stable_diffusion.images.transform import output_size
 from stable_diffusion.models.folder import ModelFolder
-from stable_diffusion.runner.client import generate_all
+from stable_diffusion.state.jobs import Jobs
 from stable_diffusion.web.body import MAX_JSON_BYTES, json_content, parse_json, read_json_body, within_upload_budget
 from stable_diffusion.web.decode_queue import decoded
-from stable_diffusion.web.disconnect import while_connected
-from stable_diffusion.web.headers import owner_of, ticket_of
+from stable_diffusion.web.headers import owner_of
 from stable_diffusion.web.upload_budget import UNCOUNTED_BYTES
 
 # An image and a mask in base64 with line breaks, plus the other fields.
@@ -79,6 +84,15 @@ def make_routes(context: Context) -> list[Route]:
     async def progress(request: Request) -> Response:
         return json_response(progress_response(await run_in_threadpool(context.jobs.of_owner, owner_of(request))))
 
+    async def skip(request: Request) -> Response:
+        await run_in_threadpool(_cancel_oldest, context.jobs, owner_of(request))
+        return json_response({})
+
+    async def png_info(request: Request) -> Response:
+        with within_upload_budget(request, context.uploads) as uploading:
+            asked = read_png_info(parse_json(await json_content(uploading, _MAX_PICTURES_BYTES), "body", MAX_NAMES))
+            return json_response(await run_in_threadpool(lambda: png_info_response(read_infotext(asked))))
+
     async def interrupt(request: Request) -> Response:
         await run_in_threadpool(context.jobs.cancel_of_owner, owner_of(request))
         return json_response({})
@@ -97,6 +111,9 @@ def make_routes(context: Context) -> list[Route]:
         "/sdapi/v1/img2img": img2img,
         "/sdapi/v1/options": set_options,
         "/sdapi/v1/interrupt": interrupt,
+        "/sdapi/v1/skip": skip,
+        "/sdapi/v1/png-info": png_info,
+        "/sdapi/v1/refresh-checkpoints": _always(None),
     }
     return [
         Route(path, with_error_responses(endpoint, error_response), methods=[method])
@@ -106,8 +123,12 @@ def make_routes(context: Context) -> list[Route]:
 
 
 async def _respond(request: Request, context: Context, body: GenerationBody, task: Task, count: int) -> Response:
-    tasks = consecutive_tasks(task, count)
-    pictures = await while_connected(request, generate_all(context.client, tasks, ticket_of(request)))
+    tasks: Sequence[Task] = consecutive_tasks(task, count)
+    if isinstance(body, ImageToImageBody) and body.denoising_strength == 0:
+        tasks = [replace(one, strength=0.0) for one in tasks]
+        pictures: Sequence[GeneratedImage] = [unchanged_image(one) for one in tasks]
+    else:
+        tasks, pictures = await generate_once(request, context, tasks, asked_seed(body))
     return await run_in_threadpool(lambda: json_response(images_response(body, tasks, pictures, context.model())))
 
 
@@ -140,6 +161,13 @@ def _require_served(options: Options, model: ModelFolder) -> None:
         raise NotFound(
             f"sd_model_checkpoint: there is no model {name[:60]!r}, this server has only {model.name!r}", field="sd_model_checkpoint"
         )
+
+
+def _cancel_oldest(jobs: Jobs, owner: str) -> None:
+    """Cancel the caller's job that was asked for first, for A1111's `skip`."""
+    unfinished = jobs.of_owner(owner)
+    if unfinished:
+        jobs.cancel(unfinished[0].id)
 
 
 def _always(content: Any) -> Callable[[Request], Awaitable[Response]]:

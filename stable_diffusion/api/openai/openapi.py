@@ -5,8 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from stable_diffusion.api.openai.parameters import ALIASES, OpenaiParameters, drawing_fields
-from stable_diffusion.api.openai.responses import EVENTS, OpenaiError, OpenaiImages, OpenaiModels
-from stable_diffusion.api.openapi import LOAD_ERRORS, TIMEOUT_PARAMETER, errors, event_content, json_content, json_response, operation
+from stable_diffusion.api.openai.responses import EVENTS, OpenaiError, OpenaiImages, OpenaiModel, OpenaiModels
+from stable_diffusion.api.openapi import (
+    IDEMPOTENCY_KEY,
+    LOAD_ERRORS,
+    TIMEOUT_PARAMETER,
+    errors,
+    event_content,
+    json_content,
+    json_response,
+    operation,
+)
 from stable_diffusion.core.requests import GenerationRequest, ImageToImageRequest, TextToImageRequest
 from stable_diffusion.images.decode import UPLOADS_IN_WORDS
 
@@ -19,20 +28,25 @@ _ERRORS = {
     "408": "The body stalled or came too slowly; the connection is closed.",
     "413": "The body or an image is too large.",
     "415": "The body is not of the type that the endpoint takes.",
+    "422": "The Idempotency-Key was used for another request.",
     "499": "The job was cancelled.",
     "500": "The picture could not be computed. The header x-should-retry is false.",
     **LOAD_ERRORS,
 }
+_MODEL_ID = {"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}, "example": "demo"}
 
 
 def paths() -> dict[str, Any]:
     generation = json_content({"$ref": "#/components/schemas/OpenaiGeneration"}, example=_EXAMPLE)
     edit = {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/OpenaiEdit"}}}
     models = {"200": json_response("The model.", OpenaiModels), **errors({"500": "A defect of the server."}, OpenaiError)}
+    not_served = {"404": _ERRORS["404"], "500": "A defect of the server."}
+    one_model = {"200": json_response("The model.", OpenaiModel), **errors(not_served, OpenaiError)}
     return {
         "/v1/images/generations": _draws("createImage", "Draw pictures from text", generation, "image_generation"),
         "/v1/images/edits": _draws("createImageEdit", "Redraw a picture, or repaint a part of it", edit, "image_edit"),
         "/v1/models": {"get": operation(TAG, "listModels", "The one model that is served", models)},
+        "/v1/models/{model_id}": {"get": operation(TAG, "retrieveModel", "A model by name", one_model, parameters=[_MODEL_ID])},
     }
 
 
@@ -58,6 +72,7 @@ def schemas() -> dict[str, Any]:
 
 def _parameters(model: type[GenerationRequest]) -> dict[str, Any]:
     ours = model.model_json_schema()["properties"]
+    ours["seed"]["anyOf"][0]["minimum"] = -1  # random, as without a seed
     drawing = {name: ours[name] for name in drawing_fields(model)}
     aliases = {alias: ours[name] | {"description": f"Another name of {name}."} for alias, name in ALIASES.items()}
     return {
@@ -81,4 +96,4 @@ def _draws(name: str, summary: str, content: dict[str, Any], event: str) -> dict
     answer = {"description": told, "content": json_content(OpenaiImages) | event_content(events)}
     answers = {"200": answer, **errors(_ERRORS, OpenaiError)}
     body = {"required": True, "content": content}
-    return {"post": operation(TAG, name, summary, answers, parameters=[TIMEOUT_PARAMETER], requestBody=body)}
+    return {"post": operation(TAG, name, summary, answers, parameters=[IDEMPOTENCY_KEY, TIMEOUT_PARAMETER], requestBody=body)}

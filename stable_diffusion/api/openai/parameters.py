@@ -22,6 +22,7 @@ from stable_diffusion.core.requests import (
 )
 from stable_diffusion.core.types import ImageFormat
 
+_RANDOM_SEED = -1  # as other programs' clients write it
 MAX_PARTIAL_IMAGES = 3  # OpenAI's limit
 _SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 # OpenAI has its own parameters for these: `size`, `partial_images`, and `output_format` with another default.
@@ -115,6 +116,8 @@ def _parsed(document: dict[str, Any], model: type[Drawn]) -> tuple[OpenaiParamet
     given = _by_our_names({name: value for name, value in document.items() if value is not None})  # OpenAI's null is the default
     asked = validated(OpenaiParameters, {name: value for name, value in given.items() if name in OpenaiParameters.model_fields})
     _check_together(asked)
+    if given.get("seed") == _RANDOM_SEED:
+        del given["seed"]
     drawing = {name: value for name, value in given.items() if name not in OpenaiParameters.model_fields}
     return asked, validated(model, drawing | _sides(asked.size))
 

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from stable_diffusion.api.context import Context
+from stable_diffusion.api.deliver import generate_once, waiting_key
 from stable_diffusion.api.openai.parameters import OpenaiParameters, parse_edit, parse_generation, read_texts
 from stable_diffusion.api.openai.responses import (
     completed_event,
@@ -32,7 +33,7 @@ from stable_diffusion.core.errors import InvalidRequest, ModelNotFound
 from stable_diffusion.core.types import GeneratedImage, Progress, Task
 from stable_diffusion.images.decode import read_image, read_transparency_as_mask
 from stable_diffusion.models.folder import ModelFolder
-from stable_diffusion.runner.client import Updates, begin, generate_all
+from stable_diffusion.runner.client import Updates, begin
 from stable_diffusion.web.body import file_part, opened_form, read_json_body, within_upload_budget
 from stable_diffusion.web.decode_queue import decoded
 from stable_diffusion.web.disconnect import while_connected
@@ -46,7 +47,7 @@ def make_routes(context: Context) -> list[Route]:
         with within_upload_budget(request, context.uploads) as uploading:
             asked, parameters = parse_generation(await read_json_body(uploading))
         model = _served(context, asked)
-        return await _respond(request, context, "image_generation", text_task(parameters, model, context.policy()), asked)
+        return await _respond(request, context, "image_generation", text_task(parameters, model, context.policy()), asked, parameters.seed)
 
     async def edits(request: Request) -> Response:
         return await _respond(request, context, "image_edit", *await _read_edit_task(request, context))
@@ -54,14 +55,19 @@ def make_routes(context: Context) -> list[Route]:
     async def models(request: Request) -> Response:
         return JSONResponse(models_response(context.model()))
 
+    async def model(request: Request) -> Response:
+        _require_model(context, request.path_params["model_id"])
+        return JSONResponse(models_response(context.model())["data"][0])
+
     return [
         Route("/v1/images/generations", with_error_responses(generations, error_response), methods=["POST"]),
         Route("/v1/images/edits", with_error_responses(edits, error_response), methods=["POST"]),
         Route("/v1/models", with_error_responses(models, error_response), methods=["GET"]),
+        Route("/v1/models/{model_id}", with_error_responses(model, error_response), methods=["GET"]),
     ]
 
 
-async def _read_edit_task(request: Request, context: Context) -> tuple[Task, OpenaiParameters]:
+async def _read_edit_task(request: Request, context: Context) -> tuple[Task, OpenaiParameters, int | None]:
     """Read the upload, which is released on return: nothing holds it while the images wait and are generated."""
     with within_upload_budget(request, context.uploads) as uploading:
         texts, content, mask_content = await _read_edit(uploading)
@@ -73,7 +79,7 @@ async def _read_edit_task(request: Request, context: Context) -> tuple[Task, Ope
             mask = None if mask_content is None else _mask_for(picture, mask_content)
             return image_task(parameters, model, context.policy(), picture, mask)
 
-        return await decoded(request, context.decoding, work), asked
+        return await decoded(request, context.decoding, work), asked, parameters.seed
 
 
 async def _read_edit(request: Request) -> tuple[dict[str, str], bytes, bytes | None]:
@@ -112,20 +118,25 @@ def _mask_for(picture: Image.Image, content: bytes) -> Image.Image:
 
 
 def _served(context: Context, asked: OpenaiParameters) -> ModelFolder:
-    model = context.model()
-    if asked.model and asked.model != model.name:
-        raise ModelNotFound(f"model: there is no {asked.model[:60]!r} here, this server has {model.name!r}", field="model")
-    return model
+    if asked.model:
+        _require_model(context, asked.model)
+    return context.model()
 
 
-async def _respond(request: Request, context: Context, event: Event, task: Task, asked: OpenaiParameters) -> Response:
-    ticket = ticket_of(request)
+def _require_model(context: Context, name: str) -> None:
+    served = context.model().name
+    if name != served:
+        raise ModelNotFound(f"model: there is no {name[:60]!r} here, this server has {served!r}", field="model")
+
+
+async def _respond(request: Request, context: Context, event: Event, task: Task, asked: OpenaiParameters, seed: int | None) -> Response:
     if asked.stream:
+        if waiting_key(request) is not None:
+            raise InvalidRequest("Idempotency-Key: cannot be combined with stream: true, leave one of them out", field="Idempotency-Key")
         task = with_previews(task, _steps_between(asked.partial_images, task), context.policy())
-        updates = await while_connected(request, begin(context.client, task, ticket, follow=asked.partial_images > 0))
+        updates = await while_connected(request, begin(context.client, task, ticket_of(request), follow=asked.partial_images > 0))
         return event_stream(_events(updates, context, event, task, asked))
-    tasks = consecutive_tasks(task, asked.n)
-    pictures = await while_connected(request, generate_all(context.client, tasks, ticket))
+    tasks, pictures = await generate_once(request, context, consecutive_tasks(task, asked.n), seed)
     return await run_in_threadpool(lambda: JSONResponse(images_response(tasks, pictures, context.model(), asked)))
 
 

@@ -163,8 +163,8 @@ def test_a_job_has_its_end_even_if_the_store_fails_for_a_while(monkeypatch: pyte
 
         monkeypatch.setattr(client.jobs, "abandon", full_disk)
         ticket = Ticket("c3", "somebody", asynchronous=True)
-        client.jobs.accept(ticket, make_task(), None, "what")
-        await generate_asynchronously(client, make_task(), ticket)
+        client.jobs.accept(ticket, [make_task()], None, "what")
+        await generate_asynchronously(client, [make_task()], ticket)
         [record] = await end_of(client, "c3")
         assert client.followers == set()
         return record.error
@@ -178,7 +178,7 @@ def test_followers_look_less_often_where_they_are_many(monkeypatch: pytest.Monke
 
     async def follow_with(many: int) -> int:
         client = client_of(full)
-        client.jobs.accept(Ticket("d4", "somebody", asynchronous=True), make_task(), None, "what")
+        client.jobs.accept(Ticket("d4", "somebody", asynchronous=True), [make_task()], None, "what")
         get = client.jobs.get
 
         def look(job_id: str) -> list[JobRecord]:
@@ -203,9 +203,9 @@ def test_an_asynchronous_job_that_is_not_taken_on_is_refused_at_once_and_its_rec
     async def ask() -> RunnerClient:
         client = client_of(full)
         ticket = Ticket("b2", "somebody", asynchronous=True)
-        client.jobs.accept(ticket, make_task(), None, "what")
+        client.jobs.accept(ticket, [make_task()], None, "what")
         with pytest.raises(QueueFull):
-            await generate_asynchronously(client, make_task(), ticket)
+            await generate_asynchronously(client, [make_task()], ticket)
         while not client.jobs.get("b2")[0].is_ended:
             await asyncio.sleep(0.01)
         return client

@@ -139,7 +139,7 @@ def test_a_job_that_nobody_waits_for_has_a_second_line(capsys: pytest.CaptureFix
             note(picture())
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        journal.note_accepted(TASK)
+        journal.note_accepted([TASK])
         drawing = asyncio.create_task(journal.as_job(draw(), lambda: True))
         await send({"type": "http.response.start", "status": 202})
         await drawing
@@ -164,7 +164,7 @@ def test_who_waits_for_a_job_that_goes_on_without_him_has_its_outcome(
     capsys: pytest.CaptureFixture[str], end: tuple[ServiceError | None, bool | None] | None, outcome: str
 ) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        journal.note_accepted(TASK)
+        journal.note_accepted([TASK])
         with journal.waiting_for_job() as note_end:
             await send({"type": "http.response.start", "status": 200})
             if end is not None:

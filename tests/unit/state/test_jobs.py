@@ -139,7 +139,7 @@ def test_what_a_runner_left_fails_when_it_starts_again(jobs: Jobs) -> None:
 
 
 def test_a_job_whose_worker_died_before_a_runner_got_it_fails_after_a_minute(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs.accept(ASYNCHRONOUS, make_task(), None, "")
+    jobs.accept(ASYNCHRONOUS, [make_task()], None, "")
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 59)
     assert jobs.get("a1")[0].state == "queued"
@@ -152,21 +152,21 @@ def test_a_job_whose_worker_died_before_a_runner_got_it_fails_after_a_minute(job
 
 def test_an_owner_who_has_all_places_does_not_keep_others_out(jobs: Jobs) -> None:
     for number in range(MAX_ASYNCHRONOUS_JOBS):
-        jobs.accept(Ticket(f"{number}", "greedy", asynchronous=True), make_task(), None, "what")
+        jobs.accept(Ticket(f"{number}", "greedy", asynchronous=True), [make_task()], None, "what")
     with pytest.raises(TooManyJobs):
-        jobs.accept(Ticket("one more", "greedy", asynchronous=True), make_task(), None, "what")
+        jobs.accept(Ticket("one more", "greedy", asynchronous=True), [make_task()], None, "what")
     for number in range(MAX_ASYNCHRONOUS_JOBS // 2):
-        jobs.accept(Ticket(f"other {number}", "other", asynchronous=True), make_task(), None, "what")
+        jobs.accept(Ticket(f"other {number}", "other", asynchronous=True), [make_task()], None, "what")
     with pytest.raises(TooManyJobs):
-        jobs.accept(Ticket("other one more", "other", asynchronous=True), make_task(), None, "what")
+        jobs.accept(Ticket("other one more", "other", asynchronous=True), [make_task()], None, "what")
 
 
 def test_jobs_whose_worker_died_do_not_keep_their_places(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(MAX_ASYNCHRONOUS_JOBS):
-        jobs.accept(Ticket(f"job {number}", "somebody", asynchronous=True), make_task(), None, "")
+        jobs.accept(Ticket(f"job {number}", "somebody", asynchronous=True), [make_task()], None, "")
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 61)
-    assert jobs.accept(ASYNCHRONOUS, make_task(), None, "") == "a1"
+    assert jobs.accept(ASYNCHRONOUS, [make_task()], None, "") == "a1"
 
 
 def test_a_job_that_was_given_up_is_stopped_where_it_is_drawn(jobs: Jobs) -> None:
@@ -185,27 +185,27 @@ def test_a_job_that_was_given_up_because_it_was_cancelled_is_cancelled(jobs: Job
 
 
 def test_a_key_stands_for_the_job_that_it_was_first_sent_with(jobs: Jobs) -> None:
-    assert jobs.accept(ASYNCHRONOUS, make_task(), "key", "print") == "a1"
+    assert jobs.accept(ASYNCHRONOUS, [make_task()], "key", "print") == "a1"
     again = Ticket("b2", "somebody", asynchronous=True)
-    assert jobs.accept(again, make_task(), "key", "print") == "a1"
+    assert jobs.accept(again, [make_task()], "key", "print") == "a1"
     with pytest.raises(UnknownJob):
         jobs.get("b2")
     with pytest.raises(IdempotencyMismatch):
-        jobs.accept(again, make_task(), "key", "another print")
-    assert jobs.accept(replace(again, owner="somebody else"), make_task(), "key", "another print") == "b2", "keys are each caller's own"
+        jobs.accept(again, [make_task()], "key", "another print")
+    assert jobs.accept(replace(again, owner="somebody else"), [make_task()], "key", "another print") == "b2", "keys are each caller's own"
 
 
 def test_a_key_whose_job_failed_may_be_tried_again(jobs: Jobs) -> None:
-    jobs.accept(ASYNCHRONOUS, make_task(), "key", "print")
+    jobs.accept(ASYNCHRONOUS, [make_task()], "key", "print")
     jobs.abandon("a1", GenerationFailed("gone"))
-    assert jobs.accept(Ticket("b2", "somebody", asynchronous=True), make_task(), "key", "print") == "b2"
+    assert jobs.accept(Ticket("b2", "somebody", asynchronous=True), [make_task()], "key", "print") == "b2"
 
 
 def test_one_of_many_that_come_at_once_with_a_key_gets_the_job(jobs: Jobs) -> None:
     accepted: list[str] = []
 
     def accept() -> None:
-        accepted.append(jobs.accept(Ticket(new_job_id(), "somebody", asynchronous=True), make_task(), "key", "print"))
+        accepted.append(jobs.accept(Ticket(new_job_id(), "somebody", asynchronous=True), [make_task()], "key", "print"))
 
     threads = [threading.Thread(target=accept) for _ in range(16)]
     for thread in threads:
@@ -216,24 +216,45 @@ def test_one_of_many_that_come_at_once_with_a_key_gets_the_job(jobs: Jobs) -> No
     assert len(set(accepted)) == 1
 
 
+def test_a_job_of_several_images_is_known_by_its_key_until_one_of_them_is_lost(jobs: Jobs) -> None:
+    tasks = [make_task(seed=seed) for seed in (1, 2)]
+    ticket = Ticket("a1", "somebody", asynchronous=True)
+    again = replace(ticket, job_id="b2")
+    assert jobs.accept(ticket, tasks, "key", "print") == "a1"
+    assert [record.task.seed for record in jobs.get("a1")] == [1, 2]
+    for index in (0, 1):
+        assert jobs.accept(again, tasks, "key", "print") == "a1"
+        jobs.begin(replace(ticket, index=index), tasks[index], 0)
+        jobs.end(replace(ticket, index=index), PICTURE)
+    assert jobs.accept(again, tasks, "key", "print") == "a1"
+    other = replace(ticket, job_id="c3")
+    jobs.accept(other, tasks, "other key", "print")
+    jobs.begin(other, tasks[0], 0)
+    jobs.end(other, GenerationFailed("broken"))
+    assert jobs.accept(again, tasks, "other key", "print") == "b2"
+
+
 def test_more_asynchronous_jobs_than_may_wait_are_refused(jobs: Jobs) -> None:
     for number in range(MAX_ASYNCHRONOUS_JOBS):
-        jobs.accept(Ticket(f"job {number}", "somebody", asynchronous=True), make_task(), None, "")
+        jobs.accept(Ticket(f"job {number}", "somebody", asynchronous=True), [make_task()], None, "")
     with pytest.raises(TooManyJobs) as refusal:
-        jobs.accept(ASYNCHRONOUS, make_task(), None, "")
+        jobs.accept(ASYNCHRONOUS, [make_task()], None, "")
     assert refusal.value.retry_after_s == 1
     jobs.begin(TICKET, make_task(), 0)
     jobs.end(Ticket("job 0", "somebody", asynchronous=True), PICTURE)
-    assert jobs.accept(replace(ASYNCHRONOUS, job_id="c3"), make_task(), None, "") == "c3"
+    assert jobs.accept(replace(ASYNCHRONOUS, job_id="c3"), [make_task()], None, "") == "c3"
 
 
 def test_the_fingerprint_follows_the_request_and_not_the_random_seed(input_picture: Image.Image) -> None:
     task = make_task(image=input_picture)
-    same = fingerprint(task, None)
-    assert fingerprint(replace(task, seed=7, image=input_picture.copy()), None) == same
-    assert fingerprint(task, 7) != same
-    assert fingerprint(replace(task, prompt="another"), None) != same
-    assert fingerprint(replace(task, image=input_picture.rotate(90)), None) != same
+    path = "/img2img"
+    same = fingerprint(path, [task], None)
+    assert fingerprint(path, [replace(task, seed=7, image=input_picture.copy())], None) == same
+    assert fingerprint(path, [task], 7) != same
+    assert fingerprint(path, [task, task], None) != same
+    assert fingerprint("/sdapi/v1/img2img", [task], None) != same
+    assert fingerprint(path, [replace(task, prompt="another")], None) != same
+    assert fingerprint(path, [replace(task, image=input_picture.rotate(90))], None) != same
 
 
 def test_a_folder_that_was_removed_is_no_reason_to_stop(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from stable_diffusion.api.a1111.images import read_initial_image
@@ -96,7 +98,6 @@ def test_as_many_pictures_as_both_counts_say() -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"prompt": ""}, "prompt: must not be empty"),
         ({"prompt": 5}, "prompt: must be a valid string"),
         ({"steps": 0}, "steps: must be greater than or equal to 1"),
         ({"steps": 151}, "steps: must be less than or equal to 150"),
@@ -104,22 +105,24 @@ def test_as_many_pictures_as_both_counts_say() -> None:
         ({"cfg_scale": 31}, "cfg_scale: must be less than or equal to 30"),
         ({"width": 63}, "width: must be greater than or equal to 64"),
         ({"height": 2048}, "height: must be less than or equal to 1024"),
-        ({"seed": -2}, "seed: must be greater than or equal to 0"),
-        ({"seed": 2**32}, "seed: must be less than 4294967296"),
         ({"sampler_name": "Euler", "scheduler": "SGM Uniform"}, "scheduler: unknown noise levels 'SGM Uniform', allowed are"),
         ({"batch_size": 0}, "batch_size: must be greater than or equal to 1"),
         ({"batch_size": 11}, "batch_size: must be less than or equal to 10"),
         ({"batch_size": 4, "n_iter": 3}, "batch_size: batch_size * n_iter must be at most 10, not 12"),
         ({"enable_hr": True}, "enable_hr: a second pass at a larger size is not supported, send false"),
         ({"script_name": "X/Y/Z plot"}, "script_name: there is no script 'X/Y/Z plot', nor any other"),
-        ({"alwayson_scripts": {"ADetailer": {"args": []}}}, "alwayson_scripts: there is no script 'ADetailer', nor any other"),
+        (
+            {"alwayson_scripts": {"ADetailer": {"args": [{"ad_model": "x"}]}}},
+            "alwayson_scripts: there is no script 'ADetailer', nor any other",
+        ),
+        ({"alwayson_scripts": {"ControlNet": {"args": [{"enabled": True}]}}}, "alwayson_scripts: there is no script 'ControlNet'"),
         ({"infotext": "Steps: 20"}, "infotext: not read here, use POST /reproduce"),
         ({"override_settings": {"sd_model_checkpoint": 5}}, "override_settings: must be a valid string"),
         ({"init_images": ["x", "y"]}, "init_images: 2 pictures, send one"),
         ({"resize_mode": 3}, "resize_mode: 3, resizing in latent space, is not supported, allowed are 0, 1 and 2"),
         ({"resize_mode": 4}, "resize_mode: must be less than or equal to 3"),
         ({"mask_blur": 65}, "mask_blur: must be less than or equal to 64"),
-        ({"denoising_strength": 0}, "denoising_strength: must be greater than 0"),
+        ({"denoising_strength": -0.1}, "denoising_strength: must be greater than 0"),
         ({"denoising_strength": 1.5}, "denoising_strength: must be less than or equal to 1"),
         (
             {"denoising_strength": 0.1, "steps": 5},
@@ -171,7 +174,26 @@ def test_the_documented_limits_are_those_that_are_kept() -> None:
             with pytest.raises(InvalidRequest, match=f"^{name}: must be"):
                 read_text_to_image({**DRAWN, name: value + beyond})
     strength = fields["denoising_strength"]["anyOf"][0]
-    assert (strength["exclusiveMinimum"], strength["maximum"]) == (0, 1)
+    assert (strength["minimum"], strength["maximum"]) == (0, 1)
+    assert not {"minimum", "maximum", "exclusiveMaximum"} & fields["seed"]["anyOf"][0].keys()
+
+
+@pytest.mark.parametrize(
+    ("asked", "seed"),
+    [(7, 7), (2**32 - 1, 2**32 - 1), (2**32, 0), (3088633670041979, 3088633670041979 % 2**32), (-2, 2**32 - 2), (-1, None)],
+)
+def test_seeds_of_any_size_are_taken(asked: int, seed: int | None) -> None:
+    assert read_text_to_image({**DRAWN, "seed": asked}).parameters.seed == seed
+
+
+@pytest.mark.parametrize("document", [{}, {"prompt": None}, {"prompt": ""}, {"prompt": "  "}])
+def test_an_empty_prompt_is_taken_as_a1111_does(document: dict[str, Any]) -> None:
+    assert read_text_to_image({"steps": 2, **document}).parameters.prompt == ""
+
+
+@pytest.mark.parametrize("script", [{"args": []}, {}, {"args": [{"enabled": False, "model": "x"}]}, {"args": [None, {}]}, []])
+def test_a_script_without_work_is_no_script(script: Any) -> None:
+    assert read_text_to_image({**DRAWN, "alwayson_scripts": {"ControlNet": script}}).count == 1
 
 
 def test_of_options_only_the_model_counts() -> None:
