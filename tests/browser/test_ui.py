@@ -91,6 +91,7 @@ def test_a_dropped_picture_is_redrawn(visit: Visit, input_picture: Image.Image) 
 def test_a_file_that_the_server_would_not_take_is_sent_as_one_that_it_does(visit: Visit) -> None:
     wide = Image.new("RGB", (5000, 2500), "white")
     visit.control("img").set_input_files({"name": "a.gif", "mimeType": "image/gif", "buffer": as_file(wide, "GIF")})
+    expect(visit.page.get_by_role("img", name="The picture to start from")).to_be_visible()
     visit.fill(prompt=PROMPT, num_inference_steps=2)
     visit.draw.click()
     (picture,) = visit.pictures()

@@ -65,7 +65,8 @@ def test_a_picture_that_is_being_drawn_is_a_running_one_and_is_counted_as_cancel
     with server.client() as client:
         body = {"prompt": "a red circle", "num_inference_steps": 150, "width": 256, "height": 256}
         with client.stream("POST", "/txt2img", json=body, headers={"Accept": "text/event-stream"}) as events:
-            next(events.iter_lines())
+            lines = events.iter_lines()  # without a name it would be closed at once, and the connection with it
+            next(lines)
             asked = time.monotonic()
             # The first event may be of a job that waits.
             while value(scrape(server), "stable_diffusion_running_jobs") != 1:
