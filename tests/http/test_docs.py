@@ -26,6 +26,13 @@ ITSELF = "runs these tests"
 LONG = "takes from twenty minutes to hours"
 STARTS = "starts a server; test_readme.py runs `make serve`"
 # Examples that are not run here, by page and first line, and why.
+
+
+def _in_containers() -> list[tuple[str, str]]:
+    """All examples of docs/container.md: tests/image builds and runs images, where there is Docker."""
+    return [(example.page, example.first_line) for example in EXAMPLES if example.page == "docs/container.md"]
+
+
 NOT_RUN = {
     ("README.md", "make serve"): STARTS,
     ("README.md", "make model                     # Stable Diffusion v1.4 into fp32/models/v1_4, about 5.4 GB"): DOWNLOAD,
@@ -41,7 +48,7 @@ NOT_RUN = {
     ("docs/configuration.md", "SD_MODEL=/path/to/folder make serve"): STARTS,
     ("docs/deploy.md", "source .venv/bin/activate"): BENTO,
     ("docs/deploy.md", "cd fp32                                          # or fp16"): BENTO,
-    ("docs/deploy.md", "cd bentoctl"): DOCKER,
+    **dict.fromkeys(_in_containers(), DOCKER),
     ("docs/deploy.md", "source .venv/bin/activate && export BENTOML_DO_NOT_TRACK=True"): AWS,
     ("docs/measurements.md", "make bench                     # about 40 minutes; benchmarks/results/table.md"): LONG,
     ("docs/operations.md", """jq -R 'fromjson? | select(.outcome == "failed")' < server.log"""): "needs jq and a log",
@@ -215,7 +222,9 @@ def test_the_make_targets_that_the_pages_name_exist() -> None:
     for page in PAGES:
         assert make_targets_in(page) <= targets | folders, page
     assert {"serve", "test", "quick", "model"} <= make_targets_in("README.md")
-    assert targets - {"precision"} <= set(re.findall(r"^# make ([\w-]+)", makefile, re.MULTILINE)), "the Makefile's first lines list all"
+    assert targets - {"precision", "on-this-python"} <= set(re.findall(r"^# make ([\w-]+)", makefile, re.MULTILINE)), (
+        "the Makefile's first lines list all"
+    )
 
 
 def test_curl_is_installed() -> None:
