@@ -21,6 +21,10 @@ SIDE_MULTIPLE = 8
 MAX_STEPS = 150
 MAX_GUIDANCE_SCALE = 30.0
 MAX_PROMPT_CHARACTERS = 2000
+MAX_PROMPT_CHUNKS = 6  # of 75 tokens, in each prompt
+MAX_PARTS = 4  # of a prompt, joined with AND; each costs as much as half an image
+MAX_LORAS = 8
+MAX_LORA_WEIGHT = 10.0
 MAX_IMAGES = 10  # per request, in APIs that generate several images
 # Per request: pixels x steps, summed over its images. Allows ten images of 512x512 in 150 steps, but not three of 1024x1024.
 MAX_PIXEL_STEPS = 400_000_000

@@ -42,9 +42,13 @@ from stable_diffusion.engine.watchdog import Watchdog
 logger = logging.getLogger("stable_diffusion")
 
 
+_LOOK_AGAIN_S = 0.005
+
+
 class Steps(Protocol):
     """The part of a denoiser that the engine uses."""
 
+    def can_prepare(self, task: Task) -> bool: ...
     def prepare(self, task: Task) -> Latents: ...
     def predict(self, jobs: Sequence[Job]) -> list[torch.Tensor]: ...
     def advance(self, job: Job, predicted: torch.Tensor) -> None: ...
@@ -96,6 +100,7 @@ class Engine:
         self._loaded = threading.Event()
         self._load_error: BaseException | None = None
         self._stopping = False
+        self._is_waiting = False  # all jobs wait for what is being loaded
         self._turn_seconds: float | None = None
         self._between_steps_s = 0.0  # of turns that took no step but decoded an image
         # A second thread with OpenMP would make every step twice as slow on a CPU, so this thread also loads the model.
@@ -192,6 +197,7 @@ class Engine:
             if self._to_decode:
                 self._decode(self._to_decode.popleft())
             batch = self._prepared(jobs, batch_limit)
+            self._is_waiting = not batch and not self._to_decode
             if batch:
                 self._step(batch)
         self._note_turn(batch, time.perf_counter() - began)
@@ -238,11 +244,13 @@ class Engine:
         job.on_progress(Progress(position, step, step + job.steps_left, seconds_left, preview))
 
     def _read_inbox(self) -> None:
-        """Read all messages. Waits for one only if there is nothing else to do."""
+        """Read all messages. Waits for one only if there is nothing else to do, or briefly while all jobs wait for their LoRAs."""
         is_idle = not self._to_decode and not len(self._batching)
+        timeout_s = None if is_idle else _LOOK_AGAIN_S
+        is_idle = is_idle or self._is_waiting
         while True:
             try:
-                message = self._inbox.get(block=is_idle)
+                message = self._inbox.get(block=is_idle, timeout=timeout_s)
             except queue.Empty:
                 return
             is_idle = False
@@ -258,16 +266,18 @@ class Engine:
                 self._stopping = True
 
     def _prepared(self, jobs: list[Job], batch_limit: int) -> list[Job]:
-        """The first `batch_limit` jobs that can take a step.
+        """The first jobs that can take a step and together cost no more than `batch_limit` jobs; at least one.
 
         New jobs are prepared, but at most one with an image, so that the others do not wait long.
         """
         ready: list[Job] = []
         encoded_image = False
         for job in jobs:
-            if len(ready) == batch_limit:
+            if sum(other.cost for other in ready) >= batch_limit:
                 break
             if job.tensors is None:
+                if not self._denoiser.can_prepare(job.task):
+                    continue
                 if job.task.image is not None:
                     if encoded_image:
                         continue
@@ -277,6 +287,8 @@ class Engine:
                 except Exception as error:
                     self._fail(job, error)
                     continue
+            if ready and sum(other.cost for other in ready) + job.cost > batch_limit:
+                continue
             ready.append(job)
         return ready
 

@@ -19,7 +19,7 @@ def check_safetensors(file: Path) -> None:
         raise ModelFolderError(f"{file}: missing")
     size = file.stat().st_size
     try:
-        tensors, header_size = _read_tensor_list(file)
+        tensors, header_size = read_tensor_list(file)
         data_size = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
     except (ValueError, TypeError, LookupError, AttributeError):
         raise ModelFolderError(f"{file}: not a safetensors file, perhaps half downloaded or a Git LFS pointer") from None
@@ -27,7 +27,7 @@ def check_safetensors(file: Path) -> None:
         raise ModelFolderError(f"{file}: has {size} bytes, {8 + header_size + data_size} are expected, perhaps half downloaded")
 
 
-def _read_tensor_list(file: Path) -> tuple[dict[str, Any], int]:
+def read_tensor_list(file: Path) -> tuple[dict[str, Any], int]:
     """The header's description of each tensor by name, and the header's length. A broken header raises whatever its parsing raises."""
     with file.open("rb") as stream:
         prefix = stream.read(8)
@@ -36,9 +36,17 @@ def _read_tensor_list(file: Path) -> tuple[dict[str, Any], int]:
     return {name: tensor for name, tensor in json.loads(header_bytes).items() if name != "__metadata__"}, header_size
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """The free texts that a checked file's header holds, such as what it was trained with."""
+    with file.open("rb") as stream:
+        (header_size,) = struct.unpack("<Q", stream.read(8))
+        found = json.loads(stream.read(header_size)).get("__metadata__") or {}
+    return {name: text for name, text in found.items() if isinstance(text, str)}
+
+
 def samples_of(file: Path) -> Iterator[tuple[str, bytes]]:
     """For each tensor: its name, dtype and shape, and the bytes in its middle."""
-    tensors, header_size = _read_tensor_list(file)
+    tensors, header_size = read_tensor_list(file)
     with file.open("rb") as stream:
         for name, tensor in tensors.items():
             start, end = tensor["data_offsets"]
