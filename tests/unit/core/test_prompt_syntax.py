@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -204,6 +206,9 @@ SCHEDULED: list[tuple[str, int, list[tuple[int, str]]]] = [
     ("((a][:b:c [d:3]", 10, [(3, "((a][:b:c "), (10, "((a][:b:c d")]),
     ("[x [c:d] [a:b:3]", 10, [(3, "[x [c:d] a"), (10, "[x [c:d] b")]),
     ("[(a:b:3]", 10, [(10, "[(a:b:3]")]),
+    ("[(a:b:c):d:3]", 10, [(10, "[(a:b:c):d:3]")]),
+    ("[x ([a:b]) :c:3]", 10, [(10, "[x ([a:b]) :c:3]")]),
+    ("[x (a] b) :c:3]", 10, [(10, "[x (a] b) :c:3]")]),
     ("[a:b:3) [c:d:4]", 10, [(4, "[a:b:3) c"), (10, "[a:b:3) d")]),
     # taken as it is
     ("a | b [c:d:3]", 10, [(10, "a | b [c:d:3]")]),
@@ -388,34 +393,40 @@ hostile = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
 prompts = hostile | st.text(max_size=60)
 
 
-def result_or_error(function: Callable[[], object]) -> object:
+def read(prompt: str, steps: int) -> None:
+    """What drawing a prompt reads of it."""
+    text, _ = without_lora_tags(prompt)
+    for part, _ in composed(text):
+        entries = scheduled(part, steps)
+        last_steps = [last_step for last_step, _ in entries]
+        assert last_steps == sorted(set(last_steps))
+        assert last_steps[0] >= 1
+        assert last_steps[-1] == steps
+        for _, entry in entries:
+            emphasized(entry)
+
+
+def read_negative(negative_prompt: str, steps: int) -> None:
+    for _, entry in scheduled(negative_prompt, steps):
+        emphasized(entry)
+
+
+def refusal(function: Callable[[str, int], None], prompt: str, steps: int) -> PromptError | None:
     try:
-        return function()
+        function(prompt, steps)
     except PromptError as error:
         return error
+    return None
 
 
 @given(prompts, st.integers(1, 30))
-def test_no_prompt_raises_anything_but_a_prompt_error(prompt: str, steps: int) -> None:
-    refused = False
-    text = result_or_error(lambda: without_lora_tags(prompt))
-    parts = result_or_error(lambda: composed(text[0])) if isinstance(text, tuple) else text
-    refused |= isinstance(parts, PromptError)
-    if isinstance(parts, tuple):
-        for part, _ in parts:
-            entries = result_or_error(lambda part=part: scheduled(part, steps))  # type: ignore[misc]
-            refused |= isinstance(entries, PromptError)
-            if isinstance(entries, tuple):
-                assert [last_step for last_step, _ in entries] == sorted({last_step for last_step, _ in entries})
-                assert entries[0][0] >= 1
-                assert entries[-1][0] == steps
-                refused |= any(isinstance(result_or_error(lambda t=t: emphasized(t)), PromptError) for _, t in entries)  # type: ignore[misc]
-    error = result_or_error(lambda: check(prompt, steps))
-    assert isinstance(error, PromptError) == refused
-    result_or_error(lambda: check_negative(prompt, steps))
-    if isinstance(error, PromptError):
-        place = int(str(error).removeprefix("character ").partition(":")[0])
-        assert 1 <= place <= len(prompt)
+def test_only_a_prompt_error_is_raised_and_check_raises_it_for_what_cannot_be_read(prompt: str, steps: int) -> None:
+    for check_it, read_it in ((check, read), (check_negative, read_negative)):
+        error = refusal(check_it, prompt, steps)
+        assert (error is None) == (refusal(read_it, prompt, steps) is None)
+        if error:
+            place = int(str(error).removeprefix("character ").partition(":")[0])
+            assert 1 <= place <= len(prompt)
 
 
 @given(prompts)
@@ -426,13 +437,29 @@ def test_generated_texts_weigh_what_they_weigh_in_a1111(text: str) -> None:
         with pytest.raises(PromptError):
             emphasized(text)
         return
-    # A BREAK in brackets, which A1111 takes for text, and weights that are refused here.
+    # A BREAK in brackets, which A1111 takes for text.
     assume(not any("BREAK" in run for part in expected for run, _ in part))
-    result = result_or_error(lambda: emphasized(text))
-    if isinstance(result, PromptError):
-        assert "is not between -10 and 10" in str(result)
+    if not all(-10 <= weight <= 10 for part in expected for _, weight in part):
+        with pytest.raises(PromptError, match="is not between -10 and 10"):
+            emphasized(text)
         return
-    assert as_pairs(emphasized(text)) == about(expected)
+    try:
+        result = as_pairs(emphasized(text))
+    except PromptError:
+        assert any(abs(float(weight)) > 10 for weight in re.findall(r":\s*([-+]?[.\d]+)\s*\)", text)), "no weight in it is out of range"
+        return
+    assert len(result) == len(expected)
+    for ours, theirs in zip(result, expected, strict=True):
+        assert [character for character, _ in by_character(ours)] == [character for character, _ in by_character(theirs)]
+        assert all(
+            math.isclose(our_weight, their_weight, rel_tol=1e-11)
+            for (_, our_weight), (_, their_weight) in zip(by_character(ours), by_character(theirs), strict=True)
+        )
+
+
+def by_character(runs: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    """A1111 keeps runs apart whose weights differ in the last bit."""
+    return [(character, weight) for text, weight in runs for character in text]
 
 
 @given(prompts)
@@ -458,7 +485,7 @@ def test_the_runs_together_are_the_text_without_its_syntax(runs: list[tuple[str,
     assert len(parts) == 1
     assert "".join(run.text for run in parts[0]) == "".join(text for text, _ in runs)
     weights = [(text, float(f"{weight:.3f}")) for text, weight in runs]
-    assert [weight for run in parts[0] for weight in [run.weight] * len(run.text)] == [w for text, w in weights for _ in text]
+    assert by_character(as_pairs(parts)[0]) == by_character(weights)
 
 
 @given(st.text())
@@ -567,6 +594,8 @@ HOSTILE: dict[str, Callable[[int], str]] = {
     "nested edits with text": lambda n: "[a" * (n // 7) + "a" + ":b:1]" * (n // 7),
     "nested alternations": lambda n: "[a|" * (n // 4) + "a" + "]" * (n // 4),
     "nested text": lambda n: "[a" * (n // 4) + "b]" * (n // 4),
+    "nested edits that differ": lambda n: "".join(f"[{'a' * (i % 3)}:{i}:" for i in range(n // 20)) + "1]" + ":2]" * (n // 20 - 1),
+    "alternations of many texts": lambda n: "[a|b][a|b|c][a|b|c|d|e][a|b|c|d|e|f|g]" + "(a)" * ((n - 39) // 3),
     "one tag": lambda n: "<lora:x" + ":1" * (n // 2) + ">",
 }
 
@@ -581,7 +610,8 @@ FUNCTIONS: list[Callable[[str], object]] = [emphasized, composed, without_lora_t
 def seconds(function: Callable[[str], object], prompt: str, attempts: int) -> float:
     def once() -> float:
         started = time.process_time()
-        result_or_error(lambda: function(prompt))
+        with suppress(PromptError):
+            function(prompt)
         return time.process_time() - started
 
     return min(once() for _ in range(attempts))
@@ -591,10 +621,10 @@ def seconds(function: Callable[[str], object], prompt: str, attempts: int) -> fl
 def test_eight_times_the_length_takes_about_eight_times_as_long(name: str) -> None:
     for function in FUNCTIONS:
         # Quadratic would be 64 times; the millisecond is for what is too short to be measured.
-        allowed = 20 * seconds(function, hostile_prompt(name, 2000), 3) + 0.001
-        assert seconds(function, hostile_prompt(name, 16000), 1) < allowed or seconds(function, hostile_prompt(name, 16000), 5) < allowed
+        allowed = 20 * seconds(function, hostile_prompt(name, 1000), 3) + 0.001
+        assert seconds(function, hostile_prompt(name, 8000), 1) < allowed or seconds(function, hostile_prompt(name, 8000), 5) < allowed
 
 
 @pytest.mark.parametrize("name", [*REPEATED, *HOSTILE])
-def test_the_longest_prompt_of_a_request_is_checked_within_a_second_whatever_is_in_it(name: str) -> None:
-    assert seconds(lambda prompt: check(prompt, 150), hostile_prompt(name, 2000), 2) < 1.0
+def test_the_longest_prompt_of_a_request_is_checked_within_two_seconds_whatever_is_in_it(name: str) -> None:
+    assert seconds(lambda prompt: check(prompt, 150), hostile_prompt(name, 2000), 2) < 2.0
