@@ -14,6 +14,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 LEAST_WEIGHT = -10.0
 GREATEST_WEIGHT = 10.0
@@ -81,7 +82,7 @@ def scheduled(prompt: str, steps: int) -> tuple[tuple[int, str], ...]:
 
     Raises PromptError for a number of steps that is not finite.
     """
-    return tuple((last_step, text.characters) for last_step, text in _scheduled(_Text.of(prompt), steps))
+    return tuple((last_step, text) for last_step, text, _ in _scheduled(_Text.of(prompt), steps))
 
 
 def without_lora_tags(prompt: str) -> tuple[str, tuple[LoraTag, ...]]:
@@ -127,8 +128,7 @@ class _Text:
     def joined(self, spans: Sequence[Span]) -> _Text:
         if len(spans) == 1:
             return self.part(spans[0])
-        characters = "".join(self.characters[start:end] for start, end in spans)
-        return _Text(characters, [place for start, end in spans for place in self.places[start:end]])
+        return _Text(_joined(self.characters, spans), [place for start, end in spans for place in self.places[start:end]])
 
     def error(self, index: int, message: str) -> PromptError:
         return PromptError(f"character {self.places[index] + 1}: {message}")
@@ -146,6 +146,10 @@ class _Text:
 
 
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+
+
+def _joined(characters: str, spans: Iterable[Span]) -> str:
+    return "".join([characters[start:end] for start, end in spans])
 
 
 def _quoted(text: str) -> str:
@@ -188,58 +192,73 @@ class _Brackets:
         return products
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A text and the brackets that it stands in; `index` is the place of its first character in the text."""
+class _Run(NamedTuple):
+    """A text and the brackets that it stands in; `start` is where it begins in the text."""
 
     text: str
-    index: int
+    start: int
     round_bracket: int
     square_bracket: int
 
 
+class _Runs:
+    """The runs of a text as its brackets open and close, in one list for each part between BREAKs."""
+
+    def __init__(self, text: _Text) -> None:
+        self.round, self.square = _Brackets(), _Brackets()
+        self._text = text
+        self._parts: list[list[_Run]] = [[]]
+
+    def add(self, start: int, end: int) -> None:
+        if start < end:
+            run = _Run(self._text.characters[start:end], start, self.round.current, self.square.current)
+            self._parts[-1].append(run)
+
+    def add_with_breaks(self, start: int, end: int) -> None:
+        if start < end:
+            first, *others = _between_breaks(self._text.characters, start, end)
+            self.add(*first)
+            for span in others:
+                self._parts.append([])
+                self.add(*span)
+
+    def weighed(self) -> tuple[tuple[Emphasis, ...], ...]:
+        round_products, square_products = self.round.products(), self.square.products()
+
+        def weight(run: _Run) -> float:
+            return round_products[run.round_bracket] * square_products[run.square_bracket]
+
+        for runs in self._parts:
+            for run in runs:
+                if not LEAST_WEIGHT <= weight(run) <= GREATEST_WEIGHT:
+                    written = f"the brackets around this multiply to a weight of {weight(run):.4g}"
+                    raise self._text.error(run.start, f"{written}, which is not between {LEAST_WEIGHT:g} and {GREATEST_WEIGHT:g}")
+        return tuple(_merged((run.text, weight(run)) for run in runs) for runs in self._parts)
+
+
 def _emphasized(text: _Text) -> tuple[tuple[Emphasis, ...], ...]:
-    round_brackets, square_brackets = _Brackets(), _Brackets()
-    parts: list[list[_Run]] = [[]]
-
-    def add(run: str, index: int) -> None:
-        if run:
-            parts[-1].append(_Run(run, index, round_brackets.current, square_brackets.current))
-
-    def add_with_breaks(start: int, end: int) -> None:
-        for number, (first, last) in enumerate(_between_breaks(text.characters, start, end)):
-            if number:
-                parts.append([])
-            add(text.characters[first:last], first)
-
+    runs = _Runs(text)
     end_of_mark = 0
     for mark in _EMPHASIS_MARK.finditer(text.characters):
-        add_with_breaks(end_of_mark, mark.start())
+        runs.add_with_breaks(end_of_mark, mark.start())
         end_of_mark = mark.end()
-        character = mark[0][0]
+        character = text.characters[mark.start()]
         if character == "\\":
-            add(mark[0][1:], mark.start() + 1)
+            runs.add(mark.start() + 1, mark.end())
         elif character == "(":
-            round_brackets.open(BRACKET_WEIGHT)
+            runs.round.open(BRACKET_WEIGHT)
         elif character == "[":
-            square_brackets.open(1 / BRACKET_WEIGHT)
-        elif character == ":" and round_brackets.current:
-            round_brackets.close(text.weight(mark.span("weight")))
-        elif character == ")" and round_brackets.current:
-            round_brackets.close()
-        elif character == "]" and square_brackets.current:
-            square_brackets.close()
+            runs.square.open(1 / BRACKET_WEIGHT)
+        elif character == ":" and runs.round.current:
+            runs.round.close(text.weight(mark.span("weight")))
+        elif character == ")" and runs.round.current:
+            runs.round.close()
+        elif character == "]" and runs.square.current:
+            runs.square.close()
         else:
-            add(mark[0], mark.start())
-    add_with_breaks(end_of_mark, len(text.characters))
-
-    round_products, square_products = round_brackets.products(), square_brackets.products()
-
-    def weighed(runs: list[_Run]) -> Iterator[tuple[str, float]]:
-        for run in runs:
-            yield run.text, _product(text, run.index, round_products[run.round_bracket] * square_products[run.square_bracket])
-
-    return tuple(_merged(weighed(runs)) for runs in parts)
+            runs.add(mark.start(), mark.end())
+    runs.add_with_breaks(end_of_mark, len(text.characters))
+    return runs.weighed()
 
 
 def _between_breaks(characters: str, start: int, end: int) -> Iterator[Span]:
@@ -256,25 +275,25 @@ def _after_space(characters: str, start: int, end: int) -> int:
     return end - len(characters[start:end].lstrip())
 
 
-def _product(text: _Text, index: int, weight: float) -> float:
-    if not LEAST_WEIGHT <= weight <= GREATEST_WEIGHT:
-        allowed = f"between {LEAST_WEIGHT:g} and {GREATEST_WEIGHT:g}"
-        raise text.error(index, f"the brackets around this multiply to a weight of {weight:.4g}, which is not {allowed}")
-    # (([a])) shall weigh what (a) weighs, in whichever order the factors are multiplied. Adding 0.0 makes -0.0 into 0.0.
-    return float(f"{weight:.12g}") + 0.0
-
-
 def _merged(runs: Iterable[tuple[str, float]]) -> tuple[Emphasis, ...]:
     texts: list[list[str]] = []
     weights: list[float] = []
+    exact = None
     for text, weight in runs:
-        if weights and weights[-1] == weight:
-            texts[-1].append(text)
-        else:
-            texts.append([text])
-            weights.append(weight)
+        if weight != exact:
+            exact = weight
+            rounded = _rounded(weight)
+            if not weights or weights[-1] != rounded:
+                texts.append([])
+                weights.append(rounded)
+        texts[-1].append(text)
     merged = tuple(Emphasis("".join(pieces), weight) for pieces, weight in zip(texts, weights, strict=True))
     return merged or (Emphasis("", 1.0),)
+
+
+def _rounded(weight: float) -> float:
+    """Without the last bits: (([a])) shall weigh what (a) weighs, in whichever order factors are multiplied."""
+    return float(f"{weight:.12g}") + 0.0  # -0.0 becomes 0.0
 
 
 # Composition
@@ -330,7 +349,8 @@ class _OpenBracket:
     alternates: bool = False  # has | among them
 
 
-def _scheduled(prompt: _Text, steps: int) -> list[tuple[int, _Text]]:
+def _scheduled(prompt: _Text, steps: int) -> list[tuple[int, str, list[Span]]]:
+    """Last step, text, and the spans of the prompt that the text is made of."""
     edits = _edits(prompt, steps)
     starts = sorted(edits)
     last_steps = {steps}
@@ -339,12 +359,13 @@ def _scheduled(prompt: _Text, steps: int) -> list[tuple[int, _Text]]:
             last_steps.update(range(1, steps + 1))
         elif edit.last_step >= 1:
             last_steps.add(edit.last_step)
-    entries: list[tuple[int, _Text]] = []
+    entries: list[tuple[int, str, list[Span]]] = []
     for step in sorted(last_steps):
-        text = prompt.joined(_spans_at(step, edits, starts, len(prompt.characters)))
-        if entries and entries[-1][1].characters == text.characters:
+        spans = _spans_at(step, edits, starts, len(prompt.characters))
+        text = _joined(prompt.characters, spans)
+        if entries and entries[-1][1] == text:
             entries.pop()
-        entries.append((step, text))
+        entries.append((step, text, spans))
     return entries
 
 
@@ -437,10 +458,10 @@ def _last_step(prompt: _Text, span: Span, steps: int) -> int:
 
 def _check_texts(part: _Text, steps: int) -> None:
     seen: set[str] = set()
-    for _, text in _scheduled(part, steps):
-        if text.characters not in seen:
-            seen.add(text.characters)
-            _emphasized(text)
+    for _, text, spans in _scheduled(part, steps):
+        if text not in seen:
+            seen.add(text)
+            _emphasized(part.joined(spans))
 
 
 # LoRA tags
