@@ -46,9 +46,7 @@ TEXT_ENCODER: dict[str, Shape] = {
 Factors = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
 
 
-def changes(
-    layers: Mapping[str, Shape], *, rank: int = 4, seed: int = 0, size: float = 0.1
-) -> Factors:
+def changes(layers: Mapping[str, Shape], *, rank: int = 4, seed: int = 0, size: float = 0.1) -> Factors:
     """Random factors (down, up) for each layer, large enough to change an image."""
     generator = torch.Generator().manual_seed(seed)
     made = {}
