@@ -502,10 +502,10 @@ def _lora_tag(prompt: _Text, place: int, arguments: Span) -> LoraTag:
         raise prompt.error(place, "the tag does not name a LoRA")
     if len(values) > 3:
         raise prompt.error(values[3][0], "a LoRA tag has at most two weights, for the text encoder and for the UNet")
-    text_encoder_span = named.get("te", values[1] if len(values) > 1 else None)
-    text_encoder_weight = prompt.weight(text_encoder_span) if text_encoder_span else 1.0
-    unet_span = named.get("unet", values[2] if len(values) > 2 else None)
-    unet_weight = prompt.weight(unet_span) if unet_span else text_encoder_weight
+    by_position = [prompt.weight(span) for span in values[1:]]
+    by_name = {argument: prompt.weight(span) for argument, span in named.items()}
+    text_encoder_weight = by_name.get("te", by_position[0] if by_position else 1.0)
+    unet_weight = by_name.get("unet", by_position[1] if len(by_position) > 1 else text_encoder_weight)
     return LoraTag(name, unet_weight, text_encoder_weight)
 
 

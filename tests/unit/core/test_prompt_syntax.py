@@ -354,6 +354,7 @@ REFUSED: list[tuple[str, str]] = [
     ("<lora:x:1e5>", "character 9: the weight '1e5' is not between -10 and 10"),
     ("<lora:x:1:20>", "character 11: the weight '20' is not between -10 and 10"),
     ("<lora:x:te=1:unet=b>", "character 19: 'b' is not a weight"),
+    ("<lora:x:b:te=1>", "character 9: 'b' is not a weight"),
     ("a <lora::1>", "character 3: the tag does not name a LoRA"),
     ("a <lora:te=1>", "character 3: the tag does not name a LoRA"),
     ("<lora:x:1:1:8>", "character 13: a LoRA tag has at most two weights, for the text encoder and for the UNet"),
