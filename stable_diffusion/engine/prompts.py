@@ -101,9 +101,10 @@ class PromptEncoder:
         chunks = [_Chunk()]
         for run in section:
             for tokens in self._words_of(run.text):
+                is_comma = tokens == [self._comma]
                 if len(chunks[-1].tokens) + len(tokens) > self.chunk_tokens:
-                    chunks.append(_Chunk() if len(tokens) > 1 else self._after_comma(chunks[-1]))
-                if tokens == [self._comma]:
+                    chunks.append(_Chunk() if is_comma or len(tokens) > 1 else self._after_comma(chunks[-1]))
+                if is_comma:
                     chunks[-1].last_comma = len(chunks[-1].tokens)
                 chunks[-1].add(tokens, run.weight)
         return chunks
