@@ -5,8 +5,9 @@
 # make image-test build both Docker images and run them (needs Docker; half an hour at first)
 # make bench      this project against plain diffusers and BentoML's batching on the demo model: about 40 minutes
 # make soak       half an hour of mixed load and faults: memory flat, every request answered (MINUTES)
-# make check      lint, format and types only
+# make check      lint, format, types, import rules and spelling only
 # make format     rewrite the files as the linter wants them
+# make docs       write the tables in docs/ from the code
 # make audit      known advisories of what a bento installs (asks PyPI)
 # make model      download Stable Diffusion v1.4 (PRECISION=fp32 or fp16)
 # make demo       train the demo model again, from nothing
@@ -29,8 +30,11 @@ TOOLS_INSTALLED := .venv/tools/installed
 # The schema of the AWS provider that bentoctl/aws-ec2 is written for (6.25), as text: tests hold our Terraform against it.
 AWS_PROVIDER_SCHEMA := cdktf-cdktf-provider-aws==21.22.1
 WEIGHTS := $(if $(filter fp16,$(PRECISION)),fp16/models/v1_4_fp16,fp32/models/v1_4)
+# An IPv6 address stands in brackets in a URL (RFC 3986, 3.2.2).
+ADDRESS = http://$(if $(findstring :,$(HOST)),[$(HOST)],$(HOST)):$(PORT)
 PARALLEL := --numprocesses 2 --dist loadfile
-CODE := stable_diffusion fp32/service.py fp16/service.py tests benchmarks bentoctl/aws-ec2
+CODE := stable_diffusion fp32/service.py fp16/service.py tests benchmarks bentoctl/aws-ec2 docs/tables.py
+PROSE := $(wildcard *.md */*.md) Makefile
 
 # The checks run while the tools of the tests are installed.
 MAKEFLAGS += --jobs=2
@@ -41,7 +45,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # PyFilesystem, of which BentoML is made, says so at every start.
 export PYTHONWARNINGS := ignore:pkg_resources is deprecated:UserWarning
 
-.PHONY: serve quick test image-test bench soak check format audit model demo lock precision
+.PHONY: serve quick test image-test bench soak check format docs audit model demo lock precision
 
 $(INSTALLED): requirements.txt requirements-runtime.txt requirements.lock bentoctl/aws-ec2/requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
@@ -60,9 +64,9 @@ precision:
 
 serve: precision $(INSTALLED)
 	@echo "When the server is ready, try:"
-	@echo "  curl -X POST http://$(HOST):$(PORT)/txt2img -H 'Content-Type: application/json' \\"
+	@echo "  curl -X POST '$(ADDRESS)/txt2img' -H 'Content-Type: application/json' \\"
 	@echo "       -d '{\"prompt\":\"a small red circle on a blue background\"}' --output output.jpg"
-	@echo "or open http://$(HOST):$(PORT)/ui in a browser. Ctrl+C stops it."
+	@echo "or open $(ADDRESS)/ui in a browser. Ctrl+C stops it."
 	@cd $(PRECISION) && BENTOML_CONFIG=configuration.yaml exec $(BIN)/bentoml serve service:svc --production --host $(HOST) --port $(PORT)
 
 quick: check
@@ -91,11 +95,15 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy $(CODE)
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/codespell $(CODE) $(PROSE) --skip '*.json,*/model/*' --ignore-words-list caf,iif,regio
 	$(BIN)/pip check
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+docs: $(INSTALLED)
+	$(BIN)/python -m docs.tables
 
 # --strict: what cannot be looked up is an error, not a package without advisories.
 audit: $(TOOLS_INSTALLED)

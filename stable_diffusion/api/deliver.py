@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from datetime import datetime, timezone
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -16,9 +15,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stable_diffusion.api.context import Context
+from stable_diffusion.api.job import CompletedJobEvent, description, is_ended, is_estimated, progress_of
 from stable_diffusion.api.responses import (
     completed_event,
-    error_body,
     error_event,
     event_stream,
     followed_headers,
@@ -33,7 +32,7 @@ from stable_diffusion.core.requests import GenerationRequest
 from stable_diffusion.core.types import GeneratedImage, ImageFormat, Progress, Task, Ticket
 from stable_diffusion.images.encode import MEDIA_TYPES
 from stable_diffusion.runner.client import Updates, begin, follow, generate, generate_asynchronously
-from stable_diffusion.state.job_record import JobRecord, State, fingerprint
+from stable_diffusion.state.job_record import JobRecord, fingerprint
 from stable_diffusion.web import sse
 from stable_diffusion.web.disconnect import while_connected
 from stable_diffusion.web.headers import delivery_of, rename_job, ticket_of
@@ -87,8 +86,8 @@ async def events_of(
         async with aclosing(follow(context.client, job_id)) as standings:
             async for records in standings:
                 if not is_ended(records):
-                    progress = _progress(records)
-                    if not _is_estimated(records):
+                    progress = progress_of(records)
+                    if not is_estimated(records):
                         continue
                     if (now := (progress.position, progress.step)) != told:
                         yield progress_event(progress)
@@ -100,7 +99,7 @@ async def events_of(
                     raise error
                 elif records[0].picture is None:
                     note_end(*_end_of(records))
-                    yield sse.event("completed", {"job": description(records)})
+                    yield sse.event("completed", CompletedJobEvent(job=description(records)))
                 else:
                     completed = await run_in_threadpool(_completed_event, context, records[0], image_format)
                     note_end(*_end_of(records))
@@ -126,59 +125,6 @@ def _completed_event(context: Context, record: JobRecord, image_format: ImageFor
 def _preview_event(record: JobRecord) -> bytes:
     assert record.preview is not None
     return preview_event(record.progress.step, record.preview, record.task)
-
-
-def description(records: Sequence[JobRecord]) -> dict[str, Any]:
-    """The job as JSON. For a job of several images, progress is that of all of them together."""
-    progress, first = _progress(records), records[0]
-    error = next((record.error for record in records if record.error is not None), None)
-    ended = [record.ended_at for record in records if record.ended_at is not None]
-    return {
-        "id": first.id,
-        "state": _state(records),
-        "kind": first.task.kind,
-        "images": len(records),
-        "position": progress.position if _is_estimated(records) else None,
-        "step": progress.step,
-        "steps": progress.steps,
-        "seconds_left": round(progress.seconds_left, 1) if _is_estimated(records) else None,
-        "created_at": _iso(first.created_at),
-        "ended_at": _iso(max(ended)) if is_ended(records) else None,
-        "picture": f"/jobs/{first.id}/picture" if first.picture is not None else None,
-        "picture_kept_until": None if first.kept_until is None else _iso(first.kept_until),
-        **({} if error is None else error_body(error.type, error.message, error.problems)),
-    }
-
-
-def is_ended(records: Sequence[JobRecord]) -> bool:
-    return all(record.is_ended for record in records)
-
-
-def _is_estimated(records: Sequence[JobRecord]) -> bool:
-    return all(record.is_estimated for record in records)
-
-
-def _state(records: Sequence[JobRecord]) -> State:
-    states = {record.state for record in records}
-    if not is_ended(records):
-        return "queued" if states == {"queued"} else "running"
-    return next(state for state in ("failed", "cancelled", "completed") if state in states)
-
-
-def _progress(records: Sequence[JobRecord]) -> Progress:
-    """The progress of all images together."""
-    standings = [record.progress for record in records]
-    waiting = [standing.position for standing in standings]
-    return Progress(
-        position=min(waiting) if _state(records) == "queued" else 0,
-        step=sum(standing.step for standing in standings),
-        steps=sum(standing.steps for standing in standings),
-        seconds_left=max(standing.seconds_left for standing in standings),
-    )
-
-
-def _iso(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="milliseconds")
 
 
 Remarks = Callable[[GeneratedImage], dict[str, Any]]

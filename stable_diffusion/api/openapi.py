@@ -1,20 +1,50 @@
-"""The shared parts of the OpenAPI document for operations that generate: load, deadlines, headers, errors, responses.
+"""The shared parts of the OpenAPI document: operations, responses, events, and what operations that generate have in common.
 
-The `openapi` modules of the API packages use them.
+The `openapi` modules of the API packages use them. Where a schema belongs, they put the type that the code reads or sends;
+`server/openapi.py` replaces it by its JSON Schema.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel
+from pydantic import Field
 
+from stable_diffusion.api.job import Job
+from stable_diffusion.api.responses import CompletedEvent, Error, PreviewEvent, ProgressEvent, QueuedEvent
 from stable_diffusion.core.settings import MAX_TIMEOUT_S
 from stable_diffusion.images.encode import MEDIA_TYPES
 from stable_diffusion.state.job_record import PICTURES_KEPT, PICTURES_KEPT_S
 from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS
 from stable_diffusion.web import sse
 from stable_diffusion.web.headers import TIMEOUT_HEADER
+
+
+def operation(tag: dict[str, str], name: str, summary: str, responses: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"operationId": name, "summary": summary, "tags": [tag["name"]], **more, "responses": responses}
+
+
+def json_content(model: Any, **more: Any) -> dict[str, Any]:
+    return {"application/json": {"schema": model, **more}}
+
+
+def json_response(description: str, model: Any, **more: Any) -> dict[str, Any]:
+    return {"description": description, "content": json_content(model, **more)}
+
+
+def errors(descriptions: dict[str, str], model: Any = Error) -> dict[str, Any]:
+    """The responses of these statuses, with errors of type `model`."""
+    return {status: json_response(description, model) for status, description in descriptions.items()}
+
+
+def event_content(events: dict[str, Any]) -> dict[str, Any]:
+    """The content of a stream: one event's schema. `events` has the type of each event's data, which is JSON."""
+    kinds = []
+    for name, data in events.items():
+        encoded = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
+        kinds.append({"type": "object", "required": ["event", "data"], "properties": {"event": {"const": name}, "data": encoded}})
+    return {sse.MEDIA_TYPE: {"schema": {"oneOf": kinds}}}
+
 
 TIMEOUT_PARAMETER: dict[str, Any] = {
     "name": TIMEOUT_HEADER,
@@ -46,23 +76,11 @@ REQUEST_HEADERS: list[dict[str, Any]] = [
         "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
     },
 ]
-ERROR_CONTENT = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
-JOB_CONTENT = {"application/json": {"schema": {"$ref": "#/components/schemas/Job"}}}
-ACCEPTED = {
-    "description": f"The job is being drawn. Its picture is kept for {PICTURES_KEPT_S // 60} minutes, the last {PICTURES_KEPT} are.",
+EVENTS = {"queued": QueuedEvent, "progress": ProgressEvent, "preview": PreviewEvent, "completed": CompletedEvent, "error": Error}
+_ACCEPTED = {
+    **json_response(f"The job is being drawn. Its picture is kept for {PICTURES_KEPT_S // 60} minutes, the last {PICTURES_KEPT} are.", Job),
     "headers": {"Location": {"description": "The job's address.", "schema": {"type": "string"}}},
-    "content": JOB_CONTENT,
 }
-ERRORS: dict[str, dict[str, Any]] = {
-    "422": {"description": "The Idempotency-Key was used for another request.", "content": ERROR_CONTENT},
-    "429": {
-        "description": f"{LOAD_ERRORS['429']} Or {MAX_ASYNCHRONOUS_JOBS} jobs that nobody waits for are not finished (`too_many_jobs`).",
-        "headers": {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}},
-        "content": ERROR_CONTENT,
-    },
-    "499": {"description": "The job was cancelled.", "content": ERROR_CONTENT},
-}
-
 _ANSWER_HEADERS = {
     "prompt": "The prompt as it was used. Text in headers is percent-encoded UTF-8, cut after 1024 characters.",
     "negative_prompt": "The negative prompt as it was used.",
@@ -78,6 +96,7 @@ _ANSWER_HEADERS = {
     "strength": "Strength (img2img and inpaint only).",
     "safety_check": "Whether the safety checker was to look at the picture, where the model has one.",
     "safety_flagged": "true: the picture was flagged and is blank. false: it was not. unchecked: nobody looked.",
+    "decoded_again": "Only there if the picture was black or broken and was decoded a second time: float32.",
     "model": "The model; `demo` is the embedded demo model.",
     "Job-Id": "The id of this request's job.",
 }
@@ -88,25 +107,25 @@ _ERRORS = {
     "408": "The body stalled or came too slowly; the connection is closed.",
     "413": "The body or an image is too large.",
     "415": "The body is not of the type that the endpoint takes.",
+    "422": "The Idempotency-Key was used for another request.",
+    "499": "The job was cancelled.",
     "500": "The picture could not be computed.",
-    **{status: text for status, text in LOAD_ERRORS.items() if status not in ERRORS},
+    **LOAD_ERRORS,
+    "429": f"{LOAD_ERRORS['429']} Or {MAX_ASYNCHRONOUS_JOBS} jobs that nobody waits for are not finished (`too_many_jobs`).",
 }
+IMAGES_TAG = {"name": "images", "description": "Draw"}
 EXAMPLE = {"prompt": "a small red circle on a blue background", "num_inference_steps": 50, "guidance_scale": 7.5, "seed": 1}
 
 
-def schema_reference(model: type[BaseModel]) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{model.__name__}"}
-
-
-def multipart(files: dict[str, str], required: tuple[str, ...], data: dict[str, Any]) -> dict[str, Any]:
-    """The request body of a form: `files` describes each uploaded image, `data` is the schema of the part that holds JSON."""
+def multipart(files: dict[str, str], required: tuple[str, ...], data: Any, example: dict[str, Any]) -> dict[str, Any]:
+    """The request body of a form: `files` describes each uploaded image, `data` is the model of the part that holds JSON."""
     parts: dict[str, Any] = {name: {"type": "string", "format": "binary", "description": text} for name, text in files.items()}
     return {
         "multipart/form-data": {
             "schema": {
                 "type": "object",
                 "required": list(required),
-                "properties": parts | {"data": data},
+                "properties": parts | {"data": Annotated[data, Field(json_schema_extra={"example": example})]},
                 "additionalProperties": False,
             },
             "encoding": {"data": {"contentType": "application/json"}},
@@ -114,30 +133,28 @@ def multipart(files: dict[str, str], required: tuple[str, ...], data: dict[str, 
     }
 
 
-def generates(name: str, summary: str, content: dict[str, Any]) -> dict[str, Any]:
-    headers = {
-        header: {"description": text, "schema": {"type": "string"}}
-        for header, text in _ANSWER_HEADERS.items()
-        if header != "strength" or name != "txt2img"
-    }
+def generates(
+    name: str,
+    summary: str,
+    content: dict[str, Any],
+    tag: dict[str, str] = IMAGES_TAG,
+    more_headers: dict[str, str] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """The path item of an operation that responds with an image; `more` and `more_headers` are further content and headers of it."""
+    headers = _ANSWER_HEADERS | (more_headers or {})
+    if name == "txt2img":
+        headers.pop("strength")
     answers: dict[str, Any] = {
         "200": {
             "description": "The picture. Or, where Accept asks for text/event-stream, what happens until it is there: the events "
             "queued, progress, preview, completed and error, each with JSON.",
-            "headers": headers,
-            "content": {media_type: {} for media_type in (*MEDIA_TYPES.values(), sse.MEDIA_TYPE)},
-        }
+            "headers": {header: {"description": text, "schema": {"type": "string"}} for header, text in headers.items()},
+            "content": {**{media_type: {} for media_type in MEDIA_TYPES.values()}, **event_content(EVENTS), **more},
+        },
+        "202": _ACCEPTED,
+        **errors(_ERRORS),
     }
-    answers |= {"202": ACCEPTED, **ERRORS}
-    for status, text in _ERRORS.items():
-        answers[status] = {"description": text, "content": ERROR_CONTENT}
-    return {
-        "post": {
-            "operationId": name,
-            "summary": summary,
-            "tags": ["images"],
-            "parameters": [*REQUEST_HEADERS, TIMEOUT_PARAMETER],
-            "requestBody": {"required": True, "content": content},
-            "responses": answers,
-        }
-    }
+    answers["429"]["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+    parameters, body = [*REQUEST_HEADERS, TIMEOUT_PARAMETER], {"required": True, "content": content}
+    return {"post": operation(tag, name, summary, answers, parameters=parameters, requestBody=body)}

@@ -9,12 +9,14 @@ import base64
 import functools
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote
 
 from PIL import Image
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from typing_extensions import TypedDict
 
 from stable_diffusion.core.errors import ClientGone, FieldError, ServiceError, as_service_error
 from stable_diffusion.core.types import GeneratedImage, ImageFormat, Progress, Task
@@ -29,6 +31,45 @@ SERVER_COOKIE = "job_server"
 _MAX_HEADER_CHARACTERS = 1024  # of a text in a header; proxies allow 4 KB for all headers together
 # Characters that headers contain unchanged. All others, including "%", are percent-encoded.
 _PLAIN_IN_HEADERS = " !\"#$&'()*+,-./:;<=>?@[\\]^_`{|}~"
+
+
+class FieldProblem(TypedDict):
+    field: str | None
+    message: str
+
+
+class ErrorDetails(TypedDict):
+    type: Annotated[str, Field(examples=["invalid_request"])]
+    message: Annotated[str, Field(examples=["height: must be a multiple of 8, 100 is not"])]
+    problems: list[FieldProblem]
+
+
+class Error(TypedDict):
+    error: ErrorDetails
+
+
+class QueuedEvent(TypedDict):
+    position: NonNegativeInt
+    seconds_left: NonNegativeFloat
+
+
+class ProgressEvent(TypedDict):
+    step: NonNegativeInt
+    steps: NonNegativeInt
+    seconds_left: NonNegativeFloat
+
+
+class EncodedImage(TypedDict):
+    media_type: Annotated[str, Field(json_schema_extra={"enum": list(MEDIA_TYPES.values())})]
+    image: Annotated[str, Field(json_schema_extra={"contentEncoding": "base64"})]
+
+
+class PreviewEvent(EncodedImage):
+    step: NonNegativeInt
+
+
+class CompletedEvent(EncodedImage):
+    parameters: Annotated[dict[str, Any], Field(description="What the headers of a picture say.")]
 
 
 def error_response(error: ServiceError) -> Response:
@@ -72,8 +113,10 @@ def json_error(status: int, kind: str, message: str, problems: list[FieldError],
     return JSONResponse(error_body(kind, message, problems), status, headers)
 
 
-def error_body(kind: str, message: str, problems: list[FieldError]) -> dict[str, Any]:
-    listed = [{"field": problem.field and sendable(problem.field), "message": sendable(problem.message)} for problem in problems]
+def error_body(kind: str, message: str, problems: list[FieldError]) -> Error:
+    listed: list[FieldProblem] = [
+        {"field": problem.field and sendable(problem.field), "message": sendable(problem.message)} for problem in problems
+    ]
     return {"error": {"type": kind, "message": sendable(message), "problems": listed}}
 
 
@@ -109,14 +152,15 @@ def followed_headers() -> dict[str, str]:
 def progress_event(progress: Progress) -> bytes:
     seconds_left = round(progress.seconds_left, 1)
     if progress.position:
-        return sse.event("queued", {"position": progress.position, "seconds_left": seconds_left})
-    return sse.event("progress", {"step": progress.step, "steps": progress.steps, "seconds_left": seconds_left})
+        return sse.event("queued", QueuedEvent(position=progress.position, seconds_left=seconds_left))
+    return sse.event("progress", ProgressEvent(step=progress.step, steps=progress.steps, seconds_left=seconds_left))
 
 
 def preview_event(step: int, preview: Image.Image, task: Task) -> bytes:
     """The event `preview`. Encodes an image: do not call it on an event loop."""
     content = encode_preview(preview, (task.width, task.height))
-    return sse.event("preview", {"step": step, **_as_data(content, "jpeg")})
+    data: PreviewEvent = {"step": step, **_as_data(content, "jpeg")}
+    return sse.event("preview", data)
 
 
 def completed_event(
@@ -125,7 +169,8 @@ def completed_event(
     """The event `completed`, with `remarks` among the parameters. Encodes an image: do not call it on an event loop."""
     parameters = {**parameters_of(task, picture, model), **(remarks or {})}
     content = image_file(task, picture, model, image_format)
-    return sse.event("completed", {**_as_data(content, image_format), "parameters": parameters})
+    data: CompletedEvent = {**_as_data(content, image_format), "parameters": parameters}
+    return sse.event("completed", data)
 
 
 def error_event(error: Exception, where: str) -> bytes:
@@ -133,7 +178,7 @@ def error_event(error: Exception, where: str) -> bytes:
     return sse.event("error", error_body(known.type, known.message, known.problems))
 
 
-def _as_data(content: bytes, image_format: ImageFormat) -> dict[str, str]:
+def _as_data(content: bytes, image_format: ImageFormat) -> EncodedImage:
     return {"media_type": MEDIA_TYPES[image_format], "image": as_base64(content)}
 
 

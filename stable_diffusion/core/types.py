@@ -106,7 +106,7 @@ class Ticket:
 class RequestContext:
     """What the front door knows about a request before an endpoint handles it.
 
-    `path` is the path as sent; BentoML's metrics see the route's template instead. `job_in_path` is the job that the path names, if any.
+    `path` is the path that was asked for; BentoML's metrics see the route's template. `job_in_path` is the job that it names, if any.
     """
 
     job_id: str  # of the request's job; an endpoint replaces it if the request refers to an existing job

@@ -16,7 +16,7 @@ from bentoml._internal.utils import BentoMLDeprecationWarning
 
 from stable_diffusion.core.settings import OPERATORS_THREADS_VARIABLE, operators_threads
 
-# BentoML 1.4 calls services with runners "legacy". They are intended here; docs/architecture.md says why.
+# BentoML 1.4 calls services with runners "legacy". They are intended here; docs/decisions.md says why.
 warnings.filterwarnings("ignore", category=BentoMLDeprecationWarning)
 
 

@@ -1,7 +1,8 @@
 """Time limits for the connections of clients to an API worker, which neither uvicorn nor BentoML sets.
 
-A connection without a request in progress is closed after a while, and so is one whose response is not read. WebSockets, which no API
-here uses, are refused: uvicorn never forgets one whose first request is malformed, and does not stop.
+A connection without a request in progress is closed after a while, and so is one whose response is not read; `half_closed.py` has those
+that the client has closed on its side. WebSockets, which no API here uses, are refused: uvicorn never forgets one whose first request is
+malformed, and does not stop.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Any
 import anyio
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stable_diffusion.server.half_closed import HalfClosable
 
 logger = logging.getLogger("stable_diffusion")
 
@@ -79,7 +82,7 @@ class Connections:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             raise_descriptor_limit()
-            _take_on_no_websockets(receive)
+            _configure_uvicorn(receive)
             self._ports = _prepare_listening_sockets()
             ending = asyncio.create_task(self._end_idle_ones())
             try:
@@ -171,11 +174,12 @@ def _pieces(message: Message) -> Iterator[Message]:
         yield {**message, "body": bytes(body[begin : begin + _PIECE_BYTES]), "more_body": more_body}
 
 
-def _take_on_no_websockets(receive: Any) -> None:
-    """Refuse WebSockets. BentoML cannot pass this option to uvicorn, but uvicorn reads its configuration for each connection."""
+def _configure_uvicorn(receive: Any) -> None:
+    """No WebSockets, and answers on half-closed connections. BentoML cannot pass such options; uvicorn reads them for each connection."""
     configuration = getattr(getattr(receive, "__self__", None), "config", None)
     if isinstance(configuration, uvicorn.Config):
         configuration.ws_protocol_class = None
+        configuration.http_protocol_class = HalfClosable
 
 
 def _transport_of(receive: Any) -> asyncio.WriteTransport | None:

@@ -16,10 +16,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stable_diffusion.api import a1111, openai, responses
-from stable_diffusion.api.dialect import Dialect
+from stable_diffusion.api import responses
+from stable_diffusion.api.dialect import dialect_of
 from stable_diffusion.core import journal
-from stable_diffusion.core.errors import RateLimited, Unauthorized
+from stable_diffusion.core.errors import RateLimited, Unauthorized, UnsupportedMediaType
 from stable_diffusion.core.types import RequestContext
 from stable_diffusion.server.access.keys import carries_key, name_of_key
 from stable_diffusion.server.access.policy import LIMITED_PATHS, PROBES, Access, caller_at
@@ -28,14 +28,16 @@ from stable_diffusion.server.pages import PAGE_ASSETS
 from stable_diffusion.state.folder import shared_folder
 from stable_diffusion.state.jobs import new_job_id
 from stable_diffusion.state.rates import RateLimit
+from stable_diffusion.web.content_coding import CODINGS, codings_of, decompressed, without_coding
 
 
 class FrontDoor:
     """Checks each request, gives it a job id, and serves the paths in `pages` in place of BentoML's routes.
 
-    First it refuses requests without a valid API key, if the server has keys. Then it refuses unknown paths and shows BentoML's metrics
-    route templates such as `/jobs/{job_id}`: the metrics keep a series for every path that they see. It also refuses changes that a
-    page of another site requests, and callers over the rate limit. All this happens before the body is read.
+    First it refuses requests of two lengths, and those without a valid API key, if the server has keys. Then it refuses unknown paths and
+    shows BentoML's metrics route templates such as `/jobs/{job_id}`: the metrics keep a series for every path that they see. It also
+    refuses changes that a page of another site requests, bodies in codings that it cannot undo, and callers over the rate limit. All this
+    happens before the body is read. A path has one form here: `request_target.py` sees to that.
     """
 
     def __init__(self, app: ASGIApp, routes: Sequence[Route], pages: Mapping[str, ASGIApp], access: Callable[[], Access]) -> None:
@@ -57,6 +59,8 @@ class FrontDoor:
             return await self._app(scope, receive, send)
         assert scope["type"] == "http", "connections.py lets nothing else in"
         path, method, headers = scope["path"], scope["method"], Headers(scope=scope)
+        if "transfer-encoding" in headers and "content-length" in headers:
+            return await _of_two_lengths(path)(scope, receive, send)
         key_name = name_of_key(self._keys, headers) if self._keys else None
         if self._keys and key_name is None and path not in self._open and not self._is_preflight(method, headers):
             return await self._readable(_no_key(path, headers))(scope, receive, send)
@@ -70,13 +74,20 @@ class FrontDoor:
         if method not in _READING_METHODS and self._is_from_elsewhere(headers):
             message = "pages of other sites cannot do this, unless BentoML's api_server.http.cors allows their origin"
             return await _refusal(path, 403, "cross_site", message)(scope, receive, send)
+        codings = codings_of(headers) if method == "POST" else []
+        if codings and (len(codings) > 1 or codings[0] not in CODINGS):
+            return await self._readable(_unknown_coding(path, codings))(scope, receive, send)
         if method == "POST" and (wait_s := await self._wait_s(template, scope, key_name)):
             return await self._readable(_too_many(path, wait_s))(scope, receive, send)
         if template in self._pages and method != "OPTIONS":
             return await self._pages[template](scope, receive, send)
         context = RequestContext(new_job_id(), path, job_in_path, key_name)
         journal.identify(context)
-        inner = {**scope, "path": template, "raw_path": template.encode(), RequestContext.KEY: context}
+        inner: Scope = {**scope, "path": template, "raw_path": template.encode(), RequestContext.KEY: context}
+        if codings:
+            inner, receive = without_coding(inner), decompressed(receive, codings[0])
+        if _PRIVATE_NETWORK in headers and self._is_preflight(method, headers) and self._is_allowed_origin(headers["origin"]):
+            inner, send = _without_header(inner, _PRIVATE_NETWORK), _allowing_private_network(send)
         await self._app(inner, receive, _naming_job(context, send) if method == "POST" else send)
 
     def _is_preflight(self, method: str, headers: Headers) -> bool:
@@ -121,6 +132,24 @@ async def _no_app(scope: Scope, receive: Receive, send: Send) -> None:
 _READING_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
+# With it a browser asks whether a page of a public site may reach a server of a private network. BentoML's CORS middleware, which cannot be
+# told to allow that, refuses preflights that carry it. A site that CORS allows may do that as well.
+_PRIVATE_NETWORK = "access-control-request-private-network"
+
+
+def _without_header(scope: Scope, name: str) -> Scope:
+    return {**scope, "headers": [one for one in scope["headers"] if one[0] != name.encode()]}
+
+
+def _allowing_private_network(send: Send) -> Send:
+    async def allowing(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message)["Access-Control-Allow-Private-Network"] = "true"
+        await send(message)
+
+    return allowing
+
+
 def _naming_job(context: RequestContext, send: Send) -> Send:
     """Add the header Job-Id to the response."""
 
@@ -130,6 +159,18 @@ def _naming_job(context: RequestContext, send: Send) -> Send:
         await send(message)
 
     return named
+
+
+def _of_two_lengths(path: str) -> Response:
+    """400 and the end of the connection: something in front may see the end elsewhere, and another request in the rest (RFC 9112, 6.1)."""
+    message = "a request has Content-Length or Transfer-Encoding, not both"
+    return _refusal(path, 400, "invalid_request", message, {"Connection": "close"})
+
+
+def _unknown_coding(path: str, codings: list[str]) -> Response:
+    given = ", ".join(codings)[:60]
+    message = f"Content-Encoding must be one of {', '.join(CODINGS)}, or be left out, not {given}"
+    return _refusal(path, UnsupportedMediaType.status, UnsupportedMediaType.type, message, {"Accept-Encoding": ", ".join(CODINGS)})
 
 
 def _not_allowed(path: str, method: str, allowed: list[str]) -> Response:
@@ -160,13 +201,11 @@ async def refuse_while_stopping(scope: Scope, receive: Receive, send: Send) -> N
 
 def _refusal(path: str, status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
     """A refusal in the error form of the API that the path belongs to."""
-    dialect = next((one for one in _DIALECTS if path.startswith(one.PREFIXES)), None)
+    dialect = dialect_of(path)
     refuse = responses.refusal if dialect is None else dialect.refusal
     return refuse(status, kind, message, headers)
 
 
-# APIs whose clients expect another form of errors than the native one.
-_DIALECTS: tuple[Dialect, ...] = (openai, a1111)
 _REALM = "stable_diffusion"
 _ASSETS = tuple(f"/static_content/{name}" for name in PAGE_ASSETS)
 _BENTOML_PATHS = ("/livez", "/healthz", *_ASSETS)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from pydantic import TypeAdapter
+from pydantic.json_schema import JsonSchemaMode
 
 from stable_diffusion.api.a1111 import openapi as a1111
 from stable_diffusion.api.jobs import openapi as jobs
@@ -10,23 +14,14 @@ from stable_diffusion.api.native import openapi as native
 from stable_diffusion.api.openai import openapi as openai
 from stable_diffusion.api.reproduce import openapi as reproduce
 from stable_diffusion.api.status import openapi as status
-from stable_diffusion.core.requests import GenerationRequest
 from stable_diffusion.server.access import openapi as access
 
 
 def document(title: str, version: str) -> dict[str, Any]:
     """All APIs as a JSON-serialisable OpenAPI 3.1 document."""
-    paths = {
-        **native.paths(),
-        **reproduce.paths(),
-        **jobs.paths(),
-        **openai.paths(),
-        **a1111.paths(),
-        "/livez": _probe("livez", "Is the server process alive?"),
-        "/readyz": _probe("readyz", "Is the model loaded?"),
-        **status.paths(),
-    }
-    return {
+    apis = (native, reproduce, jobs, openai, a1111, status)
+    paths = {path: item for api in apis for path, item in api.paths().items()}
+    written = {
         "openapi": "3.1.0",
         "info": {
             "title": title,
@@ -34,53 +29,32 @@ def document(title: str, version: str) -> dict[str, Any]:
             "description": "Stable Diffusion: text to image, image to image and inpainting. The answer is the image itself.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
-        "tags": [api.TAG for api in (native, reproduce, jobs, openai, a1111, status)],
+        "tags": [api.TAG for api in apis],
         "paths": access.with_keys(paths),
         "security": access.SECURITY,
-        "components": {
-            "securitySchemes": access.SECURITY_SCHEMES,
-            "schemas": {model.__name__: _schema(model) for model in native.MODELS}
-            | reproduce.SCHEMAS
-            | jobs.schemas()
-            | openai.schemas()
-            | a1111.schemas()
-            | {"Error": _ERROR_SCHEMA},
-        },
+        "components": {"securitySchemes": access.SECURITY_SCHEMES, "schemas": openai.schemas() | a1111.schemas()},
     }
+    return _with_schemas(written)
 
 
-def _schema(model: type[GenerationRequest]) -> dict[str, Any]:
-    schema = model.model_json_schema()
-    schema["description"] = schema["description"].splitlines()[0]
-    return schema
+def _with_schemas(written: dict[str, Any]) -> dict[str, Any]:
+    """The document with JSON Schema in place of the types that stand in it; models become components."""
+    types: dict[Any, None] = {}
+    _mapped(written, types.setdefault)
+    inputs: list[tuple[Any, JsonSchemaMode, TypeAdapter[Any]]] = [(found, "validation", TypeAdapter(found)) for found in types]
+    schemas, shared = TypeAdapter.json_schemas(inputs, ref_template="#/components/schemas/{model}")
+    for component in shared["$defs"].values():
+        if "description" in component:
+            component["description"] = component["description"].splitlines()[0]
+    made: dict[str, Any] = _mapped(written, lambda found: schemas[found, "validation"])
+    made["components"]["schemas"] |= shared["$defs"]
+    return made
 
 
-_ERROR_SCHEMA = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["type", "message", "problems"],
-            "properties": {
-                "type": {"type": "string", "examples": ["invalid_request"]},
-                "message": {"type": "string", "examples": ["height: must be a multiple of 8, 100 is not"]},
-                "problems": {
-                    "type": "array",
-                    "items": {
-                        "type": "object",
-                        "required": ["field", "message"],
-                        "properties": {"field": {"type": ["string", "null"]}, "message": {"type": "string"}},
-                    },
-                },
-            },
-        }
-    },
-}
-
-
-def _probe(name: str, summary: str) -> dict[str, Any]:
-    answers: dict[str, Any] = {"200": {"description": "Yes.", "content": {"text/plain": {"schema": {"type": "string"}}}}}
-    if name == "readyz":
-        answers["503"] = {"description": "Not yet."}
-    return {"get": {"operationId": name, "summary": summary, "tags": [status.TAG["name"]], "responses": answers}}
+def _mapped(node: Any, schema_of: Callable[[Any], Any]) -> Any:
+    """A part of the document, with `schema_of` of every type in place of the type."""
+    if isinstance(node, dict):
+        return {name: _mapped(part, schema_of) for name, part in node.items()}
+    if isinstance(node, list | tuple):
+        return [_mapped(part, schema_of) for part in node]
+    return node if isinstance(node, str | int | float | None) else schema_of(node)

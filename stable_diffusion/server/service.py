@@ -33,6 +33,7 @@ from stable_diffusion.server.access.policy import read_access
 from stable_diffusion.server.connections import Connections
 from stable_diffusion.server.front_door import FrontDoor, refuse_while_stopping
 from stable_diffusion.server.middleware import Draining, NoSniffing, RequestLog
+from stable_diffusion.server.request_target import OnePath
 from stable_diffusion.server.start import checked_model
 from stable_diffusion.state.folder import name_shared_folder, shared_folder
 from stable_diffusion.state.jobs import Jobs
@@ -71,8 +72,9 @@ def create_service(name: str, runner: bentoml.Runner, folder: Path, precision: P
     routes = all_routes(context)
     service = Service(name, runners=[runner])
     service.on_deployment(check_start)
-    service.mount_asgi_app(_with_path_as_sent(Starlette(routes=routes)), path="/")
+    service.mount_asgi_app(_with_path_as_asked(Starlette(routes=routes)), path="/")
     service.add_asgi_middleware(Connections)
+    service.add_asgi_middleware(OnePath, with_slash=[route.path for route in routes if route.path.endswith("/")])
     service.add_asgi_middleware(RequestLog, with_prompts=lambda: read_settings(os.environ).log_prompts)
     service.add_asgi_middleware(NoSniffing)
     service.add_asgi_middleware(Draining, unfinished=unfinished, refusal=refuse_while_stopping)
@@ -103,8 +105,8 @@ def make_pages(name: str, context: Context) -> dict[str, ASGIApp]:
     }
 
 
-def _with_path_as_sent(app: ASGIApp) -> ASGIApp:
-    """Restore the path as sent, which the front door has replaced by its template for BentoML's metrics."""
+def _with_path_as_asked(app: ASGIApp) -> ASGIApp:
+    """Restore the path that was asked for, which the front door has replaced by its template for BentoML's metrics."""
 
     async def restored(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":

@@ -1,40 +1,40 @@
-/** The page: connects the form, the drawing, the results and the history. */
+/** The page: connects the form, the requests, the results and the history. */
 
 import { Unreachable } from "./connection.js";
-import { applyLimits, capitalised, clearProblems, notNumbers, readSettings, showProblems, writeSettings } from "./form.js";
+import { applyCapabilities, capitalised, clearProblems, notNumbers, readSettings, showProblems, writeSettings } from "./form.js";
 import { openHistory } from "./history.js";
 import { openInput } from "./input.js";
 import { element, inWords, openCard } from "./results.js";
-import { blobOf, describeFields, draw, Refused } from "./service.js";
+import { blobOf, generate, readCapabilities, Refused } from "./service.js";
 
 const TEXT_FIELDS = ["prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "scheduler", "seed"];
-const PREVIEWS = 20; // of a picture
-const DRAWN_AT_ONCE = 4; // a browser has six connections to a server, and each drawing keeps one
+const PREVIEWS = 20; // of an image
+const GENERATED_AT_ONCE = 4; // a browser has six connections to a server, and each image keeps one
 const ANNOUNCE_EVERY_MS = 5000; // a screen reader would otherwise speak without end
-const ONE_COLUMN = "(max-width: 55rem)"; // what is drawn is below the form, as style.css has it
+const ONE_COLUMN = "(max-width: 55rem)"; // the results are below the form, as style.css has it
 
 const part = (id) => document.getElementById(id);
 const form = part("form");
 const input = openInput(form, showInputProblem);
 const past = await openHistory();
-const stillDrawing = new Set(); // an AbortController for each picture
+const inProgress = new Set(); // an AbortController for each image
 let isBusy = false;
 let seedLimit = 2 ** 32;
 let cards = [];
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  startDrawing();
+  startGenerating();
 });
 part("cancel").addEventListener("click", cancelAll);
 document.addEventListener("keydown", (event) => {
   if (event.isComposing || event.repeat) return;
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) startDrawing();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) startGenerating();
   else if (event.key === "Escape") cancelAll();
 });
 form.elements.strength.addEventListener("input", showStrength);
 part("clear-history").addEventListener("click", async () => {
-  if (!confirm("Forget all pictures that this browser has drawn?")) return;
+  if (!confirm("Delete all images that are kept in this browser?")) return;
   await past.clear();
   listHistory();
   part("prompt").focus();
@@ -47,39 +47,39 @@ part("draw").disabled = false;
 
 async function readLimits() {
   try {
-    const { fields, example } = await describeFields();
-    applyLimits(form, fields, example);
-    seedLimit = fields.seed.exclusiveMaximum;
+    const capabilities = await readCapabilities();
+    applyCapabilities(form, capabilities);
+    seedLimit = capabilities.fields.seed.exclusiveMaximum;
   } catch (error) {
-    alertTo(`The limits and the noise schedulers could not be read from the server (docs.json: ${error.message}). Reload the page to try again.`);
+    alertTo(`The limits and the noise schedulers could not be read from the server (/capabilities: ${error.message}). Reload the page to try again.`);
   }
 }
 
-async function startDrawing() {
+async function startGenerating() {
   if (isBusy) return;
   isBusy = true;
   try {
-    await drawWhatTheFormSays();
+    await generateFromForm();
   } finally {
     isBusy = false;
   }
 }
 
-async function drawWhatTheFormSays() {
+async function generateFromForm() {
   clearProblems(form);
   alertTo("");
   const start = await input.read();
-  const settings = readSettings(form, start.picture ? [...TEXT_FIELDS, "strength"] : TEXT_FIELDS);
+  const settings = readSettings(form, start.image ? [...TEXT_FIELDS, "strength"] : TEXT_FIELDS);
   const problems = notNumbers(form);
   const count = Number(part("count").value);
-  if (!(count >= 1 && count <= part("count").max)) problems.push({ field: "count", message: `From 1 to ${part("count").max}.` });
-  if (start.kind === "inpaint" && !start.mask) problems.push({ field: "mask", message: "Paint what is to be repainted." });
+  if (!(count >= 1 && count <= part("count").max)) problems.push({ field: "count", message: `Must be from 1 to ${part("count").max}.` });
+  if (start.kind === "inpaint" && !start.mask) problems.push({ field: "mask", message: "Nothing is painted yet. Paint over the part to repaint." });
   if (problems.length) tell(problems, "");
-  else await drawAll(settings, start, count);
+  else await generateAll(settings, start, count);
 }
 
-/** Each picture is a request of its own with the next seed; the server draws them together. */
-async function drawAll(settings, start, count) {
+/** Each image is a request of its own with the next seed; the server batches them. */
+async function generateAll(settings, start, count) {
   const firstSeed = settings.seed ?? crypto.getRandomValues(new Uint32Array(1))[0] % seedLimit;
   const before = cards;
   cards = [];
@@ -87,17 +87,17 @@ async function drawAll(settings, start, count) {
     const seed = index ? (firstSeed + index) % seedLimit : firstSeed; // the first as it is, for the server to judge
     return { ...settings, seed, preview_every_steps: previewEverySteps(settings.num_inference_steps) };
   });
-  const drawings = requests.map((request) => prepareDrawing(request, start));
+  const turns = requests.map((request) => prepareImage(request, start));
   showCards();
-  showDrawing(true);
-  announce("Drawing.", true);
-  const outcomes = await inTurns(drawings, DRAWN_AT_ONCE);
-  showDrawing(false);
+  showGenerating(true);
+  announce("Generating.", true);
+  const outcomes = await inTurns(turns, GENERATED_AT_ONCE);
+  showGenerating(false);
   const done = outcomes.filter((outcome) => outcome === "done").length;
   const refused = outcomes.find((outcome) => outcome instanceof Error);
   replaceCards(before, refused && !done ? before : cards);
   if (refused) showError(refused);
-  else announce(done === 0 ? "Cancelled." : done === 1 ? "The picture is there." : `${done} pictures are there.`, true);
+  else announce(done === 0 ? "Cancelled." : done === 1 ? "The image is ready." : `${done} images are ready.`, true);
 }
 
 function previewEverySteps(steps) {
@@ -105,37 +105,37 @@ function previewEverySteps(steps) {
   return Math.max(1, Math.round(Math.min(steps ?? defaultValue, max) / PREVIEWS)); // too many steps are to be one problem, not two
 }
 
-/** Calls all `drawings`, `atOnce` of them at a time. Returns their outcomes in order. */
-async function inTurns(drawings, atOnce) {
+/** Calls all `turns`, `atOnce` of them at a time. Returns their outcomes in order. */
+async function inTurns(turns, atOnce) {
   const outcomes = [];
-  const waiting = [...drawings.entries()];
+  const waiting = [...turns.entries()];
   const takeTurns = async () => {
     while (waiting.length) {
-      const [index, draw] = waiting.shift();
-      outcomes[index] = await draw();
+      const [index, turn] = waiting.shift();
+      outcomes[index] = await turn();
     }
   };
   await Promise.all(Array.from({ length: atOnce }, takeTurns));
   return outcomes;
 }
 
-/** A card that can be cancelled at once. Returns what draws its picture. */
-function prepareDrawing(request, start) {
+/** A card that can be cancelled at once. Returns what generates its image. */
+function prepareImage(request, start) {
   const controller = new AbortController();
-  const ratio = request.width && request.height ? request.width / request.height : start.picture ? inputRatio() : 1;
+  const ratio = request.width && request.height ? request.width / request.height : start.image ? inputRatio() : 1;
   const card = openCard({ prompt: request.prompt ?? "", seed: request.seed, ratio, onCancel: () => controller.abort() });
   controller.signal.addEventListener("abort", card.cancelled);
   cards.push(card);
-  stillDrawing.add(controller);
-  return () => drawOne(request, start, card, controller);
+  inProgress.add(controller);
+  return () => generateOne(request, start, card, controller);
 }
 
 /** Returns "done", "cancelled" or the error. */
-async function drawOne(request, start, card, controller) {
+async function generateOne(request, start, card, controller) {
   try {
     controller.signal.throwIfAborted();
     card.sent();
-    for await (const { name, data } of draw(request, start, controller.signal)) {
+    for await (const { name, data } of generate(request, start, controller.signal)) {
       if (name === "queued") card.queued(data);
       else if (name === "preview") card.preview(blobOf(data));
       else if (name === "progress") {
@@ -143,16 +143,16 @@ async function drawOne(request, start, card, controller) {
         announce(`Step ${data.step} of ${data.steps}, ${inWords(data.seconds_left)}.`);
       } else if (name === "completed") {
         const { preview_every_steps, ...settings } = request;
-        await finish(card, { settings, ...start, picture: blobOf(data), start: start.picture, parameters: data.parameters });
+        await finish(card, { settings, ...start, image: blobOf(data), start: start.image, parameters: data.parameters });
       }
     }
     return "done";
   } catch (error) {
     if (controller.signal.aborted) return "cancelled";
-    card.failed("Not drawn");
+    card.failed("Not generated");
     return error;
   } finally {
-    stillDrawing.delete(controller);
+    inProgress.delete(controller);
   }
 }
 
@@ -169,17 +169,17 @@ function showFinished(card, entry) {
   ]);
 }
 
-async function useAsInput({ picture }) {
-  await input.set(picture);
+async function useAsInput({ image }) {
+  await input.set(image);
   part("img").focus();
   part("img").scrollIntoView({ block: "nearest" });
-  announce("The picture is what the next one starts from.", true);
+  announce("This image is now the one to start from.", true);
 }
 
 async function useSettings({ settings, kind, start, mask }) {
   clearProblems(form);
   alertTo("");
-  await input.write({ kind, picture: start, mask });
+  await input.write({ kind, image: start, mask });
   writeSettings(form, [...TEXT_FIELDS, "strength"], settings);
   part("prompt").focus();
   announce(`Its settings are in the form, seed ${settings.seed}.`, true);
@@ -190,11 +190,11 @@ function listHistory() {
   for (const image of list.querySelectorAll("img")) URL.revokeObjectURL(image.src);
   list.replaceChildren(...past.entries.map(historyItem));
   part("history").hidden = past.entries.length === 0;
-  if (!past.isKept()) part("history-note").textContent = "This browser keeps nothing: these are gone when the page is closed.";
+  if (!past.isKept()) part("history-note").textContent = "This browser does not let the page keep images: they are gone when the page is closed.";
 }
 
 function historyItem(entry) {
-  const image = element("img", { alt: "", src: URL.createObjectURL(entry.picture), loading: "lazy" });
+  const image = element("img", { alt: "", src: URL.createObjectURL(entry.image), loading: "lazy" });
   const button = element("button", { type: "button", title: entry.settings.prompt }, image);
   button.setAttribute("aria-label", `${entry.settings.prompt}, seed ${entry.settings.seed}`);
   button.addEventListener("click", async () => {
@@ -221,25 +221,25 @@ function showCards() {
   part("empty").hidden = cards.length > 0;
 }
 
-/** Draw and Cancel take turns; who used one of them by keyboard finds the other in its place. */
-function showDrawing(isDrawing) {
-  const [before, after] = isDrawing ? [part("draw"), part("cancel")] : [part("cancel"), part("draw")];
+/** Generate and Cancel take turns; who used one of them by keyboard finds the other in its place. */
+function showGenerating(isGenerating) {
+  const [before, after] = isGenerating ? [part("draw"), part("cancel")] : [part("cancel"), part("draw")];
   const hadFocus = [before, document.body].includes(document.activeElement); // the body where a card's own button is gone
   before.hidden = true;
   after.hidden = false;
   if (hadFocus) after.focus({ preventScroll: true });
-  if (isDrawing && matchMedia(ONE_COLUMN).matches) part("result").scrollIntoView();
+  if (isGenerating && matchMedia(ONE_COLUMN).matches) part("result").scrollIntoView();
 }
 
 function cancelAll() {
-  for (const controller of stillDrawing) controller.abort();
+  for (const controller of inProgress) controller.abort();
 }
 
 function showError(error) {
   if (error instanceof Refused) tell(error.problems, error.message);
-  else if (error instanceof Unreachable) tell([], "The server cannot be reached. Is it still running?");
+  else if (error instanceof Unreachable) tell([], "The server cannot be reached. Check that it is running and try again.");
   else {
-    tell([], "Something went wrong in this page.");
+    tell([], "Something went wrong in this page. Reload it and try again.");
     throw error;
   }
 }
@@ -248,7 +248,7 @@ function showError(error) {
 function tell(problems, message) {
   const elsewhere = showProblems(form, problems);
   const count = problems.length - elsewhere.length;
-  const atFields = count === 0 ? [] : [count === 1 ? "Please look at the marked field." : "Please look at the marked fields."];
+  const atFields = count === 0 ? [] : [count === 1 ? "Check the marked field." : "Check the marked fields."];
   const rest = elsewhere.length ? elsewhere : count ? [] : [message];
   alertTo([...rest.map(capitalised), ...atFields].join(" "));
   if (!count) part("alert").focus();

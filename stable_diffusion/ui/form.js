@@ -1,32 +1,34 @@
-/** The fields: their limits, their values, and what is wrong with them. Knows nothing of drawing. */
+/** The fields: their limits, their values, and what is wrong with them. Knows nothing of requests. */
 
-/** Limits, defaults and choices as the server has described them. */
-export function applyLimits(form, fields, example) {
-  form.elements.prompt.placeholder = example.prompt;
-  for (const [name, schema] of Object.entries(fields)) {
+/** Limits, defaults and choices as the server tells them in GET /capabilities. */
+export function applyCapabilities(form, { fields, schedulers }) {
+  for (const [name, limits] of Object.entries(fields)) {
     const control = form.elements[name];
     if (!control) continue;
-    if (schema.maxLength) control.maxLength = schema.maxLength;
-    const isNumber = schema.type === "integer" || schema.type === "number";
-    if (isNumber) setRange(control, schema);
-    if (isNumber && schema.default !== null && schema.default !== undefined) control.value = control.defaultValue = schema.default;
+    if (limits.maxLength) control.maxLength = limits.maxLength;
+    if (isNumber(control)) setRange(control, limits);
   }
-  for (const name of fields.scheduler.examples) form.elements.scheduler.add(new Option(name, name));
+  for (const { names } of schedulers) form.elements.scheduler.add(new Option(names[0], names[0]));
 }
 
-function setRange(control, { type, minimum, maximum, exclusiveMinimum, exclusiveMaximum, multipleOf }) {
-  const step = multipleOf ?? (type === "integer" ? 1 : 0.05);
-  control.step = type === "integer" ? step : control.type === "range" ? step : "any";
+function setRange(control, { minimum, maximum, exclusiveMinimum, exclusiveMaximum, multipleOf, default: standard }) {
+  control.step = multipleOf ?? (control.step || 1); // the page says it where a field is no whole number
+  const step = Number(control.step) || 0; // "any"
   control.min = minimum ?? exclusiveMinimum + step;
   control.max = maximum ?? exclusiveMaximum - step;
+  if (standard !== null && standard !== undefined) control.value = control.defaultValue = standard;
+}
+
+function isNumber({ type }) {
+  return type === "number" || type === "range";
 }
 
 /** The fields that were filled in, as the server wants them; what is left out takes its default. */
 export function readSettings(form, names) {
   const settings = {};
   for (const name of names) {
-    const { type, value } = form.elements[name];
-    if (value.trim() !== "") settings[name] = type === "number" || type === "range" ? Number(value) : value;
+    const control = form.elements[name];
+    if (control.value.trim() !== "") settings[name] = isNumber(control) ? Number(control.value) : control.value;
   }
   return settings;
 }
@@ -42,7 +44,7 @@ export function writeSettings(form, names, settings) {
 /** Fields that hold what is no number at all, which a browser tells nobody but us. */
 export function notNumbers(form) {
   const wrong = [...form.querySelectorAll("input[type=number]")].filter((control) => control.validity.badInput);
-  return wrong.map(({ id }) => ({ field: id, message: "This is not a number." }));
+  return wrong.map(({ id }) => ({ field: id, message: "Enter a number." }));
 }
 
 /** Show each problem at its field and go to the first one. Returns those whose field is not in the form. */

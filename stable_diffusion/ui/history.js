@@ -1,5 +1,5 @@
 /**
- * What this browser has drawn, newest first: settings and pictures in IndexedDB, the oldest forgotten beyond a bound.
+ * What was generated in this browser, newest first: settings and images in IndexedDB, the oldest forgotten beyond a bound.
  * Where storage is turned off or full it lasts as long as the page. Knows nothing of how it is shown.
  */
 
@@ -45,7 +45,8 @@ async function open() {
 
 async function loaded(database) {
   const all = await outcome(database.transaction(STORE).objectStore(STORE).getAll());
-  return all.reverse().slice(0, MAX_ENTRIES);
+  // Earlier versions of this page called the image "picture".
+  return all.reverse().slice(0, MAX_ENTRIES).map(({ picture, image = picture, ...entry }) => ({ ...entry, image }));
 }
 
 function outcome(request) {

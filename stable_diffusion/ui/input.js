@@ -1,11 +1,7 @@
-/** The picture to start from: chosen, dropped or taken from a result, with the mask over it. Knows nothing of drawing. */
+/** The image to start from: chosen, dropped or taken from a result, with the mask over it. Knows nothing of requests. */
 
 import { openMask } from "./mask.js";
-
-const SENT_AS_THEY_ARE = ["image/png", "image/jpeg", "image/webp"];
-// What is larger is redrawn here first: nothing of it would be seen, a phone sends it sooner, and the history can keep it.
-const MAX_BYTES = 4 * 2 ** 20;
-const LONGEST_SIDE = 2048;
+import { prepareUpload } from "./upload.js";
 
 /** `onProblem(message)` is told what was wrong with a file, null where it was taken. */
 export function openInput(form, onProblem) {
@@ -13,21 +9,22 @@ export function openInput(form, onProblem) {
   const panel = part("input");
   const shown = part("input-picture");
   const mask = openMask(part("mask"));
-  let picture = null;
+  let image = null;
+  let taking = Promise.resolve();
 
   const kind = () => form.elements.kind.value;
   const showKind = () => {
     part("mask-tools").hidden = part("mask").hidden = kind() !== "inpaint";
   };
   const show = () => {
-    panel.hidden = !picture;
-    part("choose-label").textContent = picture ? "Choose another picture" : "Choose a picture";
+    panel.hidden = !image;
+    part("choose-label").textContent = image ? "Choose another image" : "Choose an image";
     showKind();
   };
-  const set = async (blob) => {
+  const take = async (file) => {
     try {
-      const { blob: taken, width, height } = await readPicture(blob);
-      picture = taken;
+      const { blob: taken, width, height } = await prepareUpload(file);
+      image = taken;
       URL.revokeObjectURL(shown.src);
       shown.src = URL.createObjectURL(taken);
       part("input-frame").style.setProperty("--ratio", width / height);
@@ -39,8 +36,10 @@ export function openInput(form, onProblem) {
       onProblem(error.message);
     }
   };
+  // One after the other, so that the file that was chosen last is the one that stays, however long each takes.
+  const set = (file) => (taking = taking.then(() => take(file)));
   const remove = () => {
-    picture = null;
+    image = null;
     URL.revokeObjectURL(shown.src);
     shown.removeAttribute("src");
     show();
@@ -66,16 +65,18 @@ export function openInput(form, onProblem) {
 
   return {
     set,
-    /** {kind, picture, mask}: what is to be sent. An inpainting without a mask is one where nothing is painted. */
+    /** {kind, image, mask}: what is to be sent. "inpaint" without a mask: nothing is painted. */
     async read() {
-      if (!picture) return { kind: "txt2img", picture: null, mask: null };
-      if (kind() === "img2img") return { kind: "img2img", picture, mask: null };
-      return { kind: "inpaint", picture, mask: mask.isEmpty() ? null : await mask.toBlob() };
+      await taking;
+      if (!image) return { kind: "txt2img", image: null, mask: null };
+      if (kind() === "img2img") return { kind: "img2img", image, mask: null };
+      return { kind: "inpaint", image, mask: mask.isEmpty() ? null : await mask.toBlob() };
     },
-    async write({ kind, picture, mask: painted }) {
-      if (!picture) return remove();
+    async write({ kind, image, mask: painted }) {
+      await taking;
+      if (!image) return remove();
       form.elements.kind.value = kind;
-      await set(picture);
+      await set(image);
       if (painted) await mask.load(painted);
     },
   };
@@ -99,26 +100,4 @@ function acceptDrops(take) {
     drop.classList.remove("over");
     if (event.dataTransfer.files[0]) take(event.dataTransfer.files[0]);
   });
-}
-
-async function readPicture(blob) {
-  let bitmap;
-  try {
-    bitmap = await createImageBitmap(blob);
-  } catch {
-    throw new Error("This browser cannot read that file as a picture.");
-  }
-  const { width, height } = bitmap;
-  const longest = Math.max(width, height);
-  if (SENT_AS_THEY_ARE.includes(blob.type) && blob.size <= MAX_BYTES && longest <= 2 * LONGEST_SIDE) return { blob, width, height };
-  const scale = Math.min(1, LONGEST_SIDE / longest);
-  const canvas = document.createElement("canvas");
-  canvas.width = Math.max(1, Math.round(width * scale));
-  canvas.height = Math.max(1, Math.round(height * scale));
-  const context = canvas.getContext("2d");
-  context.fillStyle = "white";
-  context.fillRect(0, 0, canvas.width, canvas.height);
-  context.drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-  const redrawn = await new Promise((resolve) => canvas.toBlob(resolve, "image/jpeg", 0.95));
-  return { blob: redrawn, width: canvas.width, height: canvas.height };
 }

@@ -1,9 +1,9 @@
 /**
- * The mask: painted over a picture with mouse, finger or pen, or by numbers; read as a PNG, white where it is painted.
- * Knows nothing of the picture below it but its size.
+ * The mask: painted over an image with mouse, finger or pen, or by numbers; read as a PNG, white where it is painted.
+ * Knows nothing of the image below it but its size.
  */
 
-const LONGEST_SIDE = 1024; // more is not drawn
+const LONGEST_SIDE = 1024; // the server generates nothing larger
 
 export function openMask(canvas) {
   const context = canvas.getContext("2d", { willReadFrequently: true });
@@ -12,7 +12,7 @@ export function openMask(canvas) {
   let last = null;
 
   const changed = () => {
-    canvas.setAttribute("aria-label", `Mask: ${Math.round(100 * painted())} % of the picture is painted`);
+    canvas.setAttribute("aria-label", `Mask: ${Math.round(100 * painted())} % of the image is painted`);
   };
   const painted = () => {
     const { data } = context.getImageData(0, 0, canvas.width, canvas.height);
@@ -66,7 +66,7 @@ export function openMask(canvas) {
   canvas.addEventListener("pointercancel", lift);
 
   return {
-    /** Empty, for a picture of this size. */
+    /** Empty, for an image of this size. */
     reset(width, height) {
       const scale = Math.min(1, LONGEST_SIDE / Math.max(width, height));
       canvas.width = Math.max(1, Math.round(width * scale));

@@ -1,29 +1,29 @@
-/** A card for each picture: its progress, its previews, the picture and what can be done with it. Knows nothing of requests. */
+/** A card for each image: its progress, its previews, the image and what can be done with it. Knows nothing of requests. */
 
-const SMALL = 256; // pixels: pictures below are shown with their pixels as they are
+const SMALL = 256; // pixels: images below are shown with their pixels as they are
 
 /** `ratio` is width / height, as far as it is known; the `seed` tells its controls from those of others; `onCancel` is called by its button. */
 export function openCard({ prompt, seed, ratio, onCancel }) {
-  const image = element("img", { alt: "" });
+  const shown = element("img", { alt: "" });
   const bar = element("progress", { max: 1 });
   bar.setAttribute("aria-label", `Progress of seed ${seed}`);
-  const state = element("span", { textContent: "Waiting for the others" });
+  const state = element("span", { textContent: "Waiting for other images" });
   const cancel = element("button", { type: "button", className: "plain" }, ...labelled("Cancel", seed));
   cancel.addEventListener("click", onCancel);
-  const frame = element("div", { className: "frame" }, image);
-  const footer = element("div", { className: "drawing" }, bar, element("div", { className: "row apart" }, state, cancel));
+  const frame = element("div", { className: "frame" }, shown);
+  const footer = element("div", { className: "generating" }, bar, element("div", { className: "row apart" }, state, cancel));
   const card = element("figure", { className: "card" }, frame, footer);
   card.style.setProperty("--ratio", ratio);
-  image.hidden = true;
+  shown.hidden = true;
 
   const show = (blob) => {
-    URL.revokeObjectURL(image.src);
-    image.src = URL.createObjectURL(blob);
-    image.hidden = false;
+    URL.revokeObjectURL(shown.src);
+    shown.src = URL.createObjectURL(blob);
+    shown.hidden = false;
   };
-  image.addEventListener("load", () => {
-    card.style.setProperty("--ratio", image.naturalWidth / image.naturalHeight);
-    frame.classList.toggle("small", Math.max(image.naturalWidth, image.naturalHeight) < SMALL);
+  shown.addEventListener("load", () => {
+    card.style.setProperty("--ratio", shown.naturalWidth / shown.naturalHeight);
+    frame.classList.toggle("small", Math.max(shown.naturalWidth, shown.naturalHeight) < SMALL);
   });
   const end = (message) => {
     bar.remove();
@@ -48,12 +48,12 @@ export function openCard({ prompt, seed, ratio, onCancel }) {
     cancelled: () => end("Cancelled"),
     failed: (message) => end(message),
     /** `actions` are [{label, act}]. */
-    finished({ picture, settings, parameters, kind }, actions) {
-      show(picture);
-      image.alt = prompt;
-      footer.replaceWith(caption({ settings, parameters, url: image.src, type: picture.type, kind }, actions));
+    finished({ image, settings, parameters, kind }, actions) {
+      show(image);
+      shown.alt = prompt;
+      footer.replaceWith(caption({ settings, parameters, url: shown.src, type: image.type, kind }, actions));
     },
-    forget: () => URL.revokeObjectURL(image.src),
+    forget: () => URL.revokeObjectURL(shown.src),
   };
 }
 
@@ -74,8 +74,8 @@ function caption({ settings, parameters, url, type, kind }, actions) {
     return button;
   });
   const parts = [element("p", { className: "prompt", textContent: prompt }), element("p", { className: "aside", textContent: facts.join(" · ") })];
-  if (safety_flagged === true) parts.push(element("p", { className: "problem", textContent: "The safety checker flagged this picture: it is blank." }));
-  if (prompt_dropped) parts.push(element("p", { className: "problem", textContent: `Too long, not used: ${prompt_dropped}` }));
+  if (safety_flagged === true) parts.push(element("p", { className: "problem", textContent: "The safety checker flagged this image and made it blank. Change the prompt or the seed and try again." }));
+  if (prompt_dropped) parts.push(element("p", { className: "problem", textContent: `The prompt is too long. This part of it was not used: ${prompt_dropped}` }));
   return element("figcaption", {}, ...parts, element("div", { className: "row" }, save, ...buttons));
 }
 

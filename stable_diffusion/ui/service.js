@@ -1,4 +1,4 @@
-/** What is asked of the server: the limits of the fields, and pictures. Knows nothing of the page. */
+/** What is asked of the server: what it can do, and images. Knows nothing of the page. */
 
 import { reached } from "./connection.js";
 import { eventsOf } from "./events.js";
@@ -11,30 +11,26 @@ export class Refused extends Error {
   }
 }
 
-/** Each field's JSON schema by name, from the server's own description, and an example of a prompt. */
-export async function describeFields() {
-  const answer = await fetch("../docs.json");
+/** What the server says of itself: `fields` has the limits and defaults of each, `schedulers` their names. Raises Unreachable or Error. */
+export async function readCapabilities() {
+  const answer = await reached(fetch("../capabilities"));
   if (!answer.ok) throw new Error(`status ${answer.status}`);
-  const document = await answer.json();
-  const { properties } = document.components.schemas.ImageToImageRequest;
-  const { example } = document.paths["/txt2img"].post.requestBody.content["application/json"];
-  const fields = Object.entries(properties).map(([name, { anyOf, ...schema }]) => [name, { ...anyOf?.[0], ...schema }]);
-  return { fields: Object.fromEntries(fields), example };
+  return answer.json();
 }
 
 /**
- * Have one picture drawn: from text, from `picture` (Blob), or where there is a `mask` (Blob) in that part of it.
- * Yields {name, data} of the server's events until the picture is there; ending `signal` ends the drawing.
+ * Have one image generated: from text, from `image` (Blob), or where there is a `mask` (Blob) in that part of it.
+ * Yields {name, data} of the server's events until the image is there; aborting `signal` cancels it.
  * Raises Refused, Unreachable or AbortError.
  */
-export async function* draw(settings, { picture, mask }, signal) {
+export async function* generate(settings, { image, mask }, signal) {
   const headers = { Accept: "text/event-stream, image/png" };
   let path = "../txt2img";
   let body = JSON.stringify(settings);
-  if (picture) {
+  if (image) {
     path = mask ? "../inpaint" : "../img2img";
     const form = new FormData();
-    form.append("img", picture, "picture");
+    form.append("img", image, "image");
     if (mask) form.append("mask", mask, "mask.png");
     form.append("data", body);
     body = form;
@@ -49,7 +45,7 @@ export async function* draw(settings, { picture, mask }, signal) {
     yield { name, data: content };
     if (name === "completed") return;
   }
-  throw new Refused({ message: "The connection ended before the picture was there." });
+  throw new Refused({ message: "The connection ended before the image was ready. Try again." });
 }
 
 async function refusalIn(answer) {
@@ -60,7 +56,7 @@ async function refusalIn(answer) {
   }
 }
 
-/** A picture as events carry it. */
+/** An image as events carry it. */
 export function blobOf({ image, media_type }) {
   const bytes = atob(image);
   const content = new Uint8Array(bytes.length);

@@ -15,7 +15,6 @@ from typing import Any
 import anyio
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.types import Message
@@ -23,6 +22,7 @@ from starlette.types import Message
 from stable_diffusion.core.errors import InvalidRequest, RequestTimeout, TooLarge, UnsupportedMediaType
 from stable_diffusion.images.decode import MAX_UPLOAD_BYTES
 from stable_diffusion.web.headers import owner_of
+from stable_diffusion.web.multipart import read_form
 from stable_diffusion.web.upload_budget import Uploads
 
 MAX_JSON_BYTES = 2**20
@@ -62,11 +62,13 @@ async def opened_form(request: Request, *, max_pictures: int, max_parts: int) ->
     require_content_type(request, "multipart/form-data")
     whole = limited(request, max_pictures * MAX_UPLOAD_BYTES + 2 * MAX_JSON_BYTES)
     try:
-        async with whole.form(max_files=max_parts, max_fields=max_parts, max_part_size=MAX_JSON_BYTES) as form:
+        form = await read_form(whole, max_parts=max_parts, max_text_bytes=MAX_JSON_BYTES)
+        try:
             yield form
-    except (MultiPartException, HTTPException) as error:
-        reason = error.message if isinstance(error, MultiPartException) else error.detail
-        raise InvalidRequest(f"body: not a readable multipart form: {reason}", field="body") from None
+        finally:
+            await form.close()
+    except MultiPartException as error:
+        raise InvalidRequest(f"body: not a readable multipart form: {error.message}", field="body") from None
 
 
 def require_content_type(request: Request, expected: str) -> None:
@@ -137,7 +139,8 @@ async def file_part(form: FormData, name: str) -> bytes:
     if part is None:
         raise InvalidRequest(f"{name}: the part is missing, send an image file (curl: -F {name}=@input.jpg)", field=name)
     if not isinstance(part, UploadFile):
-        raise InvalidRequest(f"{name}: must be a file, not text (curl: -F {name}=@input.jpg)", field=name)
+        told = f"{name}: must be a file, not text: give the part a filename, or a type such as image/png (curl: -F {name}=@input.jpg)"
+        raise InvalidRequest(told, field=name)
     return await part.read()
 
 
@@ -175,7 +178,8 @@ def parse_json(body: bytes | str, where: str, max_names: int = MAX_NAMES) -> dic
         return document
 
     try:
-        text = body.decode("utf-8") if isinstance(body, bytes) else body
+        # A byte order mark is ignored, as RFC 8259, 8.1 allows: editors and PowerShell write one.
+        text = (body.decode("utf-8") if isinstance(body, bytes) else body).removeprefix("\ufeff")
         _require_few_values(text, where)
         document = json.loads(text, parse_constant=_Constant, object_pairs_hook=checked_object)
     except UnicodeDecodeError:

@@ -116,23 +116,37 @@ class Accepted:
 
 
 def accepted_types(request: Request) -> Accepted:
-    """Read the Accept header (RFC 9110, 12.5.1). A client without a preference gets jpeg."""
-    accept = ",".join(request.headers.getlist("accept")) or "*/*"
-    formats: dict[str, ImageFormat] = {name: image_format for image_format, name in MEDIA_TYPES.items()}
-    formats |= {"*/*": "jpeg", "image/*": "jpeg", "": "jpeg"}
-    liked: list[tuple[float, str]] = []
-    for entry in accept.split(","):
-        media_type, *options = (part.strip().lower() for part in entry.split(";"))
-        quality = next((option[2:] for option in options if option.startswith("q=")), "1")
-        try:
-            weight = float(quality)
-        except ValueError:
-            weight = 0.0
-        if weight > 0:
-            liked.append((weight, media_type))
-    images_liked = [entry for entry in liked if entry[1] in formats]
+    """Read the Accept header (RFC 9110, 12.5.1): for each type, the most specific range that names it counts.
+
+    Among equally liked types it is the one whose range comes first, then jpeg: a client without a preference gets that.
+    """
+    ranges = _ranges(",".join(request.headers.getlist("accept")) or "*/*")
+    liked: list[tuple[float, int, ImageFormat]] = []
+    for image_format, media_type in MEDIA_TYPES.items():
+        matching = next((ranges[one] for one in (media_type, "image/*", "*/*") if one in ranges), None)
+        if matching is not None and matching.quality > 0:
+            liked.append((-matching.quality, matching.place, image_format))
     return Accepted(
-        events=any(media_type == sse.MEDIA_TYPE for _, media_type in liked),
-        # max returns the first of equal entries.
-        image_format=formats[max(images_liked, key=lambda entry: entry[0])[1]] if images_liked else None,
+        events=sse.MEDIA_TYPE in ranges and ranges[sse.MEDIA_TYPE].quality > 0,
+        # min returns the first of equal entries.
+        image_format=min(liked, key=lambda entry: entry[:2])[2] if liked else None,
     )
+
+
+@dataclass(frozen=True)
+class _Range:
+    quality: float  # 0: not acceptable
+    place: int  # in the header
+
+
+def _ranges(accept: str) -> dict[str, _Range]:
+    """The ranges of an Accept header by name; of one that is given more than once, the most liked. An unreadable quality counts as 0."""
+    ranges: dict[str, _Range] = {}
+    for place, entry in enumerate(accept.split(",")):
+        name, *options = (part.strip().lower() for part in entry.split(";"))
+        quality = next((option[2:] for option in options if option.startswith("q=")), "1")
+        found = _Range(float(quality) if re.fullmatch(r"\d+\.?\d*|\.\d+", quality, re.ASCII) else 0.0, place)
+        name = name or "*/*"
+        if name not in ranges or found.quality > ranges[name].quality:
+            ranges[name] = found
+    return ranges

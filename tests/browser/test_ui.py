@@ -1,138 +1,29 @@
-"""The page at /ui in a real browser: Debian's Chromium, driven by Playwright, against a started server."""
+"""The page at /ui in a real browser."""
 
 from __future__ import annotations
 
 import base64
-import io
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Locator, Page, Request, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from stable_diffusion.core.schedulers import SCHEDULERS
 from stable_diffusion.demo.shapes import judge, nearest_colour
+from tests.browser.visit import CHROMIUM, Visit, decoded
 from tests.http.asking import as_file
 from tests.http.servers import ROOT, Server
 from tests.http.test_event_stream import cancelled
 
-CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
-# A container's root has no sandbox; the rest keeps the browser from asking the internet anything.
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 PROMPT = "a red circle on a blue background"
 PHONE = {"viewport": {"width": 320, "height": 640}, "has_touch": True, "is_mobile": True}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield chromium
-        chromium.close()
-
-
-@dataclass
-class Visit:
-    """A page of a browser's user of its own, and what went on below it."""
-
-    server: Server
-    context: BrowserContext
-    page: Page
-    asked: list[str] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
-
-    def begin(self) -> None:
-        self.page.on("request", self._note_request)
-        self.page.on("console", self._note_console)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.open()
-
-    def open(self) -> None:
-        self.page.goto(f"{self.server.url}/ui")
-        expect(self.draw).to_be_enabled()
-
-    def _note_request(self, request: Request) -> None:
-        self.asked.append(request.url)
-
-    def _note_console(self, message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning"):
-            self.complaints.append(message.text)
-
-    def control(self, name: str) -> Locator:
-        return self.page.locator(f"#{name}")
-
-    @property
-    def draw(self) -> Locator:
-        return self.control("draw")
-
-    def fill(self, **values: object) -> None:
-        for name, value in values.items():
-            self.control(name).fill(str(value))
-
-    def pictures(self, count: int = 1) -> list[Image.Image]:
-        """As the browser has decoded them, when all are there."""
-        expect(self.page.locator("#cards figcaption")).to_have_count(count, timeout=60_000)
-        expect(self.draw).to_be_visible()
-        shown = self.page.locator("#cards img").all()
-        return [_decoded(image) for image in shown]
-
-
-def _decoded(image: Locator) -> Image.Image:
-    url = image.evaluate(
-        """async (image) => {
-             await image.decode();
-             const canvas = document.createElement("canvas");
-             [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
-             canvas.getContext("2d").drawImage(image, 0, 0);
-             return canvas.toDataURL("image/png");
-           }"""
-    )
-    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")
-
-
-@pytest.fixture
-def visiting(browser: Browser, server: Server) -> Iterator[Callable[..., Visit]]:
-    """Opens the page. In the end nothing may have been asked of anybody else, and nothing may have been complained about."""
-    visits: list[Visit] = []
-
-    def open_page(script: str = "", **options: Any) -> Visit:
-        context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, **options})
-        context.set_default_timeout(20_000)
-        if script:
-            context.add_init_script(script)
-        visit = Visit(server, context, context.new_page())
-        visits.append(visit)
-        visit.begin()
-        return visit
-
-    yield open_page
-    for visit in visits:
-        visit.context.close()
-    for visit in visits:
-        assert [url for url in visit.asked if not url.startswith((f"{server.url}/", "blob:", "data:"))] == []
-        assert visit.complaints == []
-
-
-@pytest.fixture
-def visit(visiting: Callable[..., Visit]) -> Visit:
-    return visiting()
 
 
 def test_text_is_drawn_with_the_keyboard_alone_and_previews_and_progress_are_shown(visit: Visit) -> None:
@@ -167,7 +58,7 @@ def test_text_is_drawn_with_the_keyboard_alone_and_previews_and_progress_are_sho
     assert (verdict.colour, verdict.background, verdict.shape) == ("red", "blue", "circle")
     expect(visit.draw).to_be_focused()
     expect(visit.page.get_by_role("img", name=PROMPT)).to_be_visible()
-    expect(visit.page.get_by_role("status")).to_have_text("The picture is there.")
+    expect(visit.page.get_by_role("status")).to_have_text("The image is ready.")
     seen = visit.page.evaluate("window.seen")
     assert {maximum for _, maximum, _ in seen} >= {41}, "PNDM takes one step more"
     assert len({source for _, _, source in seen if source}) > 3, "previews"
@@ -185,7 +76,7 @@ def test_a_dropped_picture_is_redrawn(visit: Visit, input_picture: Image.Image) 
            }""",
         content,
     )
-    expect(visit.page.get_by_role("img", name="The picture to start from")).to_be_visible()
+    expect(visit.page.get_by_role("img", name="The image to start from")).to_be_visible()
     visit.fill(prompt="a yellow square on a green background", num_inference_steps=10, seed=1, strength=0.3)
     visit.draw.click()
     (picture,) = visit.pictures()
@@ -193,7 +84,7 @@ def test_a_dropped_picture_is_redrawn(visit: Visit, input_picture: Image.Image) 
     assert (verdict.colour, verdict.background) == ("yellow", "green")
     visit.page.get_by_role("button", name="Use as input").click()
     expect(visit.control("img")).to_be_focused()
-    assert _decoded(visit.control("input-picture")).tobytes() == picture.tobytes()
+    assert decoded(visit.control("input-picture")).tobytes() == picture.tobytes()
 
 
 def test_a_file_that_the_server_would_not_take_is_sent_as_one_that_it_does(visit: Visit) -> None:
@@ -207,7 +98,7 @@ def test_a_file_that_the_server_would_not_take_is_sent_as_one_that_it_does(visit
 
 def test_what_is_no_picture_is_said_at_its_field(visit: Visit) -> None:
     visit.control("img").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
-    expect(visit.control("img-problem")).to_contain_text("cannot read")
+    expect(visit.control("img-problem")).to_contain_text("not an image that this browser can show")
     expect(visit.control("input")).to_be_hidden()
 
 
@@ -229,7 +120,7 @@ def test_what_was_painted_is_repainted_and_nothing_else(visit: Visit, input_pict
         mouse.down()
         mouse.move(box["x"] + share * box["width"], box["y"] + box["height"] - 1, steps=5)
         mouse.up()
-    expect(visit.control("mask")).to_have_attribute("aria-label", re.compile(r"Mask: 4\d % of the picture is painted"))
+    expect(visit.control("mask")).to_have_attribute("aria-label", re.compile(r"Mask: 4\d % of the image is painted"))
     visit.draw.click()
     (picture,) = visit.pictures()
     before, after = np.asarray(input_picture), np.asarray(picture)
@@ -239,16 +130,16 @@ def test_what_was_painted_is_repainted_and_nothing_else(visit: Visit, input_pict
 
 def test_a_mask_needs_no_pointer(visit: Visit, input_picture: Image.Image) -> None:
     visit.control("img").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": as_file(input_picture)})
-    visit.page.get_by_role("radio", name="Redraw all").focus()
+    visit.page.get_by_role("radio", name="Repaint all").focus()
     visit.page.keyboard.press("ArrowRight")
     visit.page.get_by_text("Rectangle by numbers").press("Enter")
     visit.fill(left=50, top=0, right=100, bottom=100)
     visit.page.get_by_role("button", name="Paint the rectangle").press("Enter")
-    expect(visit.page.get_by_role("img", name="Mask: 50 % of the picture is painted")).to_be_visible()
+    expect(visit.page.get_by_role("img", name="Mask: 50 % of the image is painted")).to_be_visible()
     visit.page.get_by_role("button", name="Clear the mask").press("Enter")
-    expect(visit.page.get_by_role("img", name="Mask: 0 % of the picture is painted")).to_be_visible()
+    expect(visit.page.get_by_role("img", name="Mask: 0 % of the image is painted")).to_be_visible()
     visit.page.get_by_role("button", name="Paint everything").press("Enter")
-    expect(visit.page.get_by_role("img", name="Mask: 100 % of the picture is painted")).to_be_visible()
+    expect(visit.page.get_by_role("img", name="Mask: 100 % of the image is painted")).to_be_visible()
 
 
 def without_refusals(visit: Visit) -> None:
@@ -264,7 +155,7 @@ def test_what_the_server_refuses_is_said_at_the_field(visit: Visit) -> None:
     expect(visit.control("width")).to_have_attribute("aria-describedby", "width-problem")
     expect(visit.control("prompt")).to_have_attribute("aria-invalid", "true")
     expect(visit.control("prompt")).to_be_focused()
-    expect(visit.page.get_by_role("alert")).to_have_text("Please look at the marked fields.")
+    expect(visit.page.get_by_role("alert")).to_have_text("Check the marked fields.")
     visit.fill(prompt=PROMPT, width=72, num_inference_steps=2, count=1)
     visit.control("prompt").press("Control+Enter")
     (picture,) = visit.pictures()
@@ -274,7 +165,7 @@ def test_what_the_server_refuses_is_said_at_the_field(visit: Visit) -> None:
     visit.fill(num_inference_steps=5000)
     visit.draw.click()
     expect(visit.control("num_inference_steps-problem")).to_have_text("Must be less than or equal to 150")
-    expect(visit.page.get_by_role("alert")).to_have_text("Please look at the marked field.")
+    expect(visit.page.get_by_role("alert")).to_have_text("Check the marked field.")
     assert visit.pictures()[0].tobytes() == picture.tobytes(), "what was drawn before is still there"
     without_refusals(visit)
 
@@ -283,7 +174,7 @@ def test_cancelled_pictures_are_not_drawn_on(visit: Visit) -> None:
     before = cancelled(visit.server)
     visit.fill(prompt=PROMPT, num_inference_steps=150, count=3, seed=7)
     visit.draw.click()
-    states = visit.page.locator("#cards .drawing span:not(.unseen)")
+    states = visit.page.locator("#cards .generating span:not(.unseen)")
     for number in range(3):
         expect(states.nth(number)).to_contain_text(" of 151")
     visit.page.locator("#cards button").first.click()
@@ -305,11 +196,11 @@ def test_four_pictures_are_drawn_at_once_and_the_others_when_there_is_room(visit
 
     visit.fill(prompt=PROMPT, num_inference_steps=150, width=64, height=64, count=6, seed=7)
     visit.draw.click()
-    states = visit.page.locator("#cards .drawing span:not(.unseen)")
+    states = visit.page.locator("#cards .generating span:not(.unseen)")
     for number in range(4):
         expect(states.nth(number)).to_contain_text(" of 151")
     for number in (4, 5):
-        expect(states.nth(number)).to_have_text("Waiting for the others")
+        expect(states.nth(number)).to_have_text("Waiting for other images")
     assert asked() == 4
     visit.page.get_by_role("button", name="Cancel (seed 11)").click()
     expect(states.nth(4)).to_have_text("Cancelled")
@@ -345,7 +236,7 @@ def test_a_picture_and_its_settings_are_found_again_after_a_reload(visit: Visit,
     for name, value in {**expected, "scheduler": "Euler a", "width": ""}.items():
         expect(visit.control(name)).to_have_value(value)
     expect(visit.control("seed")).to_have_value(re.compile(r"\d+"))
-    expect(visit.page.get_by_role("img", name="Mask: 100 % of the picture is painted")).to_be_visible()
+    expect(visit.page.get_by_role("img", name="Mask: 100 % of the image is painted")).to_be_visible()
     visit.draw.click()
     expect(visit.page.locator("#history-list li")).to_have_count(2)
     (again,) = visit.pictures()
@@ -355,6 +246,28 @@ def test_a_picture_and_its_settings_are_found_again_after_a_reload(visit: Visit,
     expect(visit.control("history")).to_be_hidden()
     visit.open()
     expect(visit.control("history")).to_be_hidden()
+
+
+def test_what_an_earlier_version_of_the_page_has_kept_is_still_there(visit: Visit, input_picture: Image.Image) -> None:
+    content = base64.b64encode(as_file(input_picture)).decode()
+    entry = {"settings": {"prompt": "an old one", "seed": 5}, "kind": "txt2img"}
+    parameters = {"prompt": "an old one", "seed": 5, "width": 64, "height": 64, "num_inference_steps": 4, "scheduler": "PNDMScheduler"}
+    visit.page.evaluate(
+        """async ([entry, parameters, content]) => {
+             const bytes = Uint8Array.from(atob(content), (one) => one.charCodeAt(0));
+             const picture = new Blob([bytes], { type: "image/png" });
+             const done = (request) => new Promise((resolve) => { request.onsuccess = () => resolve(request.result); });
+             const database = await done(indexedDB.open("stable_diffusion", 1));
+             const store = database.transaction("drawn", "readwrite").objectStore("drawn");
+             await done(store.add({ ...entry, start: null, mask: null, picture, parameters }));
+           }""",
+        [entry, parameters, content],
+    )
+    visit.open()
+    visit.control("history-list").get_by_role("button", name="an old one, seed 5").click()
+    (shown,) = visit.pictures()
+    assert shown.tobytes() == input_picture.tobytes()
+    expect(visit.control("seed")).to_have_value("5")
 
 
 def test_several_pictures_have_the_seeds_that_follow(visit: Visit) -> None:
@@ -390,8 +303,8 @@ def test_a_server_that_is_gone_is_said_to_be(visit: Visit) -> None:
     visit.page.route("**/txt2img", lambda route: route.abort())
     visit.fill(prompt=PROMPT)
     visit.draw.click()
-    expect(visit.page.get_by_role("alert")).to_have_text("The server cannot be reached. Is it still running?")
-    visit.page.route("**/docs.json", lambda route: route.abort())
+    expect(visit.page.get_by_role("alert")).to_have_text("The server cannot be reached. Check that it is running and try again.")
+    visit.page.route("**/capabilities", lambda route: route.abort())
     visit.open()
     expect(visit.page.get_by_role("alert")).to_contain_text("could not be read from the server")
     visit.complaints[:] = [text for text in visit.complaints if "net::ERR_FAILED" not in text]
@@ -402,7 +315,7 @@ def test_a_mistake_of_the_page_is_not_blamed_on_the_server(visit: Visit) -> None
     visit.fill(prompt=PROMPT)
     with visit.page.expect_event("pageerror"):
         visit.draw.click()
-    expect(visit.page.get_by_role("alert")).to_have_text("Something went wrong in this page.")
+    expect(visit.page.get_by_role("alert")).to_have_text("Something went wrong in this page. Reload it and try again.")
     (complaint,) = visit.complaints
     assert "null" in complaint
     visit.complaints.clear()
@@ -465,7 +378,7 @@ def test_on_a_phone_nothing_is_wider_than_the_screen_and_fingers_paint(visiting:
     assert not too_wide()
 
 
-CHOICES = ("Redraw all", "Repaint a part", "Paint", "Erase")
+CHOICES = ("Repaint all", "Repaint a part", "Paint", "Erase")
 
 
 @contextmanager
@@ -486,7 +399,7 @@ def roles_and_names(visit: Visit) -> list[tuple[str, str]]:
 
 
 def test_controls_of_two_pictures_have_names_of_their_own(visit: Visit) -> None:
-    expect(visit.page.get_by_label("Choose a picture or drop one here")).to_have_id("img")
+    expect(visit.page.get_by_label("Choose an image or drop one here")).to_have_id("img")
     visit.fill(prompt=PROMPT, num_inference_steps=150, count=2)
     visit.draw.click()
     expect(visit.page.get_by_role("progressbar")).to_have_count(2)

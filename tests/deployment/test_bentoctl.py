@@ -1,4 +1,4 @@
-"""The commands of the README as a person types them: operator install, init, generate, build, destroy.
+"""The commands of bentoctl/README.md as a person types them: operator install, init, generate, build, destroy.
 
 AWS is moto's server. Docker is a stand-in here: a `docker` that writes down how it was called, and its daemon's API with
 the three calls that bentoctl makes. `make image-test` builds with the real one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import http.client
 import io
 import socket
 import subprocess
@@ -24,7 +25,7 @@ from PIL import Image
 from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 from starlette.responses import PlainTextResponse
 
-from tests.browser.test_ui import ARGUMENTS, CHROMIUM
+from tests.browser.visit import ARGUMENTS, CHROMIUM
 from tests.http.servers import BENTOML, PLAIN_HTTP, ROOT, Server, environment, serve
 from tests.http.test_request_log import line_of
 
@@ -46,13 +47,12 @@ FRIEND = "https://friend.example"
 PROMPT = "a red circle on a blue background"
 PROBES = ("/livez", "/readyz", "/healthz")
 OPEN = (*PROBES, "/metrics")
+UI_MODULES = ("app", "connection", "events", "file", "form", "history", "input", "mask", "results", "service", "upload")
 # Every route, and how a request with nothing in it is answered to who has a key.
 TABLE = {
     **{("GET", path): 200 for path in (*OPEN, "/", "/docs.json", "/static_content/swagger-ui.css", "/static_content/swagger-ui-bundle.js")},
     **{("GET", path): 200 for path in ("/status", "/capabilities", "/v1/models", "/ui/", "/ui/style.css")},
-    **{
-        ("GET", f"/ui/{name}.js"): 200 for name in ("app", "connection", "events", "form", "history", "input", "mask", "results", "service")
-    },
+    **{("GET", f"/ui/{name}.js"): 200 for name in UI_MODULES},
     ("GET", "/ui"): 308,
     **{("POST", path): 415 for path in LIMITED_PATHS},
     ("GET", "/jobs/{job_id}"): 404,
@@ -135,6 +135,22 @@ def test_every_route_needs_a_key_but_those_that_are_open(keyed: Server) -> None:
                 assert (answer.status_code == 401) is (path not in OPEN), (method, path, headers)
             if method == "GET":
                 assert (anybody.head(path).status_code == 401) is (path not in OPEN), path
+
+
+SPELLINGS = ("/{}", "{}/", "//{}//", "http://any.example{}", "http://any.example:80/{}/")
+
+
+def test_no_spelling_of_a_path_goes_around_the_key(keyed: Server) -> None:
+    """As httplib sends it, which does not tidy up."""
+    address = urlsplit(keyed.url)
+    connection = http.client.HTTPConnection(str(address.hostname), address.port, timeout=60)
+    for method, path in TABLE:
+        for spelling in SPELLINGS:
+            connection.request(method, spelling.format(path))
+            answer = connection.getresponse()
+            answer.read()
+            assert (answer.status == 401) is (path not in OPEN), (method, path, spelling)
+    connection.close()
 
 
 def test_every_route_takes_the_key_in_each_of_three_ways(keyed: Server) -> None:
@@ -246,6 +262,12 @@ def test_a_page_of_an_allowed_site_may_send_its_key_and_read_the_answers(keyed: 
         assert "Authorization" in preflight.headers["access-control-allow-headers"]
         assert anybody.options("/txt2img", headers={**asked, "Origin": "https://other.example"}).status_code == 400
         assert "# HELP" not in anybody.options("/metrics", headers=asked).text
+        private = {**asked, "Access-Control-Request-Private-Network": "true"}
+        allowed = anybody.options("/txt2img", headers=private)
+        assert (allowed.status_code, allowed.headers["access-control-allow-private-network"]) == (200, "true")
+        assert allowed.headers["access-control-allow-origin"] == FRIEND
+        other = anybody.options("/txt2img", headers={**private, "Origin": "https://other.example"})
+        assert (other.status_code, other.headers.get("access-control-allow-private-network")) == (400, None)
         from_page = {"Origin": FRIEND, "Sec-Fetch-Site": "cross-site"}
         request = {"prompt": PROMPT, "num_inference_steps": 2}
         drawn = anybody.post("/txt2img", json=request, headers={**from_page, **ways(ALICE)[0]})

@@ -12,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.http.servers import ROOT, Server
+from tests.pages import PAGES
 
 DASHBOARD = json.loads((ROOT / "grafana" / "dashboard.json").read_text(encoding="utf-8"))
 OUR_NAME = "stable_diffusion_"
@@ -114,7 +115,9 @@ def test_the_dashboard_asks_for_names_that_exist_and_for_all_of_ours(server: Ser
 def test_the_page_of_names_lists_the_real_ones_with_their_types_and_labels(server: Server) -> None:
     listed = {
         name: (kind, set(re.findall(r"`(\w+)`", labels)))
-        for name, kind, labels in re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) \|", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE)
+        for name, kind, labels in re.findall(
+            r"^\| `(stable_diffusion_\w+)` \| (\w+) \| (.*?) ?\|", PAGES["docs/operations.md"], re.MULTILINE
+        )
     }
     real = {}
     for family in text_string_to_metric_families(scrape(server)):

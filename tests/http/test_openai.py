@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-import re
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -18,10 +14,10 @@ import pytest
 from PIL import Image
 
 from tests.http.asking import PROMPT, as_file, draw, picture_of, redraw
-from tests.http.servers import ROOT, Server, environment
+from tests.http.servers import Server
 from tests.http.test_event_stream import cancelled
 
-IN_COMPANY = 2  # levels of 255 by which a picture may differ there, as the README says
+IN_COMPANY = 2  # levels of 255 by which a picture may differ there, as docs/performance.md says
 
 
 @pytest.fixture
@@ -234,15 +230,6 @@ def test_open_webui_gets_its_pictures(server: Server, input_picture: Image.Image
         for image in answer.json()["data"]:
             assert not image.get("url")
             assert decoded(image["b64_json"]).size == (64, 64)
-
-
-def test_the_readmes_example_saves_two_pictures(server: Server, tmp_path: Path) -> None:
-    (example,) = re.findall(r"```\n(import base64, openai\n.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    here = example.replace("http://127.0.0.1:3000", server.url)
-    assert here != example
-    variables = environment(tmp_path, {"NO_PROXY": "127.0.0.1"})
-    subprocess.run([sys.executable, "-c", here], cwd=tmp_path, env=variables, check=True, timeout=120)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["1.png", "2.png"]
 
 
 def test_a_client_that_leaves_stops_all_its_pictures(server: Server, client: openai.OpenAI) -> None:

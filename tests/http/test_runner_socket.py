@@ -63,7 +63,7 @@ def test_the_only_tcp_port_of_the_servers_workers_is_the_one_that_it_is_asked_at
 
 
 def test_the_supervisors_own_ports_are_at_loopback_addresses(server: Server) -> None:
-    """BentoML has its supervisor, circus, take commands there, from everybody on the machine: docs/architecture.md says so."""
+    """BentoML has its supervisor, circus, take commands there, from everybody on the machine: docs/decisions.md says so."""
     supervisor = psutil.Process(server.process.pid)
     addresses = {connection.laddr for connection in supervisor.net_connections("tcp") if connection.status == psutil.CONN_LISTEN}
     assert {address.ip for address in addresses} == {"127.0.0.1"}

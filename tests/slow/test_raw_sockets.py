@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import random
 import re
 import resource
 import socket
 import time
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -188,6 +190,110 @@ def test_half_a_request_whose_client_leaves_has_no_answer(unharmed: Server, sent
 def test_bytes_after_a_request_are_the_next_request(unharmed: Server) -> None:
     pipelined = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" + VALID + b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     assert statuses(answer_to(unharmed, pipelined, patience_s=5)) == [200, 200, 200]
+
+
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+HIDDEN = b"0\r\n\r\n" + SMUGGLED
+
+
+def post(*headers: bytes, body: bytes = b"", path: bytes = b"/txt2img") -> bytes:
+    return b"POST " + path + b" HTTP/1.1\r\nHost: x\r\n" + b"".join(header + b"\r\n" for header in headers) + b"\r\n" + body
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        post(b"Content-Length: %d" % len(HIDDEN), b"Transfer-Encoding: chunked", body=HIDDEN),
+        post(b"Transfer-Encoding: chunked", b"Content-Length: %d" % len(HIDDEN), body=HIDDEN),
+        post(b"Content-Length: 0", b"Transfer-Encoding: chunked", body=HIDDEN),
+        post(b"Content-Length: 5", b"TRANSFER-ENCODING: Chunked", body=HIDDEN),
+        post(b"Content-Length: 5", b"Transfer-Encoding: identity", body=HIDDEN),
+        post(b"Content-Length: 5", b"Transfer-Encoding: xchunked", body=HIDDEN),
+        post(b"Content-Length: 5", b"Transfer-Encoding : chunked", body=HIDDEN),
+        post(b"Transfer-Encoding: chunked, identity", body=HIDDEN),
+        post(b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity", body=HIDDEN),
+        post(b"Content-Length: 5", b"Content-Length: %d" % len(HIDDEN), body=HIDDEN),
+        post(b"Content-Length: 5, %d" % len(HIDDEN), body=HIDDEN),
+        post(b"Content-Length: +5", body=HIDDEN),
+        post(b"Content-Length: 0x5", body=HIDDEN),
+        post(b"Content-Length: %d" % len(HIDDEN), b"Transfer-Encoding: chunked", body=HIDDEN, path=b"http://x/txt2img"),
+        post(b"Content-Length: 5", b"Transfer-Encoding: chunked", b"Content-Encoding: gzip", body=HIDDEN),
+        post(b"Transfer-Encoding: chunked", b"Content-Length: 5", body=HIDDEN).replace(b"HTTP/1.1", b"HTTP/1.0", 1),
+        post(b"Transfer-Encoding: chunked", body=b"5\r\nhello" + HIDDEN),
+        post(b"Transfer-Encoding: chunked", body=b"5\rhello\r\n" + HIDDEN),
+        b"GET http://x/livez HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n" + SMUGGLED,
+        b"GET http://x/livez HTTP/1.1\r\n\r\n" + SMUGGLED,
+        b"GET http://x/livez\r\n\r\n" + SMUGGLED,
+        b"GET http://x/livez \tHTTP/1.1\r\nHost: x\r\n\r\n" + SMUGGLED,
+        b"GET http://x\r\n/livez HTTP/1.1\r\nHost: x\r\n\r\n" + SMUGGLED,
+    ],
+    ids=lambda sent: repr(sent[:100]),
+)
+def test_a_request_whose_end_is_unclear_is_refused_and_nothing_behind_it_is_a_request(unharmed: Server, sent: bytes) -> None:
+    """What stands in front of the server may see its end elsewhere, and send another client's request behind it."""
+    answer = answer_to(unharmed, sent, patience_s=5)
+    assert [400 <= status < 502 for status in statuses(answer)] == [True], answer[:500]
+    assert b"smuggled" not in answer
+    assert b"connection: close" in answer.lower()
+
+
+@pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br"])
+def test_bytes_behind_a_compressed_body_are_the_next_request_and_those_within_are_none(unharmed: Server, coding: bytes) -> None:
+    packed = {b"gzip": gzip.compress(BODY), b"deflate": zlib.compress(BODY), b"br": b"x"}[coding]
+    head = (b"Content-Type: application/json", b"Content-Encoding: " + coding)
+    last = b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    first = 415 if coding == b"br" else 200
+    whole = post(*head, b"Content-Length: %d" % len(packed), body=packed)
+    assert statuses(answer_to(unharmed, whole + last, patience_s=10)) == [first, 200]
+    in_chunks = post(*head, b"Transfer-Encoding: chunked", body=b"%x\r\n%b\r\n0\r\n\r\n" % (len(packed), packed))
+    assert statuses(answer_to(unharmed, in_chunks + last, patience_s=10)) == [first, 200]
+    longer = packed + SMUGGLED
+    behind = post(*head, b"Content-Length: %d" % len(longer), body=longer)
+    assert statuses(answer_to(unharmed, behind + last, patience_s=10)) == [415 if coding == b"br" else 400, 200]
+
+
+ABSOLUTE = b"GET http://%b/%b HTTP/1.1\r\nHost: %b\r\nConnection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("target_host", "host"),
+    [(b"any.example", b"any.example"), (b"any.example", b"another.example"), (b"any.example:80", b""), (b"[::1]:3000", b"localhost")],
+)
+def test_the_absolute_form_is_answered_whatever_hosts_it_names_and_its_host_goes_nowhere(
+    server: Server, target_host: bytes, host: bytes
+) -> None:
+    for path, status in ((b"status", 200), (b"/status/", 200), (b"nothing", 404), (b"", 200), (b"ui", 308)):
+        answer = answer_to(server, ABSOLUTE % (target_host, path, host), patience_s=5)
+        assert statuses(answer) == [status], answer[:300]
+        assert b"any.example" not in answer
+        assert b"another.example" not in answer
+
+
+def test_a_half_closed_connection_gets_its_answers(unharmed: Server) -> None:
+    with connected(unharmed) as client:
+        client.sendall(b"GET //status/ HTTP/1.1\r\nHost: x\r\n\r\n" + VALID + VALID)
+        client.shutdown(socket.SHUT_WR)
+        answer = b""
+        while piece := client.recv(2**16):
+            answer += piece
+    assert [status for status in statuses(answer) if status != 100] == [200, 200, 200]
+    assert answer.count(draws(unharmed)) == 2
+
+
+def test_who_leaves_half_a_connection_has_left(unharmed: Server) -> None:
+    slow = json.dumps({"prompt": "a red circle", "num_inference_steps": 150, "width": 256, "height": 256}).encode()
+    before = unharmed.log.count("was cancelled after")
+    for accept in (b"image/png", b"text/event-stream"):
+        with connected(unharmed) as client:
+            client.sendall(post(b"Content-Type: application/json", b"Accept: " + accept, b"Content-Length: %d" % len(slow), body=slow))
+            client.shutdown(socket.SHUT_WR)
+            time.sleep(2)
+            assert unharmed.log.count("was cancelled after") == before, "it waits"
+        before += 1
+        left = time.monotonic()
+        while unharmed.log.count("was cancelled after") < before:
+            assert time.monotonic() - left < 15, accept
+            time.sleep(0.05)
 
 
 def mutated(random_numbers: random.Random) -> bytes:

@@ -7,13 +7,25 @@ from typing import Any
 from pydantic import BaseModel
 
 from stable_diffusion.api.a1111.parameters import A1111_NAMES, ImageToImageBody, Options, TextToImageBody
-from stable_diffusion.api.a1111.responses import EMPTY_LISTS, UPSCALERS, samplers_response, schedules_response
-from stable_diffusion.api.openapi import LOAD_ERRORS, TIMEOUT_PARAMETER
+from stable_diffusion.api.a1111.responses import (
+    EMPTY_LISTS,
+    UPSCALERS,
+    A1111Error,
+    A1111Model,
+    A1111Pictures,
+    A1111Progress,
+    A1111Sampler,
+    A1111Scheduler,
+    A1111ServedOptions,
+    A1111Upscaler,
+    samplers_response,
+    schedules_response,
+)
+from stable_diffusion.api.openapi import LOAD_ERRORS, TIMEOUT_PARAMETER, errors, json_content, json_response, operation
 from stable_diffusion.core.requests import ImageToImageRequest
 
 TAG = {"name": "a1111", "description": "A1111's API, for its clients. Unknown fields are ignored, null is as good as a missing field."}
 _REFERENCES = "#/components/schemas/A1111{model}"
-_MODELS: tuple[type[BaseModel], ...] = (TextToImageBody, ImageToImageBody, Options)
 _EXAMPLE = {"prompt": "a small red circle on a blue background", "steps": 20, "sampler_name": "Euler a", "seed": 1, "batch_size": 2}
 # A grey image of 8 x 8 pixels.
 _EXAMPLE_PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mNsaGhgwAaYGHCAwSkBADAXAZDUexXGAAAAAElFTkSuQmCC"
@@ -31,54 +43,50 @@ _DRAWING_ERRORS = {
     "500": "The picture could not be computed.",
     **LOAD_ERRORS,
 }
+_DEFECT = "A defect of the server."
+_ASKING_ERRORS = {"500": _DEFECT, "503": "Where jobs stand cannot be read."}
 
 
 def paths() -> dict[str, Any]:
+    with_picture = {**_EXAMPLE, "init_images": [_EXAMPLE_PICTURE], "denoising_strength": 0.75}
+    unreadable = {"400": "A picture is no base64, damaged or no PNG, JPEG or WebP."}
+    set_options = json_response("Accepted.", type(None))
+    progress = json_response("Idle is exactly progress 0 and job_count 0.", A1111Progress)
+    interrupted = json_response("They are ended before their next step.", dict[str, Any])
     return {
-        "/sdapi/v1/txt2img": {"post": _draws("a1111Txt2img", "Draw pictures from text", TextToImageBody, _EXAMPLE, _DRAWING_ERRORS)},
+        "/sdapi/v1/txt2img": {"post": _draws("Txt2img", "Draw pictures from text", _body(TextToImageBody, _EXAMPLE), {})},
         "/sdapi/v1/img2img": {
             "post": _draws(
-                "a1111Img2img",
-                "Redraw a picture, or with a mask repaint a part of it",
-                ImageToImageBody,
-                {**_EXAMPLE, "init_images": [_EXAMPLE_PICTURE], "denoising_strength": 0.75},
-                {"400": "A picture is no base64, damaged or no PNG, JPEG or WebP.", **_DRAWING_ERRORS},
+                "Img2img", "Redraw a picture, or with a mask repaint a part of it", _body(ImageToImageBody, with_picture), unreadable
             )
         },
         "/sdapi/v1/options": {
-            "get": _gets("a1111Options", "The options: which model is served", _object("The options.", ["sd_model_checkpoint"])),
-            "post": {
-                **_described("a1111SetOptions", "Ask for a model: accepted if it is the served one"),
-                "requestBody": _body(Options, {"sd_model_checkpoint": "demo"}),
-                "responses": {"200": _json("Accepted.", {"type": "null"}), **_errors(_READING_ERRORS)},
-            },
+            "get": _gets("Options", "The options: which model is served", "The options.", A1111ServedOptions),
+            "post": _operation(
+                "SetOptions",
+                "Ask for a model: accepted if it is the served one",
+                set_options,
+                _READING_ERRORS,
+                requestBody=_body(Options, {"sd_model_checkpoint": "demo"}),
+            ),
         },
-        "/sdapi/v1/sd-models": {"get": _gets("a1111Models", "The one model that is served", _list("The model."))},
-        "/sdapi/v1/samplers": {"get": _gets("a1111Samplers", "The samplers", _list("The samplers.", samplers_response()))},
-        "/sdapi/v1/schedulers": {"get": _gets("a1111Schedulers", "The noise levels", _list("The noise levels.", schedules_response()))},
-        "/sdapi/v1/upscalers": {"get": _gets("a1111Upscalers", "No upscalers", _list("None.", UPSCALERS))},
-        "/sdapi/v1/progress": {
-            "get": _asks_for_jobs(
-                "a1111Progress",
-                "How far the caller's own jobs are",
-                _object("Idle is exactly progress 0 and job_count 0.", ["progress", "eta_relative", "state", "current_image"]),
-            )
+        "/sdapi/v1/sd-models": {"get": _gets("Models", "The one model that is served", "The model.", list[A1111Model])},
+        "/sdapi/v1/samplers": {"get": _gets("Samplers", "The samplers", "The samplers.", list[A1111Sampler], samplers_response())},
+        "/sdapi/v1/schedulers": {
+            "get": _gets("Schedulers", "The noise levels", "The noise levels.", list[A1111Scheduler], schedules_response())
         },
-        "/sdapi/v1/interrupt": {
-            "post": _asks_for_jobs("a1111Interrupt", "Cancel the caller's own jobs", _object("They are ended before their next step."))
-        },
+        "/sdapi/v1/upscalers": {"get": _gets("Upscalers", "No upscalers", "None.", list[A1111Upscaler], UPSCALERS)},
+        "/sdapi/v1/progress": {"get": _operation("Progress", "How far the caller's own jobs are", progress, _ASKING_ERRORS)},
+        "/sdapi/v1/interrupt": {"post": _operation("Interrupt", "Cancel the caller's own jobs", interrupted, _ASKING_ERRORS)},
         **{
-            path: {"get": _gets(f"a1111{_last_words(path)}", "Empty, for clients that ask at start", _empty(content))}
+            path: {"get": _gets(_last_words(path), "Empty, for clients that ask at start", "Nothing.", _kind(content))}
             for path, content in EMPTY_LISTS.items()
         },
     }
 
 
 def schemas() -> dict[str, Any]:
-    return {f"A1111{model.__name__}": _schema(model) for model in _MODELS} | {
-        "A1111Pictures": _PICTURES_SCHEMA,
-        "A1111Error": _ERROR_SCHEMA,
-    }
+    return {f"A1111{model.__name__}": _schema(model) for model in (TextToImageBody, ImageToImageBody, Options)}
 
 
 def _schema(model: type[BaseModel]) -> dict[str, Any]:
@@ -107,69 +115,27 @@ def _limits() -> dict[str, dict[str, Any]]:
 _LIMIT_KEYS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _LIMITS = _limits()
 
-_PICTURES_SCHEMA = {
-    "type": "object",
-    "required": ["images", "parameters", "info"],
-    "properties": {
-        "images": {"type": "array", "items": {"type": "string"}, "description": "PNG in base64, with the infotext as `parameters`."},
-        "parameters": {"type": "object", "description": "The request's known fields with their defaults."},
-        "info": {"type": "string", "description": "JSON of what was drawn: all_seeds, width, height, infotexts, ..."},
-    },
-}
-_ERROR_SCHEMA = {
-    "type": "object",
-    "required": ["error", "detail", "body", "errors"],
-    "properties": {
-        "error": {"type": "string", "examples": ["InvalidRequest"]},
-        "detail": {"type": "string", "examples": ["steps: must be less than or equal to 150"]},
-        "body": {"type": "string"},
-        "errors": {"type": "string"},
-    },
-}
+
+def _draws(name: str, summary: str, body: dict[str, Any], failures: dict[str, str]) -> dict[str, Any]:
+    answer, failures = json_response("The pictures.", A1111Pictures), {**failures, **_DRAWING_ERRORS}
+    return _operation(name, summary, answer, failures, parameters=[TIMEOUT_PARAMETER], requestBody=body)
 
 
-def _draws(name: str, summary: str, model: type[BaseModel], example: dict[str, Any], errors: dict[str, str]) -> dict[str, Any]:
-    answer = _json("The pictures.", {"$ref": _REFERENCES.format(model="Pictures")})
-    described = {**_described(name, summary), "parameters": [TIMEOUT_PARAMETER]}
-    return {**described, "requestBody": _body(model, example), "responses": {"200": answer, **_errors(errors)}}
+def _gets(name: str, summary: str, description: str, model: Any, example: Any = None) -> dict[str, Any]:
+    answer = json_response(description, model, **({} if example is None else {"example": example}))
+    return _operation(name, summary, answer, {"500": _DEFECT})
 
 
-def _gets(name: str, summary: str, answer: dict[str, Any]) -> dict[str, Any]:
-    return {**_described(name, summary), "responses": {"200": answer, **_errors({"500": "A defect of the server."})}}
-
-
-def _asks_for_jobs(name: str, summary: str, answer: dict[str, Any]) -> dict[str, Any]:
-    errors = {"500": "A defect of the server.", "503": "Where jobs stand cannot be read."}
-    return {**_described(name, summary), "responses": {"200": answer, **_errors(errors)}}
-
-
-def _described(name: str, summary: str) -> dict[str, Any]:
-    return {"operationId": name, "summary": summary, "tags": [TAG["name"]]}
+def _operation(name: str, summary: str, answer: dict[str, Any], failures: dict[str, str], **more: Any) -> dict[str, Any]:
+    return operation(TAG, f"a1111{name}", summary, {"200": answer, **errors(failures, A1111Error)}, **more)
 
 
 def _body(model: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:
-    schema = {"$ref": _REFERENCES.format(model=model.__name__)}
-    return {"required": True, "content": {"application/json": {"schema": schema, "example": example}}}
+    return {"required": True, "content": json_content({"$ref": _REFERENCES.format(model=model.__name__)}, example=example)}
 
 
-def _errors(errors: dict[str, str]) -> dict[str, Any]:
-    return {status: _json(text, {"$ref": _REFERENCES.format(model="Error")}) for status, text in errors.items()}
-
-
-def _json(text: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"description": text, "content": {"application/json": {"schema": schema}}}
-
-
-def _object(text: str, required: list[str] | None = None) -> dict[str, Any]:
-    return _json(text, {"type": "object", **({"required": required} if required else {})})
-
-
-def _list(text: str, example: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    return _json(text, {"type": "array", "items": {"type": "object"}, **({"examples": [example]} if example else {})})
-
-
-def _empty(content: Any) -> dict[str, Any]:
-    return _list("Nothing.") if isinstance(content, list) else _object("Nothing.")
+def _kind(content: Any) -> Any:
+    return list[dict[str, Any]] if isinstance(content, list) else dict[str, Any]
 
 
 def _last_words(path: str) -> str:

@@ -9,9 +9,11 @@ import base64
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, NonNegativeInt
 from starlette.responses import Response
+from typing_extensions import TypedDict
 
 from stable_diffusion import __version__
 from stable_diffusion.api.a1111.parameters import GenerationBody, ImageToImageBody, missing_schedule
@@ -29,7 +31,80 @@ _TIMESTAMP = "%Y%m%d%H%M%S"
 _LEAST_PROGRESS, _MOST_PROGRESS = 0.01, 0.99  # 0 means an idle server, 1 a finished image
 
 
-def images_response(body: GenerationBody, tasks: Sequence[Task], pictures: Sequence[GeneratedImage], model: ModelFolder) -> dict[str, Any]:
+class A1111Pictures(TypedDict):
+    images: Annotated[list[str], Field(description="PNG in base64, with the infotext as `parameters`.")]
+    parameters: Annotated[dict[str, Any], Field(description="The request's known fields with their defaults.")]
+    info: Annotated[str, Field(description="JSON of what was drawn: all_seeds, width, height, infotexts, ...")]
+
+
+class A1111ServedOptions(TypedDict):
+    # No `forge_preset`: with it SillyTavern would take the server for Forge.
+    sd_model_checkpoint: str
+    samples_format: Literal["png"]
+    CLIP_stop_at_last_layers: Literal[1]
+
+
+class A1111Model(TypedDict):
+    title: Annotated[str, Field(description="`sd_model_checkpoint` of the options.")]
+    model_name: str
+    hash: str
+    sha256: None
+    filename: str
+    config: None
+
+
+class A1111Sampler(TypedDict):
+    name: str
+    aliases: list[str]
+    options: dict[str, str]
+
+
+class A1111Scheduler(TypedDict):
+    name: str
+    label: str
+    aliases: None
+    default_rho: None
+    need_inner_model: None
+
+
+class A1111Upscaler(TypedDict):
+    name: str
+    model_name: None
+    model_path: None
+    model_url: None
+    scale: float
+
+
+class A1111State(TypedDict):
+    skipped: Literal[False]
+    interrupted: Literal[False]
+    job: Annotated[str, Field(description="The kind of the first job, empty if there is none.")]
+    job_count: NonNegativeInt
+    job_timestamp: str
+    job_no: Literal[0]
+    sampling_step: NonNegativeInt
+    sampling_steps: NonNegativeInt
+
+
+class A1111Progress(TypedDict):
+    progress: Annotated[float, Field(ge=0, le=_MOST_PROGRESS)]
+    eta_relative: Annotated[float, Field(ge=0, description="Seconds.")]
+    state: A1111State
+    current_image: None
+    textinfo: None
+
+
+class A1111Error(TypedDict):
+    error: Annotated[str, Field(examples=["InvalidRequest"])]
+    detail: Annotated[str, Field(examples=["steps: must be less than or equal to 150"])]
+    body: str
+    errors: str
+
+
+ERROR = A1111Error
+
+
+def images_response(body: GenerationBody, tasks: Sequence[Task], pictures: Sequence[GeneratedImage], model: ModelFolder) -> A1111Pictures:
     """The response of txt2img and img2img. Encodes the images, which takes a while."""
     drawn = list(zip(tasks, pictures, strict=True))
     # A flagged image gets no infotext, as in its file.
@@ -103,26 +178,24 @@ def _extra_parameters(body: GenerationBody, task: Task, schedule: str | None) ->
     return extra
 
 
-def options_response(model: ModelFolder) -> dict[str, Any]:
-    """No `forge_preset`: with it SillyTavern would take the server for Forge."""
+def options_response(model: ModelFolder) -> A1111ServedOptions:
     return {"sd_model_checkpoint": model.name, "samples_format": "png", "CLIP_stop_at_last_layers": 1}
 
 
-def models_response(model: ModelFolder) -> list[dict[str, Any]]:
-    """The served model. Its `title` is `sd_model_checkpoint` of the options."""
+def models_response(model: ModelFolder) -> list[A1111Model]:
     return [{"title": model.name, "model_name": model.name, "hash": model.hash, "sha256": None, "filename": model.name, "config": None}]
 
 
-def samplers_response() -> list[dict[str, Any]]:
+def samplers_response() -> list[A1111Sampler]:
     """Every noise scheduler under its first short name. DPM++ 2M with Karras' noise levels is a separate sampler."""
     return [{"name": name, "aliases": aliases, "options": {}} for name, *aliases in SCHEDULERS.values()]
 
 
-def schedules_response() -> list[dict[str, Any]]:
+def schedules_response() -> list[A1111Scheduler]:
     return [{"name": label.lower(), "label": label, "aliases": None, "default_rho": None, "need_inner_model": None} for label in SCHEDULES]
 
 
-UPSCALERS: list[dict[str, Any]] = [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 1}]
+UPSCALERS: list[A1111Upscaler] = [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 1}]
 # Other paths that clients request at start. Nothing of it exists here.
 EMPTY_LISTS: dict[str, Any] = {
     "/sdapi/v1/latent-upscale-modes": [],
@@ -137,7 +210,7 @@ EMPTY_LISTS: dict[str, Any] = {
 }
 
 
-def progress_response(jobs: Sequence[JobRecord]) -> dict[str, Any]:
+def progress_response(jobs: Sequence[JobRecord]) -> A1111Progress:
     """The progress of one caller's unfinished images. Idle is exactly progress 0 and job_count 0, for which clients wait."""
     stands = [job.progress for job in jobs]
     done, steps = sum(stand.step for stand in stands), sum(stand.steps for stand in stands)
@@ -176,5 +249,5 @@ def refusal(status: int, kind: str, message: str, headers: dict[str, str] | None
     return json_response(_error_body("".join(word.capitalize() for word in kind.split("_")), message), status, headers)
 
 
-def _error_body(name: str, message: str) -> dict[str, str]:
+def _error_body(name: str, message: str) -> A1111Error:
     return {"error": name, "detail": message, "body": "", "errors": message}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from stable_diffusion.api.openapi import ERROR_CONTENT, ERRORS, JOB_CONTENT
+from stable_diffusion.api.job import CompletedJobEvent, Job
+from stable_diffusion.api.openapi import EVENTS, errors, event_content, json_response, operation
+from stable_diffusion.api.responses import CompletedEvent
 from stable_diffusion.images.encode import MEDIA_TYPES
-from stable_diffusion.web.sse import MEDIA_TYPE
 
 TAG = {"name": "jobs", "description": "Follow, fetch, cancel"}
 
 _UNKNOWN = {
-    "404": {"description": "No such job, or its picture was sent in the answer and is not kept.", "content": ERROR_CONTENT},
-    "503": {"description": "Where jobs stand cannot be read, or the model process could not be reached.", "content": ERROR_CONTENT},
+    "404": "No such job, or its picture was sent in the answer and is not kept.",
+    "503": "Where jobs stand cannot be read, or the model process could not be reached.",
 }
 _JOB_ID = {
     "name": "job_id",
@@ -23,81 +24,41 @@ _JOB_ID = {
 }
 
 
+_NO_PICTURE = {
+    **_UNKNOWN,
+    "406": "The Accept header allows none of the image types.",
+    "410": "It was kept and is gone.",
+    "429": "It was not taken on.",
+    "499": "The job was cancelled.",
+    "500": "It could not be drawn.",
+    "504": "It was not finished in the time that was allowed.",
+}
+
+
 def paths() -> dict[str, Any]:
+    job = {"200": json_response("The job.", Job)}
+    cancelled = {
+        "200": json_response("It has ended, if it had not before.", Job),
+        "202": json_response("It ends after the step that is being taken.", Job),
+    }
+    told = "The events queued, progress, preview, completed and error, each with JSON. `completed` has the picture if it is kept."
+    events = {"200": {"description": told, "content": event_content({**EVENTS, "completed": CompletedEvent | CompletedJobEvent})}}
+    picture = {
+        "200": {"description": "The picture.", "content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
+        "202": json_response("It is not finished.", Job),
+    }
     return {
         "/jobs/{job_id}": {
             "parameters": [_JOB_ID],
-            "get": _operation("job", "Where does a job stand?", {"200": {"description": "The job.", "content": JOB_CONTENT}}),
-            "delete": _operation(
-                "cancel",
-                "Cancel a job within one step",
-                {
-                    "200": {"description": "It has ended, if it had not before.", "content": JOB_CONTENT},
-                    "202": {"description": "It ends after the step that is being taken.", "content": JOB_CONTENT},
-                },
-            ),
+            "get": operation(TAG, "job", "Where does a job stand?", job | errors(_UNKNOWN)),
+            "delete": operation(TAG, "cancel", "Cancel a job within one step", cancelled | errors(_UNKNOWN)),
         },
         "/jobs/{job_id}/events": {
             "parameters": [_JOB_ID],
-            "get": _operation(
-                "job_events",
-                "What happens to a job from now on",
-                {
-                    "200": {
-                        "description": "The events queued, progress, preview, completed and error, each with JSON. "
-                        "`completed` has the picture if it is kept.",
-                        "content": {MEDIA_TYPE: {}},
-                    }
-                },
-            ),
+            "get": operation(TAG, "job_events", "What happens to a job from now on", events | errors(_UNKNOWN)),
         },
         "/jobs/{job_id}/picture": {
             "parameters": [_JOB_ID],
-            "get": _operation(
-                "job_picture",
-                "The picture of a job that nobody waited for",
-                {
-                    "200": {"description": "The picture.", "content": {media_type: {} for media_type in MEDIA_TYPES.values()}},
-                    "202": {"description": "It is not finished.", "content": JOB_CONTENT},
-                    "406": {"description": "The Accept header allows none of the image types.", "content": ERROR_CONTENT},
-                    "429": {"description": "It was not taken on.", "content": ERROR_CONTENT},
-                    "504": {"description": "It was not finished in the time that was allowed.", "content": ERROR_CONTENT},
-                    "410": {"description": "It was kept and is gone.", "content": ERROR_CONTENT},
-                    "499": ERRORS["499"],
-                    "500": {"description": "It could not be drawn.", "content": ERROR_CONTENT},
-                },
-            ),
+            "get": operation(TAG, "job_picture", "The picture of a job that nobody waited for", picture | errors(_NO_PICTURE)),
         },
     }
-
-
-def _operation(name: str, summary: str, answers: dict[str, Any]) -> dict[str, Any]:
-    return {"operationId": name, "summary": summary, "tags": [TAG["name"]], "responses": _UNKNOWN | answers}
-
-
-def schemas() -> dict[str, Any]:
-    count, time = {"type": "integer", "minimum": 0}, {"type": "string", "format": "date-time"}
-    properties: dict[str, Any] = {
-        "id": {"type": "string"},
-        "state": {"enum": ["queued", "running", "completed", "failed", "cancelled"]},
-        "kind": {"enum": ["txt2img", "img2img", "inpaint"]},
-        "images": {"type": "integer", "minimum": 1, "description": "Pictures of the job; steps are those of all of them."},
-        "position": {
-            "type": ["integer", "null"],
-            "minimum": 0,
-            "description": "Its place among those that wait for their first step, 0 for all others; null before it is known.",
-        },
-        "step": count,
-        "steps": count,
-        "seconds_left": {
-            "type": ["number", "null"],
-            "minimum": 0,
-            "description": "Estimated from measured steps, if nobody else comes; null before it is known.",
-        },
-        "created_at": time,
-        "ended_at": {"anyOf": [time, {"type": "null"}]},
-        "picture": {"type": ["string", "null"], "description": "Where it can be fetched."},
-        "picture_kept_until": {"anyOf": [time, {"type": "null"}]},
-    }
-    error = {"$ref": "#/components/schemas/Error/properties/error"}
-    return {"Job": {"type": "object", "required": list(properties), "properties": {**properties, "error": error}}}

@@ -11,7 +11,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from stable_diffusion.api.context import Context
-from stable_diffusion.api.deliver import accepted_response, description, events_of, is_ended, kept_image_response, note_fetched
+from stable_diffusion.api.deliver import accepted_response, events_of, kept_image_response, note_fetched
+from stable_diffusion.api.job import description, is_ended
 from stable_diffusion.api.responses import event_stream, followed_headers, with_error_responses
 from stable_diffusion.core.errors import NotAcceptable
 from stable_diffusion.images.encode import MEDIA_TYPES

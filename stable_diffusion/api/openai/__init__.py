@@ -1,5 +1,6 @@
 """OpenAI's images API."""
 
-from stable_diffusion.api.openai.routes import PREFIXES, make_routes, refusal
+from stable_diffusion.api.openai.responses import ERROR, PREFIXES, refusal
+from stable_diffusion.api.openai.routes import make_routes
 
-__all__ = ["PREFIXES", "refusal", "make_routes"]
+__all__ = ["ERROR", "PREFIXES", "refusal", "make_routes"]

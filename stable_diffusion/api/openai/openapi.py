@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from stable_diffusion.api.openai.parameters import ALIASES, OpenaiParameters, drawing_fields
-from stable_diffusion.api.openapi import LOAD_ERRORS, TIMEOUT_PARAMETER
+from stable_diffusion.api.openai.responses import EVENTS, OpenaiError, OpenaiImages, OpenaiModels
+from stable_diffusion.api.openapi import LOAD_ERRORS, TIMEOUT_PARAMETER, errors, event_content, json_content, json_response, operation
 from stable_diffusion.core.requests import GenerationRequest, ImageToImageRequest, TextToImageRequest
 from stable_diffusion.images.decode import UPLOADS_IN_WORDS
-from stable_diffusion.web import sse
 
 TAG = {"name": "openai", "description": "OpenAI's images API, for its clients"}
 _EXAMPLE = {"prompt": "a small red circle on a blue background", "n": 2, "size": "auto", "seed": 1, "num_inference_steps": 20}
@@ -26,19 +26,13 @@ _ERRORS = {
 
 
 def paths() -> dict[str, Any]:
-    generation = {"application/json": {"schema": _reference("OpenaiGeneration"), "example": _EXAMPLE}}
-    edit = {"multipart/form-data": {"schema": _reference("OpenaiEdit")}}
+    generation = json_content({"$ref": "#/components/schemas/OpenaiGeneration"}, example=_EXAMPLE)
+    edit = {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/OpenaiEdit"}}}
+    models = {"200": json_response("The model.", OpenaiModels), **errors({"500": "A defect of the server."}, OpenaiError)}
     return {
-        "/v1/images/generations": {"post": _draws("createImage", "Draw pictures from text", generation, "image_generation")},
-        "/v1/images/edits": {"post": _draws("createImageEdit", "Redraw a picture, or repaint a part of it", edit, "image_edit")},
-        "/v1/models": {
-            "get": {
-                "operationId": "listModels",
-                "summary": "The one model that is served",
-                "tags": [TAG["name"]],
-                "responses": {"200": _json("The model.", "OpenaiModels"), "500": _json("A defect of the server.", "OpenaiError")},
-            }
-        },
+        "/v1/images/generations": _draws("createImage", "Draw pictures from text", generation, "image_generation"),
+        "/v1/images/edits": _draws("createImageEdit", "Redraw a picture, or repaint a part of it", edit, "image_edit"),
+        "/v1/models": {"get": operation(TAG, "listModels", "The one model that is served", models)},
     }
 
 
@@ -59,13 +53,7 @@ def schemas() -> dict[str, Any]:
     edit = _parameters(ImageToImageRequest)
     edit["properties"] = files | {name: _without_null(schema) for name, schema in edit["properties"].items()}
     edit["required"] = ["image", *edit["required"]]
-    return {
-        "OpenaiGeneration": _parameters(TextToImageRequest),
-        "OpenaiEdit": edit,
-        "OpenaiImages": _IMAGES,
-        "OpenaiModels": _MODELS,
-        "OpenaiError": _ERROR,
-    }
+    return {"OpenaiGeneration": _parameters(TextToImageRequest), "OpenaiEdit": edit}
 
 
 def _parameters(model: type[GenerationRequest]) -> dict[str, Any]:
@@ -88,91 +76,9 @@ def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draws(name: str, summary: str, content: dict[str, Any], event: str) -> dict[str, Any]:
-    answer = _json(
-        f"The pictures. With `stream` server-sent events: `{event}.partial_image` and `{event}.completed`, or `error`.", "OpenaiImages"
-    )
-    answer["content"][sse.MEDIA_TYPE] = {}
-    return {
-        "operationId": name,
-        "summary": summary,
-        "tags": [TAG["name"]],
-        "parameters": [TIMEOUT_PARAMETER],
-        "requestBody": {"required": True, "content": content},
-        "responses": {"200": answer, **{status: _json(text, "OpenaiError") for status, text in _ERRORS.items()}},
-    }
-
-
-def _json(description: str, schema: str) -> dict[str, Any]:
-    return {"description": description, "content": {"application/json": {"schema": _reference(schema)}}}
-
-
-def _reference(schema: str) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{schema}"}
-
-
-_IMAGES = {
-    "type": "object",
-    "required": ["created", "data", "size", "output_format", "background"],
-    "properties": {
-        "created": {"type": "integer", "description": "Seconds since 1970."},
-        "data": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["b64_json", "seed", "safety_flagged"],
-                "properties": {
-                    "b64_json": {"type": "string", "contentEncoding": "base64"},
-                    "seed": {"type": "integer", "description": "Send it again to get the same picture."},
-                    "safety_flagged": {
-                        "type": ["boolean", "null"],
-                        "description": "true: the picture was flagged and is blank. false: it was not. null: nobody looked.",
-                    },
-                    "prompt_dropped": {
-                        "type": "string",
-                        "description": "Only there if the prompt was too long: the end that was not used.",
-                    },
-                    "negative_prompt_dropped": {"type": "string", "description": "The same of the negative prompt."},
-                },
-            },
-        },
-        "size": {"type": "string", "examples": ["512x512"]},
-        "output_format": {"type": "string", "examples": ["png"]},
-        "background": {"type": "string", "const": "opaque"},
-    },
-}
-_MODELS = {
-    "type": "object",
-    "required": ["object", "data"],
-    "properties": {
-        "object": {"const": "list"},
-        "data": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["id", "object", "created", "owned_by"],
-                "properties": {
-                    "id": {"type": "string"},
-                    "object": {"const": "model"},
-                    "created": {"type": "integer"},
-                    "owned_by": {"type": "string"},
-                },
-            },
-        },
-    },
-}
-_ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string", "examples": ["invalid_request_error"]},
-                "param": {"type": ["string", "null"], "examples": ["size"]},
-                "code": {"type": ["string", "null"], "examples": ["invalid_request"]},
-            },
-        }
-    },
-}
+    events = {name.format(event): model for name, model in EVENTS.items()}
+    told = f"The pictures. With `stream` server-sent events: `{event}.partial_image` and `{event}.completed`, or `error`."
+    answer = {"description": told, "content": json_content(OpenaiImages) | event_content(events)}
+    answers = {"200": answer, **errors(_ERRORS, OpenaiError)}
+    body = {"required": True, "content": content}
+    return {"post": operation(TAG, name, summary, answers, parameters=[TIMEOUT_PARAMETER], requestBody=body)}

@@ -1,14 +1,13 @@
-"""OpenAI's images API: its paths, responses and errors. It generates the same images as the native API.
+"""OpenAI's images API: its paths. It generates the same images as the native API.
 
-`parameters.py` validates; the model's limits are those of the request models.
+`parameters.py` validates, `responses.py` has the forms of responses; the model's limits are those of the request models.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Literal
 
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
@@ -19,22 +18,25 @@ from starlette.routing import Route
 
 from stable_diffusion.api.context import Context
 from stable_diffusion.api.openai.parameters import OpenaiParameters, parse_edit, parse_generation, read_texts
-from stable_diffusion.api.responses import as_base64, event_stream, image_file, known_error, retry_after, sendable, with_error_responses
+from stable_diffusion.api.openai.responses import (
+    completed_event,
+    error_event,
+    error_response,
+    images_response,
+    models_response,
+    partial_image_event,
+)
+from stable_diffusion.api.responses import event_stream, known_error, with_error_responses
 from stable_diffusion.api.tasks import consecutive_tasks, image_task, text_task, with_previews
-from stable_diffusion.core.errors import InvalidRequest, ModelNotFound, ServiceError
+from stable_diffusion.core.errors import InvalidRequest, ModelNotFound
 from stable_diffusion.core.types import GeneratedImage, Progress, Task
 from stable_diffusion.images.decode import read_image, read_transparency_as_mask
-from stable_diffusion.images.encode import encode_preview
 from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.runner.client import Updates, begin, generate_all
-from stable_diffusion.web import sse
 from stable_diffusion.web.body import file_part, opened_form, read_json_body, within_upload_budget
 from stable_diffusion.web.decode_queue import decoded
 from stable_diffusion.web.disconnect import while_connected
 from stable_diffusion.web.headers import ticket_of
-
-PREFIXES = ("/v1/",)
-_PARAMS = {"width": "size", "height": "size"}  # our field, OpenAI's parameter
 
 Event = Literal["image_generation", "image_edit"]
 
@@ -50,10 +52,7 @@ def make_routes(context: Context) -> list[Route]:
         return await _respond(request, context, "image_edit", *await _read_edit_task(request, context))
 
     async def models(request: Request) -> Response:
-        model = context.model()
-        created = int(model.path.stat().st_mtime)
-        listed = {"id": model.name, "object": "model", "created": created, "owned_by": "stable-diffusion"}
-        return JSONResponse({"object": "list", "data": [listed]})
+        return JSONResponse(models_response(context.model()))
 
     return [
         Route("/v1/images/generations", with_error_responses(generations, error_response), methods=["POST"]),
@@ -127,13 +126,7 @@ async def _respond(request: Request, context: Context, event: Event, task: Task,
         return event_stream(_events(updates, context, event, task, asked))
     tasks = consecutive_tasks(task, asked.n)
     pictures = await while_connected(request, generate_all(context.client, tasks, ticket))
-    return await run_in_threadpool(_images_response, tasks, pictures, context.model(), asked)
-
-
-def _images_response(tasks: list[Task], pictures: list[GeneratedImage], model: ModelFolder, asked: OpenaiParameters) -> Response:
-    """Encodes images: do not call it on an event loop."""
-    data = [_described(one, picture, model, asked) for one, picture in zip(tasks, pictures, strict=True)]
-    return JSONResponse({"created": int(time.time()), "data": data, **_look(tasks[0], asked)})
+    return await run_in_threadpool(lambda: JSONResponse(images_response(tasks, pictures, context.model(), asked)))
 
 
 async def _events(updates: Updates, context: Context, event: Event, task: Task, asked: OpenaiParameters) -> AsyncGenerator[bytes, None]:
@@ -144,13 +137,12 @@ async def _events(updates: Updates, context: Context, event: Event, task: Task, 
             async for one in updates:
                 # The last steps may yield one preview more than requested.
                 if isinstance(one, Progress) and one.preview is not None and sent < asked.partial_images:
-                    yield await run_in_threadpool(_partial_event, f"{event}.partial_image", task, one.preview, sent, asked)
+                    yield await run_in_threadpool(partial_image_event, f"{event}.partial_image", task, one.preview, sent, asked)
                     sent += 1
                 elif isinstance(one, GeneratedImage):
-                    yield await run_in_threadpool(_completed_event, f"{event}.completed", task, one, context.model(), asked)
+                    yield await run_in_threadpool(completed_event, f"{event}.completed", task, one, context.model(), asked)
     except Exception as error:
-        known = known_error(error, f"The stream of events of an {event}")
-        yield sse.event("error", {"type": "error", **_error_body(known.status, known.type, known.message, _param(known))})
+        yield error_event(known_error(error, f"The stream of events of an {event}"))
 
 
 def _steps_between(partial_images: int, task: Task) -> int:
@@ -161,64 +153,3 @@ def _steps_between(partial_images: int, task: Task) -> int:
     if not partial_images:
         return 0
     return max(1, int(task.num_inference_steps * task.strength) // (partial_images + 1))
-
-
-def _partial_event(name: str, task: Task, preview: Image.Image, index: int, asked: OpenaiParameters) -> bytes:
-    """Encodes an image: do not call it on an event loop."""
-    content = encode_preview(preview, (task.width, task.height), asked.output_format)
-    return _event(name, task, asked, {"b64_json": as_base64(content), "partial_image_index": index})
-
-
-def _completed_event(name: str, task: Task, picture: GeneratedImage, model: ModelFolder, asked: OpenaiParameters) -> bytes:
-    """Encodes an image: do not call it on an event loop."""
-    return _event(name, task, asked, {**_described(task, picture, model, asked), "usage": _NO_USAGE})
-
-
-def _event(name: str, task: Task, asked: OpenaiParameters, data: dict[str, Any]) -> bytes:
-    return sse.event(name, {"type": name, "created_at": int(time.time()), "quality": "auto", **_look(task, asked), **data})
-
-
-# Tokens are not counted, but typed clients expect these numbers in a stream.
-_NO_USAGE = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0, "input_tokens_details": {"text_tokens": 0, "image_tokens": 0}}
-
-
-def _look(task: Task, asked: OpenaiParameters) -> dict[str, str]:
-    return {"size": f"{task.width}x{task.height}", "output_format": asked.output_format, "background": "opaque"}
-
-
-def _described(task: Task, picture: GeneratedImage, model: ModelFolder, asked: OpenaiParameters) -> dict[str, Any]:
-    """A finished image with additional fields, which OpenAI's clients keep. `safety_flagged` is null if the image was not checked."""
-    content = image_file(task, picture, model, asked.output_format, asked.output_compression)
-    dropped = {"prompt_dropped": picture.dropped_prompt, "negative_prompt_dropped": picture.dropped_negative_prompt}
-    return {
-        "b64_json": as_base64(content),
-        "seed": task.seed,
-        "safety_flagged": picture.flagged,
-        **{name: text for name, text in dropped.items() if text},
-    }
-
-
-def error_response(error: ServiceError) -> Response:
-    """An error in OpenAI's form."""
-    headers = retry_after(error)
-    if error.status >= 500 and not headers:
-        headers["x-should-retry"] = "false"  # the official clients would otherwise repeat the failing request
-    return JSONResponse(_error_body(error.status, error.type, error.message, _param(error)), error.status, headers)
-
-
-def refusal(status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> Response:
-    """The response to a request that did not reach an endpoint, in OpenAI's form, with OpenAI's code if there is one."""
-    return JSONResponse(_error_body(status, _CODES.get(kind, kind), message, None), status, headers)
-
-
-_CODES = {"unauthorized": "invalid_api_key", "rate_limited": "rate_limit_exceeded"}
-
-
-def _error_body(status: int, code: str, message: str, param: str | None) -> dict[str, Any]:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": sendable(message), "type": kind, "param": param and sendable(param), "code": code}}
-
-
-def _param(error: ServiceError) -> str | None:
-    field = error.problems[0].field
-    return field and _PARAMS.get(field, field)

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from typing_extensions import TypedDict
 
 from stable_diffusion.api.context import Context
 from stable_diffusion.api.deliver import respond
@@ -146,8 +148,24 @@ def _task(
     return by_transparency if has_its_mask(said, by_transparency) else task
 
 
+class DryRun(TypedDict):
+    """The response where nothing is generated: `dry_run` was asked for, or parts are missing."""
+
+    kind: Kind
+    parameters: Annotated[dict[str, Any], Field(description="The fields of a request that draws it again.")]
+    missing: Annotated[list[str], Field(description="Parts that drawing it needs and that were not sent.")]
+    differs: Annotated[
+        list[str],
+        Field(
+            description="What would differ, as far as it is known before drawing.",
+            examples=[["Model: v1_4 (d3f0a1b2c3), here demo (b7503e29ef)", "torch: 2.12.0, here 2.13.0"]],
+        ),
+    ]
+
+
 def _description(reproduction: Reproduction, missing: list[str], differs: list[str]) -> Response:
-    return JSONResponse({"kind": reproduction.kind, "parameters": reproduction.fields, "missing": missing, "differs": differs})
+    answer: DryRun = {"kind": reproduction.kind, "parameters": reproduction.fields, "missing": missing, "differs": differs}
+    return JSONResponse(answer)
 
 
 def _as_text(differs: list[str]) -> str:

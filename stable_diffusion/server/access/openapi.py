@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from stable_diffusion.api.dialect import dialect_of
+from stable_diffusion.api.openapi import json_content
+from stable_diffusion.api.responses import Error
 from stable_diffusion.server.access.policy import LIMITED_PATHS, PROBES
 
 SECURITY_SCHEMES: dict[str, Any] = {
@@ -13,7 +16,6 @@ SECURITY_SCHEMES: dict[str, Any] = {
 }
 # The empty entry: a server without keys needs none.
 SECURITY: list[dict[str, Any]] = [{}, *({name: []} for name in SECURITY_SCHEMES)]
-_ERROR_SCHEMAS = {"/v1/": "OpenaiError", "/sdapi/": "A1111Error", "/internal/": "A1111Error"}
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
 _RATE_LIMITED = "This caller has sent more drawing requests to this machine than its operator allows in a minute (`rate_limited`)."
 
@@ -28,8 +30,8 @@ def _with_keys(path: str, method: str, operation: Any) -> Any:
         return operation
     if path in PROBES:
         return {**operation, "security": []}
-    schema = next((name for prefix, name in _ERROR_SCHEMAS.items() if path.startswith(prefix)), "Error")
-    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+    dialect = dialect_of(path)
+    content = json_content(Error if dialect is None else dialect.ERROR)
     challenge = {"WWW-Authenticate": {"description": "Basic and Bearer.", "schema": {"type": "string"}}}
     added = {
         "401": {"description": "The server has API keys, and the request carries none of them.", "headers": challenge, "content": content}

@@ -18,7 +18,7 @@ from stable_diffusion.api import responses
 from stable_diffusion.api.a1111 import parameters as a1111_parameters
 from stable_diffusion.api.a1111 import responses as a1111_responses
 from stable_diffusion.api.openai import parameters as openai_parameters
-from stable_diffusion.api.openai import routes as openai_routes
+from stable_diffusion.api.openai import responses as openai_responses
 from stable_diffusion.api.tasks import consecutive_tasks, image_task, text_task
 from stable_diffusion.core.errors import InvalidRequest, ServiceError
 from stable_diffusion.core.requests import (
@@ -152,8 +152,8 @@ _OPENAI_FIELDS = [
 DOORS: list[Door] = [
     (of_plain_text, [name for name in ImageToImageRequest.model_fields if name != "strength"], responses.error_response),
     (of_plain_picture, list(ImageToImageRequest.model_fields), responses.error_response),
-    (of_openai, [name for name in _OPENAI_FIELDS if name != "strength"], openai_routes.error_response),
-    (of_openai_form, _OPENAI_FIELDS, openai_routes.error_response),
+    (of_openai, [name for name in _OPENAI_FIELDS if name != "strength"], openai_responses.error_response),
+    (of_openai_form, _OPENAI_FIELDS, openai_responses.error_response),
     (of_a1111_text, list(a1111_parameters.TextToImageBody.model_fields), a1111_responses.error_response),
     (of_a1111_picture, list(a1111_parameters.ImageToImageBody.model_fields), a1111_responses.error_response),
 ]
@@ -189,7 +189,7 @@ def test_a_request_is_refused_by_name_or_lies_within_the_limits_and_can_be_drawn
 
 
 def assert_within_limits(parameters: GenerationRequest, count: int) -> None:
-    """The numbers of the README."""
+    """The numbers that docs/api.md names."""
     assert len(parameters.prompt) <= 2000 * 18  # one character of a ligature may become several letters
     assert 1 <= parameters.num_inference_steps <= 150
     assert 0 <= parameters.guidance_scale <= 30

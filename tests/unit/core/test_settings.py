@@ -9,7 +9,7 @@ import pytest
 
 from stable_diffusion.core.errors import SettingError
 from stable_diffusion.core.settings import LIMIT_VARIABLES, Limits, Settings, read_limits, read_settings
-from tests.http.servers import ROOT
+from tests.pages import PAGES, ROOT
 
 FLAGS = {"SD_LOG_PROMPTS": "log_prompts", "SD_CUDA_GRAPHS": "cuda_graphs", "SD_WITHOUT_KEYS": "without_keys"}
 OTHERS = ("SD_MODEL", "SD_SAFETY", "SD_OPEN", "SD_RATE_LIMIT", *(name for name, _ in LIMIT_VARIABLES.values()))
@@ -92,10 +92,12 @@ def test_a_long_value_is_cut(name: str) -> None:
     assert len(str(refused.value)) < 250
 
 
-def test_the_readme_has_each_variable_with_its_default() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_page_has_each_variable_with_its_default() -> None:
+    page = PAGES["docs/configuration.md"]
     for field, (name, _) in LIMIT_VARIABLES.items():
-        assert f"| `{name}` | {getattr(Limits(), field):.0f} |" in readme
+        assert f"\n| `{name}` | {getattr(Limits(), field):.0f} |" in page
+    for name in (*FLAGS, *OTHERS, "SD_API_KEYS", "SD_API_KEYS_FILE"):
+        assert f"\n| `{name}` |" in page
 
 
 def test_no_other_module_has_the_name_of_a_variable() -> None:

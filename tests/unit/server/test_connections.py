@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import resource
 import socket
 import threading
@@ -20,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from stable_diffusion.server import connections
+from stable_diffusion.server import connections, half_closed
 from stable_diffusion.server.connections import Connections
 
 PICTURE = bytes(range(256)) * 2**15  # 8 MiB, more than the operating system takes for a client that does not read
@@ -34,6 +35,7 @@ class Worker:
     server: uvicorn.Server
     port: int
     cancelled: threading.Event  # the source of /endless
+    left: list[float]  # when a client of /waiting was found to have left
 
     @property
     def connections(self) -> int:
@@ -69,8 +71,10 @@ class Worker:
 def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
     for name, seconds in {"IDLE_TIMEOUT_S": 1.0, "READING_PAUSE_S": 1.0, "READING_GRACE_S": 2.0, "LOOK_EVERY_S": 0.1}.items():
         monkeypatch.setattr(connections, name, seconds)
+    monkeypatch.setattr(half_closed, "PATIENCE_S", 0.5)
 
     cancelled = threading.Event()
+    left: list[float] = []
 
     async def picture(request: Request) -> Response:
         return Response(PICTURE)
@@ -81,6 +85,15 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
     async def slow(request: Request) -> Response:
         await asyncio.sleep(3)
         return Response(b"drawn")
+
+    async def waiting(request: Request) -> Response:
+        while (await request.receive())["type"] != "http.disconnect":
+            continue
+        left.append(time.monotonic())
+        return Response()
+
+    async def length(request: Request) -> Response:
+        return Response(str(len(await request.body())).encode())
 
     async def endless(request: Request) -> Response:
         async def events() -> AsyncIterator[bytes]:
@@ -94,13 +107,14 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
         return StreamingResponse(events())
 
     routes = [Route("/picture", picture), Route("/tail", tail), Route("/slow", slow), Route("/endless", endless)]
+    routes += [Route("/waiting", waiting), Route("/length", length, methods=["POST"])]
     app = Starlette(routes=routes, middleware=[Middleware(Connections)])
     with socket.socket() as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * len(TAIL))
         listening.bind(("127.0.0.1", 0))
         listening.listen(128)
         server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None))
-        there = Worker(server, listening.getsockname()[1], cancelled)
+        there = Worker(server, listening.getsockname()[1], cancelled, left)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
@@ -258,6 +272,99 @@ def test_clients_that_do_not_read_do_not_hold_a_worker_that_stops(worker: Worker
         worker.seconds_until_connections(3)
         worker.server.should_exit = True
         worker.seconds_until_connections(0)
+
+
+def half_closed_answer(worker: Worker, sent: bytes, read_buffer_bytes: int | None = None) -> bytes:
+    """All that comes to a client that closes its side once it has sent `sent`, without the interim responses."""
+    with worker.connect(read_buffer_bytes=read_buffer_bytes) as client:
+        client.sendall(sent)
+        client.shutdown(socket.SHUT_WR)
+        return everything(client).replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
+
+
+def get(path: str, version: str = "1.1") -> bytes:
+    return f"GET {path} HTTP/{version}\r\nHost: x\r\n\r\n".encode()
+
+
+def test_a_client_that_closes_its_side_gets_its_answer(worker: Worker) -> None:
+    assert half_closed_answer(worker, get("/nothing")).startswith(b"HTTP/1.1 404 ")
+    assert half_closed_answer(worker, get("/slow")).endswith(b"drawn")
+    assert half_closed_answer(worker, get("/picture"), read_buffer_bytes=4096).endswith(PICTURE)
+    body = b"x" * 300_000  # more than uvicorn reads ahead
+    sent = b"POST /length HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    assert half_closed_answer(worker, sent).endswith(b"\r\n300000")
+    worker.seconds_until_connections(0, timeout_s=1)
+
+
+def test_a_client_that_closes_its_side_gets_all_its_answers(worker: Worker) -> None:
+    """Requests that came together, and one of which half came."""
+    answers = half_closed_answer(worker, get("/slow") + get("/nothing") + get("/slow"))
+    assert [answers.count(one) for one in (b"drawn", b"HTTP/1.1 404 ")] == [2, 1]
+    unfinished = b"POST /length HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n12345"
+    answers = half_closed_answer(worker, get("/slow") + unfinished)
+    assert answers.count(b"HTTP/1.1 ") == 1
+    assert answers.endswith(b"drawn")
+
+
+def test_who_waits_in_half_a_connection_is_asked_in_a_way_that_clients_understand(worker: Worker) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", worker.port, timeout=20)
+    connection.request("GET", "/slow")
+    connection.sock.shutdown(socket.SHUT_WR)
+    answer = connection.getresponse()
+    assert (answer.status, answer.read()) == (200, b"drawn")
+    connection.close()
+
+
+def test_a_client_of_http_1_0_that_closes_its_side_gets_an_answer_that_begins_soon(worker: Worker) -> None:
+    assert half_closed_answer(worker, get("/nothing", "1.0")).startswith(b"HTTP/1.1 404 ")
+    with worker.connect() as client:
+        client.sendall(get("/slow", "1.0"))
+        client.shutdown(socket.SHUT_WR)
+        assert everything(client) == b"", "no interim response, of which it would know nothing"
+
+
+@pytest.mark.parametrize("version", ["1.1", "1.0"])
+def test_a_client_that_leaves_is_noticed_although_it_may_only_have_closed_its_side(worker: Worker, version: str) -> None:
+    with worker.connect() as client:
+        client.sendall(get("/waiting", version))
+        worker.seconds_until_connections(1)
+        time.sleep(0.2)
+    began = time.monotonic()
+    worker.seconds_until_connections(0)
+    while not worker.left:
+        assert time.monotonic() - began < 5
+        time.sleep(0.01)
+    assert worker.left[0] - began < 2
+
+
+def test_a_client_that_leaves_after_it_closed_its_side_is_noticed(worker: Worker) -> None:
+    with worker.connect() as client:
+        client.sendall(get("/waiting"))
+        client.shutdown(socket.SHUT_WR)
+        time.sleep(1)
+        assert (worker.left, worker.connections) == ([], 1)
+    assert worker.seconds_until_connections(0) < 5
+
+
+def test_events_to_who_closed_its_side_and_left_end(worker: Worker) -> None:
+    with worker.connect() as client:
+        client.sendall(get("/endless"))
+        client.shutdown(socket.SHUT_WR)
+        assert len(client.recv(2**16)) > 0
+        assert not worker.cancelled.wait(0.5)
+    assert worker.cancelled.wait(10)
+    worker.seconds_until_connections(0)
+
+
+def test_a_client_that_closes_its_side_of_an_idle_connection_or_in_a_request_has_left(worker: Worker) -> None:
+    for sent in (b"", b"GET /pic", b"POST /length HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n12345"):
+        assert half_closed_answer(worker, sent) == b""
+    with worker.connect() as client:
+        client.sendall(get("/nothing").replace(b"GET", b"HEAD"))
+        assert client.recv(4096).startswith(b"HTTP/1.1 404")
+        client.shutdown(socket.SHUT_WR)
+        assert everything(client) == b""
+    worker.seconds_until_connections(0, timeout_s=1)
 
 
 def test_connections_inherit_the_questions_of_the_operating_system(worker: Worker) -> None:

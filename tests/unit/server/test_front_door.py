@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import httpx
 import pytest
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what BentoML is made of, while it is loaded
@@ -47,13 +52,20 @@ def status_of(method: str, site: str | None, origin: str = "https://friend.examp
     return answer_to(method, headers).status_code
 
 
-def answer_to(method: str, headers: dict[str, str], access: Access = EVERYBODY, path: str = "/txt2img") -> httpx.Response:
+def answer_to(
+    method: str,
+    headers: dict[str, str],
+    access: Access = EVERYBODY,
+    path: str = "/txt2img",
+    content: bytes | None = None,
+    inner: ASGIApp = REACHED,
+) -> httpx.Response:
     pages = dict.fromkeys(("/", "/docs.json", "/readyz", "/metrics"), REACHED)
-    app = FrontDoor(REACHED, [Route("/txt2img", REACHED, methods=["GET", "POST"])], pages, lambda: access)
+    app = FrontDoor(inner, [Route("/txt2img", REACHED, methods=["GET", "POST"])], pages, lambda: access)
 
     async def ask() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
-            return await client.request(method, path, headers=headers)
+            return await client.request(method, path, headers=headers, content=content)
 
     return asyncio.run(ask())
 
@@ -159,6 +171,80 @@ def test_more_drawing_requests_than_allowed_are_refused_with_the_time_to_wait_an
     assert [answer.status_code for answer in answers] == [200, 200, 429]
     assert answers[2].json()["error"]["type"] == "rate_limited"
     assert answers[2].headers["retry-after"] == "30"
+
+
+PRIVATE = {**PREFLIGHT, "Access-Control-Request-Private-Network": "true"}
+
+
+def behind_bentomls_cors() -> ASGIApp:
+    return CORSMiddleware(REACHED, **BentoMLContainer.access_control_options.get(), allow_methods=["GET", "POST"])
+
+
+@pytest.mark.usefixtures("cors")
+def test_a_preflight_for_a_private_network_passes_where_cors_allows_the_origin() -> None:
+    answer = answer_to("OPTIONS", PRIVATE, keyed(), inner=behind_bentomls_cors())
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "https://friend.example")
+    assert answer.headers["access-control-allow-private-network"] == "true"
+
+
+@pytest.mark.usefixtures("cors")
+def test_a_preflight_for_a_private_network_passes_nowhere_else() -> None:
+    for changes in ({"Origin": "https://other.example"}, {"Origin": "null"}, {"Origin": "https://friend.example.other.example"}):
+        answer = answer_to("OPTIONS", {**PRIVATE, **changes}, keyed(), inner=behind_bentomls_cors())
+        assert answer.status_code == 400
+        assert not {"access-control-allow-origin", "access-control-allow-private-network"} & set(answer.headers)
+    assert "access-control-allow-private-network" not in answer_to("OPTIONS", PREFLIGHT, inner=behind_bentomls_cors()).headers
+    not_allowed = {**PRIVATE, "Access-Control-Request-Method": "DELETE"}
+    assert answer_to("OPTIONS", not_allowed, inner=behind_bentomls_cors()).status_code == 400
+
+
+def test_without_cors_a_preflight_for_a_private_network_is_not_answered() -> None:
+    assert answer_to("OPTIONS", PRIVATE, keyed()).status_code == 401
+    assert "access-control-allow-private-network" not in answer_to("OPTIONS", PRIVATE).headers
+
+
+async def _say_what_came(scope: Scope, receive: Receive, send: Send) -> None:
+    request = Request(scope, receive)
+    seen = sorted({"content-encoding", "content-length"} & set(request.headers))
+    await PlainTextResponse(f"{(await request.body()).decode()} {seen}")(scope, receive, send)
+
+
+@pytest.mark.parametrize(
+    ("coding", "compress"),
+    [
+        ("gzip", gzip.compress),
+        ("x-gzip", gzip.compress),
+        ("GZIP", gzip.compress),
+        ("deflate", zlib.compress),
+        ("identity, gzip", gzip.compress),
+    ],
+)
+def test_a_compressed_body_is_decompressed_for_what_lies_behind(coding: str, compress: Callable[[bytes], bytes]) -> None:
+    answer = answer_to("POST", {"Content-Encoding": coding}, content=compress(b"hello"), inner=_say_what_came)
+    assert answer.text == "hello []"
+
+
+@pytest.mark.parametrize("coding", ["br", "zstd", "compress", "gzip, gzip", "gzip, br", "gzip;q=1", "x" * 500])
+def test_a_body_in_another_coding_is_refused_by_name_and_is_told_which_are_read(coding: str) -> None:
+    answer = answer_to("POST", {"Content-Encoding": coding}, content=b"x", inner=_say_what_came)
+    assert (answer.status_code, answer.headers["accept-encoding"]) == (415, "gzip, deflate")
+    assert answer.json()["error"]["type"] == "unsupported_media_type"
+    assert answer.json()["error"]["message"] == f"Content-Encoding must be one of gzip, deflate, or be left out, not {coding[:60]}"
+
+
+def test_a_refused_coding_costs_no_request_of_the_rate_and_needs_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SD_SHARED_FOLDER", str(tmp_path / "shared"))
+    name_shared_folder()
+    limited, headers = keyed(requests_per_minute=1), {"X-API-Key": KEY, "Content-Encoding": "br"}
+    assert answer_to("POST", {"Content-Encoding": "br"}, limited).status_code == 401
+    assert [answer_to("POST", headers, limited).status_code for _ in range(3)] == [415] * 3
+    assert answer_to("POST", {"X-API-Key": KEY}, limited).status_code == 200
+
+
+def test_a_request_of_two_lengths_is_refused_and_its_connection_ends() -> None:
+    answer = answer_to("POST", {"Content-Length": "5", "Transfer-Encoding": "chunked"}, keyed())
+    assert (answer.status_code, answer.headers["connection"]) == (400, "close")
+    assert answer.json()["error"]["message"] == "a request has Content-Length or Transfer-Encoding, not both"
 
 
 def test_the_host_is_the_one_of_the_command_line_or_of_bentomls_configuration() -> None:

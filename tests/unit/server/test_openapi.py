@@ -2,18 +2,91 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
+import jsonschema  # type: ignore[import-untyped]
+import pytest
 from openapi_spec_validator import validate
+from PIL import Image
 
-from stable_diffusion.api.openai.parameters import parse_generation
+from stable_diffusion.api import responses
+from stable_diffusion.api.dialect import dialect_of
+from stable_diffusion.api.openai import responses as openai
+from stable_diffusion.api.openai.parameters import OpenaiParameters, parse_generation
+from stable_diffusion.core.errors import GenerationFailed
 from stable_diffusion.core.requests import ImageToImageRequest, TextToImageRequest, parse_image_to_image, parse_text_to_image
+from stable_diffusion.core.types import GeneratedImage, Progress
+from stable_diffusion.models.folder import DEMO_FOLDER, check_model
 from stable_diffusion.server.openapi import document
 from stable_diffusion.server.pages import PAGE
+from tests.tasks import make_task
+
+MODEL = check_model(DEMO_FOLDER)
+PICTURE = GeneratedImage(Image.new("RGB", (64, 64)), False, "the end", "its end", decoded_again=True)
+PREVIEW = Image.new("RGB", (8, 8))
 
 
-def test_the_document_is_valid_openapi() -> None:
-    validate(document("stable_diffusion_fp32", "1.0.0"))
+def hold_against(made: dict[str, Any], schema: dict[str, Any], value: Any) -> None:
+    jsonschema.validate(value, {**schema, "components": made["components"]})
+
+
+def test_the_document_is_valid_openapi_and_its_components_have_short_names() -> None:
+    made = document("stable_diffusion_fp32", "1.0.0")
+    validate(made)
+    assert all(name.isalnum() for name in made["components"]["schemas"]), "two models have the same name"
+
+
+@pytest.mark.parametrize("path", ["/txt2img", "/jobs/{job_id}", "/v1/models", "/sdapi/v1/samplers", "/internal/ping"])
+def test_what_the_front_door_refuses_has_the_documented_form(path: str) -> None:
+    made = document("name", "1")
+    refusal = (dialect_of(path) or responses).refusal(401, "unauthorized", "an API key is needed")
+    (operation,) = (operation for method, operation in made["paths"][path].items() if method in ("get", "post"))
+    schema = operation["responses"]["401"]["content"]["application/json"]["schema"]
+    hold_against(made, schema, json.loads(bytes(refusal.body)))
+    with pytest.raises(jsonschema.ValidationError):
+        hold_against(made, schema, {})
+
+
+def events_of_a_picture() -> list[bytes]:
+    progress = Progress(position=1, step=0, steps=8, seconds_left=1.5)
+    return [
+        responses.progress_event(progress),
+        responses.progress_event(Progress(position=0, step=1, steps=8, seconds_left=0)),
+        responses.preview_event(1, PREVIEW, make_task()),
+        responses.completed_event(make_task(), PICTURE, MODEL, "png", {"differs": "nothing"}),
+        responses.error_event(GenerationFailed("not enough memory"), "A test"),
+    ]
+
+
+def events_of_an_openai_image() -> list[bytes]:
+    asked = OpenaiParameters.model_validate({"stream": True})
+    return [
+        openai.partial_image_event("image_generation.partial_image", make_task(), PREVIEW, 0, asked),
+        openai.completed_event("image_generation.completed", make_task(), PICTURE, MODEL, asked),
+        openai.error_event(GenerationFailed("not enough memory")),
+    ]
+
+
+def test_events_are_as_documented() -> None:
+    made = document("name", "1")
+    sent_by_path = {"/txt2img": events_of_a_picture(), "/v1/images/generations": events_of_an_openai_image()}
+    for path, sent in sent_by_path.items():
+        kinds = made["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]["oneOf"]
+        schemas = {kind["properties"]["event"]["const"]: kind["properties"]["data"]["contentSchema"] for kind in kinds}
+        told = [re.fullmatch(r"event: (.+)\ndata: (.+)\n\n", event.decode()) for event in sent]
+        assert [event[1] for event in told if event] == list(schemas)
+        for event in told:
+            assert event
+            hold_against(made, schemas[event[1]], json.loads(event[2]))
+            with pytest.raises(jsonschema.ValidationError):
+                hold_against(made, schemas[event[1]], {})
+
+
+def test_every_header_of_a_picture_is_documented() -> None:
+    documented = document("name", "1")["paths"]["/img2img"]["post"]["responses"]["200"]["headers"]
+    assert documented.keys() - {"Job-Id"} == responses.parameter_headers(make_task(kind="img2img"), PICTURE, MODEL).keys()
 
 
 def test_every_field_is_described_with_its_limits() -> None:

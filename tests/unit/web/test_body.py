@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.types import Message
 
 from stable_diffusion.api.a1111 import responses as a1111_responses
-from stable_diffusion.api.openai import routes as openai_routes
+from stable_diffusion.api.openai import responses as openai_responses
 from stable_diffusion.api.responses import error_response, with_error_responses
 from stable_diffusion.core.errors import RequestTimeout, ServiceError
 from stable_diffusion.web import body
@@ -85,7 +85,7 @@ def test_each_door_answers_a_slow_body_with_408_in_its_form_and_closes() -> None
 
     doors: dict[bytes, Callable[[ServiceError], Response]] = {
         b'"type":"request_timeout"': error_response,
-        b'"code":"request_timeout"': openai_routes.error_response,
+        b'"code":"request_timeout"': openai_responses.error_response,
         b'"error": "RequestTimeout"': a1111_responses.error_response,
     }
 

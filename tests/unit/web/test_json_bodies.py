@@ -52,3 +52,28 @@ def test_lists_within_lists_are_looked_at_however_deep_they_are() -> None:
     depth = 500
     with pytest.raises(InvalidRequest, match="^deep: NaN is not"):
         parse_json('{"deep": ' + "[" * depth + "NaN" + "]" * depth + "}", "body")
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("body", [BOM + b'{"prompt": "x"}', BOM + b' \r\n{"prompt": "x"}', "\ufeff" + '{"prompt": "x"}'], ids=repr)
+def test_a_byte_order_mark_is_no_part_of_the_document(body: bytes | str) -> None:
+    assert parse_json(body, "body") == {"prompt": "x"}
+
+
+@pytest.mark.parametrize("body", [BOM + BOM + b'{"prompt": "x"}', b'{"prompt": "x"}' + BOM, b"{" + BOM + b'"prompt": "x"}', BOM], ids=repr)
+def test_only_one_and_only_at_the_begin(body: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="^body: not valid JSON"):
+        parse_json(body, "body")
+
+
+def test_a_mark_within_a_text_is_kept() -> None:
+    assert parse_json(BOM + b'{"prompt": "' + BOM + b'x"}', "body") == {"prompt": "\ufeffx"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_another_encoding_is_refused_by_name(encoding: str) -> None:
+    """RFC 8259, 8.1: it is UTF-8."""
+    with pytest.raises(InvalidRequest, match="^body: not"):
+        parse_json('{"prompt": "\u00e9"}'.encode(encoding), "body")

@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
 from stable_diffusion.api.context import Context
-from stable_diffusion.api.openai import routes as openai_routes
+from stable_diffusion.api.openai import responses as openai_responses
 from stable_diffusion.api.openai.routes import make_routes
 from stable_diffusion.core.errors import GenerationFailed, QueueFull
 from stable_diffusion.core.shutdown import Unfinished
@@ -116,7 +116,7 @@ def test_pictures_are_encoded_and_written_beside_the_event_loop(monkeypatch: pyt
         written.append(str(Image.open(io.BytesIO(content)).size))
         return "picture"
 
-    monkeypatch.setattr(openai_routes, "as_base64", as_base64)
+    monkeypatch.setattr(openai_responses, "as_base64", as_base64)
     answer = client_of(drawn, []).images.generate(prompt="a red circle", n=2)
     assert answer.data
     assert [one.b64_json for one in answer.data] == ["picture"] * 2

@@ -1,0 +1,159 @@
+"""The responses of /status and /capabilities: their fields, and how they are filled."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeInt
+from typing_extensions import TypedDict
+
+from stable_diffusion import __version__
+from stable_diffusion.api.tasks import kinds_of
+from stable_diffusion.api.times import Time, time_at
+from stable_diffusion.core.requests import MAX_IMAGES, MAX_PIXEL_STEPS, ImageToImageRequest
+from stable_diffusion.core.safety import SafetyPolicy
+from stable_diffusion.core.schedulers import SCHEDULERS
+from stable_diffusion.core.types import ImageFormat, Kind
+from stable_diffusion.images.decode import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MAX_UPLOAD_SIDE
+from stable_diffusion.images.encode import MEDIA_TYPES
+from stable_diffusion.models.folder import ModelFolder
+from stable_diffusion.runner.readiness import NOT_ANSWERING, stage_of
+from stable_diffusion.state.runner_status import STAGES, RunnerState, Stage
+
+# JSON Schema's names for the limits of a field.
+_LIMITS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "default")
+
+
+class ServedModel(TypedDict):
+    name: str
+    hash: str
+    is_demo: bool
+
+
+class BatchLimit(TypedDict):
+    width: NonNegativeInt
+    height: NonNegativeInt
+    pictures: NonNegativeInt
+    reason: str
+
+
+class RunnerStatus(TypedDict):
+    index: NonNegativeInt
+    stage: Stage
+    since: Annotated[Time, Field(description="When the stage began.")]
+    uptime_s: float
+    precision: Annotated[str, Field(description="The one that was asked for.")]
+    device: Annotated[str | None, Field(description="null until the weights are loaded.")]
+    dtype: Annotated[str | None, Field(description="What is computed in; null until the weights are loaded.")]
+    caps: Annotated[list[BatchLimit], Field(description="How many pictures may share a step, and why. The native size comes first.")]
+    versions: dict[str, str]
+
+
+class Status(TypedDict):
+    ready: Annotated[bool, Field(description="Whether a picture can be drawn now, as /readyz says.")]
+    stage: Annotated[str, Field(description="Of the runner that is furthest.", json_schema_extra={"enum": [*STAGES, NOT_ANSWERING]})]
+    model: ServedModel
+    version: Annotated[str, Field(description="Of this service's API.")]
+    runners: Annotated[list[RunnerStatus], Field(description="The model processes. One that has just been started may not be listed yet.")]
+
+
+class Size(TypedDict):
+    width: NonNegativeInt
+    height: NonNegativeInt
+
+
+class UploadLimits(TypedDict):
+    max_bytes: NonNegativeInt
+    max_pixels: NonNegativeInt
+    max_side: NonNegativeInt
+
+
+class Safety(TypedDict):
+    policy: Annotated[
+        SafetyPolicy,
+        Field(
+            description="always: every picture is checked. default-on: those whose request does not say safety_check: false. "
+            "off: those whose request says safety_check: true."
+        ),
+    ]
+    has_checker: Annotated[bool, Field(description="Whether the model has a safety checker.")]
+
+
+class Scheduler(TypedDict):
+    scheduler: Annotated[str, Field(json_schema_extra={"enum": list(SCHEDULERS)})]
+    names: list[str]
+
+
+class Capabilities(TypedDict):
+    model: str
+    kinds: list[Kind]
+    native_size: Size
+    fields: Annotated[
+        dict[str, dict[str, Any]],
+        Field(description="The limits and the default of each field that has them, in the words of JSON Schema."),
+    ]
+    upload: UploadLimits
+    max_images: Annotated[NonNegativeInt, Field(description="Of one request, where a request may ask for several.")]
+    max_pixel_steps: Annotated[
+        NonNegativeInt, Field(description="Of one request: width x height x num_inference_steps, summed over its pictures.")
+    ]
+    safety: Safety
+    schedulers: Annotated[
+        list[Scheduler], Field(description="Noise schedulers: what answers call them, and the names that requests may use as well.")
+    ]
+    default_scheduler: str
+    output_formats: list[ImageFormat]
+    previews: bool
+
+
+def status_response(model: ModelFolder, runners: list[RunnerState], ready: bool) -> Status:
+    return {
+        "ready": ready,
+        "stage": stage_of(runners, ready=ready),
+        "model": {"name": model.name, "hash": model.hash, "is_demo": model.is_demo},
+        "version": __version__,
+        "runners": [_runner(runner) for runner in runners],
+    }
+
+
+def _runner(runner: RunnerState) -> RunnerStatus:
+    placement = runner.placement
+    return {
+        "index": runner.index or 0,  # published runners have one
+        "stage": runner.stage,
+        "since": time_at(runner.since_s),
+        "uptime_s": round(time.time() - runner.started_s, 1),
+        "precision": runner.precision,
+        "device": None if placement is None else placement.device,
+        "dtype": None if placement is None else placement.dtype,
+        "caps": [
+            {"width": batch_limit.width, "height": batch_limit.height, "pictures": batch_limit.pictures, "reason": batch_limit.reason}
+            for batch_limit in runner.batch_limits
+        ],
+        "versions": {} if placement is None else placement.versions,
+    }
+
+
+def capabilities_response(model: ModelFolder, policy: SafetyPolicy) -> Capabilities:
+    fields = ImageToImageRequest.model_json_schema()["properties"]
+    return {
+        "model": model.name,
+        "kinds": list(kinds_of(model)),
+        "native_size": {"width": model.native_width, "height": model.native_height},
+        "fields": {name: limits for name, field in fields.items() if (limits := _limits(field))},
+        "upload": {"max_bytes": MAX_UPLOAD_BYTES, "max_pixels": MAX_UPLOAD_PIXELS, "max_side": MAX_UPLOAD_SIDE},
+        "max_images": MAX_IMAGES,
+        "max_pixel_steps": MAX_PIXEL_STEPS,
+        "safety": {"policy": policy, "has_checker": model.has_safety_checker},
+        "schedulers": [{"scheduler": scheduler, "names": list(names)} for scheduler, names in SCHEDULERS.items()],
+        "default_scheduler": model.scheduler,
+        "output_formats": list(MEDIA_TYPES),
+        "previews": "preview_every_steps" in fields,
+    }
+
+
+def _limits(field: dict[str, Any]) -> dict[str, Any]:
+    """The limits of a field; for a field that may be null, those of its value."""
+    value: dict[str, Any] = next((one for one in field.get("anyOf", ()) if one.get("type") != "null"), {})
+    return {name: limit for name, limit in {**value, **field}.items() if name in _LIMITS}

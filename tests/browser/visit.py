@@ -1,0 +1,85 @@
+"""A visit to the page at /ui: Debian's Chromium, driven by Playwright, against a started server."""
+
+from __future__ import annotations
+
+import base64
+import io
+import shutil
+from dataclasses import dataclass, field
+
+from PIL import Image
+from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, Request, expect
+
+from tests.http.servers import Server
+
+CHROMIUM = shutil.which("chromium")
+# A container's root has no sandbox; the rest keeps the browser from asking the internet anything.
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@dataclass
+class Visit:
+    """A page of a browser's user of its own, and what went on below it."""
+
+    server: Server
+    context: BrowserContext
+    page: Page
+    asked: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+
+    def begin(self) -> None:
+        self.page.on("request", self._note_request)
+        self.page.on("console", self._note_console)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.open()
+
+    def open(self) -> None:
+        self.page.goto(f"{self.server.url}/ui")
+        expect(self.draw).to_be_enabled()
+
+    def _note_request(self, request: Request) -> None:
+        self.asked.append(request.url)
+
+    def _note_console(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.complaints.append(message.text)
+
+    def control(self, name: str) -> Locator:
+        return self.page.locator(f"#{name}")
+
+    @property
+    def draw(self) -> Locator:
+        return self.control("draw")
+
+    def fill(self, **values: object) -> None:
+        for name, value in values.items():
+            self.control(name).fill(str(value))
+
+    def pictures(self, count: int = 1) -> list[Image.Image]:
+        """As the browser has decoded them, when all are there."""
+        expect(self.page.locator("#cards figcaption")).to_have_count(count, timeout=60_000)
+        expect(self.draw).to_be_visible()
+        shown = self.page.locator("#cards img").all()
+        return [decoded(image) for image in shown]
+
+
+def decoded(image: Locator) -> Image.Image:
+    """What an <img> shows."""
+    url = image.evaluate(
+        """async (image) => {
+             await image.decode();
+             const canvas = document.createElement("canvas");
+             [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+             canvas.getContext("2d").drawImage(image, 0, 0);
+             return canvas.toDataURL("image/png");
+           }"""
+    )
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).convert("RGB")

@@ -1,0 +1,38 @@
+"""What `make serve` says to try is an address that curl takes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.http.servers import free_port
+
+ROOT = Path(__file__).parents[2]
+REFUSED = 7  # curl's exit status when nobody listens; 3 is an address that it cannot read
+
+
+@pytest.mark.parametrize(
+    ("host", "written"),
+    [
+        ("::1", "[::1]"),
+        ("::", "[::]"),
+        ("::ffff:127.0.0.1", "[::ffff:127.0.0.1]"),
+        ("2001:db8::1", "[2001:db8::1]"),
+        ("127.0.0.1", "127.0.0.1"),
+        ("localhost", "localhost"),
+    ],
+)
+def test_the_address_that_is_printed_can_be_asked(host: str, written: str) -> None:
+    port = free_port()
+    command = ["make", "--dry-run", "serve", f"HOST={host}", f"PORT={port}"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    addresses = re.findall(r"http://[^\s']+", printed)
+    assert addresses == [f"http://{written}:{port}/txt2img", f"http://{written}:{port}/ui"]
+    assert urlsplit(addresses[0]).hostname == host
+    assert f"--host {host} --port {port}" in printed
+    if host != "2001:db8::1":  # no address of this machine
+        assert subprocess.run(["curl", "--silent", "--max-time", "5", addresses[0]], check=False).returncode == REFUSED
