@@ -92,6 +92,11 @@ class ModelNotFound(NotFound):
     type = "model_not_found"
 
 
+class LoraNotFound(ServiceError):
+    status = 422
+    type = "lora_not_found"
+
+
 class Unauthorized(ServiceError):
     status = 401
     type = "unauthorized"

@@ -24,7 +24,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from stable_diffusion.core.errors import GenerationFailed, InvalidRequest
-from stable_diffusion.core.prompt_syntax import Emphasis, composed, emphasized, scheduled
+from stable_diffusion.core.prompt_syntax import Emphasis, composed, emphasized, scheduled, without_lora_tags
 from stable_diffusion.core.requests import MAX_PROMPT_CHUNKS
 from stable_diffusion.core.schedulers import KARRAS
 from stable_diffusion.core.types import GeneratedImage, Task
@@ -194,7 +194,7 @@ class Denoiser:
                 return ((steps, Text(((Emphasis(prompt, 1.0),),), task.clip_skip, tuple(of_text))),)
             return tuple((last, Text(emphasized(text), task.clip_skip, tuple(of_text))) for last, text in scheduled(prompt, steps))
 
-        parts = ((task.prompt, 1.0),) if task.prompt_syntax == "plain" else composed(task.prompt)
+        parts = ((task.prompt, 1.0),) if task.prompt_syntax == "plain" else composed(without_lora_tags(task.prompt)[0])
         rows = tuple(schedule_of(text) for text, _ in parts)
         negative = schedule_of(task.negative_prompt)
         latents.conditioning = Conditioning((negative, *rows), tuple(weight for _, weight in parts))

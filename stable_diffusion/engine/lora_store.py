@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 from stable_diffusion.core.errors import InvalidRequest
+from stable_diffusion.core.requests import MAX_LORA_BYTES
 from stable_diffusion.core.types import LoraChoice
 from stable_diffusion.engine.adapters import Lora, LowRank
 from stable_diffusion.models.lora_names import Component
@@ -23,7 +24,6 @@ from stable_diffusion.models.loras import LayerChange, LoraFile, Loras
 
 logger = logging.getLogger("stable_diffusion")
 
-MAX_BYTES = 2**30  # of all adapters on the device
 _REMEMBERED_FAILURES = 64
 _BYTES_A_TURN = 8 * 2**20  # converted between two steps: some milliseconds
 
@@ -45,7 +45,7 @@ class _Loading:
 class LoraStore:
     """Adapters by name and hash. Use it on the engine's thread."""
 
-    def __init__(self, look: Callable[[], Loras], device: torch.device, dtype: torch.dtype, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, look: Callable[[], Loras], device: torch.device, dtype: torch.dtype, max_bytes: int = MAX_LORA_BYTES) -> None:
         """`look` returns the files that there are."""
         self._look = look
         self._device = device

@@ -48,6 +48,7 @@ class ModelFolder:
     only_inpaints: bool  # its UNet has 9 input channels and needs a mask
     has_safety_checker: bool
     variant: str | None  # "fp16" if the folder has only half-precision files, named as on the hub
+    text_layers: int  # of the text encoder
     loras: Path  # the folder of LoRAs, which need not exist
     embeddings: Path  # the folder of textual inversions, which need not exist
 
@@ -170,9 +171,18 @@ def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False)
         only_inpaints=channels == 9,
         has_safety_checker=has_checker,
         variant=variants.pop(),
+        text_layers=_text_layers(folder),
         loras=folder.parent / "loras",
         embeddings=folder.parent / "embeddings",
     )
+
+
+def _text_layers(folder: Path) -> int:
+    file = folder / "text_encoder" / "config.json"
+    layers = _read_json(file, "the text encoder's configuration").get("num_hidden_layers")
+    if not isinstance(layers, int) or layers < 1:
+        raise ModelFolderError(f"{file}: num_hidden_layers is {layers}, expected a number of layers")
+    return layers
 
 
 def _refuse_pickles(folder: Path) -> None:

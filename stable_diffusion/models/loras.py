@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stable_diffusion.core.errors import ModelFolderError
+from stable_diffusion.core.errors import LoraNotFound, ModelFolderError
 from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.models.lora_names import Component, Layer, Part, UNetShape, kind_of_other, layers_by_name, split
 from stable_diffusion.models.safetensors import check_safetensors, read_metadata, read_tensor_list
@@ -21,6 +21,7 @@ MAX_FILE_BYTES = 2**30
 _HASH_DIGITS = 12  # as A1111 writes them
 _PICKLES = (".pt", ".bin", ".ckpt", ".pth", ".pkl")
 _MAX_RANK = 1024
+_MAX_LISTED = 30
 
 
 class LoraError(ValueError):
@@ -64,6 +65,17 @@ class Loras:
 
     files: Mapping[str, LoraFile]
     refused: Mapping[str, str]
+
+    def named(self, name: str) -> LoraFile:
+        """The file of this name or alias. Raises LoraNotFound, which lists the names or says why a file is refused."""
+        found = self.files.get(name) or next((file for file in self.files.values() if file.alias == name), None)
+        if found is not None:
+            return found
+        if (reason := self.refused.get(f"{name}.safetensors")) is not None:
+            raise LoraNotFound(f"loras: {name[:60]!r} cannot be used: {reason}", field="loras")
+        names = ", ".join(list(self.files)[:_MAX_LISTED]) or "there are none"
+        more = f" and {len(self.files) - _MAX_LISTED} more" if len(self.files) > _MAX_LISTED else ""
+        raise LoraNotFound(f"loras: there is no LoRA {name[:60]!r} here, this server has: {names}{more}", field="loras")
 
 
 class LoraFolder:

@@ -31,7 +31,6 @@ from stable_diffusion.api.tasks import consecutive_tasks, image_task, text_task,
 from stable_diffusion.core.errors import InvalidRequest, ModelNotFound
 from stable_diffusion.core.types import GeneratedImage, Progress, Task
 from stable_diffusion.images.decode import read_image, read_transparency_as_mask
-from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.runner.client import Updates, begin, generate_all
 from stable_diffusion.web.body import file_part, opened_form, read_json_body, within_upload_budget
 from stable_diffusion.web.decode_queue import decoded
@@ -45,8 +44,9 @@ def make_routes(context: Context) -> list[Route]:
     async def generations(request: Request) -> Response:
         with within_upload_budget(request, context.uploads) as uploading:
             asked, parameters = parse_generation(await read_json_body(uploading))
-        model = _served(context, asked)
-        return await _respond(request, context, "image_generation", text_task(parameters, model, context.policy()), asked)
+        _require_served(context, asked)
+        task = await run_in_threadpool(text_task, parameters, context.served())
+        return await _respond(request, context, "image_generation", task, asked)
 
     async def edits(request: Request) -> Response:
         return await _respond(request, context, "image_edit", *await _read_edit_task(request, context))
@@ -66,12 +66,12 @@ async def _read_edit_task(request: Request, context: Context) -> tuple[Task, Ope
     with within_upload_budget(request, context.uploads) as uploading:
         texts, content, mask_content = await _read_edit(uploading)
         asked, parameters = parse_edit(read_texts(texts))
-        model = _served(context, asked)
+        _require_served(context, asked)
 
         def work() -> Task:
             picture = read_image(content, "image")
             mask = None if mask_content is None else _mask_for(picture, mask_content)
-            return image_task(parameters, model, context.policy(), picture, mask)
+            return image_task(parameters, context.served(), picture, mask)
 
         return await decoded(request, context.decoding, work), asked
 
@@ -111,11 +111,10 @@ def _mask_for(picture: Image.Image, content: bytes) -> Image.Image:
     return mask
 
 
-def _served(context: Context, asked: OpenaiParameters) -> ModelFolder:
+def _require_served(context: Context, asked: OpenaiParameters) -> None:
     model = context.model()
     if asked.model and asked.model != model.name:
         raise ModelNotFound(f"model: there is no {asked.model[:60]!r} here, this server has {model.name!r}", field="model")
-    return model
 
 
 async def _respond(request: Request, context: Context, event: Event, task: Task, asked: OpenaiParameters) -> Response:
