@@ -176,6 +176,16 @@ _MEANINGS = {
         "The model to serve. By default the weights in `models/`; without weights the demo model, except in a bento, which then does not "
         "start.",
     ),
+    settings.LORAS_VARIABLE: (
+        "",
+        "the path of a folder",
+        "The LoRAs that requests may name. By default `loras` beside the model's folder.",
+    ),
+    settings.EMBEDDINGS_VARIABLE: (
+        "",
+        "the path of a folder",
+        "The textual inversions that prompts may name, read at start. By default `embeddings` beside the model's folder.",
+    ),
     settings.SAFETY_VARIABLE: (
         f"`{settings.Settings.safety}`",
         ", ".join(f"`{policy}`" for policy in get_args(SafetyPolicy)),

@@ -62,7 +62,7 @@ def save_as_diffusers(
     unet: Factors,
     text_encoder: Factors | None = None,
 ) -> Path:
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for prefix, layers in (("unet", unet), ("text_encoder", text_encoder or {})):
         for name, (down, up) in layers.items():
             tensors[f"{prefix}.{name}.lora_A.weight"] = down
@@ -80,7 +80,7 @@ def save_as_kohya(
     alpha: float | None = 2.0,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for prefix, layers in (("lora_unet", unet), ("lora_te", text_encoder or {})):
         for name, (down, up) in layers.items():
             key = f"{prefix}_{name.replace('.', '_')}"

@@ -110,7 +110,7 @@ _ERRORS = {
     "408": "The body stalled or came too slowly; the connection is closed.",
     "413": "The body or an image is too large.",
     "415": "The body is not of the type that the endpoint takes.",
-    "422": "The Idempotency-Key was used for another request.",
+    "422": "The Idempotency-Key was used for another request, or the server has no LoRA of a name that is asked for (`lora_not_found`).",
     "499": "The job was cancelled.",
     "500": "The picture could not be computed.",
     **LOAD_ERRORS,

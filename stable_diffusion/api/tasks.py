@@ -182,8 +182,8 @@ def _chosen_loras(parameters: GenerationRequest, tags: Sequence[LoraTag], served
     if len(asked) > MAX_LORAS:
         raise InvalidRequest(f"loras: {len(asked)} are asked for, at most {MAX_LORAS} are allowed", field="loras")
     loras = served.loras()
-    chosen = [(loras.named(name), *weights) for name, *weights in asked if any(weights)]
-    size_bytes = sum(file.size_bytes for file, *_ in chosen)
+    chosen = [(loras.named(name), unet, text_encoder) for name, unet, text_encoder in asked if unet or text_encoder]
+    size_bytes = sum(file.size_bytes for file in {file.name: file for file, *_ in chosen}.values())
     if size_bytes > MAX_LORA_BYTES:
         raise InvalidRequest(f"loras: {size_bytes // 2**20} MiB together, at most {MAX_LORA_BYTES // 2**20} are allowed", field="loras")
-    return tuple(LoraChoice(file.name, unet, text_encoder, file.hash) for file, unet, text_encoder in chosen)
+    return tuple(LoraChoice(file.name, unet, text_encoder, file.hash, file.size_bytes) for file, unet, text_encoder in chosen)

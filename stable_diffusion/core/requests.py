@@ -26,7 +26,7 @@ MAX_PARTS = 4  # of a prompt, joined with AND; each costs as much as half an ima
 MAX_TEXTS = 32  # different ones that a prompt has while it changes with the steps; each is encoded
 MAX_CLIP_SKIP = 12
 MAX_LORAS = 8
-MAX_LORA_BYTES = 2**30  # of all LoRAs of a request; the model process keeps no more on the device
+MAX_LORA_BYTES = 2**30  # of all LoRAs of a request, as float32; the model process keeps no more on the device
 MAX_LORA_WEIGHT = 10.0
 MAX_IMAGES = 10  # per request, in APIs that generate several images
 # Per request: pixels x steps, summed over its images. Allows ten images of 512x512 in 150 steps, but not three of 1024x1024.

@@ -22,12 +22,13 @@ PromptSyntax = Literal["plain", "a1111"]
 
 
 class LoraChoice(NamedTuple):
-    """A LoRA that a task uses. `hash` identifies the file's content (models/loras.py)."""
+    """A LoRA that a task uses. `hash` identifies the file's content (models/loras.py); `size_bytes`: of its values as float32."""
 
     name: str
     unet_weight: float
     text_encoder_weight: float
     hash: str
+    size_bytes: int
 
 
 @dataclass(frozen=True)

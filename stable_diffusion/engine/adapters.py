@@ -6,6 +6,7 @@ jobs; `lora_store.py` loads adapters.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,10 +40,11 @@ class Lora:
     """An adapter's changes by module name, of the UNet and of the text encoder."""
 
     name: str
+    hash: str
     unet: Mapping[str, LowRank]
     text_encoder: Mapping[str, LowRank]
 
-    @property
+    @functools.cached_property
     def size_bytes(self) -> int:
         return sum(change.size_bytes for part in (self.unet, self.text_encoder) for change in part.values())
 

@@ -33,7 +33,7 @@ from stable_diffusion.engine.adapters import AdaptedLayers, Lora
 from stable_diffusion.engine.cuda_graphs import RecordedCalls, Recorder
 from stable_diffusion.engine.job import Conditioning, Job, Latents, TextSchedule
 from stable_diffusion.engine.loading import Parts
-from stable_diffusion.engine.lora_store import LoraStore
+from stable_diffusion.engine.lora_store import Claim, LoraStore, claimed
 from stable_diffusion.engine.prompts import PromptEncoder, Text
 from stable_diffusion.engine.row_inputs import RowInputs, joined, stacked
 
@@ -137,13 +137,13 @@ class Denoiser:
     # --- before the first step -------------------------------------------------------------------
 
     @torch.inference_mode()
-    def prepare(self, task: Task) -> Latents:
+    def prepare(self, task: Task, claim: Claim | None = None) -> Latents:
         """Encode the prompt and the image, draw the initial noise, set up the job's own noise scheduler.
 
-        Raises InvalidRequest for a prompt that is too long or LoRAs that cannot be used. Call it when `can_prepare` says so.
+        `claim`: of a task with LoRAs, when `can_prepare` says so.
+        Raises InvalidRequest for a prompt that is too long or LoRAs that cannot be used.
         """
-        loras = self.loras.ready(task.loras)
-        assert loras is not None, "can_prepare"
+        loras = () if claim is None else claim.adapters()
         scheduler = self._new_scheduler(task.scheduler)
         # Timesteps stay on the CPU: schedulers use them as table indices, and on a GPU each access would wait for the device.
         scheduler.set_timesteps(task.num_inference_steps)
@@ -177,12 +177,15 @@ class Denoiser:
         latents.unet_timesteps = latents.timesteps.to(device=self._parts.device, dtype=torch.float32)
         return latents
 
-    def can_prepare(self, task: Task) -> bool:
-        """Whether the task's LoRAs are on the device; if not, this goes on loading them. An error is left to `prepare`."""
-        try:
-            return self.loras.ready(task.loras) is not None
-        except InvalidRequest:
-            return True
+    def can_prepare(self, job: Job) -> bool:
+        """Whether the job's LoRAs are on the device; if not, this goes on loading them. An error in a file is left to `prepare`."""
+        if job.claim is None:
+            job.claim = claimed(job.task.loras)
+        return self.loras.go_on(job.claim)
+
+    def loras_held(self) -> tuple[int, int]:
+        """How many LoRAs are on the device, and their bytes."""
+        return len(self.loras), self.loras.held_bytes
 
     def _condition(self, task: Task, latents: Latents, loras: tuple[Lora, ...]) -> None:
         """Read the prompts and encode the texts of the first step."""
@@ -202,6 +205,7 @@ class Denoiser:
         if width is not None:
             embedding = guidance_embedding(task.guidance_scale, width)
             latents.guidance_embedding = embedding.to(device=self._parts.device, dtype=self._parts.dtype)
+        latents.chunks = max(self._prompts.count_chunks(text) for row in latents.conditioning.rows for _, text in row)
         used = rows if task.guidance_scale <= 1 and len(rows) == 1 else (negative, *rows)
         dropped = {schedule: [self._dropped(text, task) for _, text in schedule] for schedule in used}
         latents.dropped_prompt = " ".join(filter(None, (text for row in rows for text in dropped[row])))

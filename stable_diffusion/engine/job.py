@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from stable_diffusion.core.errors import ServiceError
     from stable_diffusion.engine.adapters import RowAdapters
+    from stable_diffusion.engine.lora_store import Claim
     from stable_diffusion.engine.prompts import Text
 
 
@@ -53,6 +54,7 @@ class Latents:
     dropped_prompt: str
     dropped_negative_prompt: str
     guided_steps: int  # the number of guided UNet calls at the start; after them the job has one row
+    chunks: int = 1  # of 75 tokens, of its longest text
     adapters: RowAdapters = ()  # of each of its rows
     guidance_embedding: torch.Tensor | None = None  # (1, width), for models that take the guidance scale as an input
     texts: tuple[Text, ...] = ()  # whose embeddings these are, with a mask where they differ in length
@@ -89,6 +91,7 @@ class Job:
     submitted_s: float = field(default_factory=time.perf_counter)
     started_s: float | None = None  # start of its first step, same clock
     is_ended: bool = False
+    claim: Claim | None = None  # on its LoRAs, from the first attempt to prepare it to its end
     tensors: Latents | None = None
 
     @property

@@ -6,9 +6,9 @@ the grammar; this module does not.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -29,6 +29,11 @@ class Text:
     sections: tuple[tuple[Emphasis, ...], ...]
     clip_skip: int = 1
     adapters: tuple[tuple[Lora, float], ...] = ()  # of the text encoder, with their weights
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for equal embeddings. Holds no adapter, so that what is kept by it keeps none on the device."""
+        return self.sections, self.clip_skip, tuple((lora.name, lora.hash, weight) for lora, weight in self.adapters)
 
 
 @dataclass
@@ -65,15 +70,31 @@ class PromptEncoder:
         # A1111 compares tokens, so the case of a name does not matter. Longer names first: one may begin with another.
         found = [(self._tokens_of(name), tokens) for name, tokens in inversions.items()]
         self._inversions = sorted(found, key=lambda one: -len(one[0]))
-        # Mainly for the empty negative prompt, which nearly every request has.
-        self.encode = lru_cache(maxsize=_KEPT_TEXTS)(self._encode)
+        self._kept: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()  # the last used one at the end
 
     def dropped(self, text: Text) -> str:
         """What does not fit into the most chunks that there may be; "" if all does."""
         return " ".join(self._tokenizer.decode(chunk.tokens) for chunk in self._chunks(text)[MAX_PROMPT_CHUNKS:]).strip()
 
+    def count_chunks(self, text: Text) -> int:
+        """How many of the chunks that there may be the text fills, at least 1."""
+        return min(len(self._chunks(text)), MAX_PROMPT_CHUNKS)
+
+    def encode(self, text: Text) -> torch.Tensor:
+        """The embeddings (1, tokens, width), shared and not to be changed. There are 77 tokens for each chunk.
+
+        They are kept, mainly for the empty negative prompt, which nearly every request has.
+        """
+        key = text.key
+        embeddings = self._kept.get(key)
+        if embeddings is None:
+            embeddings = self._kept[key] = self._encode(text)
+        self._kept.move_to_end(key)
+        if len(self._kept) > _KEPT_TEXTS:
+            self._kept.popitem(last=False)
+        return embeddings
+
     def _encode(self, text: Text) -> torch.Tensor:
-        """The embeddings (1, tokens, width), shared and not to be changed. There are 77 tokens for each chunk."""
         chunks = self._chunks(text)[:MAX_PROMPT_CHUNKS]
         device = self._text_encoder.device
         tokens = torch.tensor([self._padded(chunk.tokens) for chunk in chunks])

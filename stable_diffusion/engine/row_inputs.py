@@ -37,6 +37,10 @@ class RowInputs:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
+    def first(self) -> RowInputs:
+        """The first row."""
+        return RowInputs(**{name: tensor[:1].contiguous() for name, tensor in self.tensors().items()}, adapters=self.adapters[:1])
+
     def repeated(self, rows: int) -> RowInputs:
         """The same one row `rows` times."""
         repeated = {name: tensor.repeat(rows, *[1] * (tensor.dim() - 1)) for name, tensor in self.tensors().items()}

@@ -89,7 +89,8 @@ def lora_hashes(task: Task) -> str:
 
 def _loras_of_field(task: Task) -> str:
     """The LoRAs that stand in no tag of the prompt, with their weights."""
-    in_tags = len(without_lora_tags(task.prompt)[1]) if task.prompt_syntax == "a1111" else 0
+    tags = without_lora_tags(task.prompt)[1] if task.prompt_syntax == "a1111" else ()
+    in_tags = sum(1 for tag in tags if tag.unet_weight or tag.text_encoder_weight)  # others are not in the task either
     return ", ".join(f"{one.name}: {_number(one.unet_weight)}" for one in task.loras[: len(task.loras) - in_tags])
 
 

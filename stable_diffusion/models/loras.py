@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stable_diffusion.core.errors import LoraNotFound, ModelFolderError
+from stable_diffusion.core.requests import MAX_LORA_BYTES
 from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.models.lora_names import Component, Layer, Part, UNetShape, kind_of_other, layers_by_name, split
 from stable_diffusion.models.safetensors import check_safetensors, read_metadata, read_tensor_list
 
-MAX_FILE_BYTES = 2**30
-_HASH_DIGITS = 12  # as A1111 writes them
+HASH_DIGITS = 12  # as A1111 writes them
+_MAX_HEADER_BYTES = 8 * 2**20  # trainers write up to some megabytes about their data
 _PICKLES = (".pt", ".bin", ".ckpt", ".pth", ".pkl")
 _MAX_RANK = 1024
 _MAX_LISTED = 30
+_VALUE_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 
 
 class LoraError(ValueError):
@@ -30,11 +33,13 @@ class LoraError(ValueError):
 
 @dataclass(frozen=True)
 class LayerChange:
-    """The names of the tensors that change one layer; `alpha` is None where the file has none."""
+    """The names of the tensors that change one layer, and the shapes that they have there; `alpha` is None where the file has none."""
 
     down: str
     up: str
     alpha: str | None
+    down_shape: tuple[int, ...]  # (rank, in) or (rank, in, height, width)
+    up_shape: tuple[int, ...]  # (out, rank) or (out, rank, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -46,17 +51,18 @@ class LoraFile:
     alias: str  # as its training named it, else `name`
     metadata: Mapping[str, str]
     layers: Mapping[Component, Mapping[str, LayerChange]]
-    size_bytes: int
+    size_bytes: int  # of its values as float32
+    header_bytes: int
 
     @functools.cached_property
     def hash(self) -> str:
         """Twelve hexadecimal digits, as A1111 writes them: of a SHA-256 over what follows the file's header. Reads the whole file."""
         digest = hashlib.sha256()
         with self.path.open("rb") as stream:
-            stream.seek(8 + read_tensor_list(self.path)[1])
+            stream.seek(8 + self.header_bytes)
             while piece := stream.read(2**20):
                 digest.update(piece)
-        return digest.hexdigest()[:_HASH_DIGITS]
+        return digest.hexdigest()[:HASH_DIGITS]
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,8 @@ class LoraFolder:
 
     def look(self) -> Loras:
         """What lies in the folder now. Headers are read again only if a file has changed."""
-        files = sorted(file for file in self._path.rglob("*") if file.suffix == ".safetensors" or file.suffix in _PICKLES)
-        seen = tuple((file, (stat := file.stat()).st_mtime_ns, stat.st_size) for file in files if file.exists())
+        files = sorted(file for file in self._path.rglob("*") if file.suffix.lower() in (".safetensors", *_PICKLES))
+        seen = tuple((file, *_state(file)) for file in files)
         if seen != self._seen:
             self._loras = self._read(files)
             self._seen = seen
@@ -111,32 +117,66 @@ class LoraFolder:
         return Loras(found, refused)
 
 
+def _state(file: Path) -> tuple[int, ...]:
+    """What changes with a file's content; nothing if it has just gone."""
+    try:
+        stat = file.stat()
+    except OSError:
+        return ()
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
 def check_lora(file: Path, model: ModelFolder) -> LoraFile:
     """Hold a file's header against the layers of `model`. Raises LoraError, which says what the file is instead."""
-    if file.suffix in _PICKLES:
+    if file.suffix.lower() in _PICKLES:
         raise LoraError("a pickle can run code when it is loaded, only safetensors are served")
-    if file.stat().st_size > MAX_FILE_BYTES:
-        raise LoraError(f"larger than {MAX_FILE_BYTES // 2**20} MiB")
     try:
         check_safetensors(file)
     except ModelFolderError as error:
         raise LoraError(str(error).removeprefix(f"{file}: ")) from None
-    tensors, _ = read_tensor_list(file)
+    tensors, header_bytes = read_tensor_list(file)
+    if header_bytes > _MAX_HEADER_BYTES:
+        raise LoraError(f"its header has {header_bytes} bytes, at most {_MAX_HEADER_BYTES} are read")
     if (kind := kind_of_other(list(tensors))) is not None:
         raise LoraError(f"it is {kind}, which is not supported")
+    for name, tensor in tensors.items():
+        _require_sound(name, tensor)
     shapes = model_layers(model)
     layers: dict[Component, dict[str, LayerChange]] = {"unet": {}, "text_encoder": {}}
     for (component, layer), parts in _by_layer(tensors, _known_names(model)).items():
         if "down" not in parts or "up" not in parts:
             raise LoraError(f"{layer}: {'down' if 'up' in parts else 'up'} is missing")
-        _require_fitting(layer, tensors[parts["down"]]["shape"], tensors[parts["up"]]["shape"], shapes[component][layer])
-        layers[component][layer] = LayerChange(parts["down"], parts["up"], parts.get("alpha"))
+        down, up, weight = tensors[parts["down"]]["shape"], tensors[parts["up"]]["shape"], shapes[component][layer]
+        _require_fitting(layer, down, up, weight)
+        alpha = parts.get("alpha")
+        if alpha is not None and math.prod(tensors[alpha]["shape"]) != 1:
+            raise LoraError(f"{alpha[:80]!r} is not one number")
+        down_shape, up_shape = (down[0], *weight[1:]), (weight[0], down[0], *[1] * (len(weight) - 2))
+        layers[component][layer] = LayerChange(parts["down"], parts["up"], alpha, down_shape, up_shape)
     if not any(layers.values()):
         raise LoraError("it holds no LoRA")
     metadata = read_metadata(file)
     alias = metadata.get("ss_output_name") or file.stem
-    size_bytes = file.stat().st_size
-    return LoraFile(file, file.stem, alias, metadata, layers, size_bytes)
+    changes = [change for part in layers.values() for change in part.values()]
+    size_bytes = sum(4 * (math.prod(change.down_shape) + math.prod(change.up_shape)) for change in changes)
+    if size_bytes > MAX_LORA_BYTES:
+        raise LoraError(f"it takes {size_bytes // 2**20} MiB as float32, at most {MAX_LORA_BYTES // 2**20} are served")
+    return LoraFile(file, file.stem, alias, metadata, layers, size_bytes, header_bytes)
+
+
+def _require_sound(name: str, tensor: Any) -> None:
+    """A header may say anything. What passes here can be read as a tensor."""
+    shape, dtype, offsets = (tensor.get(field) for field in ("shape", "dtype", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in _VALUE_BYTES:
+        raise LoraError(f"{name[:80]!r} holds {str(dtype)[:20]}, expected {', '.join(_VALUE_BYTES)}")
+    if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and 0 not in shape):
+        raise LoraError(f"{name[:80]!r} has no sound shape and place in the file")
+    if offsets[1] - offsets[0] != math.prod(shape) * _VALUE_BYTES[dtype]:
+        raise LoraError(f"{name[:80]!r} has {offsets[1] - offsets[0]} bytes, which do not make the shape {shape[:8]} of {dtype}")
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and len(values) <= 8 and all(type(value) is int and 0 <= value < 2**40 for value in values)
 
 
 def _by_layer(tensors: Mapping[str, Any], known: Mapping[str, Layer]) -> dict[Layer, dict[Part, str]]:
@@ -148,7 +188,9 @@ def _by_layer(tensors: Mapping[str, Any], known: Mapping[str, Layer]) -> dict[La
         layer = known.get(parts[0])
         if layer is None:
             raise LoraError(f"{parts[0][:80]!r} is no layer of the model: it is for another kind of model")
-        found.setdefault(layer, {})[parts[1]] = name
+        if parts[1] in found.setdefault(layer, {}):
+            raise LoraError(f"it changes {layer[1]} twice, by {found[layer][parts[1]][:80]!r} and {name[:80]!r}")
+        found[layer][parts[1]] = name
     return found
 
 

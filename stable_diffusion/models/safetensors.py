@@ -11,6 +11,7 @@ from typing import Any
 from stable_diffusion.core.errors import ModelFolderError
 
 SAMPLE_BYTES = 4096  # of each tensor
+_MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 
 
 def check_safetensors(file: Path) -> None:
@@ -21,7 +22,7 @@ def check_safetensors(file: Path) -> None:
     try:
         tensors, header_size = read_tensor_list(file)
         data_size = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
-    except (ValueError, TypeError, LookupError, AttributeError):
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise ModelFolderError(f"{file}: not a safetensors file, perhaps half downloaded or a Git LFS pointer") from None
     if size != 8 + header_size + data_size:
         raise ModelFolderError(f"{file}: has {size} bytes, {8 + header_size + data_size} are expected, perhaps half downloaded")
@@ -29,19 +30,33 @@ def check_safetensors(file: Path) -> None:
 
 def read_tensor_list(file: Path) -> tuple[dict[str, Any], int]:
     """The header's description of each tensor by name, and the header's length. A broken header raises whatever its parsing raises."""
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        header_bytes = stream.read(header_size) if 0 < header_size <= min(file.stat().st_size, 100_000_000) else b""
-    return {name: tensor for name, tensor in json.loads(header_bytes).items() if name != "__metadata__"}, header_size
+    header, header_size = _read_header(file)
+    return _without_metadata(header), header_size
+
+
+def parse_tensor_list(prefix: bytes) -> tuple[dict[str, Any], int]:
+    """The same of the first bytes of a file, up to the header's end."""
+    (header_size,) = struct.unpack("<Q", prefix[:8])
+    return _without_metadata(json.loads(prefix[8 : 8 + header_size])), header_size
 
 
 def read_metadata(file: Path) -> dict[str, str]:
     """The free texts that a checked file's header holds, such as what it was trained with."""
+    found = _read_header(file)[0].get("__metadata__")
+    return {name: text for name, text in found.items() if isinstance(text, str)} if isinstance(found, dict) else {}
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
     with file.open("rb") as stream:
-        (header_size,) = struct.unpack("<Q", stream.read(8))
-        found = json.loads(stream.read(header_size)).get("__metadata__") or {}
-    return {name: text for name, text in found.items() if isinstance(text, str)}
+        prefix = stream.read(8)
+        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        header_bytes = stream.read(header_size) if 0 < header_size <= min(file.stat().st_size, _MAX_HEADER_BYTES) else b""
+    header: dict[str, Any] = json.loads(header_bytes)
+    return header, header_size
+
+
+def _without_metadata(header: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
 
 
 def samples_of(file: Path) -> Iterator[tuple[str, bytes]]:

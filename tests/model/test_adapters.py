@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -56,7 +57,7 @@ def choose(folder: Path) -> Callable[..., tuple[LoraChoice, ...]]:
     files = LoraFolder(folder, check_model(DEMO_FOLDER)).look().files
 
     def chosen(**weights: float) -> tuple[LoraChoice, ...]:
-        return tuple(LoraChoice(name, weight, weight, files[name].hash) for name, weight in weights.items())
+        return tuple(LoraChoice(name, weight, weight, files[name].hash, files[name].size_bytes) for name, weight in weights.items())
 
     return chosen
 
@@ -69,6 +70,7 @@ def with_diffusers(folder: Path, task: Task) -> Image.Image:
     for choice in task.loras:
         pipeline.load_lora_weights(folder / f"{choice.name}.safetensors", adapter_name=choice.name)
     pipeline.set_adapters([choice.name for choice in task.loras], [choice.unet_weight for choice in task.loras])
+    image: Image.Image
     (image,) = pipeline(
         prompt=task.prompt,
         negative_prompt=task.negative_prompt,
@@ -126,9 +128,9 @@ def test_rows_without_an_adapter_are_bitwise_those_of_a_plain_call(parts: Parts,
         tasks = [make_task(seed=1), make_task(seed=2, loras=loras), make_task(seed=3)]
         jobs = [Job(task, on_end=lambda outcome: None) for task in tasks]
         for job in jobs:
-            while not denoiser.can_prepare(job.task):
-                pass
-            job.tensors = denoiser.prepare(job.task)
+            while not denoiser.can_prepare(job):
+                time.sleep(0.001)
+            job.tensors = denoiser.prepare(job.task, job.claim)
         return denoiser.predict(jobs)
 
     plain, mixed = predicted(()), predicted(choose(attention=1.0, locon=0.5))
@@ -149,7 +151,7 @@ def test_after_a_job_with_a_lora_the_model_is_as_before(engine: RecordingEngine,
 
 def test_a_file_that_is_gone_fails_its_job_by_name_and_no_other(engine: RecordingEngine) -> None:
     with pytest.raises(InvalidRequest, match="loras: nowhere: its file is gone"):
-        engine.draw([make_task(loras=(LoraChoice("nowhere", 1.0, 1.0, "0" * 12),))])
+        engine.draw([make_task(loras=(LoraChoice("nowhere", 1.0, 1.0, "0" * 12, 1000),))])
     assert engine.draw([make_task()])[0].image.size == (64, 64)
 
 
@@ -160,4 +162,4 @@ def test_values_that_are_no_numbers_fail_the_job_by_name(folder: Path, engine: R
     save_as_diffusers(folder / "broken.safetensors", broken)
     file = LoraFolder(folder, check_model(DEMO_FOLDER)).look().files["broken"]
     with pytest.raises(InvalidRequest, match="loras: broken: it holds values that are no numbers"):
-        engine.draw([make_task(loras=(LoraChoice("broken", 1.0, 1.0, file.hash),))])
+        engine.draw([make_task(loras=(LoraChoice("broken", 1.0, 1.0, file.hash, file.size_bytes),))])

@@ -64,6 +64,7 @@ def pipeline() -> StableDiffusionPipeline:
 
 
 def with_diffusers(pipeline: StableDiffusionPipeline, task: Task, **texts: Any) -> Image.Image:
+    image: Image.Image
     (image,) = pipeline(
         **(texts or {"prompt": task.prompt, "negative_prompt": task.negative_prompt}),
         num_inference_steps=task.num_inference_steps,

@@ -35,6 +35,7 @@ from stable_diffusion.images.decode import read_description
 from stable_diffusion.images.encode import encode
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
 from stable_diffusion.web.body import parse_json
+from tests.tasks import served
 
 MODEL = check_model(DEMO_FOLDER)
 LONGEST_MESSAGE = 6000  # of an error, in characters: it repeats what was sent only in part
@@ -209,9 +210,9 @@ def assert_within_limits(parameters: GenerationRequest, count: int) -> None:
 def assert_can_be_drawn(parameters: GenerationRequest, count: int) -> None:
     """Resolved, told in headers, written into a file and read from it: nothing raises but a refusal of too much work."""
     if isinstance(parameters, ImageToImageRequest):
-        task = image_task(parameters, MODEL, "default-on", INPUT)
+        task = image_task(parameters, served(MODEL), INPUT)
     else:
-        task = text_task(parameters, MODEL, "default-on")  # type: ignore[arg-type]
+        task = text_task(parameters, served(MODEL))  # type: ignore[arg-type]
     tasks = consecutive_tasks(task, count)
     assert sum(one.width * one.height * one.num_inference_steps for one in tasks) <= 400_000_000
     picture = GeneratedImage(Image.new("RGB", (8, 8)), None, task.prompt, task.negative_prompt, "cpu", "float32")
