@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stable_diffusion.core.errors import ModelFolderError
 from stable_diffusion.models.folder import ModelFolder
-from stable_diffusion.models.safetensors import check_safetensors, read_tensor_list
+from stable_diffusion.models.safetensors import check_safetensors, fault_of, read_tensor_list
 
 MAX_VECTORS = 75  # as many tokens as a chunk has
 _PICKLES = (".pt", ".bin", ".pth")
@@ -42,7 +42,7 @@ def read_embeddings(model: ModelFolder) -> TextualInversions:
     refused: dict[str, str] = {}
     width = int(model.config("text_encoder").get("hidden_size", 0))
     for file in sorted(model.embeddings.rglob("*")):
-        if file.suffix not in (".safetensors", *_PICKLES):
+        if file.suffix.lower() not in (".safetensors", *_PICKLES):
             continue
         try:
             if file.stem in found:
@@ -52,16 +52,21 @@ def read_embeddings(model: ModelFolder) -> TextualInversions:
             found[file.stem] = _checked(file, width)
         except (ValueError, ModelFolderError) as error:
             refused[file.name] = str(error).removeprefix(f"{file}: ")
+        except OSError:
+            refused[file.name] = "cannot be read"
     return TextualInversions(found, refused)
 
 
 def _checked(file: Path, width: int) -> TextualInversion:
-    if file.suffix in _PICKLES:
+    if file.suffix.lower() in _PICKLES:
         raise ValueError("a pickle can run code when it is loaded, only safetensors are served")
     check_safetensors(file)
     tensors, _ = read_tensor_list(file)
     if set(tensors) >= {"clip_l", "clip_g"}:
         raise ValueError("it is for Stable Diffusion XL")
+    for name, tensor in tensors.items():
+        if (fault := fault_of(tensor)) is not None:
+            raise ValueError(f"{name[:80]!r} {fault}")
     names = ["emb_params"] if "emb_params" in tensors else list(tensors)
     shape = tensors[names[0]]["shape"] if len(names) == 1 else []
     if not 1 <= len(shape) <= 2:

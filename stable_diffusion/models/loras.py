@@ -17,14 +17,13 @@ from stable_diffusion.core.errors import LoraNotFound, ModelFolderError
 from stable_diffusion.core.requests import MAX_LORA_BYTES
 from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.models.lora_names import Component, Layer, Part, UNetShape, kind_of_other, layers_by_name, split
-from stable_diffusion.models.safetensors import check_safetensors, read_metadata, read_tensor_list
+from stable_diffusion.models.safetensors import check_safetensors, fault_of, read_metadata, read_tensor_list
 
 HASH_DIGITS = 12  # as A1111 writes them
 _MAX_HEADER_BYTES = 8 * 2**20  # trainers write up to some megabytes about their data
 _PICKLES = (".pt", ".bin", ".ckpt", ".pth", ".pkl")
 _MAX_RANK = 1024
 _MAX_LISTED = 30
-_VALUE_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 
 
 class LoraError(ValueError):
@@ -79,7 +78,7 @@ class Loras:
             return found
         if (reason := self.refused.get(f"{name}.safetensors")) is not None:
             raise LoraNotFound(f"loras: {name[:60]!r} cannot be used: {reason}", field="loras")
-        names = ", ".join(list(self.files)[:_MAX_LISTED]) or "there are none"
+        names = ", ".join(list(self.files)[:_MAX_LISTED]) or "none"
         more = f" and {len(self.files) - _MAX_LISTED} more" if len(self.files) > _MAX_LISTED else ""
         raise LoraNotFound(f"loras: there is no LoRA {name[:60]!r} here, this server has: {names}{more}", field="loras")
 
@@ -140,7 +139,8 @@ def check_lora(file: Path, model: ModelFolder) -> LoraFile:
     if (kind := kind_of_other(list(tensors))) is not None:
         raise LoraError(f"it is {kind}, which is not supported")
     for name, tensor in tensors.items():
-        _require_sound(name, tensor)
+        if (fault := fault_of(tensor)) is not None:
+            raise LoraError(f"{name[:80]!r} {fault}")
     shapes = model_layers(model)
     layers: dict[Component, dict[str, LayerChange]] = {"unet": {}, "text_encoder": {}}
     for (component, layer), parts in _by_layer(tensors, _known_names(model)).items():
@@ -162,21 +162,6 @@ def check_lora(file: Path, model: ModelFolder) -> LoraFile:
     if size_bytes > MAX_LORA_BYTES:
         raise LoraError(f"it takes {size_bytes // 2**20} MiB as float32, at most {MAX_LORA_BYTES // 2**20} are served")
     return LoraFile(file, file.stem, alias, metadata, layers, size_bytes, header_bytes)
-
-
-def _require_sound(name: str, tensor: Any) -> None:
-    """A header may say anything. What passes here can be read as a tensor."""
-    shape, dtype, offsets = (tensor.get(field) for field in ("shape", "dtype", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in _VALUE_BYTES:
-        raise LoraError(f"{name[:80]!r} holds {str(dtype)[:20]}, expected {', '.join(_VALUE_BYTES)}")
-    if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and 0 not in shape):
-        raise LoraError(f"{name[:80]!r} has no sound shape and place in the file")
-    if offsets[1] - offsets[0] != math.prod(shape) * _VALUE_BYTES[dtype]:
-        raise LoraError(f"{name[:80]!r} has {offsets[1] - offsets[0]} bytes, which do not make the shape {shape[:8]} of {dtype}")
-
-
-def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and len(values) <= 8 and all(type(value) is int and 0 <= value < 2**40 for value in values)
 
 
 def _by_layer(tensors: Mapping[str, Any], known: Mapping[str, Layer]) -> dict[Layer, dict[Part, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from stable_diffusion.core.errors import ModelFolderError
 
 SAMPLE_BYTES = 4096  # of each tensor
+VALUE_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 _MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
 
 
@@ -38,6 +40,22 @@ def parse_tensor_list(prefix: bytes) -> tuple[dict[str, Any], int]:
     """The same of the first bytes of a file, up to the header's end."""
     (header_size,) = struct.unpack("<Q", prefix[:8])
     return _without_metadata(json.loads(prefix[8 : 8 + header_size])), header_size
+
+
+def fault_of(tensor: Any) -> str | None:
+    """What is wrong with what a header says of a tensor; it may say anything. None if the tensor can be read and holds real numbers."""
+    shape, dtype, offsets = (tensor.get(field) for field in ("shape", "dtype", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in VALUE_BYTES:
+        return f"holds {str(dtype)[:20]}, expected {', '.join(VALUE_BYTES)}"
+    if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and 0 not in shape):
+        return "has no sound shape and place in the file"
+    if offsets[1] - offsets[0] != math.prod(shape) * VALUE_BYTES[dtype]:
+        return f"has {offsets[1] - offsets[0]} bytes, which do not make the shape {shape} of {dtype}"
+    return None
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and len(values) <= 8 and all(type(value) is int and 0 <= value < 2**40 for value in values)
 
 
 def read_metadata(file: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ Does not depend on HTTP, nor on the file that contained the infotext.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -84,8 +85,10 @@ def differs_in_input(said: Infotext, task: Task) -> list[str]:
 
 def differs_in_loras(said: Infotext, task: Task) -> list[str]:
     """The LoRAs whose files have another content here than the image was generated with."""
-    pairs = (one.partition(":") for one in said.values.get("Lora hashes", "").split(","))
-    hashes = {name.strip(): content_hash.strip() for name, _, content_hash in pairs}
+    try:
+        hashes = dict(_named(said.values.get("Lora hashes", ""), _NAMED_HASH))
+    except ValueError:
+        return []  # another program's
     return [_differs(f"LoRA {one.name}", hashes[one.name], one.hash) for one in task.loras if hashes.get(one.name, one.hash) != one.hash]
 
 
@@ -168,8 +171,25 @@ def _value(values: Mapping[str, str], name: str, read: Callable[[str], T], defau
 
 
 def _loras(text: str) -> list[dict[str, Any]]:
-    pairs = [one.rpartition(":") for one in text.split(",") if one.strip()]
-    return [{"name": name.strip(), "weight": float(weight)} for name, _, weight in pairs]
+    return [{"name": name, "weight": float(weight)} for name, weight in _named(text, _NAMED_WEIGHT)]
+
+
+# Names may hold commas and colons; a value and a comma end the pair.
+_NAMED_WEIGHT = re.compile(r"\s*(.+?):\s*(-?\d+(?:\.\d+)?(?:e-?\d+)?)\s*(?:,|\Z)")
+_NAMED_HASH = re.compile(r"\s*(.+?):\s*([0-9a-fA-F]{8,64})\s*(?:,|\Z)")
+
+
+def _named(text: str, pair: re.Pattern[str]) -> list[tuple[str, str]]:
+    """The pairs of a name and a value. Raises ValueError where there is none; so the time is linear in the text's length."""
+    found = []
+    position = 0
+    while position < len(text):
+        match = pair.match(text, position)
+        if match is None:
+            raise ValueError(text)
+        found.append((match[1], match[2]))
+        position = match.end()
+    return found
 
 
 def _size(text: str) -> tuple[int, int]:
