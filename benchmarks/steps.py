@@ -88,7 +88,7 @@ def time_step(denoiser: Denoiser, jobs: int, side: int, tflop: float) -> StepTim
         batch = [Job(task(number, side, _MOST_STEPS), on_end=lambda outcome: None) for number in range(jobs)]
         for job in batch:
             job.tensors = denoiser.prepare(job.task)
-        call = partial(denoiser.call_unet, *denoiser.unet_inputs(batch))
+        call = partial(denoiser.call_unet, denoiser.unet_inputs(batch))
         rounds = 3 if _seconds(step) > 1 else 25
         assert batch[0].tensors is not None
         latents = batch[0].tensors.latents

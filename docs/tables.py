@@ -28,7 +28,7 @@ _TABLE = re.compile(r"(<!-- table: ([a-z0-9-]+) -->\n).*?(<!-- end of table -->)
 
 
 def _row(*cells: str) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |".replace("|  |", "| |")
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|').replace('<', '&lt;') for cell in cells)} |".replace("|  |", "| |")
 
 
 def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
@@ -175,6 +175,16 @@ _MEANINGS = {
         "`demo`, or the path of a folder",
         "The model to serve. By default the weights in `models/`; without weights the demo model, except in a bento, which then does not "
         "start.",
+    ),
+    settings.LORAS_VARIABLE: (
+        "",
+        "the path of a folder",
+        "The LoRAs that requests may name. By default `loras` beside the model's folder.",
+    ),
+    settings.EMBEDDINGS_VARIABLE: (
+        "",
+        "the path of a folder",
+        "The textual inversions that prompts may name, read at start. By default `embeddings` beside the model's folder.",
     ),
     settings.SAFETY_VARIABLE: (
         f"`{settings.Settings.safety}`",

@@ -11,6 +11,7 @@ import torch
 from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.job import Job, Latents
+from stable_diffusion.engine.lora_store import Claim
 
 RAISES_WHEN_PREPARED = "raises when it is prepared"
 RAISES_IN_A_STEP = "raises in a step"
@@ -36,10 +37,10 @@ class FaultyDenoiser(Denoiser):
     _decodings_to_spoil = 0
     _spoiled_with = 0.0
 
-    def prepare(self, task: Task) -> Latents:
+    def prepare(self, task: Task, claim: Claim | None = None) -> Latents:
         if RAISES_WHEN_PREPARED in _prompts(task):
             raise RuntimeError("on purpose")
-        return super().prepare(task)
+        return super().prepare(task, claim)
 
     def predict(self, jobs: Sequence[Job]) -> list[torch.Tensor]:
         due = [_prompts(job.task) for job in jobs if _is_due(job)]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from stable_diffusion.api.context import Served
+from stable_diffusion.core.safety import SafetyPolicy
 from stable_diffusion.core.types import Task
+from stable_diffusion.models.folder import ModelFolder
+from stable_diffusion.models.loras import Loras
 
 
 def make_task(**changes: object) -> Task:
@@ -20,3 +24,9 @@ def make_task(**changes: object) -> Task:
         "safety_check": True,
     }
     return Task(**(values | changes))  # type: ignore[arg-type]
+
+
+def served(model: ModelFolder, policy: SafetyPolicy = "default-on", loras: Loras | None = None) -> Served:
+    """What requests are resolved against: by default a server without LoRAs."""
+    found = loras or Loras({}, {})
+    return Served(model, policy, lambda: found)

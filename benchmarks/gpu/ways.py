@@ -23,6 +23,7 @@ from stable_diffusion.engine.cuda_graphs import CudaGraphs
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.job import Job
 from stable_diffusion.engine.loading import Parts, load
+from stable_diffusion.engine.row_inputs import RowInputs
 from stable_diffusion.models.folder import check_model
 
 _ROUNDS = 15
@@ -52,11 +53,11 @@ class Ways:
         self._parts = load(check_model(folder), precision)
         self._eager = Denoiser(self._parts)
         self._inputs = {count: self._inputs_of(count) for count in jobs}
-        self._expected = {count: self._eager.call_unet(*given) for count, given in self._inputs.items()}
+        self._expected = {count: self._eager.call_unet(given) for count, given in self._inputs.items()}
         self.on_gpu = self._parts.device.type == "cuda"
 
     @torch.inference_mode()
-    def _inputs_of(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _inputs_of(self, count: int) -> RowInputs:
         jobs = [Job(loads.task(number, self._side, 20), on_end=lambda outcome: None) for number in range(count)]
         for job in jobs:
             job.tensors = self._eager.prepare(job.task)
@@ -88,17 +89,16 @@ class Ways:
         return replace(self._parts, unet=unet.to(memory_format=torch.channels_last))
 
     def _recorded(self, denoiser: Denoiser) -> Denoiser:
-        latents, _, embeddings = self._inputs[self._jobs[0]]
-        rows = [2 * count for count in self._jobs]
-        denoiser.call_unet.record(CudaGraphs(), latents[:1].contiguous(), embeddings[:1], rows)
+        row = self._inputs[self._jobs[0]].first()
+        denoiser.call_unet.record(CudaGraphs(), row, [2 * count for count in self._jobs])
         return denoiser
 
     @torch.inference_mode()
     def time(self, way: str, denoiser: Denoiser, jobs: int) -> Timed:
         given, expected = self._inputs[jobs], self._expected[jobs].float()
-        result = denoiser.call_unet(*given).float()
+        result = denoiser.call_unet(given).float()
         difference = float((result - expected).norm() / expected.norm())
-        spent = _spent(lambda: denoiser.call_unet(*given))
+        spent = _spent(lambda: denoiser.call_unet(given))
         return Timed(way, jobs, 1000 * spent, difference)
 
     @torch.inference_mode()

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from stable_diffusion.core.safety import SafetyPolicy
 from stable_diffusion.models.folder import ModelFolder
+from stable_diffusion.models.loras import LoraFolder, Loras
 from stable_diffusion.runner.client import RunnerClient
 from stable_diffusion.state.jobs import Jobs
 from stable_diffusion.web.decode_queue import Decoding
 from stable_diffusion.web.upload_budget import Uploads
+
+
+@dataclass(frozen=True)
+class Served:
+    """What requests are resolved against."""
+
+    model: ModelFolder
+    policy: SafetyPolicy
+    loras: Callable[[], Loras]  # looks into their folder
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,14 @@ class Context:
     policy: Callable[[], SafetyPolicy]
     uploads: Uploads = field(default_factory=Uploads)
     decoding: Decoding = field(default_factory=Decoding)
+
+    @cached_property
+    def lora_folder(self) -> LoraFolder:
+        return LoraFolder(self.model().loras, self.model())
+
+    def served(self) -> Served:
+        """Raises what `model` and `policy` raise."""
+        return Served(self.model(), self.policy(), lambda: self.lora_folder.look())
 
     @property
     def jobs(self) -> Jobs:

@@ -5,14 +5,21 @@ All APIs that generate use it.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from PIL import Image
 
+from stable_diffusion.api.context import Served
 from stable_diffusion.core.errors import InvalidRequest
+from stable_diffusion.core.prompt_syntax import LoraTag, PromptError, check, check_negative, composed, scheduled, without_lora_tags
 from stable_diffusion.core.requests import (
+    MAX_LORA_BYTES,
+    MAX_LORAS,
+    MAX_PARTS,
     MAX_PIXEL_STEPS,
+    MAX_TEXTS,
     SEED_LIMIT,
     GenerationRequest,
     ImageToImageRequest,
@@ -20,7 +27,7 @@ from stable_diffusion.core.requests import (
     random_seed,
 )
 from stable_diffusion.core.safety import SafetyPolicy, is_checked
-from stable_diffusion.core.types import Kind, Task
+from stable_diffusion.core.types import Kind, LoraChoice, Task
 from stable_diffusion.images.transform import digest, fit, output_size, scale_mask
 from stable_diffusion.models.folder import ModelFolder
 
@@ -30,28 +37,29 @@ def kinds_of(model: ModelFolder) -> tuple[Kind, ...]:
     return ("inpaint",) if model.only_inpaints else get_args(Kind)
 
 
-def text_task(parameters: TextToImageRequest, model: ModelFolder, policy: SafetyPolicy) -> Task:
-    """The task of a txt2img request. Raises InvalidRequest if the model only inpaints, or if the policy forbids the request."""
-    _require_whole_pictures(model)
-    size = parameters.width or model.native_width, parameters.height or model.native_height
-    return _task("txt2img", parameters, model, policy, *size)
+def text_task(parameters: TextToImageRequest, served: Served) -> Task:
+    """The task of a txt2img request. Reads the files of its LoRAs at their first use.
+
+    Raises InvalidRequest if the model only inpaints, if the policy forbids the request, or if a prompt has wrong syntax; LoraNotFound.
+    """
+    _require_whole_pictures(served.model)
+    size = parameters.width or served.model.native_width, parameters.height or served.model.native_height
+    return _task("txt2img", parameters, served, *size)
 
 
-def image_task(
-    parameters: ImageToImageRequest, model: ModelFolder, policy: SafetyPolicy, picture: Image.Image, mask: Image.Image | None = None
-) -> Task:
+def image_task(parameters: ImageToImageRequest, served: Served, picture: Image.Image, mask: Image.Image | None = None) -> Task:
     """The task of an img2img request or, with a mask (L, white is repainted), of an inpaint request. Takes up to a second.
 
-    The image and the mask are scaled to the output size. Raises InvalidRequest if the policy forbids the request, if the mask has other
+    The image and the mask are scaled to the output size. Raises what `text_task` raises, and InvalidRequest if the mask has other
     proportions than the image, or if the model only inpaints and there is no mask.
     """
-    native = model.native_width, model.native_height
+    native = served.model.native_width, served.model.native_height
     size = output_size(picture.size, native, parameters.width, parameters.height)
     if mask is None:
-        _require_whole_pictures(model)
-        return _task("img2img", parameters, model, policy, *size, fit(picture, *size))
+        _require_whole_pictures(served.model)
+        return _task("img2img", parameters, served, *size, fit(picture, *size))
     mask = fit(scale_mask(mask, picture.size, "mask"), *size)
-    return _task("inpaint", parameters, model, policy, *size, fit(picture, *size), mask)
+    return _task("inpaint", parameters, served, *size, fit(picture, *size), mask)
 
 
 def consecutive_tasks(task: Task, count: int) -> list[Task]:
@@ -87,14 +95,16 @@ def _require_whole_pictures(model: ModelFolder) -> None:
 def _task(
     kind: Kind,
     parameters: GenerationRequest,
-    model: ModelFolder,
-    policy: SafetyPolicy,
+    served: Served,
     width: int,
     height: int,
     image: Image.Image | None = None,
     mask: Image.Image | None = None,
 ) -> Task:
     _require_bounded_work(width, height, parameters.num_inference_steps, 1)
+    strength = parameters.strength if isinstance(parameters, ImageToImageRequest) else 1.0
+    prompt = _read_prompts(parameters, int(parameters.num_inference_steps * strength))
+    _require_layers(parameters.clip_skip, served.model)
     task = Task(
         kind=kind,
         prompt=parameters.prompt,
@@ -106,12 +116,74 @@ def _task(
         guidance_end=parameters.guidance_end,
         metadata=parameters.metadata,
         seed=random_seed() if parameters.seed is None else parameters.seed,
-        scheduler=parameters.scheduler or model.scheduler,
-        safety_check=is_checked(parameters.safety_check, policy),
-        strength=parameters.strength if isinstance(parameters, ImageToImageRequest) else 1.0,
+        scheduler=parameters.scheduler or served.model.scheduler,
+        safety_check=is_checked(parameters.safety_check, served.policy),
+        strength=strength,
+        prompt_syntax=parameters.prompt_syntax,
+        parts=prompt.parts,
+        clip_skip=parameters.clip_skip,
+        loras=_chosen_loras(parameters, prompt.lora_tags, served),
         image=image,
         mask=mask,
         image_hash=None if image is None else digest(image),
         mask_hash=None if mask is None else digest(mask),
     )
-    return with_previews(task, parameters.preview_every_steps, policy)
+    return with_previews(task, parameters.preview_every_steps, served.policy)
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What a prompt says besides its text."""
+
+    parts: int = 1
+    lora_tags: tuple[LoraTag, ...] = ()
+
+
+def _read_prompts(parameters: GenerationRequest, steps: int) -> _Prompt:
+    """Check both prompts in their syntax. Raises InvalidRequest, which says at which character something is wrong."""
+    if parameters.prompt_syntax == "plain":
+        return _Prompt()
+    field = "prompt"
+    try:
+        check(parameters.prompt, steps)
+        text, tags = without_lora_tags(parameters.prompt)
+        parts = composed(text)
+        if len(parts) > MAX_PARTS:
+            raise PromptError(f"{len(parts)} parts are joined with AND, at most {MAX_PARTS} are allowed")
+        for part, _ in parts:
+            _require_few_texts(part, steps)
+        field = "negative_prompt"
+        check_negative(parameters.negative_prompt, steps)
+        _require_few_texts(parameters.negative_prompt, steps)
+    except PromptError as error:
+        raise InvalidRequest(f"{field}: {error}", field=field) from None
+    return _Prompt(len(parts), tags)
+
+
+def _require_few_texts(prompt: str, steps: int) -> None:
+    texts = len({text for _, text in scheduled(prompt, steps)})
+    if texts > MAX_TEXTS:
+        raise PromptError(f"it changes to {texts} different texts with the steps, at most {MAX_TEXTS} are allowed")
+
+
+def _require_layers(clip_skip: int, model: ModelFolder) -> None:
+    if clip_skip > model.text_layers:
+        raise InvalidRequest(
+            f"clip_skip: must be at most {model.text_layers}, as the model's text encoder has layers, got {clip_skip}", field="clip_skip"
+        )
+
+
+def _chosen_loras(parameters: GenerationRequest, tags: Sequence[LoraTag], served: Served) -> tuple[LoraChoice, ...]:
+    """The LoRAs of the field and then of the prompt's tags. Those of weight 0 are left out. Raises LoraNotFound, InvalidRequest."""
+    asked = [(one.name, one.weight, one.weight) for one in parameters.loras]
+    asked += [(tag.name, tag.unet_weight, tag.text_encoder_weight) for tag in tags]
+    if not asked:
+        return ()
+    if len(asked) > MAX_LORAS:
+        raise InvalidRequest(f"loras: {len(asked)} are asked for, at most {MAX_LORAS} are allowed", field="loras")
+    loras = served.loras()
+    chosen = [(loras.named(name), unet, text_encoder) for name, unet, text_encoder in asked if unet or text_encoder]
+    size_bytes = sum(file.size_bytes for file in {file.name: file for file, *_ in chosen}.values())
+    if size_bytes > MAX_LORA_BYTES:
+        raise InvalidRequest(f"loras: {size_bytes // 2**20} MiB together, at most {MAX_LORA_BYTES // 2**20} are allowed", field="loras")
+    return tuple(LoraChoice(file.name, unet, text_encoder, file.hash, file.size_bytes) for file, unet, text_encoder in chosen)

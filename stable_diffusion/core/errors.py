@@ -5,6 +5,7 @@ ServiceError
 │   └── UnknownParameter      400  a field that does not exist, in APIs that distinguish this case
 ├── NotFound                  404  the request names a sampler, a model or an image that does not exist
 │   └── ModelNotFound         404  the request asks for a model that is not served, in APIs that distinguish this case
+├── LoraNotFound              422  the server has no LoRA of this name, or its file cannot be used; the message lists the names
 ├── Unauthorized              401  the server requires an API key, and the request carries no valid one
 ├── RateLimited               429  the caller has exceeded the limit of generation requests per minute
 ├── UnknownJob                404  there is no job with this id
@@ -90,6 +91,11 @@ class NotFound(ServiceError):
 
 class ModelNotFound(NotFound):
     type = "model_not_found"
+
+
+class LoraNotFound(ServiceError):
+    status = 422
+    type = "lora_not_found"
 
 
 class Unauthorized(ServiceError):

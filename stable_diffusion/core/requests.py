@@ -21,6 +21,13 @@ SIDE_MULTIPLE = 8
 MAX_STEPS = 150
 MAX_GUIDANCE_SCALE = 30.0
 MAX_PROMPT_CHARACTERS = 2000
+MAX_PROMPT_CHUNKS = 6  # of 75 tokens, in each prompt
+MAX_PARTS = 4  # of a prompt, joined with AND; each costs as much as half an image
+MAX_TEXTS = 32  # different ones that a prompt has while it changes with the steps; each is encoded
+MAX_CLIP_SKIP = 12
+MAX_LORAS = 8
+MAX_LORA_BYTES = 2**30  # of all LoRAs of a request, as float32; the model process keeps no more on the device
+MAX_LORA_WEIGHT = 10.0
 MAX_IMAGES = 10  # per request, in APIs that generate several images
 # Per request: pixels x steps, summed over its images. Allows ten images of 512x512 in 150 steps, but not three of 1024x1024.
 MAX_PIXEL_STEPS = 400_000_000
@@ -56,13 +63,22 @@ Side = Annotated[
 ]
 
 
+class LoraRequest(BaseModel):
+    """One LoRA of a request, by the name of its file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    name: str = Field(min_length=1, max_length=200, description="A name from GET /capabilities.")
+    weight: float = Field(1.0, ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT, description="How strongly it changes the image. 0: not at all.")
+
+
 class GenerationRequest(BaseModel):
     """The fields that all kinds of request share."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
     prompt: Annotated[Prompt, AfterValidator(_not_blank)] = Field(
-        description="What to draw. Whatever does not fit into the model's 77 tokens is reported in the header `prompt_dropped`.",
+        description=f"What to draw. At most {MAX_PROMPT_CHUNKS * 75} of the model's tokens; about four characters are one.",
         examples=["a small red circle on a blue background"],
     )
     negative_prompt: Prompt = Field("", description="What to keep away from. Used when guidance_scale is above 1.")
@@ -97,6 +113,15 @@ class GenerationRequest(BaseModel):
         + ", or diffusers' class name. By default the model's own.",
         examples=[short_names[0] for short_names in SCHEDULERS.values()],
     )
+    prompt_syntax: Literal["plain", "a1111"] = Field(
+        "plain",
+        description="How prompts are read. plain: every character is text. a1111: (word:1.2), [word], BREAK, AND, [from:to:0.5], "
+        "[one|other] and <lora:name:0.8>, as in A1111.",
+    )
+    clip_skip: int = Field(
+        1, ge=1, le=MAX_CLIP_SKIP, description="Which layer of the text encoder is used, counted from the last. 2: the last but one."
+    )
+    loras: list[LoraRequest] = Field([], max_length=MAX_LORAS, description="LoRAs to apply, each with its weight.")
     safety_check: bool | None = Field(
         None,
         description="Whether the safety checker looks at this picture, where the model has one. By default as the server's policy says "

@@ -15,6 +15,8 @@ from stable_diffusion.core.safety import SafetyPolicy
 
 MODEL_VARIABLE = "SD_MODEL"
 SAFETY_VARIABLE = "SD_SAFETY"
+LORAS_VARIABLE = "SD_LORAS"
+EMBEDDINGS_VARIABLE = "SD_EMBEDDINGS"
 LOG_PROMPTS_VARIABLE = "SD_LOG_PROMPTS"
 CUDA_GRAPHS_VARIABLE = "SD_CUDA_GRAPHS"
 KEYS_VARIABLE = "SD_API_KEYS"
@@ -62,6 +64,8 @@ class Settings:
     """All settings except the API keys."""
 
     model: str = ""  # "demo" or a folder; empty: the service's weights, else the demo model
+    loras: str = ""  # a folder; empty: loras beside the weights
+    embeddings: str = ""  # a folder of textual inversions; empty: embeddings beside the weights
     limits: Limits = Limits()
     safety: SafetyPolicy = "default-on"
     log_prompts: bool = False
@@ -75,6 +79,8 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     """Raises SettingError, which names the first wrong variable and what is allowed."""
     return Settings(
         model=unquoted(environment, MODEL_VARIABLE),
+        loras=unquoted(environment, LORAS_VARIABLE),
+        embeddings=unquoted(environment, EMBEDDINGS_VARIABLE),
         limits=_limits(environment),
         safety=_safety(environment),
         log_prompts=_flag(environment, LOG_PROMPTS_VARIABLE),

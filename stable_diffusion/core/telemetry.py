@@ -17,10 +17,11 @@ Refusal = Literal["queue_full", "deadline_exceeded"]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One UNet call: the numbers of the jobs that shared it, and its rows."""
+    """One UNet call: the numbers of the jobs that shared it, its rows, and how many of them have LoRAs."""
 
     job_numbers: tuple[int, ...]
     rows: int
+    rows_with_loras: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class StartRecord:
     """A job takes its first step."""
 
     waited_s: float  # since it was submitted
+    chunks: int = 1  # of 75 tokens, of its longest text
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,14 @@ class EndRecord:
     kind: Kind
     outcome: Outcome
     drawn_s: float | None
+
+
+@dataclass(frozen=True)
+class LorasRecord:
+    """How many LoRAs are on the device, and their bytes, after a change."""
+
+    count: int
+    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -95,6 +105,7 @@ Record = (
     | WorkloadRecord
     | StartRecord
     | EndRecord
+    | LorasRecord
     | DecodedAgainRecord
     | OutOfMemoryRecord
     | BatchLimitRecord

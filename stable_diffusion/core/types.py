@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from stable_diffusion.core.settings import MAX_TIMEOUT_S
 
@@ -18,6 +18,17 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "fp16"]
 ImageFormat = Literal["jpeg", "png", "webp"]
 Kind = Literal["txt2img", "img2img", "inpaint"]
+PromptSyntax = Literal["plain", "a1111"]
+
+
+class LoraChoice(NamedTuple):
+    """A LoRA that a task uses. `hash` identifies the file's content (models/loras.py); `size_bytes`: of its values as float32."""
+
+    name: str
+    unet_weight: float
+    text_encoder_weight: float
+    hash: str
+    size_bytes: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,11 @@ class Task:
     preview_every_steps: int = 0  # 0: none
     metadata: bool = True  # whether the image file says how it was generated
     strength: float = 1.0  # img2img and inpaint
+    prompt_syntax: PromptSyntax = "plain"  # of both prompts; without tags for LoRAs
+    parts: int = 1  # of the prompt, joined with AND
+    clip_skip: int = 1  # 1: the text encoder's last layer
+    loras: tuple[LoraChoice, ...] = ()
+    cut_prompts: bool = False  # drop what is too long, and say so, instead of failing
     image: Image.Image | None = None  # RGB; img2img and inpaint
     mask: Image.Image | None = None  # L, white is repainted; inpaint
     image_hash: str | None = None  # identifies the input image where the image itself is not kept

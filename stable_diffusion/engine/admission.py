@@ -110,7 +110,7 @@ class Workload:
         seconds: defaultdict[str, float] = defaultdict(float)
         of_a_step = {size: self._share_of_a_step(size) for size in {job.batch_key for job in self._jobs}}
         for job in self._jobs:
-            seconds[job.owner] += job.steps_left * of_a_step[job.batch_key]
+            seconds[job.owner] += job.steps_left * job.cost * of_a_step[job.batch_key]
         return seconds
 
     def _share_of_a_step(self, size: Size) -> float:
@@ -141,7 +141,8 @@ class Workload:
         share_s = self._share_of_a_step(job.batch_key)
         # The owner's longer jobs do not run before it.
         before = [other for other in self._jobs if other.owner == job.owner and other.steps_left <= job.steps_left]
-        own = job.steps_left * share_s + sum(other.steps_left * self._share_of_a_step(other.batch_key) for other in before)
+        own = job.steps_left * job.cost * share_s
+        own += sum(other.steps_left * other.cost * self._share_of_a_step(other.batch_key) for other in before)
         shared = own + sum(min(other, own) for owner, other in seconds.items() if owner != job.owner)
         alone = job.steps_left * self._times.seconds(job.batch_key, 1)
         expected_s = max(alone, shared)

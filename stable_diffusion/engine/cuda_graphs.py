@@ -11,62 +11,59 @@ from functools import partial
 
 import torch
 
-UNetCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+from stable_diffusion.engine.row_inputs import RowInputs
+
+UNetCall = Callable[[RowInputs], torch.Tensor]
 # Runs the work at least once. Returns how to run it again on the same memory, and where its result then lies.
 Recorder = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class _Recording:
-    latents: torch.Tensor
-    timesteps: torch.Tensor
-    embeddings: torch.Tensor
+    inputs: RowInputs
     replay: Callable[[], None]
     result: torch.Tensor
 
 
 class RecordedCalls:
-    """A UNet call, replayed if its shape was recorded.
-
-    Shapes: latents (rows, channels, height, width), timesteps (rows), embeddings (rows, tokens, width).
-    """
+    """A UNet call, replayed if its shape was recorded. Rows with adapters are never recorded: each mix would be a call of its own."""
 
     def __init__(self, call: UNetCall) -> None:
         self._call = call
         self._recordings: dict[tuple[object, ...], _Recording] = {}
 
     @torch.inference_mode()
-    def record(self, record: Recorder, latents: torch.Tensor, embeddings: torch.Tensor, rows: Sequence[int]) -> int:
+    def record(self, record: Recorder, row: RowInputs, rows: Sequence[int]) -> int:
         """Record calls with each number of `rows`, made of the one given row. Returns the most rows that fitted into memory, or 0.
 
         The largest is recorded first, so that the others can reuse its memory.
         """
         most = 0
         for count in sorted(rows, reverse=True):
-            inputs = (latents.repeat(count, 1, 1, 1), torch.ones(count, device=latents.device), embeddings.repeat(count, 1, 1))
+            inputs = row.repeated(count)
             try:
-                replay, result = record(partial(self._call, *inputs))
+                replay, result = record(partial(self._call, inputs))
             except torch.OutOfMemoryError:
                 continue
             most = max(most, count)
-            self._recordings[_key(count, latents, embeddings)] = _Recording(*inputs, replay, result)
+            self._recordings[_key(count, inputs)] = _Recording(inputs, replay, result)
         return most
 
-    def __call__(self, latents: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        rows = len(latents)
-        recording = self._recordings.get(_key(rows, latents, embeddings)) or self._recordings.get(_key(rows + 1, latents, embeddings))
-        if recording is None:
-            return self._call(latents, timesteps, embeddings)
+    def __call__(self, inputs: RowInputs) -> torch.Tensor:
+        rows = inputs.rows
+        recording = self._recordings.get(_key(rows, inputs)) or self._recordings.get(_key(rows + 1, inputs))
+        if recording is None or inputs.adapters:
+            return self._call(inputs)
         # A surplus row keeps the values of an earlier call, and its result is ignored.
-        recording.latents[:rows].copy_(latents)
-        recording.timesteps[:rows].copy_(timesteps)
-        recording.embeddings[:rows].copy_(embeddings)
+        given = inputs.tensors()
+        for name, tensor in recording.inputs.tensors().items():
+            tensor[:rows].copy_(given[name])
         recording.replay()
         return recording.result[:rows].clone()
 
 
-def _key(rows: int, latents: torch.Tensor, embeddings: torch.Tensor) -> tuple[object, ...]:
-    return rows, latents.shape[1:], embeddings.shape[1:], latents.dtype
+def _key(rows: int, inputs: RowInputs) -> tuple[object, ...]:
+    return rows, *((name, tensor.shape[1:], tensor.dtype) for name, tensor in inputs.tensors().items())
 
 
 class CudaGraphs:

@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import replace
 from typing import Any
 
 import diffusers
@@ -23,18 +23,22 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img impo
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
-from stable_diffusion.core.errors import GenerationFailed
+from stable_diffusion.core.errors import GenerationFailed, InvalidRequest
+from stable_diffusion.core.prompt_syntax import Emphasis, composed, emphasized, scheduled, without_lora_tags
+from stable_diffusion.core.requests import MAX_PROMPT_CHUNKS
 from stable_diffusion.core.schedulers import KARRAS
 from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.engine import previews, threads
+from stable_diffusion.engine.adapters import AdaptedLayers, Lora
 from stable_diffusion.engine.cuda_graphs import RecordedCalls, Recorder
-from stable_diffusion.engine.job import Job, Latents
+from stable_diffusion.engine.job import Conditioning, Job, Latents, TextSchedule
 from stable_diffusion.engine.loading import Parts
+from stable_diffusion.engine.lora_store import Claim, LoraStore, claimed
+from stable_diffusion.engine.prompts import PromptEncoder, Text
+from stable_diffusion.engine.row_inputs import RowInputs, joined, stacked
 
 logger = logging.getLogger("stable_diffusion")
 
-# Embeddings of a text take a quarter of a megabyte in Stable Diffusion.
-_KEPT_TEXTS = 64
 _TIMED_STEPS = 5
 # A step this slow is not measured again: the first launch hardly affects its time.
 _SLOW_STEP_S = 1.0
@@ -51,26 +55,37 @@ class Denoiser:
         self._masks = VaeImageProcessor(vae_scale_factor=pixels_per_latent, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
         self._pixels_per_latent = pixels_per_latent
         self._device_name = torch.cuda.get_device_name(parts.device) if parts.device.type == "cuda" else parts.device.type
-        # Mainly for the empty negative prompt, which nearly every request has.
-        self._encode_text = lru_cache(maxsize=_KEPT_TEXTS)(self._encode_new_text)
+        self._prompts = PromptEncoder(parts.tokenizer, parts.text_encoder, parts.dtype, parts.inversions)
+        self._adapted = AdaptedLayers(parts.unet)
+        self.loras = LoraStore(parts.loras, parts.device, parts.dtype)
         self.call_unet = RecordedCalls(self._run_unet)
         is_on_cpu = parts.device.type == "cpu"
         self._threads = threads.of_process(os.environ, torch.get_num_threads(), torch.set_num_threads, logger.info) if is_on_cpu else None
 
     @torch.inference_mode()
-    def _run_unet(self, latents: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        predicted: torch.Tensor = self._parts.unet(latents, timesteps, encoder_hidden_states=embeddings, return_dict=False)[0]
+    def _run_unet(self, inputs: RowInputs) -> torch.Tensor:
+        with self._adapted.applied(inputs.adapters):
+            predicted: torch.Tensor = self._parts.unet(
+                inputs.latents,
+                inputs.timesteps,
+                encoder_hidden_states=inputs.embeddings,
+                encoder_attention_mask=inputs.mask,
+                timestep_cond=inputs.guidance,
+                return_dict=False,
+            )[0]
         return predicted
 
     @torch.inference_mode()
     def record_steps(self, record: Recorder, width: int, height: int, most_jobs: int) -> int:
         """Record the UNet calls of 1 to `most_jobs` jobs of one size, to be replayed. Returns how many rows fitted into memory."""
-        channels = self._parts.unet.config.in_channels
-        latents = torch.zeros(1, channels, height // self._pixels_per_latent, width // self._pixels_per_latent)
-        embeddings, _ = self._encode_text("")
+        job = Job(Task("txt2img", "", "", width, height, 1, 1.0, 0, "DDIMScheduler", False), on_end=lambda outcome: None)
+        job.tensors = self.prepare(job.task)
+        row = self.unet_inputs([job])
+        if self._parts.unet.config.in_channels != row.latents.shape[1]:
+            latents = row.latents.new_zeros(1, self._parts.unet.config.in_channels, *row.latents.shape[2:])
+            row = replace(row, latents=latents)
         # Of the odd numbers only 1: other odd numbers run with one surplus row.
-        rows = (1, *range(2, 2 * most_jobs + 1, 2))
-        return self.call_unet.record(record, latents.to(self._parts.device, self._parts.dtype), embeddings, rows)
+        return self.call_unet.record(record, row, (1, *range(2, 2 * most_jobs + 1, 2)))
 
     def warm_up(self, width: int, height: int) -> float:
         """Generate an image in two steps, so that kernels are chosen, memory is allocated and a broken model fails at start.
@@ -122,9 +137,13 @@ class Denoiser:
     # --- before the first step -------------------------------------------------------------------
 
     @torch.inference_mode()
-    def prepare(self, task: Task) -> Latents:
-        """Encode the prompt and the image, draw the initial noise, set up the job's own noise scheduler."""
-        embeddings, dropped_prompt, dropped_negative_prompt = self._encode_prompts(task)
+    def prepare(self, task: Task, claim: Claim | None = None) -> Latents:
+        """Encode the prompt and the image, draw the initial noise, set up the job's own noise scheduler.
+
+        `claim`: of a task with LoRAs, when `can_prepare` says so.
+        Raises InvalidRequest for a prompt that is too long or LoRAs that cannot be used.
+        """
+        loras = () if claim is None else claim.adapters()
         scheduler = self._new_scheduler(task.scheduler)
         # Timesteps stay on the CPU: schedulers use them as table indices, and on a GPU each access would wait for the device.
         scheduler.set_timesteps(task.num_inference_steps)
@@ -132,15 +151,16 @@ class Denoiser:
         generator = torch.Generator("cpu").manual_seed(task.seed)
         latents = Latents(
             latents=torch.empty(0),
-            embeddings=embeddings,
+            conditioning=Conditioning(()),
             scheduler=scheduler,
             timesteps=scheduler.timesteps,
             unet_timesteps=torch.empty(0),
             generator=generator,
             guided_steps=0,
             step_arguments=_step_arguments(scheduler, generator),
-            dropped_prompt=dropped_prompt,
-            dropped_negative_prompt=dropped_negative_prompt,
+            dropped_prompt="",
+            dropped_negative_prompt="",
+            adapters=tuple((lora.unet, choice.unet_weight) for lora, choice in zip(loras, task.loras, strict=True) if lora.unet),
         )
         if task.kind == "txt2img":
             latents.latents = self._draw_noise(task, generator) * scheduler.init_noise_sigma
@@ -148,7 +168,8 @@ class Denoiser:
             self._start_from_image(task, latents)
         else:
             self._start_under_mask(task, latents)
-        if task.guidance_scale > 1:
+        self._condition(task, latents, loras)
+        if task.guidance_scale > 1 and latents.guidance_embedding is None:
             # A second-order scheduler makes two calls per step; both must be guided, or neither.
             order = scheduler.order
             steps = math.ceil(len(latents.timesteps) / order)
@@ -156,24 +177,55 @@ class Denoiser:
         latents.unet_timesteps = latents.timesteps.to(device=self._parts.device, dtype=torch.float32)
         return latents
 
-    def _encode_prompts(self, task: Task) -> tuple[torch.Tensor, str, str]:
-        prompt, dropped_prompt = self._encode_text(task.prompt)
-        if task.guidance_scale <= 1:
-            return prompt, dropped_prompt, ""
-        negative, dropped_negative_prompt = self._encode_text(task.negative_prompt)
-        return torch.cat([negative, prompt]), dropped_prompt, dropped_negative_prompt
+    def can_prepare(self, job: Job) -> bool:
+        """Whether the job's LoRAs are on the device; if not, this goes on loading them. An error in a file is left to `prepare`."""
+        if job.claim is None:
+            job.claim = claimed(job.task.loras)
+        return self.loras.go_on(job.claim)
 
-    def _encode_new_text(self, text: str) -> tuple[torch.Tensor, str]:
-        """The embeddings (1, tokens, width) of one text, which are shared and must not be changed, and the part that did not fit."""
-        tokenizer, encoder = self._parts.tokenizer, self._parts.text_encoder
-        length = tokenizer.model_max_length
-        tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        all_tokens = tokenizer(text, truncation=False, verbose=False).input_ids
-        dropped = tokenizer.decode(all_tokens[length - 1 : -1]).strip() if len(all_tokens) > length else ""
-        uses_mask = getattr(encoder.config, "use_attention_mask", False)
-        attention_mask = tokens.attention_mask.to(self._parts.device) if uses_mask else None
-        embeddings = encoder(tokens.input_ids.to(self._parts.device), attention_mask=attention_mask)[0]
-        return embeddings.to(dtype=self._parts.dtype), dropped
+    def loras_held(self) -> tuple[int, int]:
+        """How many LoRAs are on the device, and their bytes."""
+        return len(self.loras), self.loras.held_bytes
+
+    def _condition(self, task: Task, latents: Latents, loras: tuple[Lora, ...]) -> None:
+        """Read the prompts and encode the texts of the first step."""
+        steps = math.ceil(len(latents.timesteps) / latents.scheduler.order)
+        of_text = [(lora, choice.text_encoder_weight) for lora, choice in zip(loras, task.loras, strict=True) if lora.text_encoder]
+
+        def schedule_of(prompt: str) -> TextSchedule:
+            if task.prompt_syntax == "plain":
+                return ((steps, Text(((Emphasis(prompt, 1.0),),), task.clip_skip, tuple(of_text))),)
+            return tuple((last, Text(emphasized(text), task.clip_skip, tuple(of_text))) for last, text in scheduled(prompt, steps))
+
+        parts = ((task.prompt, 1.0),) if task.prompt_syntax == "plain" else composed(without_lora_tags(task.prompt)[0])
+        rows = tuple(schedule_of(text) for text, _ in parts)
+        negative = schedule_of(task.negative_prompt)
+        latents.conditioning = Conditioning((negative, *rows), tuple(weight for _, weight in parts))
+        width = self._parts.unet.config.time_cond_proj_dim
+        if width is not None:
+            embedding = guidance_embedding(task.guidance_scale, width)
+            latents.guidance_embedding = embedding.to(device=self._parts.device, dtype=self._parts.dtype)
+        latents.chunks = max(self._prompts.count_chunks(text) for row in latents.conditioning.rows for _, text in row)
+        used = rows if task.guidance_scale <= 1 and len(rows) == 1 else (negative, *rows)
+        dropped = {schedule: [self._dropped(text, task) for _, text in schedule] for schedule in used}
+        latents.dropped_prompt = " ".join(filter(None, (text for row in rows for text in dropped[row])))
+        latents.dropped_negative_prompt = " ".join(filter(None, dropped.get(negative, ())))
+
+    def _dropped(self, text: Text, task: Task) -> str:
+        dropped = self._prompts.dropped(text)
+        if dropped and not task.cut_prompts:
+            tokens = MAX_PROMPT_CHUNKS * self._prompts.chunk_tokens
+            raise InvalidRequest(f"a prompt has more than {tokens} tokens; what is too much begins with {dropped[:60]!r}")
+        return dropped
+
+    def _embed(self, state: Latents, job: Job) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The embeddings (rows, tokens, width) of a job's next step, and their mask where rows differ in length."""
+        step = state.step_index // state.scheduler.order + 1
+        texts = state.conditioning.at(step)[-job.rows :]
+        if texts != state.texts or state.embeddings is None:
+            state.embeddings, state.mask = stacked([self._prompts.encode(text) for text in texts])
+            state.texts = texts
+        return state.embeddings, state.mask
 
     def _new_scheduler(self, name: str) -> Any:
         """A new noise scheduler with the model's noise schedule. The shared one is never changed."""
@@ -233,7 +285,7 @@ class Denoiser:
         else:
             # diffusers also encodes the masked image here without using it. Draw its random numbers to stay in sync.
             self._draw_noise(task, latents.generator)
-            latents.mask, latents.image_latents, latents.noise = mask, image_latents, noise
+            latents.inpainting_mask, latents.image_latents, latents.noise = mask, image_latents, noise
 
     # --- the steps -------------------------------------------------------------------------------
 
@@ -242,46 +294,51 @@ class Denoiser:
         """One UNet call for the next step of all `jobs`, which share a batch key. Returns each job's rows. Does not change the jobs."""
         inputs = self.unet_inputs(jobs)
         began_s = time.perf_counter()
-        predicted = self.call_unet(*inputs)
+        predicted = self.call_unet(inputs)
         if self._threads is not None:
             now_s = time.perf_counter()
-            self._threads.note_step(inputs[0].shape, now_s - began_s, now_s)
+            self._threads.note_step(inputs.latents.shape, now_s - began_s, now_s)
         return list(torch.split(predicted, [job.rows for job in jobs]))
 
     @torch.inference_mode()
-    def unet_inputs(self, jobs: Sequence[Job]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The latents (rows, channels, height/8, width/8), timesteps (rows) and embeddings (rows, tokens, width) of the next step."""
-        inputs, timesteps, embeddings = [], [], []
+    def unet_inputs(self, jobs: Sequence[Job]) -> RowInputs:
+        """The inputs of the next step of all `jobs`."""
+        parts = []
         for job in jobs:
             state = _tensors_of(job)
             timestep = state.timesteps[state.step_index]
             scaled = state.scheduler.scale_model_input(state.latents, timestep)
             if state.extra_channels is not None:
                 scaled = torch.cat([scaled, state.extra_channels], dim=1)
-            # The concatenation below repeats them, as in diffusers. It keeps the memory format, on which the last bit depends.
-            inputs.extend([scaled] * job.rows)
-            timesteps.append(state.unet_timesteps[state.step_index].expand(job.rows))
-            embeddings.append(state.embeddings[-job.rows :])
-        return torch.cat(inputs), torch.cat(timesteps), torch.cat(embeddings)
+            embeddings, mask = self._embed(state, job)
+            timesteps = state.unet_timesteps[state.step_index].expand(job.rows)
+            guidance = None if state.guidance_embedding is None else state.guidance_embedding.expand(job.rows, -1)
+            adapters = (state.adapters,) * job.rows if state.adapters else ()
+            # Repeated by concatenation, as in diffusers. It keeps the memory format, on which the last bit depends.
+            parts.append(RowInputs(torch.cat([scaled] * job.rows), timesteps, embeddings, mask, guidance, adapters))
+        return joined(parts)
 
     @torch.inference_mode()
     def advance(self, job: Job, predicted: torch.Tensor) -> None:
         """Apply guidance and the noise scheduler to one job's rows. Reads no value, so only a preview waits for the device."""
         state = _tensors_of(job)
         timestep = state.timesteps[state.step_index]
-        if job.rows == 2:
-            unconditional, conditional = predicted.chunk(2)
-            predicted = unconditional + job.task.guidance_scale * (conditional - unconditional)
+        if job.is_guided:
+            unconditional, *conditional = torch.split(predicted, 1)
+            scale = job.task.guidance_scale if state.step_index < state.guided_steps else 1.0
+            predicted = unconditional
+            for weight, part in zip(state.conditioning.weights, conditional, strict=True):
+                predicted = predicted + scale * weight * (part - unconditional)
         every = job.task.preview_every_steps
         state.preview = self._look(state, timestep, predicted) if every and (state.step_index + 1) % every == 0 else None
         latents = state.scheduler.step(predicted, timestep, state.latents, **state.step_arguments, return_dict=False)[0]
-        if state.mask is not None:
+        if state.inpainting_mask is not None:
             kept = state.image_latents
             assert kept is not None
             if state.step_index < len(state.timesteps) - 1:
                 following = state.timesteps[state.step_index + 1]
                 kept = state.scheduler.add_noise(kept, state.noise, torch.tensor([following]))
-            latents = (1 - state.mask) * kept + state.mask * latents
+            latents = (1 - state.inpainting_mask) * kept + state.inpainting_mask * latents
         state.latents = latents
         state.step_index += 1
 
@@ -350,6 +407,15 @@ def _is_a_picture(pixels: torch.Tensor) -> bool:
 def _tensors_of(job: Job) -> Latents:
     assert job.tensors is not None, "the job has not been prepared"
     return job.tensors
+
+
+def guidance_embedding(guidance_scale: float, width: int) -> torch.Tensor:
+    """The guidance scale as an input of a model that was distilled with it, (1, width): a sinusoidal embedding (Luo et al. 2023, LCM)."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
+    angles = 1000.0 * torch.tensor([guidance_scale - 1])[:, None] * frequencies[None, :]
+    embedding = torch.cat([torch.sin(angles), torch.cos(angles)], dim=1)
+    return torch.nn.functional.pad(embedding, (0, width % 2))
 
 
 def _step_arguments(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:

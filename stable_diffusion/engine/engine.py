@@ -23,6 +23,7 @@ from stable_diffusion.core.telemetry import (
     BatchLimitRecord,
     DecodedAgainRecord,
     EndRecord,
+    LorasRecord,
     Outcome,
     OutOfMemoryRecord,
     Record,
@@ -37,18 +38,24 @@ from stable_diffusion.core.types import GeneratedImage, Progress, Task
 from stable_diffusion.engine.admission import NO_LIMITS, QueueLimits, Workload
 from stable_diffusion.engine.batching import Batching
 from stable_diffusion.engine.job import Job, Latents
+from stable_diffusion.engine.lora_store import Claim
 from stable_diffusion.engine.watchdog import Watchdog
 
 logger = logging.getLogger("stable_diffusion")
 
 
+_LOOK_AGAIN_S = 0.005
+
+
 class Steps(Protocol):
     """The part of a denoiser that the engine uses."""
 
-    def prepare(self, task: Task) -> Latents: ...
+    def can_prepare(self, job: Job) -> bool: ...
+    def prepare(self, task: Task, claim: Claim | None = None) -> Latents: ...
     def predict(self, jobs: Sequence[Job]) -> list[torch.Tensor]: ...
     def advance(self, job: Job, predicted: torch.Tensor) -> None: ...
     def decode(self, job: Job) -> GeneratedImage: ...
+    def loras_held(self) -> tuple[int, int]: ...
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,9 @@ class Engine:
         self._loaded = threading.Event()
         self._load_error: BaseException | None = None
         self._stopping = False
+        self._is_waiting = False  # all jobs wait for what is being loaded
         self._turn_seconds: float | None = None
+        self._loras_held = (0, 0)
         self._between_steps_s = 0.0  # of turns that took no step but decoded an image
         # A second thread with OpenMP would make every step twice as slow on a CPU, so this thread also loads the model.
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -192,11 +201,15 @@ class Engine:
             if self._to_decode:
                 self._decode(self._to_decode.popleft())
             batch = self._prepared(jobs, batch_limit)
+            self._is_waiting = not batch and not self._to_decode
             if batch:
                 self._step(batch)
         self._note_turn(batch, time.perf_counter() - began)
         self._report_progress()
         self._tell(WorkloadRecord(self._workload.seconds()))
+        if (held := self._denoiser.loras_held()) != self._loras_held:
+            self._loras_held = held
+            self._tell(LorasRecord(*held))
 
     def _watching(self, batch: list[Job]) -> AbstractContextManager[None]:
         """Watch the decoding of an image and the step of `batch`. Decoding takes about as long as one or a few steps of its size."""
@@ -238,11 +251,13 @@ class Engine:
         job.on_progress(Progress(position, step, step + job.steps_left, seconds_left, preview))
 
     def _read_inbox(self) -> None:
-        """Read all messages. Waits for one only if there is nothing else to do."""
+        """Read all messages. Waits for one only if there is nothing else to do, or briefly while all jobs wait for their LoRAs."""
         is_idle = not self._to_decode and not len(self._batching)
+        timeout_s = None if is_idle else _LOOK_AGAIN_S
+        is_idle = is_idle or self._is_waiting
         while True:
             try:
-                message = self._inbox.get(block=is_idle)
+                message = self._inbox.get(block=is_idle, timeout=timeout_s)
             except queue.Empty:
                 return
             is_idle = False
@@ -258,25 +273,26 @@ class Engine:
                 self._stopping = True
 
     def _prepared(self, jobs: list[Job], batch_limit: int) -> list[Job]:
-        """The first `batch_limit` jobs that can take a step.
+        """The first jobs that can take a step and together cost no more than `batch_limit` jobs; at least one.
 
         New jobs are prepared, but at most one with an image, so that the others do not wait long.
         """
         ready: list[Job] = []
         encoded_image = False
         for job in jobs:
-            if len(ready) == batch_limit:
+            if sum(other.cost for other in ready) >= batch_limit:
                 break
             if job.tensors is None:
-                if job.task.image is not None:
-                    if encoded_image:
-                        continue
-                    encoded_image = True
                 try:
-                    job.tensors = self._denoiser.prepare(job.task)
+                    if not self._denoiser.can_prepare(job) or (job.task.image is not None and encoded_image):
+                        continue
+                    encoded_image = encoded_image or job.task.image is not None
+                    job.tensors = self._denoiser.prepare(job.task, job.claim)
                 except Exception as error:
                     self._fail(job, error)
                     continue
+            if ready and sum(other.cost for other in ready) + job.cost > batch_limit:
+                continue
             ready.append(job)
         return ready
 
@@ -286,7 +302,8 @@ class Engine:
             self._batching.note_start(job)
             if job.started_s is None:
                 job.started_s = now
-                self._tell(StartRecord(now - job.submitted_s))
+                chunks = 1 if job.tensors is None else job.tensors.chunks
+                self._tell(StartRecord(now - job.submitted_s, chunks))
 
     def _step(self, batch: list[Job]) -> None:
         self._note_starts(batch)
@@ -348,7 +365,8 @@ class Engine:
             failure = error
         else:
             if self._on_step is not None:
-                self._on_step(StepRecord(tuple(job.number for job in jobs), sum(job.rows for job in jobs)))
+                rows_with_loras = sum(job.rows for job in jobs if job.tensors is not None and job.tensors.adapters)
+                self._on_step(StepRecord(tuple(job.number for job in jobs), sum(job.rows for job in jobs), rows_with_loras))
             return predicted
         if _is_out_of_memory(failure):
             failure.__traceback__ = None  # it references the call's intermediate tensors
@@ -395,7 +413,7 @@ class Engine:
             self._to_decode.remove(job)
         self._workload.leave(job)
         job.is_ended = True
-        job.tensors = None
+        job.tensors = job.claim = None
         drawn_s = None if job.started_s is None else time.perf_counter() - job.started_s
         self._tell(EndRecord(job.task.kind, outcome, drawn_s))
 

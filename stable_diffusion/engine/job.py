@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from stable_diffusion.core.types import GeneratedImage, Progress, Task
 
@@ -19,6 +19,25 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from stable_diffusion.core.errors import ServiceError
+    from stable_diffusion.engine.adapters import RowAdapters
+    from stable_diffusion.engine.lora_store import Claim
+    from stable_diffusion.engine.prompts import Text
+
+
+# What a row is told: the texts that follow one another, each with the last step, counted from 1, for which it holds.
+TextSchedule: TypeAlias = "tuple[tuple[int, Text], ...]"
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The texts of a job's rows: first the negative prompt's, then those of the prompt's parts, whose weights are `weights`."""
+
+    rows: tuple[TextSchedule, ...]
+    weights: tuple[float, ...] = (1.0,)
+
+    def at(self, step: int) -> tuple[Text, ...]:
+        """The text of each row in a step, counted from 1."""
+        return tuple(next(text for last, text in schedule if step <= last) for schedule in self.rows)
 
 
 @dataclass
@@ -26,7 +45,7 @@ class Latents:
     """The tensors of one job. Shapes: latents and noise (1, 4, height/8, width/8), embeddings (rows, tokens, width)."""
 
     latents: torch.Tensor
-    embeddings: torch.Tensor
+    conditioning: Conditioning
     scheduler: Any
     timesteps: torch.Tensor  # on the CPU, for the scheduler
     unet_timesteps: torch.Tensor  # the same as float32 on the device, for the UNet
@@ -35,10 +54,16 @@ class Latents:
     dropped_prompt: str
     dropped_negative_prompt: str
     guided_steps: int  # the number of guided UNet calls at the start; after them the job has one row
+    chunks: int = 1  # of 75 tokens, of its longest text
+    adapters: RowAdapters = ()  # of each of its rows
+    guidance_embedding: torch.Tensor | None = None  # (1, width), for models that take the guidance scale as an input
+    texts: tuple[Text, ...] = ()  # whose embeddings these are, with a mask where they differ in length
+    embeddings: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
     step_index: int = 0
     preview: Image.Image | None = None  # of the last step, if it was due; an eighth of the size
     # Inpainting on a 4-channel UNet: after each step the area outside the mask is restored.
-    mask: torch.Tensor | None = None
+    inpainting_mask: torch.Tensor | None = None
     image_latents: torch.Tensor | None = None
     noise: torch.Tensor | None = None
     # Inpainting on a 9-channel UNet: mask and masked image, appended to the latents in every step.
@@ -66,12 +91,27 @@ class Job:
     submitted_s: float = field(default_factory=time.perf_counter)
     started_s: float | None = None  # start of its first step, same clock
     is_ended: bool = False
+    claim: Claim | None = None  # on its LoRAs, from the first attempt to prepare it to its end
     tensors: Latents | None = None
 
     @property
+    def is_guided(self) -> bool:
+        """Whether the next UNet call has rows of both prompts."""
+        state = self.tensors
+        return state is not None and (state.step_index < state.guided_steps or len(state.conditioning.weights) > 1)
+
+    @property
     def rows(self) -> int:
-        """Rows of the next UNet call: a guided step has one row without and one with the prompt (Ho and Salimans 2022)."""
-        return 2 if self.tensors is not None and self.tensors.step_index < self.tensors.guided_steps else 1
+        """Rows of the next UNet call. A guided step has one without and one with the prompt (Ho and Salimans 2022).
+
+        A prompt of several parts has a row for each and is guided in every step (Liu et al. 2022, composable diffusion).
+        """
+        return len(self.tensors.conditioning.rows) if self.tensors is not None and self.is_guided else 1
+
+    @property
+    def cost(self) -> float:
+        """The job's share of a step's work, in guided jobs whose prompt has one part."""
+        return (1 + self.task.parts) / 2
 
     @property
     def batch_key(self) -> tuple[int, int]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import platform
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
@@ -19,7 +21,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from stable_diffusion.core.types import Precision
 from stable_diffusion.engine.allocator import keep_freed_memory
 from stable_diffusion.engine.previews import latent_to_rgb
+from stable_diffusion.models.embeddings import read_embeddings
 from stable_diffusion.models.folder import ModelFolder
+from stable_diffusion.models.loras import LoraFolder, Loras
 
 logger = logging.getLogger("stable_diffusion")
 
@@ -38,6 +42,8 @@ class Parts:
     device: torch.device
     dtype: torch.dtype
     latent_to_rgb: torch.Tensor  # for previews
+    inversions: Mapping[str, list[int]]  # tokens by a textual inversion's name
+    loras: Callable[[], Loras]  # the files that there are now
 
 
 def device_name(device: torch.device) -> str:
@@ -78,4 +84,30 @@ def load(model: ModelFolder, precision: Precision) -> Parts:
         device=device,
         dtype=dtype,
         latent_to_rgb=latent_to_rgb(model.path),
+        inversions=_add_inversions(pipeline.text_encoder, model),
+        loras=LoraFolder(model.loras, model).look,
     )
+
+
+def _add_inversions(text_encoder: CLIPTextModel, model: ModelFolder) -> dict[str, list[int]]:
+    """Append the vectors of the model's textual inversions to the text encoder's tokens. Returns the new tokens by name."""
+    found = read_embeddings(model)
+    for name, reason in found.refused.items():
+        logger.warning("The textual inversion %s is left out: %s.", name, reason)
+    embedding = text_encoder.get_input_embeddings()
+    weight = embedding.weight.data
+    tokens: dict[str, list[int]] = {}
+    rows = [weight]
+    count = len(weight)
+    for name, file in found.files.items():
+        vectors = safetensors.torch.load_file(file.path)[file.tensor].reshape(file.vectors, file.width)
+        if not torch.isfinite(vectors).all():
+            logger.warning("The textual inversion %s is left out: it holds values that are no numbers.", name)
+            continue
+        rows.append(vectors.to(weight))
+        tokens[name] = list(range(count, count + file.vectors))
+        count += file.vectors
+    if tokens:
+        embedding.weight.data = torch.cat(rows)
+        logger.info("Textual inversions: %s.", ", ".join(tokens))
+    return tokens

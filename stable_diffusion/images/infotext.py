@@ -14,6 +14,7 @@ from importlib import metadata
 
 from stable_diffusion import __version__
 from stable_diffusion.core.errors import InvalidRequest
+from stable_diffusion.core.prompt_syntax import without_lora_tags
 from stable_diffusion.core.schedulers import sampler_of
 from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.images.description import BYTE_ORDER_MARK
@@ -69,6 +70,10 @@ def _values(task: Task, picture: GeneratedImage, model: ModelFolder) -> dict[str
         "Model hash": model.hash,
         "Model": model.name,
         "Denoising strength": None if task.kind == "txt2img" else _number(task.strength),
+        "Clip skip": None if task.clip_skip == 1 else str(task.clip_skip),
+        "Lora hashes": lora_hashes(task) or None,
+        "Loras": _loras_of_field(task) or None,
+        "Prompt syntax": None if task.prompt_syntax == "plain" else task.prompt_syntax,
         "Guidance end": None if task.guidance_end == 1 else _number(task.guidance_end),
         "Kind": task.kind,
         "Input hash": task.image_hash,
@@ -79,6 +84,18 @@ def _values(task: Task, picture: GeneratedImage, model: ModelFolder) -> dict[str
         "Version": program_version(),
     }
     return {name: value for name, value in values.items() if value is not None}
+
+
+def lora_hashes(task: Task) -> str:
+    """The hash of each LoRA's file, as A1111 writes them."""
+    return ", ".join(f"{name}: {content_hash}" for name, content_hash in {one.name: one.hash for one in task.loras}.items())
+
+
+def _loras_of_field(task: Task) -> str:
+    """The LoRAs that stand in no tag of the prompt, with their weights."""
+    tags = without_lora_tags(task.prompt)[1] if task.prompt_syntax == "a1111" else ()
+    in_tags = sum(1 for tag in tags if tag.unet_weight or tag.text_encoder_weight)  # others are not in the task either
+    return ", ".join(f"{one.name}: {_number(one.unet_weight)}" for one in task.loras[: len(task.loras) - in_tags])
 
 
 def read(text: str, field: str = "infotext") -> Infotext:

@@ -9,14 +9,14 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from stable_diffusion.core.errors import ModelFolderError
 from stable_diffusion.core.settings import MODEL_VARIABLE, read_settings
 from stable_diffusion.core.types import Precision
-from stable_diffusion.models.safetensors import check_safetensors, samples_of
+from stable_diffusion.models.safetensors import check_safetensors, read_tensor_list, samples_of
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "model"
 DEMO_NAME = "demo"
@@ -48,6 +48,9 @@ class ModelFolder:
     only_inpaints: bool  # its UNet has 9 input channels and needs a mask
     has_safety_checker: bool
     variant: str | None  # "fp16" if the folder has only half-precision files, named as on the hub
+    text_layers: int  # of the text encoder
+    loras: Path  # the folder of LoRAs, which need not exist
+    embeddings: Path  # the folder of textual inversions, which need not exist
 
     @functools.cached_property
     def hash(self) -> str:
@@ -68,6 +71,15 @@ class ModelFolder:
         digest.update(json.dumps({name: scheduler[name] for name in scheduler if name != "_diffusers_version"}, sort_keys=True).encode())
         return digest.hexdigest()[:_HASH_DIGITS]
 
+    def config(self, component: str) -> dict[str, Any]:
+        """The configuration of a component, such as "unet"."""
+        return _read_json(self.path / component / "config.json", "a component's configuration")
+
+    def weight_shapes(self, component: str) -> dict[str, list[int]]:
+        """The shapes of a component's tensors by name, from its files' headers."""
+        files, _ = _find_weights(self.path / component, _COMPONENTS_WITH_WEIGHTS[component])
+        return {name: tensor["shape"] for file in files for name, tensor in read_tensor_list(file)[0].items()}
+
 
 def is_in_bento(service_folder: Path) -> bool:
     """Whether the service runs from a built bento, which holds the service's folder as src/ beside bento.yaml."""
@@ -84,7 +96,13 @@ def choose_model(weights: Path, environment: Mapping[str, str], *, in_bento: boo
 
     A built bento never falls back to the demo model. Raises ModelFolderError, and SettingError like `read_settings`.
     """
-    asked_for = read_settings(environment).model
+    settings = read_settings(environment)
+    model = _chosen(settings.model, weights, in_bento=in_bento)
+    loras, embeddings = (Path(path).expanduser() if path else None for path in (settings.loras, settings.embeddings))
+    return replace(model, loras=loras or model.loras, embeddings=embeddings or model.embeddings)
+
+
+def _chosen(asked_for: str, weights: Path, *, in_bento: bool) -> ModelFolder:
     if asked_for == DEMO_NAME:
         return _demo()
     if asked_for:
@@ -153,7 +171,18 @@ def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False)
         only_inpaints=channels == 9,
         has_safety_checker=has_checker,
         variant=variants.pop(),
+        text_layers=_text_layers(folder),
+        loras=folder.parent / "loras",
+        embeddings=folder.parent / "embeddings",
     )
+
+
+def _text_layers(folder: Path) -> int:
+    file = folder / "text_encoder" / "config.json"
+    layers = _read_json(file, "the text encoder's configuration").get("num_hidden_layers")
+    if not isinstance(layers, int) or layers < 1:
+        raise ModelFolderError(f"{file}: num_hidden_layers is {layers}, expected a number of layers")
+    return layers
 
 
 def _refuse_pickles(folder: Path) -> None:

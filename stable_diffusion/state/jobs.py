@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from stable_diffusion.core.errors import (
     Cancelled,
@@ -27,7 +28,7 @@ from stable_diffusion.core.errors import (
     UnknownJob,
 )
 from stable_diffusion.core.fair_share import share_is_left
-from stable_diffusion.core.types import GeneratedImage, ImageFormat, Progress, Task, Ticket
+from stable_diffusion.core.types import GeneratedImage, ImageFormat, LoraChoice, Progress, Task, Ticket
 from stable_diffusion.state.job_record import PICTURES_KEPT, PICTURES_KEPT_S, JobRecord, State, as_png
 from stable_diffusion.state.sqlite import transaction
 
@@ -292,12 +293,16 @@ def _forget(database: sqlite3.Connection, now: float) -> None:
     database.execute("DELETE FROM idempotency_keys WHERE created_at < ?", (now - _JOBS_REMEMBERED_S,))
 
 
+def _task(values: dict[str, Any]) -> Task:
+    return Task(**values | {"loras": tuple(LoraChoice(*choice) for choice in values["loras"])})
+
+
 def _record(row: sqlite3.Row, now: float) -> JobRecord:
     is_too_old = row["ended_at"] is not None and row["ended_at"] < now - PICTURES_KEPT_S
     return JobRecord(
         id=row["id"],
         index=row["image_index"],
-        task=Task(**json.loads(row["task"])),
+        task=_task(json.loads(row["task"])),
         asynchronous=bool(row["asynchronous"]),
         state=row["state"],
         progress=Progress(row["position"], row["step"], row["steps"], row["seconds_left"] or 0.0),

@@ -18,9 +18,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
+from stable_diffusion.core.requests import MAX_PROMPT_CHUNKS
 from stable_diffusion.core.telemetry import (
     DecodedAgainRecord,
     EndRecord,
+    LorasRecord,
     Outcome,
     OutOfMemoryRecord,
     Record,
@@ -48,6 +50,10 @@ class _Series:
     refused: Counter
     queue_wait_seconds: Histogram
     unet_rows: Histogram
+    unet_rows_with_loras: Counter
+    prompt_chunks: Histogram
+    loras: Gauge
+    lora_bytes: Gauge
     step_seconds: Histogram
     image_seconds: Histogram
     images: Counter
@@ -73,6 +79,14 @@ def _series() -> _Series:
         unet_rows=Histogram(
             "stable_diffusion_unet_rows", "Rows of a UNet call: two for a picture with guidance, one without.", buckets=_ROWS
         ),
+        unet_rows_with_loras=Counter("stable_diffusion_unet_rows_with_loras", "Rows of UNet calls that had LoRAs."),
+        prompt_chunks=Histogram(
+            "stable_diffusion_prompt_chunks",
+            "Chunks of 75 tokens of a picture's longest prompt.",
+            buckets=tuple(range(1, MAX_PROMPT_CHUNKS + 1)),
+        ),
+        loras=Gauge("stable_diffusion_loras", "LoRAs on the device, in use or kept.", multiprocess_mode="livesum"),
+        lora_bytes=Gauge("stable_diffusion_lora_bytes", "Bytes of the device that LoRAs take.", multiprocess_mode="livesum"),
         step_seconds=Histogram(
             "stable_diffusion_step_seconds",
             "Turns of the loop: a step, preparing newcomers, decoding at most one picture. On a GPU only the mean of many says something.",
@@ -106,8 +120,9 @@ def counting() -> Callable[[Record | StepRecord], None]:
 def _count(record: Record | StepRecord) -> None:
     series = _series()
     match record:
-        case StepRecord(rows=rows):
+        case StepRecord(rows=rows, rows_with_loras=rows_with_loras):
             series.unet_rows.observe(rows)
+            series.unet_rows_with_loras.inc(rows_with_loras)
         case TurnRecord(seconds):
             series.step_seconds.observe(seconds)
         case SubmitRecord():
@@ -116,7 +131,8 @@ def _count(record: Record | StepRecord) -> None:
             series.refused.labels(reason).inc()
         case WorkloadRecord(seconds):
             series.workload_seconds.set(seconds)
-        case StartRecord(waited_s):
+        case StartRecord(waited_s, chunks):
+            series.prompt_chunks.observe(chunks)
             series.queue_jobs.dec()
             series.running_jobs.inc()
             series.queue_wait_seconds.observe(waited_s)
@@ -125,6 +141,9 @@ def _count(record: Record | StepRecord) -> None:
             series.images.labels(kind, outcome).inc()
             if drawn_s is not None and outcome in ("completed", "flagged"):
                 series.image_seconds.labels(kind).observe(drawn_s)
+        case LorasRecord(count, size_bytes):
+            series.loras.set(count)
+            series.lora_bytes.set(size_bytes)
         case OutOfMemoryRecord():
             series.out_of_memory.inc()
         case DecodedAgainRecord():

@@ -11,6 +11,7 @@ from stable_diffusion.engine.cuda_graphs import RecordedCalls
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.job import Job
 from stable_diffusion.engine.loading import Parts
+from stable_diffusion.engine.row_inputs import RowInputs
 from tests.tasks import make_task
 
 ROWS = 6
@@ -32,19 +33,18 @@ class Recorder:
         return replay, result
 
 
-def call(latents: torch.Tensor, timesteps: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+def call(rows: RowInputs) -> torch.Tensor:
     """Each row's result depends on all of its inputs and on no other row's."""
-    return latents * timesteps[:, None, None, None] + embeddings.sum(dim=(1, 2))[:, None, None, None]
+    return rows.latents * rows.timesteps[:, None, None, None] + rows.embeddings.sum(dim=(1, 2))[:, None, None, None]
 
 
-def inputs(rows: int, side: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.randn(rows, 4, side, side), torch.arange(1.0, rows + 1), torch.randn(rows, 77, 16)
+def inputs(rows: int, side: int = 8) -> RowInputs:
+    return RowInputs(torch.randn(rows, 4, side, side), torch.arange(1.0, rows + 1), torch.randn(rows, 77, 16))
 
 
 def recorded(recorder: Recorder) -> RecordedCalls:
     calls = RecordedCalls(call)
-    latents, _, embeddings = inputs(1)
-    calls.record(recorder.record, latents, embeddings, range(2, ROWS + 1, 2))
+    calls.record(recorder.record, inputs(1), range(2, ROWS + 1, 2))
     return calls
 
 
@@ -53,9 +53,9 @@ def test_a_replay_gives_what_the_call_gives_for_even_and_odd_numbers_of_rows(row
     recorder = Recorder()
     calls = recorded(recorder)
     with torch.inference_mode():
-        calls(*inputs(ROWS))  # leaves something in the memory
+        calls(inputs(ROWS))  # leaves something in the memory
         given = inputs(rows)
-        assert torch.equal(calls(*given), call(*given))
+        assert torch.equal(calls(given), call(given))
     assert recorder.replays == 2
 
 
@@ -63,7 +63,7 @@ def test_a_replay_gives_what_the_call_gives_for_even_and_odd_numbers_of_rows(row
 def test_a_shape_that_was_not_recorded_is_computed_as_usual(rows: int, side: int) -> None:
     recorder = Recorder()
     given = inputs(rows, side)
-    assert torch.equal(recorded(recorder)(*given), call(*given))
+    assert torch.equal(recorded(recorder)(given), call(given))
     assert recorder.replays == 0
 
 
@@ -71,9 +71,9 @@ def test_a_result_is_not_overwritten_by_the_next_call() -> None:
     calls = recorded(Recorder())
     with torch.inference_mode():
         first, second = inputs(2), inputs(2)
-        result = calls(*first)
-        calls(*second)
-        assert torch.equal(result, call(*first))
+        result = calls(first)
+        calls(second)
+        assert torch.equal(result, call(first))
 
 
 def test_recorded_steps_draw_the_same_picture(demo_parts: Parts) -> None:
@@ -102,10 +102,9 @@ def test_what_does_not_fit_into_memory_is_not_recorded_and_the_rest_is() -> None
         return replay, result
 
     calls = RecordedCalls(call)
-    latents, _, embeddings = inputs(1)
-    assert calls.record(record, latents, embeddings, range(2, ROWS + 1, 2)) == 4
+    assert calls.record(record, inputs(1), range(2, ROWS + 1, 2)) == 4
     with torch.inference_mode():
         for rows in (4, 6):
             given = inputs(rows)
-            assert torch.equal(calls(*given), call(*given))
+            assert torch.equal(calls(given), call(given))
     assert recorder.replays == 1

@@ -7,15 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
+from stable_diffusion.core.errors import InvalidRequest
 from stable_diffusion.core.schedulers import SCHEDULERS
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.engine import Engine
-from stable_diffusion.engine.job import Job
+from stable_diffusion.engine.job import Job, Latents
 from stable_diffusion.engine.loading import Parts, load
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
 from tests.model.recording_engine import RecordingEngine
@@ -151,14 +153,38 @@ def test_the_shared_scheduler_is_never_changed(recording_engine: RecordingEngine
     assert (dict(demo_parts.scheduler.config), demo_parts.scheduler.num_inference_steps) == before
 
 
-def test_what_does_not_fit_into_77_tokens_is_reported(recording_engine: RecordingEngine) -> None:
+def test_nothing_is_dropped_up_to_450_tokens(recording_engine: RecordingEngine) -> None:
     words = "a red circle on a blue background"
-    long_prompt = words + ", very nice" * 40
+    long_prompt = words + ", very nice" * 147  # 448 tokens: 3 times 147, and 7
     picture, other = recording_engine.draw([make_task(prompt=long_prompt), make_task(prompt=words, negative_prompt=long_prompt)])
+    for one in (picture, other):
+        assert (one.dropped_prompt, one.dropped_negative_prompt) == ("", "")
+    assert not np.array_equal(np.asarray(picture.image), np.asarray(recording_engine.draw([make_task(prompt=words)])[0].image))
+
+
+def test_what_does_not_fit_into_450_tokens_is_refused(recording_engine: RecordingEngine) -> None:
+    words = "a red circle on a blue background"
+    long_prompt = words + ", very nice" * 160
+    for task in (make_task(prompt=long_prompt), make_task(prompt=words, negative_prompt=long_prompt)):
+        with pytest.raises(InvalidRequest, match="a prompt has more than 450 tokens; what is too much begins with 'very nice"):
+            recording_engine.draw([task])
+
+
+def test_what_does_not_fit_into_450_tokens_is_reported_where_prompts_are_cut(recording_engine: RecordingEngine) -> None:
+    words = "a red circle on a blue background"
+    long_prompt = words + ", very nice" * 160
+    tasks = [make_task(prompt=long_prompt, cut_prompts=True), make_task(prompt=words, negative_prompt=long_prompt, cut_prompts=True)]
+    picture, other = recording_engine.draw(tasks)
     assert picture.dropped_prompt.endswith("very nice")
     assert picture.dropped_negative_prompt == ""
     assert other.dropped_prompt == ""
     assert other.dropped_negative_prompt == picture.dropped_prompt
+
+
+def as_job(state: Latents) -> Job:
+    job = Job(make_task(), on_end=lambda outcome: None)
+    job.tensors = state
+    return job
 
 
 def test_a_text_that_was_encoded_before_is_not_encoded_again_and_draws_the_same(demo_parts: Parts) -> None:
@@ -172,8 +198,13 @@ def test_a_text_that_was_encoded_before_is_not_encoded_again_and_draws_the_same(
     denoiser.prepare(make_task(prompt="a blue circle"))
     assert len(encoded) == 3
     hook.remove()
-    assert torch.equal(first.embeddings, second.embeddings)
-    assert torch.equal(first.embeddings, Denoiser(demo_parts).prepare(make_task(prompt="a red circle")).embeddings)
+    again = Denoiser(demo_parts)
+    embeddings = [
+        one.unet_inputs([as_job(state)]).embeddings
+        for one, state in ((denoiser, first), (denoiser, second), (again, again.prepare(make_task(prompt="a red circle"))))
+    ]
+    assert torch.equal(embeddings[0], embeddings[1])
+    assert torch.equal(embeddings[0], embeddings[2])
 
 
 def test_a_step_is_timed_on_the_real_model_and_changes_nothing(demo_parts: Parts) -> None:

@@ -19,6 +19,7 @@ from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.job import Job, Latents
 from stable_diffusion.engine.loading import Parts
+from stable_diffusion.engine.lora_store import Claim
 from tests.model.recording_engine import RecordingEngine
 from tests.model.reference import largest_difference, mean_difference
 from tests.tasks import make_task
@@ -34,11 +35,11 @@ class BreakingDenoiser(Denoiser):
         self.calls: list[str] = []
         self.rows_that_fit = 1000
 
-    def prepare(self, task: Task) -> Latents:
+    def prepare(self, task: Task, claim: Claim | None = None) -> Latents:
         self.calls.append("prepare image" if task.image is not None else "prepare")
         if task.prompt == "breaks when it is prepared":
             raise RuntimeError("broken on purpose")
-        return super().prepare(task)
+        return super().prepare(task, claim)
 
     def predict(self, jobs: Sequence[Job]) -> list[torch.Tensor]:
         self.calls.append(f"step {len(jobs)}")
@@ -299,9 +300,9 @@ def test_all_torch_work_happens_on_one_thread(demo_parts: Parts) -> None:
     threads: set[int] = set()
 
     class Watched(Denoiser):
-        def prepare(self, task: Task) -> Latents:
+        def prepare(self, task: Task, claim: Claim | None = None) -> Latents:
             threads.add(threading.get_ident())
-            return super().prepare(task)
+            return super().prepare(task, claim)
 
         def predict(self, jobs: Sequence[Job]) -> list[torch.Tensor]:
             threads.add(threading.get_ident())

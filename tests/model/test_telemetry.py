@@ -22,7 +22,8 @@ from stable_diffusion.core.telemetry import (
 )
 from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.engine.engine import Engine
-from stable_diffusion.engine.job import Job, Latents
+from stable_diffusion.engine.job import Conditioning, Job, Latents
+from stable_diffusion.engine.lora_store import Claim
 from tests.tasks import make_task
 
 
@@ -33,12 +34,18 @@ class CountingSteps:
         self.jobs_that_fit = 100
         self.at_call: Callable[[], object] = lambda: None
 
-    def prepare(self, task: Task) -> Latents:
+    def can_prepare(self, job: Job) -> bool:
+        return True
+
+    def prepare(self, task: Task, claim: Claim | None = None) -> Latents:
         if task.prompt == "breaks when it is prepared":
             raise RuntimeError("on purpose")
         nothing = torch.zeros(1)
         timesteps = torch.arange(task.num_inference_steps)
-        return Latents(nothing, nothing, None, timesteps, timesteps, torch.Generator(), {}, "", "", guided_steps=0)
+        return Latents(nothing, Conditioning(()), None, timesteps, timesteps, torch.Generator(), {}, "", "", guided_steps=0)
+
+    def loras_held(self) -> tuple[int, int]:
+        return 0, 0
 
     def predict(self, jobs: Sequence[Job]) -> list[torch.Tensor]:
         self.at_call()

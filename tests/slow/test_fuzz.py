@@ -67,6 +67,9 @@ def _make_small(schema: dict[str, Any]) -> None:
         "prompt": {"type": "string", "minLength": 1},
         "size": {"enum": ["auto", "64x64"]},
         "init_images": {"type": "array", "items": {"enum": [picture]}, "minItems": 1, "maxItems": 1},
+        # The server has no LoRAs, and the demo model's text encoder has three layers.
+        "loras": {"type": "string", "enum": ["", "[]"]} if properties.get("loras", {}).get("type") == "string" else {"enum": [[]]},
+        "clip_skip": {"type": "integer", "minimum": 1, "maximum": 3},
         "mask": {"enum": [picture, None]} if "init_images" in properties else properties.get("mask"),
     }
     properties |= {name: value for name, value in allowed.items() if name in properties}

@@ -39,6 +39,7 @@ A1111_NAMES = {
     "guidance_scale": "cfg_scale",
     "strength": "denoising_strength",
     "scheduler": "sampler_name",
+    "clip_skip": "CLIP_stop_at_last_layers",
 }
 _OUR_NAMES = re.compile(rf"\b({'|'.join(A1111_NAMES)})\b")
 
@@ -55,9 +56,10 @@ class Options(BaseModel):
 
     sd_model_checkpoint: str | None = Field(None, description="The title or model_name of the served model; another one is refused.")
     enable_pnginfo: bool | None = Field(None, description="In override_settings, false: the file does not say how it was drawn.")
+    CLIP_stop_at_last_layers: int | None = Field(None, description="In override_settings: clip_skip of this request. By default 1.")
 
 
-_NO_OPTIONS = Options(sd_model_checkpoint=None, enable_pnginfo=None)
+_NO_OPTIONS = Options(sd_model_checkpoint=None, enable_pnginfo=None, CLIP_stop_at_last_layers=None)
 
 
 class GenerationBody(BaseModel):
@@ -220,6 +222,8 @@ def _fields(body: GenerationBody) -> dict[str, Any]:
         "seed": asked_seed(body),
         "scheduler": scheduler_asked_for(body.sampler_name or body.sampler_index, body.scheduler),
         "metadata": body.override_settings.enable_pnginfo is not False,
+        "prompt_syntax": "a1111",
+        "clip_skip": body.override_settings.CLIP_stop_at_last_layers or 1,
     }
 
 

@@ -22,7 +22,9 @@ from stable_diffusion.core.errors import InvalidRequest, ServiceError
 from stable_diffusion.core.schedulers import SCHEDULERS, SCHEDULES, sampler_of
 from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.images import infotext
+from stable_diffusion.models.embeddings import read_embeddings
 from stable_diffusion.models.folder import ModelFolder
+from stable_diffusion.models.loras import Loras
 from stable_diffusion.state.job_record import JobRecord
 
 PREFIXES = ("/sdapi/", "/internal/")  # of the paths whose errors have this form
@@ -51,6 +53,26 @@ class A1111Model(TypedDict):
     sha256: None
     filename: str
     config: None
+
+
+class A1111Lora(TypedDict):
+    name: str
+    alias: Annotated[str, Field(description="As its training named it. Prompts may use it, too.")]
+    path: str
+    metadata: Annotated[dict[str, str], Field(description="What its file says of its training.")]
+
+
+class A1111Embedding(TypedDict):
+    step: None
+    sd_checkpoint: None
+    sd_checkpoint_name: None
+    shape: NonNegativeInt | None
+    vectors: NonNegativeInt | None
+
+
+class A1111Embeddings(TypedDict):
+    loaded: Annotated[dict[str, A1111Embedding], Field(description="By the name with which prompts refer to them.")]
+    skipped: Annotated[dict[str, A1111Embedding], Field(description="Files that cannot be used.")]
 
 
 class A1111Sampler(TypedDict):
@@ -134,7 +156,7 @@ def _echo(body: GenerationBody) -> dict[str, Any]:
 def _info(
     body: GenerationBody, tasks: Sequence[Task], pictures: Sequence[GeneratedImage], model: ModelFolder, infotexts: list[str]
 ) -> dict[str, Any]:
-    """What was generated. The last two fields are not A1111's."""
+    """What was generated. The last fields are not A1111's, except for `comments`."""
     first, count = tasks[0], len(tasks)
     sampler, schedule = sampler_of(first.scheduler)
     return {
@@ -167,18 +189,28 @@ def _info(
         "infotexts": infotexts,
         "styles": [],
         "job_timestamp": time.strftime(_TIMESTAMP),
-        "clip_skip": 1,
+        "clip_skip": first.clip_skip,
         "is_using_inpainting_conditioning": model.only_inpaints,
         "version": f"{infotext.PROGRAM} {__version__}",
         "all_flagged": [picture.flagged for picture in pictures],
         "prompt_dropped": pictures[0].dropped_prompt or None,
+        "negative_prompt_dropped": pictures[0].dropped_negative_prompt or None,
+        "comments": _comments(pictures[0]),
     }
+
+
+def _comments(picture: GeneratedImage) -> list[str]:
+    """Remarks for people, one a line, as A1111's page shows them."""
+    dropped = {"prompt": picture.dropped_prompt, "negative_prompt": picture.dropped_negative_prompt}
+    return [f"{name}: too long, these last words were not used: {text}" for name, text in dropped.items() if text]
 
 
 def _extra_parameters(body: GenerationBody, task: Task, schedule: str | None) -> dict[str, Any]:
     extra: dict[str, Any] = {"Schedule type": schedule} if schedule else {}
     if missing := missing_schedule(body, task.scheduler):
         extra["Schedule type"] = f"Automatic ({missing} is not there for {sampler_of(task.scheduler)[0]})"
+    if task.loras:
+        extra["Lora hashes"] = infotext.lora_hashes(task)
     if task.kind == "inpaint" and isinstance(body, ImageToImageBody):
         extra |= {"Mask blur": body.mask_blur, "Masked content": "original"}
     return extra
@@ -190,6 +222,23 @@ def options_response(model: ModelFolder) -> A1111ServedOptions:
 
 def models_response(model: ModelFolder) -> list[A1111Model]:
     return [{"title": model.name, "model_name": model.name, "hash": model.hash, "sha256": None, "filename": model.name, "config": None}]
+
+
+def loras_response(loras: Loras) -> list[A1111Lora]:
+    return [
+        {"name": file.name, "alias": file.alias, "path": file.path.name, "metadata": dict(file.metadata)} for file in loras.files.values()
+    ]
+
+
+def embeddings_response(model: ModelFolder) -> A1111Embeddings:
+    """The textual inversions that prompts may name, and those that are in the folder and cannot be used."""
+    found = read_embeddings(model)
+    loaded: dict[str, A1111Embedding] = {
+        name: {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None, "shape": one.width, "vectors": one.vectors}
+        for name, one in found.files.items()
+    }
+    no_facts: A1111Embedding = {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None, "shape": None, "vectors": None}
+    return {"loaded": loaded, "skipped": dict.fromkeys(found.refused, no_facts)}
 
 
 def samplers_response() -> list[A1111Sampler]:
@@ -206,14 +255,12 @@ UPSCALERS: list[A1111Upscaler] = [{"name": "None", "model_name": None, "model_pa
 EMPTY_LISTS: dict[str, Any] = {
     "/sdapi/v1/latent-upscale-modes": [],
     "/sdapi/v1/sd-vae": [],
-    "/sdapi/v1/loras": [],
     "/sdapi/v1/prompt-styles": [],
     "/sdapi/v1/hypernetworks": [],
     "/sdapi/v1/face-restorers": [],
     "/sdapi/v1/realesrgan-models": [],
     "/sdapi/v1/script-info": [],
     "/sdapi/v1/extensions": [],
-    "/sdapi/v1/embeddings": {"loaded": {}, "skipped": {}},
     "/sdapi/v1/scripts": {"txt2img": [], "img2img": []},
     "/sdapi/v1/cmd-flags": {},
     "/sdapi/v1/memory": {"ram": {}, "cuda": {}},

@@ -28,9 +28,11 @@ from stable_diffusion.api.a1111.parameters import (
 from stable_diffusion.api.a1111.responses import (
     EMPTY_LISTS,
     UPSCALERS,
+    embeddings_response,
     error_response,
     images_response,
     json_response,
+    loras_response,
     models_response,
     options_response,
     png_info_response,
@@ -38,12 +40,11 @@ from stable_diffusion.api.a1111.responses import (
     samplers_response,
     schedules_response,
 )
-from stable_diffusion.api.context import Context
+from stable_diffusion.api.context import Context, Served
 from stable_diffusion.api.deliver import generate_once
 from stable_diffusion.api.responses import with_error_responses
 from stable_diffusion.api.tasks import consecutive_tasks, image_task, text_task
 from stable_diffusion.core.errors import NotFound
-from stable_diffusion.core.safety import SafetyPolicy
 from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.images.decode import MAX_UPLOAD_BYTES
 from stable_diffusion.images.transform import output_size
@@ -63,9 +64,9 @@ def make_routes(context: Context) -> list[Route]:
     async def txt2img(request: Request) -> Response:
         with within_upload_budget(request, context.uploads) as uploading:
             asked = read_text_to_image(await read_json_body(uploading, max_names=MAX_NAMES))
-        model = context.model()
-        await run_in_threadpool(_require_served, asked.body.override_settings, model)
-        return await _respond(request, context, asked.body, text_task(asked.parameters, model, context.policy()), asked.count)
+        await run_in_threadpool(_require_served, asked.body.override_settings, context.model())
+        task = await run_in_threadpool(text_task, asked.parameters, context.served())
+        return await _respond(request, context, asked.body, task, asked.count)
 
     async def img2img(request: Request) -> Response:
         return await _respond(request, context, *await _read_image_tasks(request, context))
@@ -97,10 +98,22 @@ def make_routes(context: Context) -> list[Route]:
         await run_in_threadpool(context.jobs.cancel_of_owner, owner_of(request))
         return json_response({})
 
+    async def loras(request: Request) -> Response:
+        return json_response(loras_response(await run_in_threadpool(context.lora_folder.look)))
+
+    async def refresh_loras(request: Request) -> Response:
+        await run_in_threadpool(context.lora_folder.look)
+        return json_response(None)
+
+    async def embeddings(request: Request) -> Response:
+        return json_response(await run_in_threadpool(embeddings_response, context.model()))
+
     get: dict[str, Callable[[Request], Awaitable[Response]]] = {
         "/sdapi/v1/options": options,
         "/sdapi/v1/sd-models": models,
         "/sdapi/v1/progress": progress,
+        "/sdapi/v1/loras": loras,
+        "/sdapi/v1/embeddings": embeddings,
         "/sdapi/v1/samplers": _always(samplers_response()),
         "/sdapi/v1/schedulers": _always(schedules_response()),
         "/sdapi/v1/upscalers": _always(UPSCALERS),
@@ -114,6 +127,7 @@ def make_routes(context: Context) -> list[Route]:
         "/sdapi/v1/skip": skip,
         "/sdapi/v1/png-info": png_info,
         "/sdapi/v1/refresh-checkpoints": _always(None),
+        "/sdapi/v1/refresh-loras": refresh_loras,
     }
     return [
         Route(path, with_error_responses(endpoint, error_response), methods=[method])
@@ -123,7 +137,8 @@ def make_routes(context: Context) -> list[Route]:
 
 
 async def _respond(request: Request, context: Context, body: GenerationBody, task: Task, count: int) -> Response:
-    tasks: Sequence[Task] = consecutive_tasks(task, count)
+    # A1111's clients send prompts of any length; what does not fit is named in `info`.
+    tasks: Sequence[Task] = consecutive_tasks(replace(task, cut_prompts=True), count)
     if isinstance(body, ImageToImageBody) and body.denoising_strength == 0:
         tasks = [replace(one, strength=0.0) for one in tasks]
         pictures: Sequence[GeneratedImage] = [unchanged_image(one) for one in tasks]
@@ -136,21 +151,21 @@ async def _read_image_tasks(request: Request, context: Context) -> tuple[Generat
     """Read the upload, which is released on return: nothing holds it while the images wait and are generated."""
     with within_upload_budget(request, context.uploads) as uploading:
         content = await json_content(uploading, _MAX_PICTURES_BYTES)
-        return await decoded(request, context.decoding, partial(_read_image_task, content, context.model(), context.policy()))
+        return await decoded(request, context.decoding, partial(_read_image_task, content, context.served()))
 
 
-def _read_image_task(content: bytes, model: ModelFolder, policy: SafetyPolicy) -> tuple[GenerationBody, Task, int]:
+def _read_image_task(content: bytes, served: Served) -> tuple[GenerationBody, Task, int]:
     """The body, the first image's task and the number of images. Inputs are resized in A1111's mode, so `image_task` fits nothing."""
     asked = read_image_to_image(parse_json(content, "body", MAX_NAMES))
-    _require_served(asked.body.override_settings, model)
+    _require_served(asked.body.override_settings, served.model)
     picture = read_initial_image(asked.body)
     mask = read_inpainting_mask(asked.body, picture.size)
-    native = model.native_width, model.native_height
+    native = served.model.native_width, served.model.native_height
     width, height = output_size(picture.size, native, asked.parameters.width, asked.parameters.height)
     parameters = asked.parameters.model_copy(update={"width": width, "height": height})
     picture = resize(picture, width, height, asked.body.resize_mode)
     mask = None if mask is None else resize(mask, width, height, asked.body.resize_mode)
-    task = image_task(parameters, model, policy, picture, mask)
+    task = image_task(parameters, served, picture, mask)
     return without_pictures(asked.body), task, asked.count
 
 

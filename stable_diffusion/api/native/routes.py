@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -22,7 +23,8 @@ def make_routes(context: Context) -> list[Route]:
     async def txt2img(request: Request) -> Response:
         with within_upload_budget(request, context.uploads) as uploading:
             parameters = parse_text_to_image(await read_json_body(uploading))
-        return await respond(request, context, text_task(parameters, context.model(), context.policy()), parameters)
+        task = await run_in_threadpool(text_task, parameters, context.served())
+        return await respond(request, context, task, parameters)
 
     async def img2img(request: Request) -> Response:
         return await respond(request, context, *await _read_image_task(request, context, "img"))
@@ -38,12 +40,12 @@ async def _read_image_task(request: Request, context: Context, *names: str) -> t
     """Read the upload, which is released on return: nothing holds it while the image waits and is generated."""
     with within_upload_budget(request, context.uploads) as uploading:
         parameters, files = await _read_form(uploading, *names)
-        model, policy = context.model(), context.policy()
+        served = context.served()
 
         def work() -> Task:
             picture = read_image(files["img"], "img")
             mask = read_mask(files["mask"], "mask") if "mask" in files else None
-            return image_task(parameters, model, policy, picture, mask)
+            return image_task(parameters, served, picture, mask)
 
         return await decoded(request, context.decoding, work), parameters
 

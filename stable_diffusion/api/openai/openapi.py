@@ -21,6 +21,7 @@ from stable_diffusion.images.decode import UPLOADS_IN_WORDS
 
 TAG = {"name": "openai", "description": "OpenAI's images API, for its clients"}
 _EXAMPLE = {"prompt": "a small red circle on a blue background", "n": 2, "size": "auto", "seed": 1, "num_inference_steps": 20}
+_LORAS = '[{"name": "...", "weight": 0.8}]'
 _ERRORS = {
     "400": "A parameter is missing, unknown, malformed or out of range; `param` names it.",
     "403": "A page of another site sent it, in a browser.",
@@ -28,7 +29,7 @@ _ERRORS = {
     "408": "The body stalled or came too slowly; the connection is closed.",
     "413": "The body or an image is too large.",
     "415": "The body is not of the type that the endpoint takes.",
-    "422": "The Idempotency-Key was used for another request.",
+    "422": "The Idempotency-Key was used for another request, or the server has no LoRA of a name that is asked for (`lora_not_found`).",
     "499": "The job was cancelled.",
     "500": "The picture could not be computed. The header x-should-retry is false.",
     **LOAD_ERRORS,
@@ -66,12 +67,13 @@ def schemas() -> dict[str, Any]:
     }
     edit = _parameters(ImageToImageRequest)
     edit["properties"] = files | {name: _without_null(schema) for name, schema in edit["properties"].items()}
+    edit["properties"]["loras"] = {"type": "string", "description": f"{edit['properties']['loras']['description']} As JSON: {_LORAS}"}
     edit["required"] = ["image", *edit["required"]]
     return {"OpenaiGeneration": _parameters(TextToImageRequest), "OpenaiEdit": edit}
 
 
 def _parameters(model: type[GenerationRequest]) -> dict[str, Any]:
-    ours = model.model_json_schema()["properties"]
+    ours = model.model_json_schema(ref_template="#/components/schemas/{model}")["properties"]
     ours["seed"]["anyOf"][0]["minimum"] = -1  # random, as without a seed
     drawing = {name: ours[name] for name in drawing_fields(model)}
     aliases = {alias: ours[name] | {"description": f"Another name of {name}."} for alias, name in ALIASES.items()}

@@ -150,7 +150,21 @@ def _sides(size: str) -> dict[str, int]:
 
 def read_texts(texts: dict[str, str]) -> dict[str, Any]:
     """Convert the fields of a form to JSON values. Empty fields count as not given."""
-    return {name: _scalar(text) if name in _NUMBERS_AND_FLAGS else text for name, text in texts.items() if text}
+    return {name: _value(name, text) for name, text in texts.items() if text}
+
+
+def _value(name: str, text: str) -> Any:
+    if name == "loras":
+        return _loras(text)
+    return _scalar(text) if name in _NUMBERS_AND_FLAGS else text
+
+
+def _loras(text: str) -> Any:
+    """A form has no lists: JSON in text. What is none stays text, which validation then refuses by name."""
+    try:
+        return json.loads(text) if len(text) <= _MAX_LORAS_CHARACTERS else text
+    except (ValueError, RecursionError):
+        return text
 
 
 def _scalar(text: str) -> int | float | bool | str:
@@ -165,6 +179,7 @@ def _scalar(text: str) -> int | float | bool | str:
 
 
 _MAX_NUMBER_CHARACTERS = 64  # a longer text could be a megabyte of brackets, which takes half a second to parse
+_MAX_LORAS_CHARACTERS = 4096
 _NUMBERS_AND_FLAGS = {
     name
     for model in (OpenaiParameters, ImageToImageRequest)

@@ -32,7 +32,6 @@ from stable_diffusion.api.tasks import consecutive_tasks, image_task, text_task,
 from stable_diffusion.core.errors import InvalidRequest, ModelNotFound
 from stable_diffusion.core.types import GeneratedImage, Progress, Task
 from stable_diffusion.images.decode import read_image, read_transparency_as_mask
-from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.runner.client import Updates, begin
 from stable_diffusion.web.body import file_part, opened_form, read_json_body, within_upload_budget
 from stable_diffusion.web.decode_queue import decoded
@@ -46,8 +45,9 @@ def make_routes(context: Context) -> list[Route]:
     async def generations(request: Request) -> Response:
         with within_upload_budget(request, context.uploads) as uploading:
             asked, parameters = parse_generation(await read_json_body(uploading))
-        model = _served(context, asked)
-        return await _respond(request, context, "image_generation", text_task(parameters, model, context.policy()), asked, parameters.seed)
+        _require_served(context, asked)
+        task = await run_in_threadpool(text_task, parameters, context.served())
+        return await _respond(request, context, "image_generation", task, asked, parameters.seed)
 
     async def edits(request: Request) -> Response:
         return await _respond(request, context, "image_edit", *await _read_edit_task(request, context))
@@ -72,12 +72,12 @@ async def _read_edit_task(request: Request, context: Context) -> tuple[Task, Ope
     with within_upload_budget(request, context.uploads) as uploading:
         texts, content, mask_content = await _read_edit(uploading)
         asked, parameters = parse_edit(read_texts(texts))
-        model = _served(context, asked)
+        _require_served(context, asked)
 
         def work() -> Task:
             picture = read_image(content, "image")
             mask = None if mask_content is None else _mask_for(picture, mask_content)
-            return image_task(parameters, model, context.policy(), picture, mask)
+            return image_task(parameters, context.served(), picture, mask)
 
         return await decoded(request, context.decoding, work), asked, parameters.seed
 
@@ -117,10 +117,9 @@ def _mask_for(picture: Image.Image, content: bytes) -> Image.Image:
     return mask
 
 
-def _served(context: Context, asked: OpenaiParameters) -> ModelFolder:
+def _require_served(context: Context, asked: OpenaiParameters) -> None:
     if asked.model:
         _require_model(context, asked.model)
-    return context.model()
 
 
 def _require_model(context: Context, name: str) -> None:

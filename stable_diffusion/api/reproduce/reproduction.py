@@ -5,6 +5,7 @@ Does not depend on HTTP, nor on the file that contained the infotext.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,7 +24,8 @@ _MAX_SHOWN_NAMES = 8
 # The names that `infotext.write` writes, all of which are reproduced or compared.
 _KNOWN_NAMES = {
     "Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model hash", "Model", "Denoising strength", "Guidance end", "Kind",
-    "Input hash", "Mask hash", "Safety check", "Precision", "Device", "Version", *LIBRARIES,
+    "Input hash", "Mask hash", "Clip skip", "Lora hashes", "Loras", "Prompt syntax",
+    "Safety check", "Precision", "Device", "Version", *LIBRARIES,
 }  # fmt: skip
 
 
@@ -54,14 +56,18 @@ def reproduction_of(said: Infotext, model: ModelFolder) -> Reproduction:
         "guidance_end": _value(values, "Guidance end", float, "1"),
         "seed": _value(values, "Seed", int),
         "scheduler": scheduler,
+        "clip_skip": _value(values, "Clip skip", int, "1"),
+        "loras": _value(values, "Loras", _loras, ""),
     }
     if kind != "txt2img":
         fields["strength"] = _value(values, "Denoising strength", float)
     program = values.get("Version", "another program")
     is_ours = program.startswith(f"{PROGRAM} ")
+    # Other programs' prompts are A1111's.
+    fields["prompt_syntax"] = values.get("Prompt syntax", "plain" if is_ours else "a1111")
     differs = [*_program_differs(program, is_ours), *_model_differs(values, model), *scheduler_differs]
     differs += [_differs(name, values[name], here) for name, here in library_versions().items() if values.get(name, here) != here]
-    if unknown := [f"{_shown(name)} {_shown(value)}" for name, value in values.items() if not _is_known(name, value)]:
+    if unknown := [f"{_shown(name)} {_shown(value)}" for name, value in values.items() if not _is_known(name)]:
         more = f" and {len(unknown) - _MAX_SHOWN_NAMES} more" if len(unknown) > _MAX_SHOWN_NAMES else ""
         differs.append(f"not known here: {', '.join(unknown[:_MAX_SHOWN_NAMES])}{more}")
     return Reproduction(kind, {name: value for name, value in fields.items() if value is not None}, differs, said, is_ours)
@@ -75,6 +81,15 @@ def differs_in_input(said: Infotext, task: Task) -> list[str]:
         for name, here in hashes.items()
         if here and said.values.get(name, here) != here
     ]
+
+
+def differs_in_loras(said: Infotext, task: Task) -> list[str]:
+    """The LoRAs whose files have another content here than the image was generated with."""
+    try:
+        hashes = dict(_named(said.values.get("Lora hashes", ""), _NAMED_HASH))
+    except ValueError:
+        return []  # another program's
+    return [_differs(f"LoRA {one.name}", hashes[one.name], one.hash) for one in task.loras if hashes.get(one.name, one.hash) != one.hash]
 
 
 def has_its_mask(said: Infotext, task: Task) -> bool:
@@ -133,8 +148,8 @@ def _model_differs(values: Mapping[str, str], model: ModelFolder) -> list[str]:
     return [_differs("Model", drawn_by, f"{model.name} ({model.hash})")]
 
 
-def _is_known(name: str, value: str) -> bool:
-    return name in _KNOWN_NAMES or (name, value) == ("Clip skip", "1")
+def _is_known(name: str) -> bool:
+    return name in _KNOWN_NAMES
 
 
 def _differs(name: str, said: str, here: str) -> str:
@@ -153,6 +168,28 @@ def _value(values: Mapping[str, str], name: str, read: Callable[[str], T], defau
         return read(said)
     except ValueError:
         raise _unreadable(name, said) from None
+
+
+def _loras(text: str) -> list[dict[str, Any]]:
+    return [{"name": name, "weight": float(weight)} for name, weight in _named(text, _NAMED_WEIGHT)]
+
+
+# Names may hold commas and colons; a value and a comma end the pair.
+_NAMED_WEIGHT = re.compile(r"\s*(.+?):\s*(-?\d+(?:\.\d+)?(?:e-?\d+)?)\s*(?:,|\Z)")
+_NAMED_HASH = re.compile(r"\s*(.+?):\s*([0-9a-fA-F]{8,64})\s*(?:,|\Z)")
+
+
+def _named(text: str, pair: re.Pattern[str]) -> list[tuple[str, str]]:
+    """The pairs of a name and a value. Raises ValueError where there is none; so the time is linear in the text's length."""
+    found = []
+    position = 0
+    while position < len(text):
+        match = pair.match(text, position)
+        if match is None:
+            raise ValueError(text)
+        found.append((match[1], match[2]))
+        position = match.end()
+    return found
 
 
 def _size(text: str) -> tuple[int, int]:

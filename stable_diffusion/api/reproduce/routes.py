@@ -16,9 +16,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from typing_extensions import TypedDict
 
-from stable_diffusion.api.context import Context
+from stable_diffusion.api.context import Context, Served
 from stable_diffusion.api.deliver import respond
-from stable_diffusion.api.reproduce.reproduction import Reproduction, differs_in_computing, differs_in_input, has_its_mask, reproduction_of
+from stable_diffusion.api.reproduce.reproduction import (
+    Reproduction,
+    differs_in_computing,
+    differs_in_input,
+    differs_in_loras,
+    has_its_mask,
+    reproduction_of,
+)
 from stable_diffusion.api.responses import as_headers, with_error_responses
 from stable_diffusion.api.tasks import image_task, text_task
 from stable_diffusion.core.errors import InvalidRequest
@@ -30,7 +37,6 @@ from stable_diffusion.core.requests import (
     parse_reproduction,
     parse_text_to_image,
 )
-from stable_diffusion.core.safety import SafetyPolicy
 from stable_diffusion.core.types import GeneratedImage, Kind, Task
 from stable_diffusion.images import infotext
 from stable_diffusion.images.decode import names_of_texts, read_description, read_image, read_mask, read_transparency_as_mask
@@ -48,7 +54,8 @@ def make_routes(context: Context) -> list[Route]:
         reproduction, task = asked.reproduction, asked.task
         if task is None:
             return _description(reproduction, asked.missing, reproduction.differs)
-        differs = [*reproduction.differs, *differs_in_input(reproduction.infotext, task)]
+        said = reproduction.infotext
+        differs = [*reproduction.differs, *differs_in_loras(said, task), *differs_in_input(said, task)]
         if asked.dry_run:
             return _description(reproduction, [], differs)
 
@@ -79,13 +86,13 @@ async def _read_request(request: Request, context: Context) -> _Asked:
     with within_upload_budget(request, context.uploads) as uploading:
         files, data = await read_parts(uploading, ("picture",), ("img", "mask"))
         options = parse_reproduction({} if data is None else parse_json(data, "data"))
-        model, policy = context.model(), context.policy()
-        reproduction = await run_in_threadpool(_read, files["picture"], model)
+        served = context.served()
+        reproduction = await run_in_threadpool(_read, files["picture"], served.model)
         parameters = _parameters(reproduction, options)
         missing = _missing(reproduction.kind, files)
         if missing and not options.dry_run:
             raise _missing_input(missing[0], reproduction.kind)
-        work = partial(_task, parameters, model, policy, files, reproduction.infotext)
+        work = partial(_task, parameters, served, files, reproduction.infotext)
         task = None if missing else await decoded(request, context.decoding, work)
         return _Asked(reproduction, parameters, missing, task, options.dry_run)
 
@@ -130,22 +137,21 @@ def _missing_input(name: str, kind: Kind) -> InvalidRequest:
 
 def _task(
     parameters: TextToImageRequest | ImageToImageRequest,
-    model: ModelFolder,
-    policy: SafetyPolicy,
+    served: Served,
     files: dict[str, bytes],
     said: infotext.Infotext,
 ) -> Task:
     if isinstance(parameters, TextToImageRequest):
-        return text_task(parameters, model, policy)
+        return text_task(parameters, served)
     picture = read_image(files["img"], "img")
     if "mask" not in files:
-        return image_task(parameters, model, policy, picture)
-    task = image_task(parameters, model, policy, picture, read_mask(files["mask"], "mask"))
+        return image_task(parameters, served, picture)
+    task = image_task(parameters, served, picture, read_mask(files["mask"], "mask"))
     if has_its_mask(said, task):
         return task
     # Perhaps the image comes from OpenAI's API, which reads the transparency of a mask.
     try:
-        by_transparency = image_task(parameters, model, policy, picture, read_transparency_as_mask(files["mask"], "mask"))
+        by_transparency = image_task(parameters, served, picture, read_transparency_as_mask(files["mask"], "mask"))
     except InvalidRequest:  # nothing in it is transparent
         return task
     return by_transparency if has_its_mask(said, by_transparency) else task

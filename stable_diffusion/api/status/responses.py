@@ -17,7 +17,9 @@ from stable_diffusion.core.schedulers import SCHEDULERS
 from stable_diffusion.core.types import ImageFormat, Kind
 from stable_diffusion.images.decode import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS, MAX_UPLOAD_SIDE
 from stable_diffusion.images.encode import MEDIA_TYPES
+from stable_diffusion.models.embeddings import read_embeddings
 from stable_diffusion.models.folder import ModelFolder
+from stable_diffusion.models.loras import Loras
 from stable_diffusion.runner.readiness import NOT_ANSWERING, stage_of
 from stable_diffusion.state.runner_status import STAGES, RunnerState, Stage
 
@@ -85,6 +87,11 @@ class Scheduler(TypedDict):
     names: list[str]
 
 
+class LoraName(TypedDict):
+    name: str
+    alias: str
+
+
 class Capabilities(TypedDict):
     model: str
     kinds: list[Kind]
@@ -103,6 +110,8 @@ class Capabilities(TypedDict):
         list[Scheduler], Field(description="Noise schedulers: what answers call them, and the names that requests may use as well.")
     ]
     default_scheduler: str
+    loras: Annotated[list[LoraName], Field(description="The LoRAs that requests may name, by name or alias.")]
+    embeddings: Annotated[list[str], Field(description="The textual inversions that prompts may name.")]
     output_formats: list[ImageFormat]
     previews: bool
 
@@ -135,7 +144,8 @@ def _runner(runner: RunnerState) -> RunnerStatus:
     }
 
 
-def capabilities_response(model: ModelFolder, policy: SafetyPolicy) -> Capabilities:
+def capabilities_response(model: ModelFolder, policy: SafetyPolicy, loras: Loras) -> Capabilities:
+    """Reads folders: do not call it on an event loop."""
     fields = ImageToImageRequest.model_json_schema()["properties"]
     return {
         "model": model.name,
@@ -148,6 +158,8 @@ def capabilities_response(model: ModelFolder, policy: SafetyPolicy) -> Capabilit
         "safety": {"policy": policy, "has_checker": model.has_safety_checker},
         "schedulers": [{"scheduler": scheduler, "names": list(names)} for scheduler, names in SCHEDULERS.items()],
         "default_scheduler": model.scheduler,
+        "loras": [{"name": file.name, "alias": file.alias} for file in loras.files.values()],
+        "embeddings": list(read_embeddings(model).files),
         "output_formats": list(MEDIA_TYPES),
         "previews": "preview_every_steps" in fields,
     }

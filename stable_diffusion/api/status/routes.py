@@ -30,7 +30,8 @@ def make_routes(context: Context) -> list[Route]:
         return JSONResponse(status_response(model, runners, ready), headers=_CURRENT_STATE)
 
     async def capabilities(request: Request) -> Response:
-        return JSONResponse(capabilities_response(context.model(), context.policy()))
+        served = context.served()
+        return await run_in_threadpool(lambda: JSONResponse(capabilities_response(served.model, served.policy, served.loras())))
 
     endpoints = {"/status": status, "/capabilities": capabilities}
     return [Route(path, with_error_responses(endpoint), methods=["GET"]) for path, endpoint in endpoints.items()]

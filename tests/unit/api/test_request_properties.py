@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,26 +20,40 @@ from stable_diffusion.api.a1111 import parameters as a1111_parameters
 from stable_diffusion.api.a1111 import responses as a1111_responses
 from stable_diffusion.api.openai import parameters as openai_parameters
 from stable_diffusion.api.openai import responses as openai_responses
+from stable_diffusion.api.reproduce.reproduction import reproduction_of
 from stable_diffusion.api.tasks import consecutive_tasks, image_task, text_task
 from stable_diffusion.core.errors import InvalidRequest, ServiceError
 from stable_diffusion.core.requests import (
     GenerationRequest,
     ImageToImageRequest,
+    LoraRequest,
+    TextToImageRequest,
     parse_image_to_image,
     parse_reproduction,
     parse_text_to_image,
 )
 from stable_diffusion.core.schedulers import SCHEDULERS
-from stable_diffusion.core.types import GeneratedImage
+from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.images import infotext
 from stable_diffusion.images.decode import read_description
 from stable_diffusion.images.encode import encode
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
+from stable_diffusion.models.loras import LoraFile, Loras
 from stable_diffusion.web.body import parse_json
+from tests.tasks import served
 
 MODEL = check_model(DEMO_FOLDER)
 LONGEST_MESSAGE = 6000  # of an error, in characters: it repeats what was sent only in part
 INPUT = Image.new("RGB", (64, 64))
+
+
+def lora(name: str, alias: str) -> LoraFile:
+    file = LoraFile(Path(f"{name}.safetensors"), name, alias, {}, {"unet": {}, "text_encoder": {}}, 1000, 0)
+    file.__dict__["hash"] = "0123456789ab"  # else read from the file
+    return file
+
+
+SERVED = served(MODEL, loras=Loras({"hollow": lora("hollow", "v2"), "Outline, thin": lora("Outline, thin", "hollow")}, {}))
 
 # -- what clients may write --------------------------------------------------------------------------------------------------------------
 
@@ -73,10 +88,42 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
     max_leaves=8,
 )
+# Pieces of A1111's grammar, right and wrong.
+PROMPTS = TEXTS | st.lists(
+    st.sampled_from(
+        [
+            "a ",
+            "red",
+            "(",
+            ")",
+            "[",
+            "]",
+            ":",
+            "1.2",
+            ":0.5]",
+            "|",
+            " AND ",
+            " BREAK ",
+            "\\",
+            "<lora:",
+            "hollow",
+            ">",
+            "<lora:Outline, thin:-1>",
+        ]
+    ),
+    max_size=20,
+).map("".join)
 SIDES = st.sampled_from([64, 72, 512, 1024])
 RIGHT_VALUES: dict[str, SearchStrategy[Any]] = {
-    "prompt": TEXTS,
-    "negative_prompt": TEXTS,
+    "prompt": PROMPTS,
+    "negative_prompt": PROMPTS,
+    "prompt_syntax": st.sampled_from(["plain", "a1111"]),
+    "clip_skip": st.integers(1, 3),
+    "loras": st.lists(
+        st.fixed_dictionaries({"name": st.sampled_from(["hollow", "v2", "Outline, thin"])}, optional={"weight": st.floats(-10, 10)}),
+        max_size=3,
+    ),
+    "override_settings": st.fixed_dictionaries({}, optional={"CLIP_stop_at_last_layers": st.integers(0, 4)}),
     "width": SIDES,
     "height": SIDES,
     "num_inference_steps": st.integers(1, 150),
@@ -199,7 +246,11 @@ def assert_within_limits(parameters: GenerationRequest, count: int) -> None:
     assert all(side is None or (64 <= side <= 1024 and side % 8 == 0) for side in (parameters.width, parameters.height))
     assert parameters.scheduler is None or parameters.scheduler in SCHEDULERS
     assert 1 <= count <= 10
-    for name, kind in (("num_inference_steps", int), ("guidance_scale", float), ("seed", int), ("metadata", bool)):
+    assert parameters.prompt_syntax in ("plain", "a1111")
+    assert 1 <= parameters.clip_skip <= 12
+    assert len(parameters.loras) <= 8
+    assert all(1 <= len(one.name) <= 200 and -10 <= one.weight <= 10 for one in parameters.loras)
+    for name, kind in (("num_inference_steps", int), ("clip_skip", int), ("guidance_scale", float), ("seed", int), ("metadata", bool)):
         value = getattr(parameters, name)
         assert value is None or type(value) is kind, name  # a boolean is no number
     if isinstance(parameters, ImageToImageRequest):
@@ -208,20 +259,37 @@ def assert_within_limits(parameters: GenerationRequest, count: int) -> None:
 
 def assert_can_be_drawn(parameters: GenerationRequest, count: int) -> None:
     """Resolved, told in headers, written into a file and read from it: nothing raises but a refusal of too much work."""
-    if isinstance(parameters, ImageToImageRequest):
-        task = image_task(parameters, MODEL, "default-on", INPUT)
-    else:
-        task = text_task(parameters, MODEL, "default-on")  # type: ignore[arg-type]
+    task = task_of(parameters)
     tasks = consecutive_tasks(task, count)
     assert sum(one.width * one.height * one.num_inference_steps for one in tasks) <= 400_000_000
+    assert 1 <= task.parts <= 4
+    assert task.clip_skip <= MODEL.text_layers
+    assert {one.name for one in task.loras} <= {"hollow", "Outline, thin"}
     picture = GeneratedImage(Image.new("RGB", (8, 8)), None, task.prompt, task.negative_prompt, "cpu", "float32")
     for name, value in responses.parameter_headers(task, picture, MODEL).items():
         assert re.fullmatch(r"[ -~]*", value), name
         assert value == value.strip(), name
     said = infotext.read(infotext.write(task, picture, MODEL))
     assert (said.prompt, said.negative_prompt) == (task.prompt, task.negative_prompt)
+    assert_is_drawn_again(parameters, task, said)
     content = encode(picture.image, "png", infotext.write(task, picture, MODEL))
     assert read_description(content, "picture") == infotext.write(task, picture, MODEL)
+
+
+def task_of(parameters: GenerationRequest) -> Task:
+    if isinstance(parameters, ImageToImageRequest):
+        return image_task(parameters, SERVED, INPUT)
+    assert isinstance(parameters, TextToImageRequest)
+    return text_task(parameters, SERVED)
+
+
+def assert_is_drawn_again(parameters: GenerationRequest, task: Task, said: infotext.Infotext) -> None:
+    """Its file says what the task needs: prompts, LoRAs with weights, and the rest."""
+    fields = reproduction_of(said, MODEL).fields
+    names = ("prompt_syntax", "clip_skip", "guidance_scale", "num_inference_steps", "guidance_end")
+    assert {name: fields[name] for name in names} == {name: getattr(task, name) for name in names}
+    again = parameters.model_copy(update={"loras": [LoraRequest(**one) for one in fields["loras"]]})
+    assert task_of(again).loras == task.loras
 
 
 def assert_can_be_told(error: ServiceError, error_response: Callable[[ServiceError], Response]) -> None:

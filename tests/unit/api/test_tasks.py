@@ -8,7 +8,7 @@ from stable_diffusion.api.tasks import consecutive_tasks, text_task, with_previe
 from stable_diffusion.core.errors import InvalidRequest
 from stable_diffusion.core.requests import SEED_LIMIT, parse_text_to_image
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
-from tests.tasks import make_task
+from tests.tasks import make_task, served
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,6 @@ def test_a_server_that_checks_every_image_sends_no_previews() -> None:
 def test_a_request_for_previews_is_refused_where_every_image_is_checked() -> None:
     model = check_model(DEMO_FOLDER)
     parameters = parse_text_to_image({"prompt": "a red circle", "preview_every_steps": 2})
-    assert text_task(parameters, model, "default-on").preview_every_steps == 2
+    assert text_task(parameters, served(model)).preview_every_steps == 2
     with pytest.raises(InvalidRequest, match="sends no previews"):
-        text_task(parameters, model, "always")
+        text_task(parameters, served(model, "always"))

@@ -16,6 +16,7 @@ from stable_diffusion.core.requests import TextToImageRequest, parse_text_to_ima
 from stable_diffusion.core.safety import SafetyPolicy, is_checked
 from stable_diffusion.core.settings import safety_policy
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
+from tests.tasks import served
 
 WITHOUT_CHECKER = check_model(DEMO_FOLDER)
 WITH_CHECKER = dataclasses.replace(WITHOUT_CHECKER, has_safety_checker=True)
@@ -72,7 +73,7 @@ def test_where_every_picture_is_checked_a_request_that_asks_not_to_be_is_refused
     door: Callable[[dict[str, Any]], TextToImageRequest],
 ) -> None:
     with pytest.raises(InvalidRequest, match="safety_check: must be true or left out") as caught:
-        text_task(door({"prompt": "x", "safety_check": False}), WITH_CHECKER, "always")
+        text_task(door({"prompt": "x", "safety_check": False}), served(WITH_CHECKER, "always"))
     assert [problem.field for problem in caught.value.problems] == ["safety_check"]
 
 
@@ -82,4 +83,4 @@ def test_a_request_that_says_nothing_gets_what_the_policy_says(
     door: Callable[[dict[str, Any]], TextToImageRequest], policy: SafetyPolicy, checked: bool
 ) -> None:
     for fields in ({"prompt": "x"}, {"prompt": "x", "safety_check": None}):
-        assert text_task(door(fields), WITH_CHECKER, policy).safety_check is checked
+        assert text_task(door(fields), served(WITH_CHECKER, policy)).safety_check is checked

@@ -76,7 +76,7 @@ def test_a_missing_field_has_a1111s_default_but_the_size_is_the_models() -> None
 
 def test_null_is_as_good_as_a_missing_field_and_unknown_ones_are_ignored() -> None:
     nothing = dict.fromkeys(["seed", "sampler_name", "scheduler", "width", "script_name", "styles", "override_settings", "infotext"])
-    unknown = {"s_churn": 0.5, "hr_scale": 2, "auth": "", "override_settings": {"CLIP_stop_at_last_layers": 2, "deep": [[{}]]}}
+    unknown = {"s_churn": 0.5, "hr_scale": 2, "auth": "", "override_settings": {"eta_noise_seed_delta": 2, "deep": [[{}]]}}
     assert read_text_to_image({**DRAWN, **nothing, **unknown}).parameters == read_text_to_image(DRAWN).parameters
 
 
@@ -84,6 +84,21 @@ def test_numbers_as_text_are_numbers_and_sides_are_rounded_down() -> None:
     parameters = read_text_to_image({**DRAWN, "steps": "20", "cfg_scale": "4.5", "seed": 3.0, "width": 127, "height": 64}).parameters
     assert (parameters.num_inference_steps, parameters.guidance_scale, parameters.seed) == (20, 4.5, 3)
     assert (parameters.width, parameters.height) == (120, 64)
+
+
+@pytest.mark.parametrize(("said", "clip_skip"), [({}, 1), ({"CLIP_stop_at_last_layers": 2}, 2), ({"CLIP_stop_at_last_layers": None}, 1)])
+def test_clip_skip_is_an_option_of_the_request(said: dict[str, object], clip_skip: int) -> None:
+    assert read_text_to_image({**DRAWN, "override_settings": said}).parameters.clip_skip == clip_skip
+
+
+@pytest.mark.parametrize("layers", [13, -1, "two", 1.5])
+def test_a_clip_skip_that_cannot_be_is_refused_in_a1111s_words(layers: object) -> None:
+    with pytest.raises(InvalidRequest, match="CLIP_stop_at_last_layers|override_settings"):
+        read_text_to_image({**DRAWN, "override_settings": {"CLIP_stop_at_last_layers": layers}})
+
+
+def test_prompts_are_read_in_a1111s_syntax() -> None:
+    assert read_text_to_image(DRAWN).parameters.prompt_syntax == "a1111"
 
 
 def test_seed_minus_one_is_random() -> None:

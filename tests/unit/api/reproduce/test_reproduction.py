@@ -16,7 +16,7 @@ from stable_diffusion.core.schedulers import SCHEDULERS
 from stable_diffusion.core.types import GeneratedImage
 from stable_diffusion.images import infotext
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
-from tests.tasks import make_task
+from tests.tasks import make_task, served
 
 MODEL = check_model(DEMO_FOLDER, name="demo")
 DRAWN = GeneratedImage(Image.new("RGB", (64, 64)), None, "", "", device="cpu", dtype="float32")
@@ -30,30 +30,30 @@ def of_a1111(sampler: str = "Euler a", more: str = "") -> Reproduction:
 @pytest.mark.parametrize("scheduler", [*SCHEDULERS, None])
 def test_the_request_gives_the_same_task(scheduler: str | None) -> None:
     fields = {"prompt": "x", "negative_prompt": "y", "num_inference_steps": 9, "guidance_scale": 3.3, "guidance_end": 0.1, "seed": 7}
-    task = text_task(parse_text_to_image({**fields, "scheduler": scheduler}), MODEL, "default-on")
+    task = text_task(parse_text_to_image({**fields, "scheduler": scheduler}), served(MODEL))
     again = reproduction_of(infotext.read(infotext.write(task, DRAWN, MODEL)), MODEL)
     assert again.differs == []
-    assert text_task(parse_text_to_image(again.fields), MODEL, "default-on") == task
+    assert text_task(parse_text_to_image(again.fields), served(MODEL)) == task
 
 
 @pytest.mark.parametrize(("policy", "checked"), [("always", True), ("default-on", True), ("off", False)])
 def test_a_picture_that_was_drawn_unchecked_is_drawn_again_as_the_policy_says(policy: SafetyPolicy, checked: bool) -> None:
-    unchecked = text_task(parse_text_to_image({"prompt": "x", "seed": 7, "safety_check": False}), MODEL, "off")
+    unchecked = text_task(parse_text_to_image({"prompt": "x", "seed": 7, "safety_check": False}), served(MODEL, "off"))
     again = reproduction_of(infotext.read(infotext.write(unchecked, DRAWN, MODEL)), MODEL)
     assert again.differs == []
-    assert text_task(parse_text_to_image(again.fields), MODEL, policy).safety_check is checked
+    assert text_task(parse_text_to_image(again.fields), served(MODEL, policy)).safety_check is checked
 
 
 def test_an_input_picture_is_compared_as_it_was_scaled() -> None:
     picture = Image.linear_gradient("L").convert("RGB").resize((100, 50))
     parameters = parse_image_to_image({"prompt": "x", "strength": 0.3, "seed": 1})
-    task = image_task(parameters, MODEL, "default-on", picture)
+    task = image_task(parameters, served(MODEL), picture)
     again = reproduction_of(infotext.read(infotext.write(task, DRAWN, MODEL)), MODEL)
     assert (again.kind, again.fields["strength"]) == ("img2img", 0.3)
-    repeated = image_task(parse_image_to_image(again.fields), MODEL, "default-on", picture)
+    repeated = image_task(parse_image_to_image(again.fields), served(MODEL), picture)
     assert repeated == replace(task, image=repeated.image)
     assert differs_in_input(again.infotext, repeated) == []
-    other = image_task(parse_image_to_image(again.fields), MODEL, "default-on", Image.new("RGB", (100, 50)))
+    other = image_task(parse_image_to_image(again.fields), served(MODEL), Image.new("RGB", (100, 50)))
     (told,) = differs_in_input(again.infotext, other)
     assert told.startswith(
         f"Input hash: {task.image_hash}, here {other.image_hash} (another one, or prepared as other programs do: blurred"

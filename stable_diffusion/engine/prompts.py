@@ -1,0 +1,171 @@
+"""Encodes prompts: words to tokens in chunks, tokens to embeddings, with weights, CLIP skip and textual inversions.
+
+A text of one unweighted chunk gives diffusers' embeddings bit for bit. Longer texts and weights follow A1111. `core/prompt_syntax.py` reads
+the grammar; this module does not.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from stable_diffusion.core.prompt_syntax import Emphasis
+from stable_diffusion.core.requests import MAX_PROMPT_CHUNKS
+from stable_diffusion.engine.adapters import AdaptedLayers, Lora
+
+# Embeddings of a chunk take a quarter of a megabyte in Stable Diffusion.
+_KEPT_TEXTS = 64
+_BACK_TO_A_COMMA = 20  # tokens: a chunk that is full ends behind its last comma, if that is no further back
+
+
+@dataclass(frozen=True)
+class Text:
+    """What determines embeddings. `sections` are separated by BREAK. `clip_skip` 1: all layers of the text encoder."""
+
+    sections: tuple[tuple[Emphasis, ...], ...]
+    clip_skip: int = 1
+    adapters: tuple[tuple[Lora, float], ...] = ()  # of the text encoder, with their weights
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for equal embeddings. Holds no adapter, so that what is kept by it keeps none on the device."""
+        return self.sections, self.clip_skip, tuple((lora.name, lora.hash, weight) for lora, weight in self.adapters)
+
+
+@dataclass
+class _Chunk:
+    """Up to 75 tokens with their weights."""
+
+    tokens: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+    last_comma: int = -1
+
+    def add(self, tokens: list[int], weight: float) -> None:
+        self.tokens += tokens
+        self.weights += [weight] * len(tokens)
+
+
+class PromptEncoder:
+    """The tokenizer and the text encoder of a model. Keeps the embeddings of the last texts."""
+
+    def __init__(
+        self,
+        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModel,
+        dtype: torch.dtype,
+        inversions: Mapping[str, list[int]],
+    ) -> None:
+        """`inversions`: the tokens that stand for a textual inversion, by its name."""
+        self._tokenizer = tokenizer
+        self._text_encoder = text_encoder
+        self._dtype = dtype
+        self._adapted = AdaptedLayers(text_encoder)
+        self._takes_mask = bool(getattr(text_encoder.config, "use_attention_mask", False))
+        self.chunk_tokens = tokenizer.model_max_length - 2
+        self._comma = tokenizer.get_vocab().get(",</w>")
+        # A1111 compares tokens, so the case of a name does not matter. Longer names first: one may begin with another.
+        found = [(self._tokens_of(name), tokens) for name, tokens in inversions.items()]
+        self._inversions = sorted(found, key=lambda one: -len(one[0]))
+        self._kept: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()  # the last used one at the end
+
+    def dropped(self, text: Text) -> str:
+        """What does not fit into the most chunks that there may be; "" if all does."""
+        return " ".join(self._tokenizer.decode(chunk.tokens) for chunk in self._chunks(text)[MAX_PROMPT_CHUNKS:]).strip()
+
+    def count_chunks(self, text: Text) -> int:
+        """How many of the chunks that there may be the text fills, at least 1."""
+        return min(len(self._chunks(text)), MAX_PROMPT_CHUNKS)
+
+    def encode(self, text: Text) -> torch.Tensor:
+        """The embeddings (1, tokens, width), shared and not to be changed. There are 77 tokens for each chunk.
+
+        They are kept, mainly for the empty negative prompt, which nearly every request has.
+        """
+        key = text.key
+        embeddings = self._kept.get(key)
+        if embeddings is None:
+            embeddings = self._kept[key] = self._encode(text)
+        self._kept.move_to_end(key)
+        if len(self._kept) > _KEPT_TEXTS:
+            self._kept.popitem(last=False)
+        return embeddings
+
+    def _encode(self, text: Text) -> torch.Tensor:
+        chunks = self._chunks(text)[:MAX_PROMPT_CHUNKS]
+        device = self._text_encoder.device
+        tokens = torch.tensor([self._padded(chunk.tokens) for chunk in chunks])
+        mask = torch.tensor([[1] * (len(chunk.tokens) + 2) + [0] * (self.chunk_tokens - len(chunk.tokens)) for chunk in chunks])
+        with self._adapted.applied([tuple((lora.text_encoder, weight) for lora, weight in text.adapters)] * len(chunks)):
+            embeddings = self._layer_output(tokens.to(device), mask.to(device) if self._takes_mask else None, text.clip_skip)
+        if any(weight != 1 for chunk in chunks for weight in chunk.weights):
+            embeddings = _weighted(embeddings, [self._padded_weights(chunk.weights) for chunk in chunks])
+        return embeddings.reshape(1, -1, embeddings.shape[-1]).to(dtype=self._dtype)
+
+    def _layer_output(self, tokens: torch.Tensor, mask: torch.Tensor | None, clip_skip: int) -> torch.Tensor:
+        """What the text encoder says of each token, (chunks, 77, width): its last layer, or with `clip_skip` n the nth from the end."""
+        if clip_skip == 1:
+            last: torch.Tensor = self._text_encoder(tokens, attention_mask=mask)[0]
+            return last
+        states = self._text_encoder(tokens, attention_mask=mask, output_hidden_states=True).hidden_states
+        skipped: torch.Tensor = self._text_encoder.final_layer_norm(states[-clip_skip])
+        return skipped
+
+    def _chunks(self, text: Text) -> list[_Chunk]:
+        """The text's tokens in chunks of 75. BREAK begins a new one."""
+        return [chunk for section in text.sections for chunk in self._chunks_of_section(section)]
+
+    def _chunks_of_section(self, section: tuple[Emphasis, ...]) -> list[_Chunk]:
+        chunks = [_Chunk()]
+        for run in section:
+            for tokens in self._words_of(run.text):
+                is_comma = tokens == [self._comma]
+                if len(chunks[-1].tokens) + len(tokens) > self.chunk_tokens:
+                    chunks.append(_Chunk() if is_comma or len(tokens) > 1 else self._after_comma(chunks[-1]))
+                if is_comma:
+                    chunks[-1].last_comma = len(chunks[-1].tokens)
+                chunks[-1].add(tokens, run.weight)
+        return chunks
+
+    def _after_comma(self, full: _Chunk) -> _Chunk:
+        """The next chunk after a full one. It begins with what stands behind the full one's last comma, if that is little."""
+        following = _Chunk()
+        if full.last_comma >= 0 and len(full.tokens) - full.last_comma <= _BACK_TO_A_COMMA:
+            start = full.last_comma + 1
+            following.tokens, following.weights = full.tokens[start:], full.weights[start:]
+            del full.tokens[start:], full.weights[start:]
+        return following
+
+    def _words_of(self, text: str) -> list[list[int]]:
+        """The tokens of a text one by one; those of a textual inversion together."""
+        tokens = self._tokens_of(text)
+        words: list[list[int]] = []
+        position = 0
+        while position < len(tokens):
+            one_token = tokens[position : position + 1]
+            found = (one for one in self._inversions if tokens[position : position + len(one[0])] == one[0])
+            name, inversion = next(found, (one_token, one_token))
+            words.append(inversion)
+            position += len(name)
+        return words
+
+    def _tokens_of(self, text: str) -> list[int]:
+        tokens: list[int] = self._tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        return tokens
+
+    def _padded(self, tokens: list[int]) -> list[int]:
+        start, end, padding = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
+        return [start, *tokens, end, *[padding] * (self.chunk_tokens - len(tokens))]
+
+    def _padded_weights(self, weights: list[float]) -> list[float]:
+        return [1.0, *weights, *[1.0] * (self.chunk_tokens + 1 - len(weights))]
+
+
+def _weighted(embeddings: torch.Tensor, weights: list[list[float]]) -> torch.Tensor:
+    """Multiply each token's embedding by its weight, then restore each chunk's mean, as A1111 does."""
+    factors = torch.tensor(weights, dtype=embeddings.dtype, device=embeddings.device)[:, :, None]
+    weighted = embeddings * factors
+    return weighted * (embeddings.mean(dim=(1, 2), keepdim=True) / weighted.mean(dim=(1, 2), keepdim=True))
