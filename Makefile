@@ -95,7 +95,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy $(CODE)
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/codespell $(CODE) $(PROSE) --skip '*.json,*/model/*' --ignore-words-list caf,iif,regio,te
+	$(BIN)/codespell $(CODE) $(PROSE) --skip '*.json,*/model/*' --ignore-words-list alph,caf,iif,regio,te
 	$(BIN)/pip check
 
 format: $(INSTALLED)
