@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from stable_diffusion.core.errors import InvalidRequest, ServiceError
+from stable_diffusion.core.errors import InvalidRequest
 from stable_diffusion.core.requests import MAX_LORA_BYTES
 from stable_diffusion.core.types import LoraChoice
 from stable_diffusion.engine.adapters import Lora, LowRank
@@ -26,15 +26,11 @@ from stable_diffusion.models.safetensors import parse_tensor_list
 
 logger = logging.getLogger("stable_diffusion")
 
-_REMEMBERED_FAILURES = 64
+_REMEMBERED_FAULTS = 64
 _BYTES_AT_ONCE = 4 * 2**20  # converted in one go: a few milliseconds
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 Identity = tuple[str, str]  # name and hash
-
-
-class Unusable(InvalidRequest):
-    """A file whose content cannot be used, however often it is read."""
 
 
 @dataclass(eq=False)
@@ -43,7 +39,7 @@ class _Loading:
 
     size_bytes: int  # on the device
     tensors: dict[str, torch.Tensor] | None = None  # as they are in the file
-    error: ServiceError | None = None
+    fault: str | None = None  # why it cannot be loaded
     left: list[tuple[Component, str, LayerChange]] = field(default_factory=list)
     done: dict[Component, dict[str, LowRank]] = field(default_factory=lambda: {"unet": {}, "text_encoder": {}})
     tried_again: bool = False  # after memory ran out
@@ -57,12 +53,12 @@ class Claim:
     is_granted: bool = False  # there is room for all of them
     loras: dict[Identity, Lora] = field(default_factory=dict)
     loading: dict[Identity, _Loading] = field(default_factory=dict)
-    error: ServiceError | None = None
+    fault: str | None = None  # why one of them cannot be loaded
 
     def adapters(self) -> tuple[Lora, ...]:
-        """The adapters in the order of `choices`. Raises what kept one from being loaded."""
-        if self.error is not None:
-            raise self.error
+        """The adapters in the order of `choices`. Raises InvalidRequest, which says what kept one from being loaded."""
+        if self.fault is not None:
+            raise InvalidRequest(f"loras: {self.fault}", field="loras")
         return tuple(self.loras[_identity(choice)] for choice in self.choices)
 
 
@@ -79,7 +75,7 @@ class LoraStore:
         # Also those that only jobs hold.
         self._alive: weakref.WeakValueDictionary[Identity, Lora] = weakref.WeakValueDictionary()
         self._loading: weakref.WeakValueDictionary[Identity, _Loading] = weakref.WeakValueDictionary()
-        self._failed: OrderedDict[Identity, Unusable] = OrderedDict()  # the content is the same again, so it is not read again
+        self._faults: OrderedDict[Identity, str] = OrderedDict()  # the content is the same again, so it is not read again
         self._next_in_line: Callable[[], Claim | None] = lambda: None  # the first claim for which there was no room
         self._rest_until_s = 0.0
 
@@ -96,19 +92,22 @@ class LoraStore:
         Room is granted for all adapters of a claim at once, and to claims in the order in which they came: none holds what another one
         waits for, and none waits for ever.
         """
-        try:
-            if not claim.is_granted:
-                claim.is_granted = self._grant(claim)
-            for identity, loading in list(claim.loading.items()):
-                lora = self._alive.get(identity) or self._convert(identity, loading)
-                if lora is not None:
-                    claim.loras[identity] = lora
-                    del claim.loading[identity]
-        except ServiceError as error:
-            claim.error = error
+        claim.fault = claim.fault or self._known_fault(claim)
+        if claim.fault is None and not claim.is_granted:
+            claim.is_granted = self._grant(claim)
+        for identity, loading in list(claim.loading.items()):
+            lora = self._alive.get(identity) or self._convert(identity, loading)
+            if lora is not None:
+                claim.loras[identity] = lora
+                del claim.loading[identity]
+            claim.fault = claim.fault or loading.fault
+        if claim.fault is not None:
             claim.loras, claim.loading = {}, {}
             return True
         return claim.is_granted and not claim.loading
+
+    def _known_fault(self, claim: Claim) -> str | None:
+        return next((self._faults[_identity(choice)] for choice in claim.choices if _identity(choice) in self._faults), None)
 
     def _grant(self, claim: Claim) -> bool:
         """Make room by letting go of adapters that no job uses, the longest unused first. False if there is too little of it."""
@@ -119,8 +118,6 @@ class LoraStore:
         coming: dict[Identity, _Loading] = {}
         new_bytes = 0
         for identity, choice in {_identity(choice): choice for choice in claim.choices}.items():
-            if identity in self._failed:
-                raise self._failed[identity]
             lora = self._alive.get(identity)
             if lora is not None:
                 loras[identity] = lora
@@ -156,13 +153,9 @@ class LoraStore:
 
         In company of steps this takes at most half of the time: after each bout it rests for as long.
         """
-        if loading.error is not None:
-            if isinstance(loading.error, Unusable):
-                self._failed[identity] = loading.error
-                while len(self._failed) > _REMEMBERED_FAILURES:
-                    self._failed.popitem(last=False)
-            raise loading.error
         began_s = time.perf_counter()
+        if loading.fault is not None:
+            self._end(identity, loading)
         if loading.tensors is None or began_s < self._rest_until_s:
             return None
         try:
@@ -173,36 +166,47 @@ class LoraStore:
             loading.tried_again = True
             self._kept.clear()
             torch.cuda.empty_cache()
-        except Unusable as error:
-            loading.error = error
-            return self._convert(identity, loading)
         ended_s = time.perf_counter()
         self._rest_until_s = ended_s + (ended_s - began_s)
-        if loading.left:
+        if loading.fault is not None:
+            self._faults[identity] = loading.fault
+            if len(self._faults) > _REMEMBERED_FAULTS:
+                self._faults.popitem(last=False)
+        if loading.left or loading.fault is not None:
             return None
+        self._end(identity, loading)
         lora = Lora(identity[0], identity[1], loading.done["unet"], loading.done["text_encoder"])
         self._alive[identity] = lora
-        del self._loading[identity]
         self._keep(identity, lora)
         logger.info("LoRA %s is loaded, %.1f MB.", lora.name, lora.size_bytes / 1e6)
         return lora
+
+    def _end(self, identity: Identity, loading: _Loading) -> None:
+        """Whoever asks for the adapter from now on finds it, or reads its file again."""
+        if self._loading.get(identity) is loading:
+            del self._loading[identity]
 
     def _convert_some(self, name: str, loading: _Loading, tensors: dict[str, torch.Tensor]) -> None:
         converted = 0
         while loading.left and converted < _BYTES_AT_ONCE:
             component, layer, change = loading.left[-1]
-            low_rank = self._converted(name, change, tensors)
+            low_rank = self._converted(change, tensors)
+            if low_rank is None:
+                loading.fault = f"{name}: it holds values that are no numbers"
+                return
             loading.done[component][layer] = low_rank
             loading.left.pop()
             converted += low_rank.size_bytes
 
-    def _converted(self, name: str, change: LayerChange, tensors: dict[str, torch.Tensor]) -> LowRank:
-        down, up = tensors[change.down].reshape(change.down_shape), tensors[change.up].reshape(change.up_shape)
+    def _converted(self, change: LayerChange, tensors: dict[str, torch.Tensor]) -> LowRank | None:
+        """The change on the device; None if not all of its values are numbers."""
+        # Copies: the bytes of the file are let go of.
+        down = tensors[change.down].reshape(change.down_shape).to(self._dtype, copy=True)
+        up = tensors[change.up].reshape(change.up_shape).to(self._dtype, copy=True)
         alpha = float(len(down)) if change.alpha is None else float(tensors[change.alpha])
         if not (torch.isfinite(down).all() and torch.isfinite(up).all() and abs(alpha) < float("inf")):
-            raise Unusable(f"loras: {name}: it holds values that are no numbers", field="loras")
-        # Copies: the bytes of the file are let go of.
-        return LowRank(down.to(self._device, self._dtype, copy=True), up.to(self._device, self._dtype, copy=True), alpha)
+            return None
+        return LowRank(down.to(self._device), up.to(self._device), alpha)
 
 
 def claimed(choices: Sequence[LoraChoice]) -> Claim:
@@ -223,10 +227,10 @@ def _read(identity: Identity, loading: _Loading, look: Callable[[], Loras]) -> N
     except Exception:
         # Whatever it is, the jobs that wait for the adapter must learn of it.
         logger.exception("The LoRA %s could not be read.", name)
-        loading.error = InvalidRequest(f"loras: {name}: its file cannot be read", field="loras")
+        loading.fault = f"{name}: its file cannot be read"
         return
     if file is None or tensors is None:
-        loading.error = InvalidRequest(f"loras: {name}: its file is gone or has changed", field="loras")
+        loading.fault = f"{name}: its file is gone or has changed"
         return
     loading.left = [(component, layer, change) for component, layers in file.layers.items() for layer, change in layers.items()]
     loading.tensors = tensors
