@@ -37,8 +37,18 @@ def stop_guidance_after(step: int) -> Callable[..., dict[str, Any]]:
     return at_step_end
 
 
-@pytest.mark.parametrize("kind", PIPELINES)
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+# Kinds start at other noise levels. Each class is compared in all of them, as are stochastic ones; mere noise levels in one.
+SCHEDULERS_AND_KINDS = [
+    (scheduler, kind)
+    for number, scheduler in enumerate(SCHEDULERS)
+    for place, kind in enumerate(PIPELINES)
+    if place == number % len(PIPELINES)
+    or scheduler.partition(" ")[2] in ("", "SDE")
+    or scheduler == "DPMSolverMultistepScheduler Karras"
+]
+
+
+@pytest.mark.parametrize(("scheduler", "kind"), SCHEDULERS_AND_KINDS)
 def test_one_job_gives_the_picture_of_diffusers(
     recording_engine: RecordingEngine, input_picture: Image.Image, right_half_mask: Image.Image, scheduler: str, kind: str
 ) -> None:
@@ -106,8 +116,7 @@ def test_guidance_that_ends_at_once_is_no_guidance(recording_engine: RecordingEn
     assert_same_picture(never.image, off.image)
 
 
-@pytest.mark.parametrize("kind", PIPELINES)
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize(("scheduler", "kind"), SCHEDULERS_AND_KINDS)
 def test_no_step_looks_at_a_value_on_the_device(
     demo_parts: Parts, input_picture: Image.Image, right_half_mask: Image.Image, scheduler: str, kind: str
 ) -> None:
