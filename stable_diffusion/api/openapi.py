@@ -92,6 +92,7 @@ _ANSWER_HEADERS = {
     "num_inference_steps": "Denoising steps.",
     "guidance_scale": "Guidance scale.",
     "guidance_end": "The share of the steps that were guided.",
+    "eta": "Only there if it was above 0: how much noise each step added.",
     "seed": "The seed: send it again to get the same picture.",
     "scheduler": "Noise scheduler.",
     "strength": "Strength (img2img and inpaint only).",

@@ -198,6 +198,7 @@ def parameters_of(task: Task, picture: GeneratedImage, model: ModelFolder) -> di
         "num_inference_steps": task.num_inference_steps,
         "guidance_scale": task.guidance_scale,
         "guidance_end": task.guidance_end,
+        "eta": task.eta or None,
         "seed": task.seed,
         "scheduler": task.scheduler,
         "strength": None if task.kind == "txt2img" else task.strength,

@@ -25,8 +25,10 @@ from stable_diffusion.core.requests import (
     ImageToImageRequest,
     TextToImageRequest,
     random_seed,
+    require_a_step,
 )
 from stable_diffusion.core.safety import SafetyPolicy, is_checked
+from stable_diffusion.core.schedulers import has_eta, sampler_of
 from stable_diffusion.core.types import Kind, LoraChoice, Task
 from stable_diffusion.images.transform import digest, fit, output_size, scale_mask
 from stable_diffusion.models.folder import ModelFolder
@@ -101,9 +103,13 @@ def _task(
     image: Image.Image | None = None,
     mask: Image.Image | None = None,
 ) -> Task:
-    _require_bounded_work(width, height, parameters.num_inference_steps, 1)
+    steps = parameters.num_inference_steps or served.model.defaults.num_inference_steps
+    scheduler = parameters.scheduler or served.model.scheduler
     strength = parameters.strength if isinstance(parameters, ImageToImageRequest) else 1.0
-    prompt = _read_prompts(parameters, int(parameters.num_inference_steps * strength))
+    _require_bounded_work(width, height, steps, 1)
+    _require_a_step(steps, strength)
+    _require_eta(parameters.eta, scheduler)
+    prompt = _read_prompts(parameters, int(steps * strength))
     _require_layers(parameters.clip_skip, served.model)
     task = Task(
         kind=kind,
@@ -111,12 +117,13 @@ def _task(
         negative_prompt=parameters.negative_prompt,
         width=width,
         height=height,
-        num_inference_steps=parameters.num_inference_steps,
-        guidance_scale=parameters.guidance_scale,
+        num_inference_steps=steps,
+        guidance_scale=_guidance_scale(parameters, served.model),
         guidance_end=parameters.guidance_end,
+        eta=parameters.eta,
         metadata=parameters.metadata,
         seed=random_seed() if parameters.seed is None else parameters.seed,
-        scheduler=parameters.scheduler or served.model.scheduler,
+        scheduler=scheduler,
         safety_check=is_checked(parameters.safety_check, served.policy),
         strength=strength,
         prompt_syntax=parameters.prompt_syntax,
@@ -129,6 +136,32 @@ def _task(
         mask_hash=None if mask is None else digest(mask),
     )
     return with_previews(task, parameters.preview_every_steps, served.policy)
+
+
+def _require_a_step(steps: int, strength: float) -> None:
+    try:
+        require_a_step(steps, strength)
+    except ValueError as error:
+        raise InvalidRequest(str(error), field="strength") from None
+
+
+def _require_eta(eta: float, scheduler: str) -> None:
+    if eta and not has_eta(scheduler):
+        raise InvalidRequest(f"eta: only DDIM and TCD take it, {sampler_of(scheduler)[0]} does not", field="eta")
+
+
+def _guidance_scale(parameters: GenerationRequest, model: ModelFolder) -> float:
+    """Raises InvalidRequest if the model does not allow it."""
+    asked, defaults = parameters.guidance_scale, model.defaults
+    if asked is None:
+        return defaults.guidance_scale
+    if asked != defaults.allowed_guidance_scale(asked):
+        low, high = defaults.guidance_scale_range
+        raise InvalidRequest(
+            f"guidance_scale: must be from {low:g} to {high:g} with the model {model.name}, got {asked:g}",
+            field="guidance_scale",
+        )
+    return asked
 
 
 @dataclass(frozen=True)

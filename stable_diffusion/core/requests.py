@@ -1,7 +1,7 @@
 """The request models: names, defaults and limits of fields. Every API uses them, and the OpenAPI document is generated from them.
 
-They do not depend on HTTP, on images or on the loaded model. What depends on the model (its native size, its own noise scheduler)
-stays None here; `api/tasks.py` resolves it.
+They do not depend on HTTP, on images or on the loaded model. What depends on the model (its native size, its
+own steps, guidance and noise scheduler) stays None here; `api/tasks.py` resolves it.
 """
 
 from __future__ import annotations
@@ -84,9 +84,15 @@ class GenerationRequest(BaseModel):
     negative_prompt: Prompt = Field("", description="What to keep away from. Used when guidance_scale is above 1.")
     height: Side = Field(None, description="Height in pixels. By default the model's native height, or as the input image asks for.")
     width: Side = Field(None, description="Width in pixels. By default the model's native width, or as the input image asks for.")
-    num_inference_steps: int = Field(50, ge=1, le=MAX_STEPS, description="Denoising steps.")
-    guidance_scale: float = Field(
-        7.5, ge=0, le=MAX_GUIDANCE_SCALE, description="How closely to follow the prompt. Up to 1: no guidance, half the work."
+    num_inference_steps: int | None = Field(
+        None, ge=1, le=MAX_STEPS, description="Denoising steps. By default the model's own number (GET /capabilities), usually 50."
+    )
+    guidance_scale: float | None = Field(
+        None,
+        ge=0,
+        le=MAX_GUIDANCE_SCALE,
+        description="How closely to follow the prompt. Up to 1: no guidance, half the work. By default the model's own, usually 7.5; a "
+        "model may also allow less than this range (GET /capabilities).",
     )
     guidance_end: float = Field(
         1.0,
@@ -112,6 +118,9 @@ class GenerationRequest(BaseModel):
         + ", ".join(short_names[0] for short_names in SCHEDULERS.values())
         + ", or diffusers' class name. By default the model's own.",
         examples=[short_names[0] for short_names in SCHEDULERS.values()],
+    )
+    eta: float = Field(
+        0.0, ge=0, le=1, description="How much noise each step adds, from none to as much as in training. Only DDIM and TCD take it."
     )
     prompt_syntax: Literal["plain", "a1111"] = Field(
         "plain",
@@ -146,11 +155,15 @@ class ImageToImageRequest(GenerationRequest):
 
     @model_validator(mode="after")
     def _some_step_is_left(self) -> ImageToImageRequest:
-        if int(self.num_inference_steps * self.strength) < 1:
-            raise ValueError(
-                f"strength {self.strength} leaves no step to run out of {self.num_inference_steps}: raise strength or num_inference_steps"
-            )
+        if self.num_inference_steps is not None:
+            require_a_step(self.num_inference_steps, self.strength)
         return self
+
+
+def require_a_step(steps: int, strength: float) -> None:
+    """Raises ValueError if `strength` leaves none of the steps."""
+    if int(steps * strength) < 1:
+        raise ValueError(f"strength {strength} leaves no step to run out of {steps}: raise strength or num_inference_steps")
 
 
 class ReproductionRequest(BaseModel):

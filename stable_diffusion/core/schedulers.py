@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-# diffusers' class name -> the usual short names. "Karras" is DPM++ 2M with other noise levels, not a separate class.
+from typing import Any
+
+# What may follow a class's name in the name of a scheduler -> the options with which the class is made from the model's configuration.
+SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {
+    "3M": {"solver_order": 3},
+    "SDE": {"algorithm_type": "sde-dpmsolver++"},
+    "Heun": {"solver_type": "heun"},
+    "Karras": {"use_karras_sigmas": True, "use_exponential_sigmas": False, "use_beta_sigmas": False},
+    "Exponential": {"use_karras_sigmas": False, "use_exponential_sigmas": True, "use_beta_sigmas": False},
+    "Trailing": {"timestep_spacing": "trailing"},
+}
+# diffusers' class name, and its options -> the usual short names, A1111's first. Where A1111's clients name noise levels and no sampler,
+# they get the first that has them.
 SCHEDULERS: dict[str, tuple[str, ...]] = {
     "PNDMScheduler": ("PNDM", "PLMS"),
     "DDIMScheduler": ("DDIM",),
@@ -12,8 +24,47 @@ SCHEDULERS: dict[str, tuple[str, ...]] = {
     "DPMSolverMultistepScheduler Karras": ("DPM++ 2M Karras",),
     "UniPCMultistepScheduler": ("UniPC",),
     "LMSDiscreteScheduler": ("LMS",),
+    "LMSDiscreteScheduler Karras": ("LMS Karras",),
     "HeunDiscreteScheduler": ("Heun",),
+    "KDPM2DiscreteScheduler": ("DPM2", "KDPM2"),
+    "KDPM2DiscreteScheduler Karras": ("DPM2 Karras",),
+    "KDPM2AncestralDiscreteScheduler": ("DPM2 a", "DPM2 ancestral", "KDPM2 a"),
+    "KDPM2AncestralDiscreteScheduler Karras": ("DPM2 a Karras",),
+    "DPMSolverSinglestepScheduler": ("DPM++ 2S", "DPM++ singlestep"),
+    "DPMSolverSinglestepScheduler SDE": ("DPM++ SDE",),
+    "DPMSolverSinglestepScheduler SDE Karras": ("DPM++ SDE Karras",),
+    "DPMSolverMultistepScheduler SDE": ("DPM++ 2M SDE",),
+    "DPMSolverMultistepScheduler SDE Karras": ("DPM++ 2M SDE Karras",),
+    "DPMSolverMultistepScheduler SDE Exponential": ("DPM++ 2M SDE Exponential",),
+    "DPMSolverMultistepScheduler SDE Heun": ("DPM++ 2M SDE Heun",),
+    "DPMSolverMultistepScheduler SDE Heun Karras": ("DPM++ 2M SDE Heun Karras",),
+    "DPMSolverMultistepScheduler SDE Heun Exponential": ("DPM++ 2M SDE Heun Exponential",),
+    "DPMSolverMultistepScheduler 3M SDE": ("DPM++ 3M SDE",),
+    "DPMSolverMultistepScheduler 3M SDE Karras": ("DPM++ 3M SDE Karras",),
+    "DPMSolverMultistepScheduler 3M SDE Exponential": ("DPM++ 3M SDE Exponential",),
+    "LCMScheduler": ("LCM",),
+    "TCDScheduler": ("TCD",),
+    "DDIMScheduler Trailing": ("DDIM SGM Uniform", "DDIM trailing"),
+    "EulerDiscreteScheduler Trailing": ("Euler SGM Uniform", "Euler trailing"),
+    "EulerAncestralDiscreteScheduler Trailing": ("Euler a SGM Uniform", "Euler a trailing"),
 }
+_SECOND_ORDER = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
+_WITH_ETA = ("DDIMScheduler", "TCDScheduler")
+
+
+def class_and_options(scheduler: str) -> tuple[str, dict[str, Any]]:
+    """diffusers' class for a key of SCHEDULERS, or for a model's own class, and the options that change the model's configuration."""
+    name, *words = scheduler.split(" ")
+    return name, {option: value for word in words for option, value in SCHEDULER_OPTIONS[word].items()}
+
+
+def unet_calls_of_a_step(scheduler: str) -> int:
+    return 2 if class_and_options(scheduler)[0] in _SECOND_ORDER else 1
+
+
+def has_eta(scheduler: str) -> bool:
+    """Whether `eta` says how much noise its steps add."""
+    return class_and_options(scheduler)[0] in _WITH_ETA
 
 
 def _spelling(name: str) -> str:
@@ -33,14 +84,22 @@ def known_scheduler(name: str) -> str:
         raise ValueError(f"unknown scheduler {name[:60]!r}, allowed are {allowed} or diffusers' class names") from None
 
 
-KARRAS = "Karras"
-# Noise levels by A1111's names; None stands for the sampler's own. With Karras (2022) the scheduler is a separate key in SCHEDULERS.
-SCHEDULES: dict[str, str | None] = {"Automatic": None, "Normal": None, "Uniform": None, KARRAS: KARRAS}
-_SCHEDULE_BY_SPELLING = {"": None, **{_spelling(name): schedule for name, schedule in SCHEDULES.items()}}
+# A1111's names of noise levels -> what they are called here; None stands for the sampler's own. A scheduler with other levels is a key of
+# SCHEDULERS that ends with them.
+SCHEDULES: dict[str, str | None] = {
+    "Automatic": None,
+    "Normal": None,
+    "Uniform": None,
+    "Karras": "Karras",
+    "Exponential": "Exponential",
+    "SGM Uniform": "Trailing",
+}
+_SCHEDULE_OF_LEVELS = {levels: schedule for schedule, levels in SCHEDULES.items() if levels}
+_SCHEDULE_BY_SPELLING = {"": None, **{_spelling(name): name if levels else None for name, levels in SCHEDULES.items()}}
 
 
 def known_schedule(name: str) -> str | None:
-    """Noise levels by A1111's name; None for the sampler's own. Raises ValueError, which lists the known names."""
+    """A key of SCHEDULES; None for the sampler's own noise levels. Raises ValueError, which lists the known names."""
     try:
         return _SCHEDULE_BY_SPELLING[_spelling(name)]
     except KeyError:
@@ -49,8 +108,10 @@ def known_schedule(name: str) -> str | None:
 
 def sampler_of(scheduler: str) -> tuple[str, str | None]:
     """A1111's names for a noise scheduler: the sampler, and the noise levels if they are not the sampler's own."""
-    name = SCHEDULERS.get(scheduler, (scheduler,))[0]  # a model's own scheduler may have no short name
-    return (name.removesuffix(f" {KARRAS}"), KARRAS) if name.endswith(f" {KARRAS}") else (name, None)
+    name, _, last = scheduler.rpartition(" ")
+    schedule = _SCHEDULE_OF_LEVELS.get(last)
+    name = name if schedule else scheduler
+    return SCHEDULERS.get(name, (name,))[0], schedule  # a model's own scheduler may have no short name
 
 
 def scheduler_of(sampler: str, schedule: str) -> tuple[str, bool]:

@@ -46,6 +46,7 @@ class Task:
     scheduler: str
     safety_check: bool
     guidance_end: float = 1.0  # the fraction of the steps that use guidance
+    eta: float = 0.0  # how much noise a step adds, where the scheduler has it
     preview_every_steps: int = 0  # 0: none
     metadata: bool = True  # whether the image file says how it was generated
     strength: float = 1.0  # img2img and inpaint

@@ -25,8 +25,8 @@ from PIL import Image
 
 from stable_diffusion.core.errors import GenerationFailed, InvalidRequest
 from stable_diffusion.core.prompt_syntax import Emphasis, composed, emphasized, scheduled, without_lora_tags
-from stable_diffusion.core.requests import MAX_PROMPT_CHUNKS
-from stable_diffusion.core.schedulers import KARRAS
+from stable_diffusion.core.requests import MAX_PROMPT_CHUNKS, MAX_STEPS
+from stable_diffusion.core.schedulers import class_and_options, sampler_of
 from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.engine import previews, threads
 from stable_diffusion.engine.adapters import AdaptedLayers, Lora
@@ -141,12 +141,13 @@ class Denoiser:
         """Encode the prompt and the image, draw the initial noise, set up the job's own noise scheduler.
 
         `claim`: of a task with LoRAs, when `can_prepare` says so.
-        Raises InvalidRequest for a prompt that is too long or LoRAs that cannot be used.
+        Raises InvalidRequest for a prompt that is too long, LoRAs that cannot be used, or a number of steps that the noise scheduler cannot
+        take.
         """
         loras = () if claim is None else claim.adapters()
         scheduler = self._new_scheduler(task.scheduler)
         # Timesteps stay on the CPU: schedulers use them as table indices, and on a GPU each access would wait for the device.
-        scheduler.set_timesteps(task.num_inference_steps)
+        _set_timesteps(scheduler, task)
         # Always on the CPU, so that a seed gives the same image on every device.
         generator = torch.Generator("cpu").manual_seed(task.seed)
         latents = Latents(
@@ -157,7 +158,7 @@ class Denoiser:
             unet_timesteps=torch.empty(0),
             generator=generator,
             guided_steps=0,
-            step_arguments=_step_arguments(scheduler, generator),
+            step_arguments=_step_arguments(scheduler, task, generator),
             dropped_prompt="",
             dropped_negative_prompt="",
             adapters=tuple((lora.unet, choice.unet_weight) for lora, choice in zip(loras, task.loras, strict=True) if lora.unet),
@@ -229,9 +230,8 @@ class Denoiser:
 
     def _new_scheduler(self, name: str) -> Any:
         """A new noise scheduler with the model's noise schedule. The shared one is never changed."""
-        options = {"use_karras_sigmas": True} if name.endswith(f" {KARRAS}") else {}
-        scheduler_class = getattr(diffusers, name.removesuffix(f" {KARRAS}"))
-        return scheduler_class.from_config(self._parts.scheduler.config, **options)
+        class_name, options = class_and_options(name)
+        return getattr(diffusers, class_name).from_config(self._parts.scheduler.config, **options)
 
     def _draw_noise(self, task: Task, generator: torch.Generator) -> torch.Tensor:
         shape = (
@@ -418,12 +418,33 @@ def guidance_embedding(guidance_scale: float, width: int) -> torch.Tensor:
     return torch.nn.functional.pad(embedding, (0, width % 2))
 
 
-def _step_arguments(scheduler: Any, generator: torch.Generator) -> dict[str, Any]:
+def _set_timesteps(scheduler: Any, task: Task) -> None:
+    """Raises InvalidRequest if the scheduler cannot take so many steps, or so few. What it can take depends on the model, too."""
+    if _takes(scheduler, task.num_inference_steps):
+        return
+    allowed = [steps for steps in range(1, MAX_STEPS + 1) if _takes(scheduler, steps)]
+    told = f"allowed are {allowed[0]} to {allowed[-1]}" if allowed else "nor any other number"
+    name = sampler_of(task.scheduler)[0]
+    raise InvalidRequest(
+        f"num_inference_steps: the noise scheduler {name} cannot take {task.num_inference_steps} with this model, {told}",
+        field="num_inference_steps",
+    )
+
+
+def _takes(scheduler: Any, steps: int) -> bool:
+    try:
+        scheduler.set_timesteps(steps)
+    except ValueError:
+        return False
+    return True
+
+
+def _step_arguments(scheduler: Any, task: Task, generator: torch.Generator) -> dict[str, Any]:
     """Schedulers that draw noise in a step get the job's generator; the others do not have the parameter."""
     parameters = inspect.signature(scheduler.step).parameters
     arguments: dict[str, Any] = {}
     if "eta" in parameters:
-        arguments["eta"] = 0.0
+        arguments["eta"] = task.eta
     if "generator" in parameters:
         arguments["generator"] = generator
     return arguments

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from stable_diffusion.core.schedulers import unet_calls_of_a_step
 from stable_diffusion.core.types import GeneratedImage, Progress, Task
 
 if TYPE_CHECKING:
@@ -71,7 +72,6 @@ class Latents:
 
 
 _numbers = itertools.count(1)
-_UNET_CALLS_OF_A_STEP = {"HeunDiscreteScheduler": 2}  # a second-order method
 
 
 @dataclass(eq=False)
@@ -122,7 +122,7 @@ class Job:
     def steps_left(self) -> int:
         """The remaining UNet calls; an estimate until the job is prepared."""
         if self.tensors is None:
-            return int(self.task.num_inference_steps * self.task.strength) * _UNET_CALLS_OF_A_STEP.get(self.task.scheduler, 1)
+            return int(self.task.num_inference_steps * self.task.strength) * unet_calls_of_a_step(self.task.scheduler)
         return len(self.tensors.timesteps) - self.tensors.step_index
 
     @property

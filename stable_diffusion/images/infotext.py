@@ -74,6 +74,7 @@ def _values(task: Task, picture: GeneratedImage, model: ModelFolder) -> dict[str
         "Lora hashes": lora_hashes(task) or None,
         "Loras": _loras_of_field(task) or None,
         "Prompt syntax": None if task.prompt_syntax == "plain" else task.prompt_syntax,
+        "Eta DDIM": _number(task.eta) if task.eta else None,  # A1111's name for every sampler that has it
         "Guidance end": None if task.guidance_end == 1 else _number(task.guidance_end),
         "Kind": task.kind,
         "Input hash": task.image_hash,

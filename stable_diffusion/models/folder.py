@@ -16,13 +16,21 @@ from typing import Any
 from stable_diffusion.core.errors import ModelFolderError
 from stable_diffusion.core.settings import MODEL_VARIABLE, read_settings
 from stable_diffusion.core.types import Precision
+from stable_diffusion.models.defaults import FILE_NAME as DEFAULTS_FILE_NAME
+from stable_diffusion.models.defaults import Defaults, DefaultsFile, defaults_of, read_defaults
 from stable_diffusion.models.safetensors import check_safetensors, read_tensor_list, samples_of
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "model"
 DEMO_NAME = "demo"
 
 _WEIGHTS: dict[Precision, str] = {"fp32": "v1_4", "fp16": "v1_4_fp16"}
-_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+_PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "LatentConsistencyModelPipeline",
+    "LatentConsistencyModelImg2ImgPipeline",
+)
 _COMPONENTS_WITH_WEIGHTS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
@@ -44,7 +52,8 @@ class ModelFolder:
     is_demo: bool
     native_width: int  # pixels
     native_height: int  # pixels
-    scheduler: str  # diffusers' class name
+    scheduler: str  # the default one: a key of SCHEDULERS, or diffusers' class name
+    defaults: Defaults
     only_inpaints: bool  # its UNet has 9 input channels and needs a mask
     has_safety_checker: bool
     variant: str | None  # "fp16" if the folder has only half-precision files, named as on the hub
@@ -161,13 +170,16 @@ def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False)
     if not isinstance(vae.get("block_out_channels"), list):
         raise ModelFolderError(f"{folder / 'vae' / 'config.json'}: block_out_channels is missing")
     pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
+    stated = _stated_defaults(folder)
+    default_scheduler = stated.scheduler or str(scheduler.get("_class_name", "PNDMScheduler"))
     return ModelFolder(
         path=folder,
         name=name or folder.name,
         is_demo=is_demo,
-        native_width=latent_width * pixels_per_latent,
-        native_height=latent_height * pixels_per_latent,
-        scheduler=str(scheduler.get("_class_name", "PNDMScheduler")),
+        native_width=stated.width or latent_width * pixels_per_latent,
+        native_height=stated.height or latent_height * pixels_per_latent,
+        scheduler=default_scheduler,
+        defaults=defaults_of(stated, default_scheduler, unet, scheduler),
         only_inpaints=channels == 9,
         has_safety_checker=has_checker,
         variant=variants.pop(),
@@ -175,6 +187,11 @@ def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False)
         loras=folder.parent / "loras",
         embeddings=folder.parent / "embeddings",
     )
+
+
+def _stated_defaults(folder: Path) -> DefaultsFile:
+    file = folder / DEFAULTS_FILE_NAME
+    return read_defaults(file, _read_json(file, "the model's defaults") if file.exists() else {})
 
 
 def _text_layers(folder: Path) -> int:

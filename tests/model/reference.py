@@ -20,6 +20,16 @@ PIPELINES = {
     "inpaint": StableDiffusionInpaintPipeline,
 }
 
+# As diffusers documents A1111's samplers (api/schedulers/overview), by what may follow a class's name in a scheduler's.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "Karras": {"use_karras_sigmas": True},
+    "Exponential": {"use_exponential_sigmas": True},
+    "Trailing": {"timestep_spacing": "trailing"},
+    "SDE": {"algorithm_type": "sde-dpmsolver++"},
+    "Heun": {"solver_type": "heun"},
+    "3M": {"solver_order": 3},
+}
+
 
 @functools.cache
 def pipeline_of(folder: Path, kind: str) -> tuple[Any, dict[str, Any]]:
@@ -32,10 +42,10 @@ def pipeline_of(folder: Path, kind: str) -> tuple[Any, dict[str, Any]]:
 def draw_with_diffusers(folder: Path, task: Task, **options_of_the_call: Any) -> Image.Image:
     """The task as a user of diffusers would draw it."""
     pipeline, scheduler_settings = pipeline_of(folder, task.kind)
-    name, _, karras = task.scheduler.partition(" ")
-    options = {"use_karras_sigmas": True} if karras else {}
+    name, *words = task.scheduler.split(" ")
+    options = {option: value for word in words for option, value in _OPTIONS[word].items()}
     pipeline.scheduler = getattr(diffusers, name).from_config(scheduler_settings, **options)
-    arguments = dict(options_of_the_call)
+    arguments: dict[str, Any] = {"eta": task.eta, **options_of_the_call}
     if task.kind in ("txt2img", "inpaint"):
         arguments |= {"width": task.width, "height": task.height}
     if task.kind in ("img2img", "inpaint"):

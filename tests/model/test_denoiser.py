@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionInpaintPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 
 from stable_diffusion.core.errors import InvalidRequest
-from stable_diffusion.core.schedulers import SCHEDULERS
+from stable_diffusion.core.schedulers import SCHEDULERS, has_eta, unet_calls_of_a_step
+from stable_diffusion.core.telemetry import StepRecord
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.job import Job, Latents
@@ -37,8 +48,16 @@ def stop_guidance_after(step: int) -> Callable[..., dict[str, Any]]:
     return at_step_end
 
 
-@pytest.mark.parametrize("kind", PIPELINES)
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+# Kinds start at other noise levels. Each class is compared in all of them, as are stochastic ones; mere noise levels in one.
+SCHEDULERS_AND_KINDS = [
+    (scheduler, kind)
+    for number, scheduler in enumerate(SCHEDULERS)
+    for place, kind in enumerate(PIPELINES)
+    if place == number % len(PIPELINES) or scheduler.partition(" ")[2] in ("", "SDE") or scheduler == "DPMSolverMultistepScheduler Karras"
+]
+
+
+@pytest.mark.parametrize(("scheduler", "kind"), SCHEDULERS_AND_KINDS)
 def test_one_job_gives_the_picture_of_diffusers(
     recording_engine: RecordingEngine, input_picture: Image.Image, right_half_mask: Image.Image, scheduler: str, kind: str
 ) -> None:
@@ -58,6 +77,11 @@ def test_one_job_gives_the_picture_of_diffusers(
         {"guidance_scale": 1.0},
         {"guidance_scale": 0.0, "scheduler": "EulerDiscreteScheduler"},
         {"width": 96, "height": 72},
+        {"scheduler": "DDIMScheduler", "eta": 0.7},
+        {"scheduler": "TCDScheduler", "eta": 1.0, "num_inference_steps": 4, "guidance_scale": 1.0},
+        {"scheduler": "TCDScheduler", "eta": 0.3, "kind": "inpaint", "strength": 0.7},
+        {"scheduler": "LCMScheduler", "num_inference_steps": 4, "guidance_scale": 1.0},
+        {"scheduler": "DPMSolverSinglestepScheduler SDE", "num_inference_steps": 7},
         {"num_inference_steps": 50},
         {"prompt": "red circle " * 60},
         {"kind": "img2img", "strength": 1.0},
@@ -85,6 +109,7 @@ def test_other_settings_give_the_picture_of_diffusers_too(
         ("txt2img", "DDIMScheduler", 6, 10),
         ("img2img", "UniPCMultistepScheduler", 5, 8),
         ("txt2img", "HeunDiscreteScheduler", 12, 19),  # two calls a step but for the last one
+        ("img2img", "KDPM2AncestralDiscreteScheduler", 10, 15),
     ],
 )
 def test_guidance_that_ends_early_gives_the_picture_of_diffusers_with_half_the_rows_from_then_on(
@@ -106,8 +131,7 @@ def test_guidance_that_ends_at_once_is_no_guidance(recording_engine: RecordingEn
     assert_same_picture(never.image, off.image)
 
 
-@pytest.mark.parametrize("kind", PIPELINES)
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize(("scheduler", "kind"), SCHEDULERS_AND_KINDS)
 def test_no_step_looks_at_a_value_on_the_device(
     demo_parts: Parts, input_picture: Image.Image, right_half_mask: Image.Image, scheduler: str, kind: str
 ) -> None:
@@ -145,6 +169,48 @@ def test_half_precision_starts_from_the_same_noise(demo_parts: Parts) -> None:
 def test_every_scheduler_can_take_very_few_steps(recording_engine: RecordingEngine, scheduler: str, steps: int) -> None:
     (picture,) = recording_engine.draw([make_task(scheduler=scheduler, num_inference_steps=steps)])
     assert picture.image.size == (64, 64)
+
+
+def test_what_lcm_cannot_take_is_refused_with_what_it_can(recording_engine: RecordingEngine) -> None:
+    told = "num_inference_steps: the noise scheduler LCM cannot take 51 with this model, allowed are 1 to 50"
+    with pytest.raises(InvalidRequest, match=told) as caught:
+        recording_engine.draw([make_task(scheduler="LCMScheduler", num_inference_steps=51)])
+    assert caught.value.problems[0].field == "num_inference_steps"
+
+
+def test_where_pndm_begins_with_runge_kutta_too_few_steps_are_refused(demo_parts: Parts) -> None:
+    """As a model's configuration may ask for; Stable Diffusion's own does not."""
+    scheduler = PNDMScheduler.from_config(demo_parts.scheduler.config, skip_prk_steps=False)
+    denoiser = Denoiser(replace(demo_parts, scheduler=scheduler))
+    with pytest.raises(InvalidRequest, match="the noise scheduler PNDM cannot take 1 with this model, allowed are 4 to 150"):
+        denoiser.prepare(make_task(num_inference_steps=1))
+    assert len(denoiser.prepare(make_task(num_inference_steps=4)).timesteps) == 13
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_the_calls_that_are_left_are_known_before_the_job_is_prepared(demo_parts: Parts, scheduler: str) -> None:
+    """Up to one: PNDM calls once more, and the last step of a second-order method once less."""
+    task = make_task(scheduler=scheduler, num_inference_steps=9)
+    job = Job(task, on_end=lambda outcome: None)
+    expected = job.steps_left
+    job.tensors = Denoiser(demo_parts).prepare(task)
+    assert abs(job.steps_left - expected) <= 1
+    assert job.tensors.scheduler.order == unet_calls_of_a_step(scheduler)
+    assert ("eta" in job.tensors.step_arguments) == has_eta(scheduler)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "TCDScheduler"])
+def test_the_spacing_of_the_models_configuration_is_kept(demo_parts: Parts, tmp_path: Path, scheduler: str) -> None:
+    folder = Path(shutil.copytree(DEMO_FOLDER, tmp_path / "model"))
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"timestep_spacing": "trailing"}))
+    task = make_task(scheduler=scheduler, num_inference_steps=4)
+    engine = RecordingEngine(Engine(lambda: Denoiser(load(check_model(folder), "fp32")), max_batch_size=2), [])
+    (picture,) = engine.draw([task])
+    engine.engine.close()
+    assert_same_picture(picture.image, draw_with_diffusers(folder, task))
+    first = Denoiser(replace(demo_parts, scheduler=DDIMScheduler.from_pretrained(folder / "scheduler"))).prepare(task).timesteps[0]
+    assert first == 999
 
 
 def test_the_shared_scheduler_is_never_changed(recording_engine: RecordingEngine, demo_parts: Parts) -> None:
@@ -248,3 +314,46 @@ def test_a_model_made_for_inpainting_gives_the_picture_of_diffusers(
     (picture,) = engine.draw([task])
     engine.engine.close()
     assert_same_picture(picture.image, draw_with_diffusers(inpainting_folder, task))
+
+
+@pytest.fixture(scope="module")
+def lcm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with a UNet that takes the guidance scale as an input and has random weights, as diffusers saves such models."""
+    folder = tmp_path_factory.mktemp("lcm")
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO_FOLDER, dtype=torch.float32)
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_config(pipeline.unet.config, time_cond_proj_dim=32)
+    scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    components = pipeline.components | {"unet": unet, "scheduler": scheduler}
+    LatentConsistencyModelPipeline(**components, requires_safety_checker=False).save_pretrained(folder)
+    return folder
+
+
+def test_a_model_that_takes_the_guidance_scale_as_an_input_gives_the_picture_of_diffusers_with_one_row(lcm_folder: Path) -> None:
+    model = check_model(lcm_folder)
+    assert (model.scheduler, model.defaults.num_inference_steps, model.defaults.guidance_scale) == ("LCMScheduler", 4, 8.5)
+    steps: list[StepRecord] = []
+    engine = RecordingEngine(Engine(lambda: Denoiser(load(model, "fp32")), max_batch_size=3, on_step=steps.append), steps)
+    tasks = [
+        make_task(scheduler=model.scheduler, num_inference_steps=count, guidance_scale=scale, seed=seed)
+        for count, scale, seed in ((4, 8.5, 1), (4, 1.5, 1), (6, 3.0, 2))
+    ]
+    alone = [engine.draw([task])[0] for task in tasks]
+    assert {record.rows for record in steps} == {1}
+    together = engine.draw(tasks)
+    assert max(record.rows for record in steps) == 3
+    engine.engine.close()
+    pipeline = LatentConsistencyModelPipeline.from_pretrained(lcm_folder, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    for task, one, other in zip(tasks, alone, together, strict=True):
+        theirs = pipeline(
+            prompt=task.prompt,
+            width=task.width,
+            height=task.height,
+            num_inference_steps=task.num_inference_steps,
+            guidance_scale=task.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(task.seed),
+        ).images[0]
+        assert_same_picture(one.image, theirs)
+        assert np.ptp(np.asarray(one.image).astype(int) - np.asarray(other.image)) <= 2
+    assert not np.array_equal(np.asarray(alone[0].image), np.asarray(alone[1].image)), "the scale has no effect"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field
@@ -28,7 +28,8 @@ from stable_diffusion.core.requests import (
     parse_text_to_image,
     validated,
 )
-from stable_diffusion.core.schedulers import SCHEDULERS, known_schedule, sampler_of, scheduler_of
+from stable_diffusion.core.schedulers import SCHEDULERS, has_eta, known_schedule, sampler_of, scheduler_of
+from stable_diffusion.models.defaults import Defaults
 
 MAX_NAMES = 1024  # of an object; the complete options of A1111 have about 400
 MAX_MASK_BLUR = 64
@@ -76,8 +77,13 @@ class GenerationBody(BaseModel):
         "",
         description="Noise levels, a name or label from /sdapi/v1/schedulers; the sampler's own where it does not have them.",
     )
-    steps: int = Field(50, description=f"Denoising steps, 1 to {MAX_STEPS}.")
-    cfg_scale: float = Field(7.0, description="How closely to follow the prompt, 0 to 30.")
+    steps: int | None = Field(None, description=f"Denoising steps, 1 to {MAX_STEPS}. By default the model's own number, usually 50.")
+    cfg_scale: float | None = Field(
+        None,
+        description="How closely to follow the prompt, 0 to 30. By default the model's own, usually 7.5. Beyond what the model is for, the "
+        "nearest that it is for.",
+    )
+    eta: float = Field(0.0, description="How much noise each step adds, 0 to 1. Used where sampler_name is DDIM or TCD.")
     width: int | None = Field(None, description=f"{_SIDE} By default the model's native width, or as the picture asks for.")
     height: int | None = Field(None, description=f"{_SIDE} By default the model's native height, or as the picture asks for.")
     batch_size: int = Field(
@@ -212,6 +218,7 @@ def _count(body: GenerationBody) -> int:
 
 
 def _fields(body: GenerationBody) -> dict[str, Any]:
+    scheduler = scheduler_asked_for(body.sampler_name or body.sampler_index, body.scheduler)
     return {
         "prompt": body.prompt,
         "negative_prompt": body.negative_prompt,
@@ -219,8 +226,9 @@ def _fields(body: GenerationBody) -> dict[str, Any]:
         "height": _rounded_down(body.height),
         "num_inference_steps": body.steps,
         "guidance_scale": body.cfg_scale,
+        "eta": body.eta if scheduler is not None and has_eta(scheduler) else 0.0,
         "seed": asked_seed(body),
-        "scheduler": scheduler_asked_for(body.sampler_name or body.sampler_index, body.scheduler),
+        "scheduler": scheduler,
         "metadata": body.override_settings.enable_pnginfo is not False,
         "prompt_syntax": "a1111",
         "clip_skip": body.override_settings.CLIP_stop_at_last_layers or 1,
@@ -239,7 +247,7 @@ def _rounded_down(side: int | None) -> int | None:
 def scheduler_asked_for(sampler: str, schedule: str) -> str | None:
     """Our noise scheduler for A1111's sampler and noise levels; None: the model's own. A sampler without these levels keeps its own.
 
-    If no sampler is named, noise levels that only one sampler supports select that sampler.
+    If no sampler is named, noise levels other than the usual ones select the first sampler that has them.
     Raises NotFound for an unknown sampler, InvalidRequest for unknown noise levels.
     """
     try:
@@ -252,6 +260,14 @@ def scheduler_asked_for(sampler: str, schedule: str) -> str | None:
         return scheduler_of(sampler, schedule)[0]
     except ValueError as error:
         raise NotFound(f"sampler_name: {error}", field="sampler_name") from None
+
+
+def with_allowed_guidance(asked: Asked[Body, Parameters], defaults: Defaults) -> Asked[Body, Parameters]:
+    """The same request with the nearest guidance scale that the model is for: A1111's clients send 7, whatever the model."""
+    scale = asked.parameters.guidance_scale
+    if scale is None:
+        return asked
+    return replace(asked, parameters=asked.parameters.model_copy(update={"guidance_scale": defaults.allowed_guidance_scale(scale)}))
 
 
 def missing_schedule(body: GenerationBody, scheduler: str) -> str | None:

@@ -140,14 +140,15 @@ def images_response(body: GenerationBody, tasks: Sequence[Task], pictures: Seque
     files = (image_file(task, picture, model, "png") for task, picture in drawn)
     return {
         "images": [base64.b64encode(file).decode("ascii") for file in files] if body.send_images else [],
-        "parameters": _echo(body),
+        "parameters": _echo(body, tasks[0]),
         "info": json.dumps(_info(body, tasks, pictures, model, infotexts)),
     }
 
 
-def _echo(body: GenerationBody) -> dict[str, Any]:
+def _echo(body: GenerationBody, task: Task) -> dict[str, Any]:
     """The known fields of the request, with their defaults."""
-    echo = body.model_dump()
+    of_model = {"steps": task.num_inference_steps, "cfg_scale": task.guidance_scale}
+    echo = {name: of_model[name] if value is None and name in of_model else value for name, value in body.model_dump().items()}
     if isinstance(body, ImageToImageBody) and not body.include_init_images:
         echo |= {"init_images": None, "mask": None}
     return echo
@@ -195,14 +196,17 @@ def _info(
         "all_flagged": [picture.flagged for picture in pictures],
         "prompt_dropped": pictures[0].dropped_prompt or None,
         "negative_prompt_dropped": pictures[0].dropped_negative_prompt or None,
-        "comments": _comments(pictures[0]),
+        "comments": _comments(body, first, pictures[0]),
     }
 
 
-def _comments(picture: GeneratedImage) -> list[str]:
+def _comments(body: GenerationBody, task: Task, picture: GeneratedImage) -> list[str]:
     """Remarks for people, one a line, as A1111's page shows them."""
+    comments = []
+    if body.cfg_scale is not None and body.cfg_scale != task.guidance_scale:
+        comments.append(f"cfg_scale: the model is not made for {body.cfg_scale:g}, {task.guidance_scale:g} was used")
     dropped = {"prompt": picture.dropped_prompt, "negative_prompt": picture.dropped_negative_prompt}
-    return [f"{name}: too long, these last words were not used: {text}" for name, text in dropped.items() if text]
+    return comments + [f"{name}: too long, these last words were not used: {text}" for name, text in dropped.items() if text]
 
 
 def _extra_parameters(body: GenerationBody, task: Task, schedule: str | None) -> dict[str, Any]:
@@ -247,7 +251,10 @@ def samplers_response() -> list[A1111Sampler]:
 
 
 def schedules_response() -> list[A1111Scheduler]:
-    return [{"name": label.lower(), "label": label, "aliases": None, "default_rho": None, "need_inner_model": None} for label in SCHEDULES]
+    return [
+        {"name": label.lower().replace(" ", "_"), "label": label, "aliases": None, "default_rho": None, "need_inner_model": None}
+        for label in SCHEDULES
+    ]
 
 
 UPSCALERS: list[A1111Upscaler] = [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 1}]

@@ -23,6 +23,7 @@ from stable_diffusion.api.a1111.parameters import (
     read_options,
     read_png_info,
     read_text_to_image,
+    with_allowed_guidance,
     without_pictures,
 )
 from stable_diffusion.api.a1111.responses import (
@@ -65,7 +66,9 @@ def make_routes(context: Context) -> list[Route]:
         with within_upload_budget(request, context.uploads) as uploading:
             asked = read_text_to_image(await read_json_body(uploading, max_names=MAX_NAMES))
         await run_in_threadpool(_require_served, asked.body.override_settings, context.model())
-        task = await run_in_threadpool(text_task, asked.parameters, context.served())
+        served = context.served()
+        asked = with_allowed_guidance(asked, served.model.defaults)
+        task = await run_in_threadpool(text_task, asked.parameters, served)
         return await _respond(request, context, asked.body, task, asked.count)
 
     async def img2img(request: Request) -> Response:
@@ -156,7 +159,7 @@ async def _read_image_tasks(request: Request, context: Context) -> tuple[Generat
 
 def _read_image_task(content: bytes, served: Served) -> tuple[GenerationBody, Task, int]:
     """The body, the first image's task and the number of images. Inputs are resized in A1111's mode, so `image_task` fits nothing."""
-    asked = read_image_to_image(parse_json(content, "body", MAX_NAMES))
+    asked = with_allowed_guidance(read_image_to_image(parse_json(content, "body", MAX_NAMES)), served.model.defaults)
     _require_served(asked.body.override_settings, served.model)
     picture = read_initial_image(asked.body)
     mask = read_inpainting_mask(asked.body, picture.size)

@@ -24,7 +24,7 @@ _MAX_SHOWN_NAMES = 8
 # The names that `infotext.write` writes, all of which are reproduced or compared.
 _KNOWN_NAMES = {
     "Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model hash", "Model", "Denoising strength", "Guidance end", "Kind",
-    "Input hash", "Mask hash", "Clip skip", "Lora hashes", "Loras", "Prompt syntax",
+    "Eta DDIM", "Input hash", "Mask hash", "Clip skip", "Lora hashes", "Loras", "Prompt syntax",
     "Safety check", "Precision", "Device", "Version", *LIBRARIES,
 }  # fmt: skip
 
@@ -54,6 +54,7 @@ def reproduction_of(said: Infotext, model: ModelFolder) -> Reproduction:
         "num_inference_steps": _value(values, "Steps", int),
         "guidance_scale": _value(values, "CFG scale", float),
         "guidance_end": _value(values, "Guidance end", float, "1"),
+        "eta": _value(values, "Eta DDIM", float, "0"),
         "seed": _value(values, "Seed", int),
         "scheduler": scheduler,
         "clip_skip": _value(values, "Clip skip", int, "1"),

@@ -98,7 +98,7 @@ class Capabilities(TypedDict):
     native_size: Size
     fields: Annotated[
         dict[str, dict[str, Any]],
-        Field(description="The limits and the default of each field that has them, in the words of JSON Schema."),
+        Field(description="The limits and the default of each field that has them with this model, in the words of JSON Schema."),
     ]
     upload: UploadLimits
     max_images: Annotated[NonNegativeInt, Field(description="Of one request, where a request may ask for several.")]
@@ -147,11 +147,17 @@ def _runner(runner: RunnerState) -> RunnerStatus:
 def capabilities_response(model: ModelFolder, policy: SafetyPolicy, loras: Loras) -> Capabilities:
     """Reads folders: do not call it on an event loop."""
     fields = ImageToImageRequest.model_json_schema()["properties"]
+    defaults = model.defaults
+    least, greatest = defaults.guidance_scale_range
+    of_model: dict[str, dict[str, Any]] = {
+        "num_inference_steps": {"default": defaults.num_inference_steps},
+        "guidance_scale": {"default": defaults.guidance_scale, "minimum": least, "maximum": greatest},
+    }
     return {
         "model": model.name,
         "kinds": list(kinds_of(model)),
         "native_size": {"width": model.native_width, "height": model.native_height},
-        "fields": {name: limits for name, field in fields.items() if (limits := _limits(field))},
+        "fields": {name: limits | of_model.get(name, {}) for name, field in fields.items() if (limits := _limits(field))},
         "upload": {"max_bytes": MAX_UPLOAD_BYTES, "max_pixels": MAX_UPLOAD_PIXELS, "max_side": MAX_UPLOAD_SIDE},
         "max_images": MAX_IMAGES,
         "max_pixel_steps": MAX_PIXEL_STEPS,
