@@ -17,6 +17,7 @@ from stable_diffusion.api.a1111.parameters import (
     MAX_NAMES,
     GenerationBody,
     Options,
+    in_a1111_words,
     read_image_to_image,
     read_options,
     read_text_to_image,
@@ -61,7 +62,8 @@ def make_routes(context: Context) -> list[Route]:
         with within_upload_budget(request, context.uploads) as uploading:
             asked = read_text_to_image(await read_json_body(uploading, max_names=MAX_NAMES))
         await run_in_threadpool(_require_served, asked.body.override_settings, context.model())
-        task = await run_in_threadpool(text_task, asked.parameters, context.served())
+        served = context.served()
+        task = await run_in_threadpool(in_a1111_words, lambda: text_task(asked.parameters, served))
         return await _respond(request, context, asked.body, task, asked.count)
 
     async def img2img(request: Request) -> Response:
@@ -145,7 +147,7 @@ def _read_image_task(content: bytes, served: Served) -> tuple[GenerationBody, Ta
     parameters = asked.parameters.model_copy(update={"width": width, "height": height})
     picture = resize(picture, width, height, asked.body.resize_mode)
     mask = None if mask is None else resize(mask, width, height, asked.body.resize_mode)
-    task = image_task(parameters, served, picture, mask)
+    task = in_a1111_words(lambda: image_task(parameters, served, picture, mask))
     return without_pictures(asked.body), task, asked.count
 
 
