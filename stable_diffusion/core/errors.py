@@ -72,7 +72,8 @@ class ServiceError(Exception):
 
     def facts(self) -> dict[str, Any]:
         """What another process needs for `error_of_type`, as plain values."""
-        return {"type": self.type, "message": self.message, "retry_after_s": self.retry_after_s}
+        field = self.problems[0].field if self.problems else None
+        return {"type": self.type, "message": self.message, "retry_after_s": self.retry_after_s, "field": field}
 
 
 class InvalidRequest(ServiceError):
@@ -209,13 +210,13 @@ class DeadlineExceeded(ServiceError):
 
 
 # The errors with which a job in a model process may end.
-_OF_JOBS = (GenerationFailed, Cancelled, QueueFull, DeadlineExceeded, ModelLoading, ModelUnavailable, ShuttingDown)
+_OF_JOBS = (InvalidRequest, GenerationFailed, Cancelled, QueueFull, DeadlineExceeded, ModelLoading, ModelUnavailable, ShuttingDown)
 
 
-def error_of_type(type: str, message: str, retry_after_s: int | None = None) -> ServiceError:
+def error_of_type(type: str, message: str, retry_after_s: int | None = None, field: str | None = None) -> ServiceError:
     """Rebuild an error that another process has sent. An unknown type becomes GenerationFailed."""
     kind = next((kind for kind in _OF_JOBS if kind.type == type), GenerationFailed)
-    return kind(message, retry_after_s=retry_after_s)
+    return kind(message, retry_after_s=retry_after_s, field=field)
 
 
 def as_service_error(error: BaseException, where: str) -> ServiceError:

@@ -207,16 +207,19 @@ class Denoiser:
             embedding = guidance_embedding(task.guidance_scale, width)
             latents.guidance_embedding = embedding.to(device=self._parts.device, dtype=self._parts.dtype)
         latents.chunks = max(self._prompts.count_chunks(text) for row in latents.conditioning.rows for _, text in row)
-        used = rows if task.guidance_scale <= 1 and len(rows) == 1 else (negative, *rows)
-        dropped = {schedule: [self._dropped(text, task) for _, text in schedule] for schedule in used}
-        latents.dropped_prompt = " ".join(filter(None, (text for row in rows for text in dropped[row])))
-        latents.dropped_negative_prompt = " ".join(filter(None, dropped.get(negative, ())))
+        is_guided = task.guidance_scale > 1 or len(rows) > 1  # else the negative prompt is not used
+        latents.dropped_prompt = self._dropped("prompt", rows, task)
+        latents.dropped_negative_prompt = self._dropped("negative_prompt", (negative,) if is_guided else (), task)
+        # Kept until the first step. A text that cannot be encoded fails here, where no other job is concerned.
+        for schedule in (negative, *rows) if is_guided else rows:
+            self._prompts.encode(schedule[0][1])
 
-    def _dropped(self, text: Text, task: Task) -> str:
-        dropped = self._prompts.dropped(text)
+    def _dropped(self, field: str, schedules: Sequence[TextSchedule], task: Task) -> str:
+        """What of a prompt's texts does not fit. Raises InvalidRequest if there is some, unless the task says to cut it."""
+        dropped = " ".join(filter(None, (self._prompts.dropped(text) for schedule in schedules for _, text in schedule)))
         if dropped and not task.cut_prompts:
             tokens = MAX_PROMPT_CHUNKS * self._prompts.chunk_tokens
-            raise InvalidRequest(f"a prompt has more than {tokens} tokens; what is too much begins with {dropped[:60]!r}")
+            raise InvalidRequest(f"{field}: more than {tokens} tokens, what is too much begins with {dropped[:60]!r}", field=field)
         return dropped
 
     def _embed(self, state: Latents, job: Job) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -95,11 +95,14 @@ def test_prompts_in_any_script_come_back_percent_encoded(server: Server, prompt:
     assert unquote(response.headers["prompt"]) == prompt
 
 
-def test_a_prompt_that_is_too_long_for_the_model_is_drawn_and_the_rest_reported(server: Server) -> None:
-    response = draw(server, prompt=f"{PROMPT}{', very nice' * 60}", num_inference_steps=2)
+def test_a_prompt_of_several_chunks_is_drawn_whole_and_one_that_is_too_long_is_refused(server: Server) -> None:
+    long_prompt = f"{PROMPT}{', very nice' * 60}"
+    response = draw(server, prompt=long_prompt, num_inference_steps=2)
     assert response.status_code == 200
-    assert unquote(response.headers["prompt_dropped"]).endswith("very nice")
-    assert "prompt_dropped" not in draw(server, num_inference_steps=2).headers
+    assert unquote(response.headers["prompt"]) == long_prompt
+    assert "prompt_dropped" not in response.headers
+    too_long = draw(server, prompt=f"{PROMPT}{', very nice' * 160}", num_inference_steps=2)
+    assert "prompt: more than 450 tokens, what is too much begins with 'very nice" in refused(too_long, 400, "prompt")
 
 
 @pytest.mark.parametrize("scheduler", [short_names[0] for short_names in SCHEDULERS.values()])

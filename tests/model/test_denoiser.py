@@ -231,9 +231,14 @@ def test_nothing_is_dropped_up_to_450_tokens(recording_engine: RecordingEngine) 
 def test_what_does_not_fit_into_450_tokens_is_refused(recording_engine: RecordingEngine) -> None:
     words = "a red circle on a blue background"
     long_prompt = words + ", very nice" * 160
-    for task in (make_task(prompt=long_prompt), make_task(prompt=words, negative_prompt=long_prompt)):
-        with pytest.raises(InvalidRequest, match="a prompt has more than 450 tokens; what is too much begins with 'very nice"):
+    tasks = {"prompt": make_task(prompt=long_prompt), "negative_prompt": make_task(prompt=words, negative_prompt=long_prompt)}
+    for field, task in tasks.items():
+        told = f"^{field}: more than 450 tokens, what is too much begins with 'very nice"
+        with pytest.raises(InvalidRequest, match=told) as caught:
             recording_engine.draw([task])
+        assert caught.value.problems[0].field == field
+    unguided = make_task(prompt=words, negative_prompt=long_prompt, guidance_scale=1.0)
+    assert recording_engine.draw([unguided])[0].dropped_negative_prompt == "", "it is not used"
 
 
 def test_what_does_not_fit_into_450_tokens_is_reported_where_prompts_are_cut(recording_engine: RecordingEngine) -> None:

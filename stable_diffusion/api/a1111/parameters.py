@@ -143,6 +143,7 @@ class PngInfoBody(BaseModel):
 
 Body = TypeVar("Body", bound=GenerationBody)
 Parameters = TypeVar("Parameters", bound=GenerationRequest)
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def read_text_to_image(document: dict[str, Any]) -> Asked[TextToImageBody, TextT
     if body.enable_hr:
         raise InvalidRequest("enable_hr: a second pass at a larger size is not supported, send false", field="enable_hr")
     fields = _fields(body)
-    return Asked(body, _in_a1111_words(lambda: parse_text_to_image(fields, blank_prompts=True)), _count(body))
+    return Asked(body, in_a1111_words(lambda: parse_text_to_image(fields, blank_prompts=True)), _count(body))
 
 
 def read_image_to_image(document: dict[str, Any]) -> Asked[ImageToImageBody, ImageToImageRequest]:
@@ -174,7 +175,7 @@ def read_image_to_image(document: dict[str, Any]) -> Asked[ImageToImageBody, Ima
         raise InvalidRequest("resize_mode: 3, resizing in latent space, is not supported, allowed are 0, 1 and 2", field="resize_mode")
     # At strength 0 nothing is generated, so the field's own limit does not apply.
     fields = {**_fields(body), "strength": body.denoising_strength or 1.0}
-    return Asked(body, _in_a1111_words(lambda: parse_image_to_image(fields, blank_prompts=True)), _count(body))
+    return Asked(body, in_a1111_words(lambda: parse_image_to_image(fields, blank_prompts=True)), _count(body))
 
 
 def without_pictures(body: ImageToImageBody) -> ImageToImageBody:
@@ -276,9 +277,10 @@ def missing_schedule(body: GenerationBody, scheduler: str) -> str | None:
     return levels if levels != sampler_of(scheduler)[1] else None
 
 
-def _in_a1111_words(parse: Callable[[], Parameters]) -> Parameters:
+def in_a1111_words(work: Callable[[], Made]) -> Made:
+    """The result of `work`. An InvalidRequest that it raises names A1111's fields."""
     try:
-        return parse()
+        return work()
     except InvalidRequest as error:
         problems = [FieldError(problem.field and _renamed(problem.field), _renamed(problem.message)) for problem in error.problems]
         raise InvalidRequest(_renamed(error.message), problems=problems) from None

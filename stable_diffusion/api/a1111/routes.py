@@ -19,6 +19,7 @@ from stable_diffusion.api.a1111.parameters import (
     ImageToImageBody,
     Options,
     asked_seed,
+    in_a1111_words,
     read_image_to_image,
     read_options,
     read_png_info,
@@ -68,7 +69,7 @@ def make_routes(context: Context) -> list[Route]:
         await run_in_threadpool(_require_served, asked.body.override_settings, context.model())
         served = context.served()
         asked = with_allowed_guidance(asked, served.model.defaults)
-        task = await run_in_threadpool(text_task, asked.parameters, served)
+        task = await run_in_threadpool(in_a1111_words, lambda: text_task(asked.parameters, served))
         return await _respond(request, context, asked.body, task, asked.count)
 
     async def img2img(request: Request) -> Response:
@@ -168,7 +169,7 @@ def _read_image_task(content: bytes, served: Served) -> tuple[GenerationBody, Ta
     parameters = asked.parameters.model_copy(update={"width": width, "height": height})
     picture = resize(picture, width, height, asked.body.resize_mode)
     mask = None if mask is None else resize(mask, width, height, asked.body.resize_mode)
-    task = image_task(parameters, served, picture, mask)
+    task = in_a1111_words(lambda: image_task(parameters, served, picture, mask))
     return without_pictures(asked.body), task, asked.count
 
 

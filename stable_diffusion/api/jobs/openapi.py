@@ -26,6 +26,7 @@ _JOB_ID = {
 
 _NO_PICTURE = {
     **_UNKNOWN,
+    "400": "A prompt was too long, or a LoRA could not be used.",
     "406": "The Accept header allows none of the image types.",
     "410": "It was kept and is gone.",
     "429": "It was not taken on.",
