@@ -483,4 +483,4 @@ def test_the_page_may_load_nothing_from_elsewhere_and_is_kept_until_it_changes(s
 
 
 def test_the_start_says_where_the_page_is(server: Server) -> None:
-    assert "its address has a page to draw with at /ui" in server.log
+    assert "open its address in a browser: /ui generates images" in server.log

@@ -353,7 +353,7 @@ def test_probes_and_metrics_answer(server: Server) -> None:
 
 
 def test_the_demo_model_is_announced_in_the_log(server: Server) -> None:
-    assert "Serving the demo model, which draws coloured shapes only." in server.log
+    assert "Serving the demo model, which generates coloured shapes only." in server.log
 
 
 def test_no_prompt_is_logged_and_no_traceback(server: Server) -> None:

@@ -106,7 +106,7 @@ def test_a_bento_without_keys_does_not_start_where_others_reach_it_and_says_what
     )
     assert finished.returncode == 1
     host = variables.get("BENTOML_HOST", "0.0.0.0")
-    assert f"Not started: no API key is set, and everybody who reaches {host} could draw. Set SD_API_KEYS or" in finished.stderr
+    assert f"Not started: no API key is set, and everyone who reaches {host} could generate images. Set SD_API_KEYS or" in finished.stderr
     assert "SD_WITHOUT_KEYS=1 starts without keys" in finished.stderr
     assert "Traceback" not in finished.stderr
 
