@@ -52,6 +52,6 @@ class Checks:
     def _markdown(self) -> str:
         words = {True: "yes", False: "NO", None: "not here"}
         lines = [", ".join(f"{name}: {value}" for name, value in self._about.items()), ""]
-        lines += ["| check | passed | what it showed | s |", "|---|---|---|---|"]
+        lines += ["| check | passed | finding | s |", "|---|---|---|---|"]
         lines += [f"| {one.name} | {words[one.passed]} | {one.detail} | {one.seconds:.1f} |" for one in self.made]
         return "\n".join(lines) + "\n"

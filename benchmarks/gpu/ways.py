@@ -109,7 +109,7 @@ class Ways:
         vae: Any = parts.vae
         shape = (1, vae.config.latent_channels, self._side // 8, self._side // 8)
         found = [
-            Around("text encoded, noise drawn", 1, 1000 * _spent(lambda: self._eager.prepare(self._new_task(next(numbers))))),
+            Around("encode text, draw noise", 1, 1000 * _spent(lambda: self._eager.prepare(self._new_task(next(numbers))))),
         ]
         for count in (1, 4):
             latents = torch.randn(shape, device=parts.device, dtype=parts.dtype).repeat(count, 1, 1, 1)

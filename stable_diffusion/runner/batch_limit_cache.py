@@ -46,7 +46,7 @@ def recall(key: dict[str, str | int]) -> BatchLimit | None:
 
 
 def keep(key: dict[str, str | int], batch_limit: BatchLimit) -> None:
-    """Store a batch limit for the next start. If the folder cannot be written to, the start goes on."""
+    """Store a batch limit for the next start. A folder without write permission does not fail the start."""
     entry = {"key": key, "jobs": batch_limit.jobs, "reason": batch_limit.reason, "measured_s": time.time()}
     entries = [entry, *(other for other in _entries() if other["key"] != key)][:_MAX_ENTRIES]
     file = batch_limits_file()

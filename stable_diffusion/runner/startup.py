@@ -90,7 +90,7 @@ def start_engine(
         step_seconds.append(denoiser.warm_up(width, height))
         if cuda_graphs:
             _record_steps(denoiser, parts, width, height, max_batch_size)
-        state.enter("measuring the cap")
+        state.enter("measuring the cap")  # a value that clients of /status see
         batch_limit = _recall_or_measure_batch_limit(denoiser, parts, model, max_batch_size, cuda_graphs)
         logger.info("Up to %d images of %dx%d share a step: %s.", batch_limit.jobs, width, height, batch_limit.reason)
         state.set_batch_limit(StepBatchLimit(width, height, batch_limit.jobs, batch_limit.reason))

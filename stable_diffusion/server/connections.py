@@ -126,9 +126,8 @@ class Connections:
             idle = self._idle.setdefault(descriptor, _Idle(inode, now_s, unread_bytes))
             if idle.is_over(unread_bytes, now_s):
                 _close_if_accepted(descriptor, self._ports, reset=unread_bytes > 0)
-                self._idle[descriptor] = _Idle(
-                    inode, now_s, unread_bytes
-                )  # a socket that is not a client's stays open and is checked again
+                # A socket that is not a client's stays open and is checked again.
+                self._idle[descriptor] = _Idle(inode, now_s, unread_bytes)
 
 
 class _TimedResponse:

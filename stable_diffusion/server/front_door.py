@@ -68,7 +68,7 @@ class FrontDoor:
         if template not in self._methods:
             return await self._readable(_refusal(path, 404, "not_found", f"no such path: {path[:200]}"))(scope, receive, send)
         allowed = self._methods[template]
-        # BentoML's CORS middleware answers preflight requests.
+        # BentoML's CORS middleware responds to preflight requests.
         if method != "OPTIONS" and method not in allowed:
             return await self._readable(_not_allowed(path, method, sorted(allowed)))(scope, receive, send)
         if method not in _READING_METHODS and self._is_from_elsewhere(headers):
@@ -91,7 +91,7 @@ class FrontDoor:
         await self._app(inner, receive, _naming_job(context, send) if method == "POST" else send)
 
     def _is_preflight(self, method: str, headers: Headers) -> bool:
-        """Whether this is a preflight request that the CORS middleware answers. It carries no key and reaches no endpoint."""
+        """Whether this is a preflight request that the CORS middleware handles. It carries no key and reaches no endpoint."""
         is_preflight = method == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
         return is_preflight and self._cors is not None
 
@@ -99,8 +99,8 @@ class FrontDoor:
         return _readable(response, self._cors)
 
     async def _wait_s(self, template: str, scope: Scope, key_name: str | None) -> float:
-        """The seconds until the caller may generate again. Without keys, callers are told apart by address: a client can invent any
-        Authorization header."""
+        """The seconds until the caller may generate again. Without keys, the address identifies the caller, because a client can
+        invent any Authorization header."""
         if self._rate_limit is None or template not in LIMITED_PATHS:
             return 0.0
         address = scope["client"][0] if scope.get("client") else ""

@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from stable_diffusion.core.types import Kind
 from tests.deployment.commands import TEMPLATES, TOOLS, calls, path_with, stand_in
 from tests.http.servers import environment, free_port
 
@@ -192,14 +194,14 @@ def test_a_failed_login_points_at_the_region(machine: Machine) -> None:
 def test_a_missing_gpu_is_reported_with_the_output_of_nvidia_smi(machine: Machine) -> None:
     stand_in(machine.programs, "nvidia-smi", 'echo "No devices were found"; exit 6')
     assert machine.do("prepare").returncode == 1
-    assert machine.said[-1].startswith("FAILED: no NVIDIA GPU, or no driver for it: nvidia-smi says: No devices were found.")
+    assert machine.said[-1].startswith("FAILED: no NVIDIA GPU, or no driver for it: nvidia-smi printed: No devices were found.")
     assert machine.called("docker pull") == []
 
 
 def test_a_driver_too_old_for_torch_is_reported(machine: Machine) -> None:
     stand_in(machine.programs, "nvidia-smi", 'echo "Tesla T4, 515.65.01"')
     assert machine.do("prepare").returncode == 1
-    assert "driver is 515.65.01 and torch's CUDA needs 580 or newer" in machine.said[-1]
+    assert "driver is 515.65.01, but torch's CUDA needs 580 or newer" in machine.said[-1]
 
 
 def test_a_container_that_sees_no_gpu_is_reported(machine: Machine) -> None:
@@ -361,6 +363,10 @@ def metrics(in_progress: int, total: int) -> str:
         f'bentoml_runner_request_in_progress{{endpoint="/readyz",runner_name="stable_diffusion_runner"}} 1.0\n'
         f'bentoml_runner_request_total{{endpoint="/readyz",http_response_code="200"}} {time.monotonic_ns()}.0\n'
     )
+
+
+def test_the_load_is_counted_over_all_methods_of_the_runner() -> None:
+    assert f'endpoint="\\/({"|".join(get_args(Kind))})"' in SCRIPT.read_text()
 
 
 def test_a_machine_in_a_group_reports_its_requests_in_progress(machine: Machine) -> None:

@@ -82,7 +82,7 @@ def test_an_unreachable_aws_points_at_region_and_network(aws: StandInAws, monkey
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("UnrecognizedClientException", "AWS does not accept your credentials in us-west-1"),
+        ("UnrecognizedClientException", "AWS rejected your credentials in us-west-1"),
         ("AccessDeniedException", "your AWS user lacks permission for CreateRepository in us-west-1: told so"),
         ("LimitExceededException", "AWS refused CreateRepository in us-west-1 (LimitExceededException): told so"),
     ],

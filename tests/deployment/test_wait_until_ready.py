@@ -117,7 +117,7 @@ def test_an_earlier_failure_does_not_end_a_second_apply(aws: StandInAws, logs: L
 def test_a_machine_that_logs_nothing_fails_with_a_hint(aws: StandInAws, logs: Logs, instance: str, tmp_path: Path) -> None:
     out, err = start(tmp_path, aws, instance, timeout_s=1).communicate(timeout=60)
     assert f"not ready after 1 s. Last log lines:\n  {instance}: nothing" in err
-    assert "needs a way to the internet" in err
+    assert "its subnet needs internet access" in err
     assert f"get-console-output --latest --region {REGION}" in err
 
 

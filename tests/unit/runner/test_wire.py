@@ -13,7 +13,7 @@ from stable_diffusion.core.types import GeneratedImage, Ticket
 from stable_diffusion.runner.wire import pack_outcome, pack_task, unpack_task, unpack_update
 from tests.tasks import make_task
 
-TICKET = Ticket("a1", "somebody", index=2, asynchronous=True)
+TICKET = Ticket("a1", "alice", index=2, asynchronous=True)
 
 
 def test_a_task_with_images_arrives_unchanged(input_picture: Image.Image, right_half_mask: Image.Image) -> None:

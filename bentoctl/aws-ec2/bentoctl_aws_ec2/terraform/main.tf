@@ -94,7 +94,7 @@ resource "aws_launch_template" "machine" {
 
 resource "aws_cloudwatch_log_group" "machine" {
   # checkov:skip=CKV_AWS_158:AWS's own key encrypts it; no prompt is logged, so a customer-managed key would only add costs.
-  # checkov:skip=CKV_AWS_338:A month is enough to find faults; there is no duty to keep these logs for a year.
+  # checkov:skip=CKV_AWS_338:A month is enough to find faults; nothing requires keeping these logs for a year.
   name              = local.log_group
   retention_in_days = 30
 }
