@@ -3,15 +3,15 @@
 # make test       install, check and run every test
 # make test-NAME  the tests of one folder: unit, model, http, browser, slow, deployment, benchmarks
 # make image-test build both Docker images and run them (needs Docker; half an hour at first)
-# make pythons    unit tests and make serve of the last commit with each Python from 3.10 to 3.13 that is here (PYTHONS), a .venv for each
-# make bench      this project against plain diffusers and BentoML's batching on the demo model: about 40 minutes
-# make soak       half an hour of mixed load and faults: memory flat, every request answered (MINUTES)
+# make pythons    unit tests and make serve of the last commit with each installed Python from 3.10 to 3.13 (PYTHONS), a .venv for each
+# make bench      compare this project with plain diffusers and BentoML's batching on the demo model: about 40 minutes
+# make soak       half an hour (MINUTES) of mixed load and faults; memory must stay flat and every request get its response
 # make check      lint, format, types, import rules and spelling only
-# make format     rewrite the files as the linter wants them
-# make docs       write the tables in docs/ from the code
-# make audit      known advisories of what a bento installs (asks PyPI)
+# make format     fix lint errors and format the code
+# make docs       generate the tables in docs/ from the code
+# make audit      list known vulnerabilities of the packages that a bento installs (asks PyPI)
 # make model      download Stable Diffusion v1.4 (PRECISION=fp32 or fp16)
-# make demo       train the demo model again, from nothing
+# make demo       train the demo model again, from scratch
 # make lock       resolve the pinned dependencies again
 
 PRECISION ?= fp32
@@ -23,28 +23,28 @@ MINUTES ?= 30
 
 UV_VERSION := 0.13.9
 BIN := $(CURDIR)/.venv/bin
-# Python compiles what is imported when it is imported, and keeps that; compiling all of it here takes longer.
+# Python compiles a module when it is first imported and caches the result; compiling everything here would take longer.
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet --no-compile
 INSTALL_TOOLS := .venv/tools/bin/pip install --disable-pip-version-check --quiet --no-compile
 INSTALLED := .venv/installed
 TOOLS_INSTALLED := .venv/tools/installed
-# The schema of the AWS provider that bentoctl/aws-ec2 is written for (6.25), as text: tests hold our Terraform against it.
+# The schema of the AWS provider that bentoctl/aws-ec2 is written for (6.25), as text: tests check our Terraform against it.
 AWS_PROVIDER_SCHEMA := cdktf-cdktf-provider-aws==21.22.1
 WEIGHTS := $(if $(filter fp16,$(PRECISION)),fp16/models/v1_4_fp16,fp32/models/v1_4)
-# An IPv6 address stands in brackets in a URL (RFC 3986, 3.2.2).
+# A URL has brackets around an IPv6 address (RFC 3986, 3.2.2).
 ADDRESS = http://$(if $(findstring :,$(HOST)),[$(HOST)],$(HOST)):$(PORT)
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 CODE := stable_diffusion fp32/service.py fp16/service.py tests benchmarks bentoctl/aws-ec2 docs/tables.py
 PROSE := $(wildcard *.md */*.md) Makefile
 
-# The checks run while the tools of the tests are installed.
+# Run the checks while the test tools are being installed.
 MAKEFLAGS += --jobs=2
 
-# BentoML and the hub's client report usage to their makers unless told not to.
+# By default BentoML and the hub's client report usage to their makers.
 export BENTOML_DO_NOT_TRACK := True
 export HF_HUB_DISABLE_TELEMETRY := 1
-# PyFilesystem, of which BentoML is made, says so at every start.
+# PyFilesystem, which BentoML uses, prints this warning at every start.
 export PYTHONWARNINGS := ignore:pkg_resources is deprecated:UserWarning
 
 .PHONY: serve quick test image-test pythons on-this-python bench soak check format docs audit model demo lock precision
@@ -62,7 +62,7 @@ $(TOOLS_INSTALLED): requirements-tools.txt requirements-tools.lock $(INSTALLED)
 	@touch $@
 
 precision:
-	@case "$(PRECISION)" in fp32|fp16) ;; *) echo "PRECISION is fp32 or fp16, not $(PRECISION)" >&2; exit 2;; esac
+	@case "$(PRECISION)" in fp32|fp16) ;; *) echo "PRECISION must be fp32 or fp16, got $(PRECISION)" >&2; exit 2;; esac
 
 serve: precision $(INSTALLED)
 	@echo "When the server is ready, try:"
@@ -74,7 +74,7 @@ serve: precision $(INSTALLED)
 quick: check
 	$(BIN)/python -m pytest $(PARALLEL) tests/unit
 
-# Two files at a time, each with its share of the cores; then, one by one, what measures time.
+# Two test files at a time, each with half of the cores; then, one by one, the tests that measure time.
 test: check $(TOOLS_INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL) -m 'not image and not alone'
 	$(BIN)/python -m pytest -m alone
@@ -85,7 +85,7 @@ test-%: $(TOOLS_INSTALLED)
 image-test: $(INSTALLED)
 	$(BIN)/python -m pytest -m image tests/image
 
-# A clone has a .venv of its own: gigabytes, which are removed again.
+# Each clone has its own .venv of several gigabytes, which is removed afterwards.
 pythons:
 	@passed=; failed=; commit=$$(git rev-parse --short HEAD); \
 	for python in $(PYTHONS); do \
@@ -125,7 +125,7 @@ format: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python -m docs.tables
 
-# --strict: what cannot be looked up is an error, not a package without advisories.
+# --strict: a package that cannot be looked up is an error.
 audit: $(TOOLS_INSTALLED)
 	.venv/tools/bin/pip-audit --strict --no-deps --disable-pip --desc off --requirement requirements-runtime.lock
 

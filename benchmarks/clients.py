@@ -1,4 +1,4 @@
-"""The clients of a load: they ask, wait and take the time. Knows nothing of who answers."""
+"""The clients of a load: they send requests, wait, and measure latencies. Does not know the contenders."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from stable_diffusion.core.types import Task
 
 @dataclass(frozen=True)
 class Round:
-    """One run of one load. `latencies_s`: from being asked for to the picture, of the requests that count."""
+    """One run of one load. `latencies_s`: from the request to the image, for the requests that count."""
 
     seconds: float
-    pictures: int
+    images: int
     latencies_s: list[float]
     errors: int
     rows_per_call: float | None = None
-    peak_memory_mib: tuple[float, ...] = ()  # of each process of the contender, the largest first
-    device_memory_mib: float | None = None  # what all of them hold of the GPU afterwards
+    peak_memory_mib: tuple[float, ...] = ()  # of each of the contender's processes, the largest first
+    device_memory_mib: float | None = None  # GPU memory of all of them afterwards
 
 
 async def play(load: Load, ask: Callable[[Task], Awaitable[bool]]) -> Round:
-    """`ask` gets one picture and says whether it got it."""
+    """Run `load` once. `ask` requests one image and returns whether it got it."""
     latencies: dict[int, float] = {}
     errors = 0
     began = time.perf_counter()
@@ -38,7 +38,7 @@ async def play(load: Load, ask: Callable[[Task], Awaitable[bool]]) -> Round:
             errors += 1
 
     async def arrive(number: int) -> None:
-        # From when it was due, so that a late client does not flatter anybody.
+        # From the time it was due, so that a late client does not shorten the latency.
         due = began + load.arrivals_s[number]
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         await one(number, due)

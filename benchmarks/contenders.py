@@ -1,6 +1,6 @@
-"""Who draws without HTTP: plain diffusers, one request after the other, and this project's engine. Each in a process of its own.
+"""The contenders without HTTP: plain diffusers, one request after the other, and this project's engine. Each has its own process.
 
-Two models in one process would share, and quarrel over, its threads. A process that waits for its turn takes no time.
+Two models in one process would compete for its threads. A process that waits for its turn takes no processor time.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ MAX_BATCH_SIZE = 10
 
 
 class Contender(Protocol):
-    """Who answers a load. `started_in_s`: from its start until it could draw."""
+    """A system under test. `started_in_s`: from its start until it could generate."""
 
     name: str
     started_in_s: float
 
-    def draw(self, load: Load) -> Round: ...
+    def generate(self, load: Load) -> Round: ...
     def end(self) -> None: ...
 
 
 class InProcess:
-    """A process that holds a model and does what it is told through a pipe."""
+    """A process with a model that takes commands through a pipe."""
 
     def __init__(self, name: str, serve: Callable[[Connection, Setup], None], setup: Setup) -> None:
         self.name = name
@@ -49,13 +49,13 @@ class InProcess:
         self._connection, there = context.Pipe()
         self._process = context.Process(target=serve, args=(there, setup), daemon=True)
         self._process.start()
-        there.close()  # this process's end of it: a process that dies while it loads is noticed
-        self._connection.recv()  # it is loaded
+        there.close()  # the child's end, in this process: otherwise a child that dies while it loads would go unnoticed
+        self._connection.recv()  # the model is loaded
         self.started_in_s = time.perf_counter() - began
 
-    def draw(self, load: Load) -> Round:
-        answer: Round = self.tell(load)
-        return answer
+    def generate(self, load: Load) -> Round:
+        result: Round = self.tell(load)
+        return result
 
     def tell(self, order: object) -> Any:
         self._connection.send(order)
@@ -67,17 +67,17 @@ class InProcess:
 
 
 def plain_diffusers(connection: Connection, setup: Setup) -> None:
-    """The reference's way: diffusers' own pipelines, one request after the other; the others wait."""
+    """The way of the original project: diffusers' own pipelines, one request after the other."""
     from benchmarks.plain import Plain
 
-    # Loading and drawing on one thread: a second one that used OpenMP would slow it down on a CPU.
+    # Load and generate on one thread: a second thread that used OpenMP would slow it down on a CPU.
     with ThreadPoolExecutor(1) as thread:
         plain = thread.submit(Plain, setup).result()
-        thread.submit(plain.draw, [task(0, setup.side, 2)]).result()
+        thread.submit(plain.generate, [task(0, setup.side, 2)]).result()
         connection.send("loaded")
 
         async def ask(wanted: Task) -> bool:
-            await asyncio.get_running_loop().run_in_executor(thread, plain.draw, [wanted])
+            await asyncio.get_running_loop().run_in_executor(thread, plain.generate, [wanted])
             return True
 
         while (load := connection.recv()) is not None:
@@ -85,7 +85,7 @@ def plain_diffusers(connection: Connection, setup: Setup) -> None:
 
 
 def engine(connection: Connection, setup: Setup) -> None:
-    """This project's engine as the runner starts it, cap measured, without HTTP."""
+    """This project's engine as the runner starts it, with a measured batch limit, without HTTP."""
     from stable_diffusion.core.settings import CUDA_GRAPHS_VARIABLE
     from stable_diffusion.core.telemetry import StepRecord
     from stable_diffusion.models.folder import check_model
@@ -110,20 +110,20 @@ def engine(connection: Connection, setup: Setup) -> None:
 
     while (load := connection.recv()) is not None:
         steps.clear()
-        answer = asyncio.run(play(load, ask))
+        result = asyncio.run(play(load, ask))
         rows_per_call = statistics.mean(step.rows for step in steps)
-        connection.send(with_memory(replace(answer, rows_per_call=rows_per_call), [os.getpid()]))
+        connection.send(with_memory(replace(result, rows_per_call=rows_per_call), [os.getpid()]))
     running.close()
 
 
-def with_memory(answer: Round, pids: Sequence[int]) -> Round:
-    """A round with what these processes have taken."""
+def with_memory(result: Round, pids: Sequence[int]) -> Round:
+    """The round with the memory of these processes."""
     peaks = tuple(sorted((_peak_memory_mib(pid) for pid in pids), reverse=True))
-    return replace(answer, peak_memory_mib=peaks, device_memory_mib=_device_memory_mib(pids))
+    return replace(result, peak_memory_mib=peaks, device_memory_mib=_device_memory_mib(pids))
 
 
 def _device_memory_mib(pids: Sequence[int]) -> float | None:
-    """None where there is no GPU, or where its driver does not tell processes apart."""
+    """None without a GPU, or if its driver does not report memory per process."""
     try:
         pynvml.nvmlInit()
         devices = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]

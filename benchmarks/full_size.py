@@ -1,6 +1,6 @@
-"""Stable Diffusion 1.4's architecture with random weights: the same arithmetic as the real one, made on the spot.
+"""Stable Diffusion 1.4's architecture with random weights: the same arithmetic as the real model, created locally.
 
-A picture of it is noise. 4.3 GB in single precision; the tokenizer is the demo model's, since only the number of tokens counts.
+It generates noise and takes 4.3 GB in single precision. The tokenizer is the demo model's, since only the number of tokens matters.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from stable_diffusion.models.folder import DEMO_FOLDER
 
 
 def make(folder: Path) -> Path:
-    """Write the model to `folder`, unless it is there already."""
+    """Write the model to `folder`, unless it exists."""
     if (folder / "model_index.json").exists():
         return folder
     torch.manual_seed(0)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Proves and measures on a GPU: proofs against diffusers, then the tables, in one call of under nine minutes from a bare machine.
+# Runs the proofs against diffusers and then the benchmarks on a GPU, in one call of under nine minutes on a bare machine.
 # usage: benchmarks/gpu.sh all|PART... [OPTION...]      an unknown PART lists all of them
 #   WHEELS: the folder of gpu_wheels.sh, for a machine that has torch but no network
-#   OUT: where gpu.json, gpu.md and gpu.log go, by default benchmarks/results
+#   OUT: the folder of gpu.json, gpu.md and gpu.log, by default benchmarks/results
 #   OPTIONs go to python3 -m benchmarks.gpu: --budget-s, --clock, --model, --side, --steps
 set -euo pipefail
 wheels=${WHEELS:+$(realpath "$WHEELS")}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What make bench needs beside torch, transformers, Pillow, numpy and scipy, as wheels for a Linux machine without a network.
+# Downloads the wheels that make bench needs besides torch, transformers, Pillow, numpy and scipy, for a Linux machine without a network.
 # usage: benchmarks/gpu_wheels.sh FOLDER [PYTHON_VERSION]      PYTHON_VERSION: of that machine, default 3.12
 set -euo pipefail
 folder=${1:?usage: benchmarks/gpu_wheels.sh FOLDER [PYTHON_VERSION]}

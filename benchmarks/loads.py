@@ -1,4 +1,4 @@
-"""What the clients ask for, and when. Knows nothing of who answers."""
+"""The loads: the tasks that clients request, and when. Does not know the contenders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SEED = 4
 
 @dataclass(frozen=True)
 class Load:
-    """Tasks, and when they are asked for: at `arrivals_s`, or by `clients` that each ask again when they have got theirs."""
+    """Tasks and their times: at `arrivals_s`, or from `clients` that each send the next request when they have the last image."""
 
     name: str
     tasks: tuple[Task, ...]
@@ -29,8 +29,8 @@ class Load:
 
 
 def task(number: int, side: int, steps: int, guidance_scale: float = 7.5, kind: Kind = "txt2img") -> Task:
-    """The `number`th picture: a prompt and a seed of its own."""
-    drawn = Task(
+    """The task number `number`, with its own prompt and seed."""
+    made = Task(
         kind=kind,
         prompt=f"a {COLOURS[number % 6]} {SHAPES[number % 4]} on a {COLOURS[(number + 1) % 6]} background",
         negative_prompt="",
@@ -43,13 +43,13 @@ def task(number: int, side: int, steps: int, guidance_scale: float = 7.5, kind: 
         safety_check=False,
     )
     if kind != "txt2img":
-        drawn = replace(drawn, image=_picture(side), strength=0.8)
+        made = replace(made, image=_image(side), strength=0.8)
     if kind == "inpaint":
-        drawn = replace(drawn, mask=_right_half(side))
-    return drawn
+        made = replace(made, mask=_right_half(side))
+    return made
 
 
-def _picture(side: int) -> Image.Image:
+def _image(side: int) -> Image.Image:
     ramp = np.linspace(0, 255, side, dtype=np.uint8)
     return Image.fromarray(np.stack([np.tile(ramp, (side, 1)), np.tile(ramp[:, None], (1, side)), np.full((side, side), 90, np.uint8)], -1))
 
@@ -90,9 +90,9 @@ def mixed(side: int, most_steps: int, clients: int, requests: int) -> Load:
 
 
 def mixed_arrivals(side: int, most_steps: int, requests: int, per_s: float, share: float) -> Load:
-    """A Poisson process, the same one for every contender. `share` says what `per_s` is of plain diffusers' capacity.
+    """A Poisson process, the same one for every contender. `share`: `per_s` as a share of plain diffusers' capacity.
 
-    Of so few requests it would be faster or slower by a third, so its pauses are made longer or shorter until the rate is met.
+    With so few requests the rate would be off by up to a third, so the pauses are scaled until it is exact.
     """
     chance = random.Random(SEED)
     arrivals = list(itertools.accumulate(chance.expovariate(1.0) for _ in range(requests)))
@@ -101,7 +101,7 @@ def mixed_arrivals(side: int, most_steps: int, requests: int, per_s: float, shar
 
 
 def short_among_long(side: int, most_steps: int, long: int, short: int, every_s: float) -> Load:
-    """`long` requests at once, more than fit into a batch, and `short` ones that come in meanwhile. Only these are counted."""
+    """`long` requests at once, more than fit into a batch, and `short` ones that arrive meanwhile. Only the short ones are counted."""
     shortest = _shortest(most_steps)
     tasks = tuple(task(number, side, most_steps if number < long else shortest) for number in range(long + short))
     arrivals_s = (0.0,) * long + tuple((number + 1) * every_s for number in range(short))
@@ -109,5 +109,5 @@ def short_among_long(side: int, most_steps: int, long: int, short: int, every_s:
 
 
 def warm_up(side: int, requests: int) -> Load:
-    """Not counted. Every kind and size has been drawn once then, and BentoML's batching has had the requests that it learns from."""
+    """Not counted. Generates every kind and size once, and gives BentoML's adaptive batching requests to learn from."""
     return Load("warm-up", tuple(replace(one, num_inference_steps=3) for one in mixed_tasks(side, 50, requests)), clients=4)

@@ -1,6 +1,6 @@
-"""diffusers' own pipelines, as those use them that this project is compared with.
+"""diffusers' own pipelines, used like in the projects that this one is compared with.
 
-One call draws one task, or several that agree in all but prompt and seed.
+One call generates one task, or several that differ only in prompt and seed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Plain:
     """The three pipelines with one set of weights."""
 
     def __init__(self, setup: Setup, parts: Parts | None = None) -> None:
-        """`parts`: weights that are loaded already."""
+        """`parts`: loaded weights."""
         text_to_image = self._load(setup) if parts is None else _of_parts(parts)
         self._configuration = text_to_image.scheduler.config
         text_to_image.scheduler = DDIMScheduler.from_config(text_to_image.scheduler.config)
@@ -39,7 +39,7 @@ class Plain:
         device, dtype = placement(setup.precision)
         return StableDiffusionPipeline.from_pretrained(setup.model, dtype=dtype).to(device)
 
-    def draw_with(self, scheduler: str, task: Task) -> Image.Image:
+    def generate_with(self, scheduler: str, task: Task) -> Image.Image:
         """One task with the noise scheduler of that name."""
         name, _, karras = scheduler.partition(" ")
         options = {"use_karras_sigmas": True} if karras else {}
@@ -47,12 +47,12 @@ class Plain:
         usual = pipeline.scheduler
         pipeline.scheduler = getattr(diffusers, name).from_config(self._configuration, **options)
         try:
-            (image,) = self.draw([task])
+            (image,) = self.generate([task])
         finally:
             pipeline.scheduler = usual
         return image
 
-    def draw(self, tasks: Sequence[Task]) -> list[Image.Image]:
+    def generate(self, tasks: Sequence[Task]) -> list[Image.Image]:
         first = tasks[0]
         arguments: dict[str, Any] = {}
         if first.kind != "img2img":

@@ -1,4 +1,4 @@
-"""A report's JSON to two plots: latency against load, step time against the jobs that share it."""
+"""Plots a report's JSON: latency against load, and step time against the number of jobs that share a step."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
-def draw(report: dict[str, Any]) -> Figure:
+def plot(report: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     _latency_against_load(left, report["rows"])
@@ -27,23 +27,23 @@ def _latency_against_load(axes: Axes, rows: list[dict[str, Any]]) -> None:
     for contender in dict.fromkeys(row["contender"] for row in rows):
         closed = [row for row in rows if row["contender"] == contender and row["clients"] and not row["load"].startswith("mixed")]
         axes.plot([row["clients"] for row in closed], [row["p50_s"] for row in closed], marker="o", label=contender)
-    axes.set(xlabel="clients at once", ylabel="seconds until the picture (median)", title="Latency against load")
+    axes.set(xlabel="clients at once", ylabel="seconds until the image (median)", title="Latency against load")
     axes.set_ylim(bottom=0)
     axes.legend()
 
 
 def _step_time_against_jobs(axes: Axes, steps: list[dict[str, Any]]) -> None:
     axes.plot([step["jobs"] for step in steps], [step["step_ms"] for step in steps], marker="o", label="one step")
-    axes.plot([step["jobs"] for step in steps], [step["step_ms"] / step["jobs"] for step in steps], marker="o", label="per picture")
-    axes.set(xlabel="pictures that share a step", ylabel="milliseconds", title="Step time")
+    axes.plot([step["jobs"] for step in steps], [step["step_ms"] / step["jobs"] for step in steps], marker="o", label="per image")
+    axes.set(xlabel="images that share a step", ylabel="milliseconds", title="Step time")
     axes.set_ylim(bottom=0)
     axes.legend()
 
 
 def write(results: Path) -> Path:
-    """`results`: the JSON file. The plot comes beside it."""
+    """`results`: the JSON file. The plot is written next to it."""
     file = results.with_suffix(".png")
-    draw(json.loads(results.read_text(encoding="utf-8"))).savefig(file, dpi=110)
+    plot(json.loads(results.read_text(encoding="utf-8"))).savefig(file, dpi=110)
     return file
 
 

@@ -1,4 +1,4 @@
-"""Rounds to tables: medians over the rounds and their spread, as Markdown for people and as JSON."""
+"""Makes tables from rounds: medians over the rounds and their spread, as Markdown for people and as JSON."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from benchmarks.steps import StepTime
 @dataclass(frozen=True)
 class Row:
     load: str
-    clients: int  # 0: they come at times of their own
+    clients: int  # 0: requests arrive at fixed times
     contender: str
     rounds: int
     images_per_s: float
     spread: float  # of images_per_s: (largest - smallest) / median
-    times_the_first: float  # images_per_s against the first contender's of the same load
-    latencies: int  # so many were measured
+    times_the_first: float  # ratio of images_per_s to the first contender's for the same load
+    latencies: int  # the number of measured latencies
     mean_s: float | None
     p50_s: float | None
-    p95_s: float | None  # of 20 and more
-    p99_s: float | None  # of 100 and more
+    p95_s: float | None  # None below 20 latencies
+    p99_s: float | None  # None below 100 latencies
     errors: int
     rows_per_call: float | None
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a contender takes before and beside its work. `peak_memory_mib`: of each of its processes, the largest first.
+    """A contender's start time and memory. `peak_memory_mib`: of each of its processes, the largest first.
 
-    `device_memory_mib`: of the GPU, what it holds then; None where there is no GPU or its driver does not say.
+    `device_memory_mib`: its GPU memory after the start; None without a GPU, or if the driver does not report it.
     """
 
     contender: str
@@ -66,7 +66,7 @@ def row(load: Load, contender: str, rounds: Sequence[Round], first: Sequence[Rou
         rounds=len(rounds),
         images_per_s=statistics.median(rates),
         spread=(max(rates) - min(rates)) / max(statistics.median(rates), 1e-9),
-        # Round against round, so that what slows the machine down for a while slows both. In the last one the first may be ahead.
+        # Compare round with round, so that a temporary slowdown of the machine affects both. In the last round the first may be ahead.
         times_the_first=statistics.median(_rate(one) / _rate(other) for one, other in zip(rounds, first, strict=False)),
         latencies=len(latencies),
         mean_s=statistics.mean(latencies) if latencies else None,
@@ -79,11 +79,11 @@ def row(load: Load, contender: str, rounds: Sequence[Round], first: Sequence[Rou
 
 
 def _rate(one: Round) -> float:
-    return one.pictures / one.seconds
+    return one.images / one.seconds
 
 
 def _percentile(ordered: Sequence[float], percent: int) -> float | None:
-    """Nearest rank; None where so few were measured that it would be the largest."""
+    """Nearest rank; None if it would be the largest value."""
     if len(ordered) * (100 - percent) < 100 and percent > 50 or not ordered:
         return None
     return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
@@ -94,7 +94,7 @@ def machine() -> dict[str, str]:
 
     from stable_diffusion.engine.loading import device_name
 
-    # A copy of the files on another machine has no history.
+    # A copy of the files on another machine has no git history.
     commit = os.environ.get("BENCH_COMMIT") or _commit()
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -124,7 +124,7 @@ def markdown(report: Report) -> str:
             ]
             for one in report.starts
         ]
-        parts.append(_table(["contender", "can draw after s", "peak MiB of its processes", "MiB of the GPU"], starts))
+        parts.append(_table(["contender", "can generate after s", "peak MiB of its processes", "MiB of the GPU"], starts))
     if report.steps:
         heads = ["jobs in a step", "step ms", "UNet call ms", "between calls", "TFLOP a call", "TFLOPS", "of the matrix product"]
         parts.append(_table(heads, [_step_cells(one) for one in report.steps]))

@@ -1,4 +1,4 @@
-"""`make bench`: every contender draws every load in turn, A B A B; tables, JSON and a plot come out."""
+"""`make bench`: every contender runs every load in turn, A B A B. Writes tables and JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from benchmarks.setup import Setup
 from benchmarks.steps import time_steps
 from stable_diffusion.models.folder import DEMO_FOLDER
 
-# Plain diffusers comes first: the others are compared with it.
+# Plain diffusers is first, because the others are compared with the first.
 CONTENDERS: dict[str, Callable[[Setup], Contender]] = {
     "plain": lambda setup: InProcess("plain diffusers", plain_diffusers, setup),
     "engine": lambda setup: InProcess("engine", engine, replace(setup, cuda_graphs=False)),
@@ -38,13 +38,13 @@ JOBS = (1, 2, 4, 8, 16)
 
 @contextmanager
 def started(names: Sequence[str], setup: Setup, *, at_once: bool = False) -> Iterator[list[Contender]]:
-    """`at_once`: on a machine with a core for each of them. The engine comes first, and its batch limit is used by the others that have
-    the same one to measure: while others load, the times of steps say little."""
+    """`at_once`: for a machine with a core for each contender. The engine starts first, and the others reuse its measured batch limit,
+    because step times mean little while others load."""
     with ExitStack() as ends:
 
         def start(name: str) -> Contender:
             contender = CONTENDERS[name](setup)
-            ends.callback(contender.end)  # also if another one does not start
+            ends.callback(contender.end)  # even if another one fails to start
             return contender
 
         if not at_once:
@@ -59,8 +59,8 @@ def started(names: Sequence[str], setup: Setup, *, at_once: bool = False) -> Ite
 
 
 def bench(running: Sequence[Contender], wanted: Sequence[Load], rounds: int, report: Report, save: Callable[[], None]) -> None:
-    """A row for each load and contender, saved after each run. All loads are run once before any is run again: where time runs out
-    there are fewer rounds, not fewer rows."""
+    """Add a row for each load and contender, saved after each run. All loads run once before any runs again: if time runs out, there
+    are fewer rounds, not fewer rows."""
     drawn: dict[str, dict[str, list[Round]]] = {load.name: {contender.name: [] for contender in running} for load in wanted}
     starts: dict[str, Start] = {}
     with tqdm(total=len(wanted) * rounds * len(running), unit="run") as progress:
@@ -68,7 +68,7 @@ def bench(running: Sequence[Contender], wanted: Sequence[Load], rounds: int, rep
             for load in wanted:
                 for contender in running:
                     progress.set_description(f"{load.name}: {contender.name}")
-                    last = contender.draw(load)
+                    last = contender.generate(load)
                     drawn[load.name][contender.name].append(last)
                     starts[contender.name] = Start(contender.name, contender.started_in_s, last.peak_memory_mib, last.device_memory_mib)
                     report.rows = _rows(wanted, drawn, running[0].name)
@@ -82,15 +82,15 @@ def _rows(wanted: Sequence[Load], drawn: dict[str, dict[str, list[Round]]], firs
 
 
 def open_loops(running: Sequence[Contender], side: int, steps: int, requests: int, shares: Sequence[float]) -> list[Load]:
-    """At shares of what the first contender can draw of the same tasks."""
-    closed = running[0].draw(loads.mixed(side, steps, 1, requests))
-    per_s = closed.pictures / closed.seconds
+    """Loads at shares of the first contender's capacity for the same tasks."""
+    closed = running[0].generate(loads.mixed(side, steps, 1, requests))
+    per_s = closed.images / closed.seconds
     return [loads.mixed_arrivals(side, steps, requests, share * per_s, share) for share in shares]
 
 
 def main() -> None:
     arguments = _arguments()
-    # As after Ctrl+C: whoever stops the benchmark, no server is left running.
+    # As after Ctrl+C, so that no server is left running.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     setup = Setup(arguments.model.resolve(), arguments.precision, arguments.side, cuda_graphs=arguments.cuda_graphs)
     about = {**machine(), "model": setup.model.parent.name if setup.model == DEMO_FOLDER else setup.model.name, "side": str(setup.side)}
@@ -105,7 +105,7 @@ def main() -> None:
     if wanted:
         with started(arguments.contenders, setup, at_once=arguments.start_at_once) as running:
             for contender in running:
-                contender.draw(loads.warm_up(side, arguments.warm_up_requests))
+                contender.generate(loads.warm_up(side, arguments.warm_up_requests))
             wanted_loads = [load for part in wanted for load in _loads(part, running, side, steps, arguments)]
             bench(running, wanted_loads, arguments.rounds, report, save)
     save()
@@ -134,23 +134,25 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=DEMO_FOLDER, help="a diffusers folder")
     parser.add_argument("--precision", choices=("fp32", "fp16"), default="fp32")
     parser.add_argument("--side", type=int, default=64, help="pixels")
-    parser.add_argument("--steps", type=int, default=50, help="of a request; the most where they are mixed")
+    parser.add_argument("--steps", type=int, default=50, help="steps of a request; the maximum in mixed loads")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     default = ["plain", "engine", "http", "batching"]
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=default, help="the others are compared with the first")
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 8, 16], help="of the closed loops")
-    parser.add_argument("--cuda-graphs", action="store_true", help="in the timed steps; of the contenders only `graphs` has them")
-    parser.add_argument("--jobs", nargs="+", type=int, default=list(JOBS), help="whose steps are timed")
+    parser.add_argument(
+        "--cuda-graphs", action="store_true", help="use CUDA graphs in the timed steps; of the contenders only `graphs` uses them"
+    )
+    parser.add_argument("--jobs", nargs="+", type=int, default=list(JOBS), help="numbers of jobs whose shared steps are timed")
     parser.add_argument("--requests-per-client", type=int, default=2, help="in the closed loops")
-    parser.add_argument("--least-requests", type=int, default=1, help="of a closed loop with few clients")
-    parser.add_argument("--start-at-once", action="store_true", help="all contenders, on a machine with cores for all")
-    parser.add_argument("--requests", type=int, default=24, help="of the mixed loads")
+    parser.add_argument("--least-requests", type=int, default=1, help="minimum for a closed loop with few clients")
+    parser.add_argument("--start-at-once", action="store_true", help="start all contenders at once, on a machine with cores for all")
+    parser.add_argument("--requests", type=int, default=24, help="requests in the mixed loads")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.5, 0.8, 1.5], help="of plain diffusers' capacity, for the open loops")
     parser.add_argument("--short-every-s", type=float, default=1.0)
-    parser.add_argument("--warm-up-requests", type=int, default=32, help="of every contender, not counted")
+    parser.add_argument("--warm-up-requests", type=int, default=32, help="for every contender, not counted")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--name", default="table", help="of the files that are written")
+    parser.add_argument("--name", default="table", help="name of the output files")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""Who draws through HTTP: this project's service, and BentoML's own batching. Each is `bentoml serve` on a free loopback port."""
+"""The contenders with HTTP: this project's service, and BentoML's own batching. Each is `bentoml serve` on a free loopback port."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Http:
         self._open = ExitStack()
         home = Path(self._open.enter_context(tempfile.TemporaryDirectory()))
         began = time.perf_counter()
-        # With a cache of its own: nobody's batch limit is another's, unless it is told to be.
+        # With its own cache, so that contenders share no batch limit unless configured to.
         self._server: Server = self._open.enter_context(serve(folder, "service:svc", home, {"XDG_CACHE_HOME": str(home), **environment}))
         self.started_in_s = time.perf_counter() - began
 
-    def draw(self, load: Load) -> Round:
-        answer = asyncio.run(self._play(load))
+    def generate(self, load: Load) -> Round:
+        result = asyncio.run(self._play(load))
         server = psutil.Process(self._server.process.pid)
-        return with_memory(answer, [process.pid for process in [server, *server.children(recursive=True)]])
+        return with_memory(result, [process.pid for process in [server, *server.children(recursive=True)]])
 
     async def _play(self, load: Load) -> Round:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -101,14 +101,14 @@ def request_batching(setup: Setup) -> Http:
         "BENCH_PRECISION": setup.precision,
         "BENCH_SIDE": str(setup.side),
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
-        # BentoML's own limit for an answer is 60 seconds.
+        # BentoML's default timeout is 60 seconds.
         "BENTOML_CONFIG_OPTIONS": "api_server.traffic.timeout=3600 runners.traffic.timeout=3600",
     }
     return Http("BentoML's batching, HTTP", Path(__file__).parent / "request_batching", environment, _send_to_request_batching)
 
 
 async def _send_to_request_batching(client: httpx.AsyncClient, wanted: Task) -> httpx.Response:
-    """The service makes the task itself from these: pictures need not be sent, which is to its advantage."""
+    """The service builds the task from these fields, so that no images are sent, which is to its advantage."""
     fields = {
         "number": wanted.seed,
         "side": wanted.width,
@@ -116,4 +116,4 @@ async def _send_to_request_batching(client: httpx.AsyncClient, wanted: Task) -> 
         "guidance_scale": wanted.guidance_scale,
         "kind": wanted.kind,
     }
-    return await client.post("/draw", json=fields)
+    return await client.post("/generate", json=fields)

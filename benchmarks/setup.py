@@ -1,4 +1,4 @@
-"""What every contender generates with."""
+"""The settings that all contenders share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stable_diffusion.core.types import Precision
 
 @dataclass(frozen=True)
 class Setup:
-    """What is drawn with. `side`: pixels. `cache`: where measured batch limits are kept; None: each contender measures its own."""
+    """The settings of all contenders. `side`: pixels. `cache`: the folder of measured batch limits; None: each measures its own."""
 
     model: Path
     precision: Precision

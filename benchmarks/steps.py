@@ -1,4 +1,4 @@
-"""What a step costs: with more and more jobs in it, beside the UNet call alone, beside the device's matrix product."""
+"""Times steps with increasing numbers of jobs, compared with the UNet call alone and with the device's matrix product."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
     from stable_diffusion.engine.denoiser import Denoiser
 
 _MOST_STEPS = 150
-# Of a square matrix that keeps the device busy for long enough to be measured.
+# Size of a square matrix whose product takes long enough to be measured.
 _MATRIX_SIDE = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """A step with guidance of so many jobs."""
+    """A step of `jobs` jobs with guidance."""
 
     jobs: int
     step_ms: float
-    unet_ms: float  # the UNet call in it alone
+    unet_ms: float  # of its UNet call alone
     tflop: float  # of that call, counted
-    matrix_product_tflops: float  # what the device does per second in a matrix product of the same dtype
+    matrix_product_tflops: float  # the device's rate in a matrix product of the same dtype
 
     @property
     def between_calls(self) -> float:
@@ -47,7 +47,7 @@ class StepTime:
 
 
 def time_steps(setup: Setup, jobs: Sequence[int]) -> Iterator[StepTime]:
-    """One after the other, until so many do not fit into memory."""
+    """Time steps with each number of jobs, until they do not fit into memory."""
     process = InProcess("step times", step_times, setup)
     for count in tqdm(jobs, desc="step times", unit="size"):
         step_time: StepTime | None = process.tell(count)
@@ -58,16 +58,16 @@ def time_steps(setup: Setup, jobs: Sequence[int]) -> Iterator[StepTime]:
 
 
 def step_times(connection: Connection, setup: Setup) -> None:
-    """The engine's arithmetic without its loop. Runs in a process of its own."""
+    """Run the engine's arithmetic without its loop, in a process of its own."""
     from stable_diffusion.engine.cuda_graphs import CudaGraphs
     from stable_diffusion.engine.denoiser import Denoiser
     from stable_diffusion.engine.loading import load
     from stable_diffusion.models.folder import check_model
 
-    # One thread from loading on: a second one that used OpenMP would slow it down on a CPU.
+    # Everything on one thread: a second one that used OpenMP would slow it down on a CPU.
     with ThreadPoolExecutor(1) as thread:
         denoiser = thread.submit(lambda: Denoiser(load(check_model(setup.model), setup.precision))).result()
-        # Before anything is recorded: a replay computes what nobody can count.
+        # Before any CUDA graph is recorded: the counter cannot see into a replay.
         tflop = thread.submit(count_tflop, denoiser, setup.side).result()
         if setup.cuda_graphs:
             thread.submit(lambda: denoiser.record_steps(CudaGraphs(), setup.side, setup.side, MAX_BATCH_SIZE)).result()
@@ -77,7 +77,7 @@ def step_times(connection: Connection, setup: Setup) -> None:
 
 
 def time_step(denoiser: Denoiser, jobs: int, side: int, tflop: float) -> StepTime | None:
-    """`tflop`: of one job's call."""
+    """`tflop`: for the UNet call of one job."""
     import torch
 
     def step() -> None:
@@ -95,7 +95,7 @@ def time_step(denoiser: Denoiser, jobs: int, side: int, tflop: float) -> StepTim
         matrix = torch.randn((_MATRIX_SIDE[latents.device.type],) * 2, device=latents.device, dtype=latents.dtype)
         product = partial(torch.matmul, matrix, matrix)
         product()
-        # In turn, so that what slows the machine down for a while slows all.
+        # In turn, so that a temporary slowdown of the machine affects all.
         times = [(_seconds(step), _seconds(call), _seconds(product)) for _ in range(rounds)]
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
@@ -115,13 +115,13 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def count_tflop(denoiser: Denoiser, side: int) -> float:
-    """Of the UNet call of one job with guidance."""
+    """The arithmetic of the UNet call of one job with guidance, in TFLOP."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     job = Job(task(0, side, 2), on_end=lambda outcome: None)
     job.tensors = denoiser.prepare(job.task)
-    # The counter does not know the CPU's fused attention, so that one is taken apart.
+    # The counter does not know the CPU's fused attention, so use the unfused one.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         denoiser.predict([job])
     total: int = counter.get_total_flops()

@@ -1,1 +1,1 @@
-"""A rented GPU's minutes: proofs against diffusers first, then the tables, planned by the clock. `benchmarks/gpu.sh` starts it."""
+"""Proofs against diffusers and benchmark tables on a rented GPU, within a time budget. `benchmarks/gpu.sh` starts it."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu all|PART`: which parts there are, in order of worth, and how long each may take."""
+"""`python -m benchmarks.gpu all|PART`: the parts, the most valuable first, and their time limits."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from benchmarks.gpu.plan import LEAST_S, Ended, Part, markdown, run, summary
 from benchmarks.gpu.table import readme_table
 from stable_diffusion.models.folder import DEMO_FOLDER
 
-# A call on a rented machine may take ten minutes, starting included.
+# A call on a rented machine may take ten minutes, including the start.
 BUDGET_S = 520.0
 
 
 def stages(results: Path, full_size: Path, side: int, steps: int, clock: float, *, on_gpu: bool) -> list[list[Part]]:
-    """What is proven comes before what is measured; parts of one stage run at the same time. `clock` scales every limit."""
+    """The proofs come before the measurements; the parts of one stage run at the same time. `clock` scales every time limit."""
     python = sys.executable
 
     def part(name: str, module: str, limit_s: float, *arguments: str) -> Part:
@@ -51,7 +51,7 @@ def stages(results: Path, full_size: Path, side: int, steps: int, clock: float, 
             part("prove-full-size-fp32", "benchmarks.gpu.prove_engine", 110, "--precisions", "fp32", *full),
             part("prove-device-failure", "benchmarks.gpu.prove_http", 90, "--checks", "the device fails"),
         ],
-        # Half of the steps, or plain diffusers alone would need two minutes for 32 clients.
+        # Half of the steps: otherwise plain diffusers alone would need two minutes for 32 clients.
         [loads("loads-fp16", 250, ["plain", "engine", *graphs, "http", "batching"], ["closed", "mixed"], [8, 1, 32, 16, 4], steps // 2)],
         [step_times("steps-fp16", "fp16", 70, "--jobs", "1", "2", "4", "8", "16", "32")],
         [loads("loads-fp32", 120, ["plain", "engine", "http"], ["closed", "mixed"], [8, 1], steps // 2)],
@@ -74,9 +74,9 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=512, help="pixels")
     parser.add_argument("--steps", type=int, default=50, help="of a request")
     arguments = parser.parse_args()
-    # Whoever stops this stops the part that runs.
+    # Stopping this program stops the running part.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    # With several processes at once, threads that spin while they wait would hold the processor that others need.
+    # With several processes at once, threads that spin at barriers would block the cores that others need.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
 
@@ -85,7 +85,7 @@ def main() -> None:
     known = [part.name for stage in planned for part in stage]
     if unknown := set(arguments.parts) - {"all", *known}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are all, {', '.join(known)}")
-    # The model is made where it is not there: every part needs it.
+    # Create the model if it is missing: every part needs it.
     chosen = known if "all" in arguments.parts else ["full-size-model", *arguments.parts]
     planned = [[part for part in stage if part.name in chosen] for stage in planned]
     arguments.output.mkdir(parents=True, exist_ok=True)

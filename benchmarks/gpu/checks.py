@@ -1,4 +1,4 @@
-"""A list of checks with what each has shown, written after each one. Knows nothing of what is checked."""
+"""Runs checks and writes their findings after each one. Does not know what they check."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check has shown. `passed` is None where it could not be made here."""
+    """The result of a check. `passed` is None if the check cannot run on this machine."""
 
     passed: bool | None
     detail: str
@@ -27,7 +27,7 @@ class Check:
 
 
 class Checks:
-    """Makes checks one after the other; one that raises has failed, and the next is made."""
+    """Runs checks one after the other. A check that raises has failed, and the next one runs."""
 
     def __init__(self, results: Path, name: str, about: dict[str, str]) -> None:
         self._file = results / name
@@ -52,6 +52,6 @@ class Checks:
     def _markdown(self) -> str:
         words = {True: "yes", False: "NO", None: "not here"}
         lines = [", ".join(f"{name}: {value}" for name, value in self._about.items()), ""]
-        lines += ["| check | passed | what it showed | s |", "|---|---|---|---|"]
+        lines += ["| check | passed | finding | s |", "|---|---|---|---|"]
         lines += [f"| {one.name} | {words[one.passed]} | {one.detail} | {one.seconds:.1f} |" for one in self.made]
         return "\n".join(lines) + "\n"

@@ -1,6 +1,6 @@
-"""Runs parts by the clock, each in a process of its own, and writes what is known after each of them.
+"""Runs parts within a time budget, each in its own process, and writes all results after each part.
 
-Knows nothing of what a part measures: a part may leave NAME.json and NAME.md in the folder of results.
+Does not know what a part measures: a part may write NAME.json and NAME.md to the results folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import psutil
 
-# A part that starts with less time than this could not even load a model.
+# A part needs at least this time to load a model.
 LEAST_S = 15.0
 # From SIGTERM to SIGKILL: long enough to stop the servers that a part has started.
 _GRACE_S = 8.0
@@ -37,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a part ended. `seconds`: what it took."""
+    """How a part ended. `seconds`: its duration."""
 
     name: str
     status: Status
@@ -55,7 +55,7 @@ def run(
 ) -> list[Ended]:
     """Run the stages in order and the parts of one stage at the same time, until `budget_s` seconds have passed.
 
-    `on_change` gets what has ended so far after each part. A part that fails or runs out of time does not stop the others.
+    After each part `on_change` gets all parts that have ended. A part that fails or runs out of time does not stop the others.
     """
     end_s = time.monotonic() + budget_s
     ended: list[Ended] = []
@@ -91,7 +91,7 @@ class _Running:
             self.process = subprocess.Popen(part.command, stdout=log, stderr=subprocess.STDOUT)
 
     def ended(self) -> Ended | None:
-        """None while it runs. Stops it when its time is over."""
+        """How the part ended; None while it runs. Stops it when its time is over."""
         seconds = time.monotonic() - self._began_s
         exit_status = self.process.poll()
         if exit_status is None and seconds < self._limit_s:
@@ -103,7 +103,7 @@ class _Running:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it has started, including workers that have a session of their own."""
+    """End a process and all its descendants, including workers in sessions of their own."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
@@ -118,7 +118,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def summary(ended: Sequence[Ended], results: Path) -> dict[str, Any]:
-    """What all parts have left, also those that were stopped."""
+    """The results of all parts, including those that were stopped."""
     parts = []
     for one in ended:
         file = results / f"{one.name}.json"
@@ -128,7 +128,7 @@ def summary(ended: Sequence[Ended], results: Path) -> dict[str, Any]:
 
 
 def markdown(ended: Sequence[Ended], results: Path) -> str:
-    """A table of the parts, then what each has to say; of those that failed also the end of their logs."""
+    """A table of the parts, then the report of each, with the end of the log if it failed."""
     lines = ["| part | ended | seconds | of at most |", "|---|---|---|---|"]
     lines += [f"| {one.name} | {one.status} | {one.seconds:.0f} | {one.limit_s:.0f} |" for one in ended]
     sections = ["\n".join(lines)]

@@ -1,6 +1,6 @@
-"""The engine on this machine's device against diffusers' own pipelines, against the CPU, in company, with too little memory.
+"""The engine on this machine's device against diffusers' own pipelines, against the CPU, in batches, and with too little memory.
 
-Every check draws with the real engine; the only thing made up is the weights of the full-size model.
+Every check uses the real engine; only the weights of the full-size model are random.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from tests.safety_checkers import make_checked_model
 
 STEPS = 4
 NO_GPU = Finding(None, "needs a GPU")
-# Levels of 255. Alone against diffusers on the same device nothing may differ. A batch of another size, a replayed graph or a CPU may
-# round differently; in half precision a few pixels near an edge then differ by more, so there the mean is bounded.
+# Levels of 255. Generated alone, an image must equal diffusers' on the same device. Another batch size, a replayed graph or a CPU may
+# round differently; in half precision a few pixels near edges then differ by more, so there the mean is limited.
 MEAN_TOLERANCE = {"fp32": 0.5, "fp16": 2.0}
 
 
 class Running:
-    """An engine and what it has recorded."""
+    """An engine and its records."""
 
     def __init__(self, parts: Parts, max_batch_size: int = 10, denoiser: Denoiser | None = None) -> None:
         self.records: list[Record] = []
@@ -60,13 +60,13 @@ class Running:
 
 
 def differences(one: Image.Image, other: Image.Image) -> np.ndarray[Any, Any]:
-    """By how many levels each value differs."""
+    """The difference of each value, in levels of 255."""
     found: np.ndarray[Any, Any] = np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int))
     return found
 
 
 class NoiseOf(Denoiser):
-    """Draws its noise in another dtype than it computes in. Before torch 2.12 half precision drew other random numbers."""
+    """Draws noise in another dtype than it computes in: before torch 2.12, half precision had other random numbers."""
 
     def __init__(self, parts: Parts, dtype: torch.dtype) -> None:
         super().__init__(parts)
@@ -78,7 +78,7 @@ class NoiseOf(Denoiser):
 
 
 class Proof:
-    """What the checks share: the model on the device, the engine on it, diffusers' pipelines on the same weights."""
+    """Shared by the checks: the model on the device, the engine, and diffusers' pipelines with the same weights."""
 
     def __init__(self, folder: Path, precision: Precision, side: int) -> None:
         self._folder = folder
@@ -102,7 +102,7 @@ class Proof:
         for number, scheduler in enumerate(SCHEDULERS):
             task = self._task(number, kind=kind, scheduler=scheduler)
             (ours,) = self._running.generate([task])
-            largest[scheduler] = int(differences(ours.image, self._plain.draw_with(scheduler, task)).max())
+            largest[scheduler] = int(differences(ours.image, self._plain.generate_with(scheduler, task)).max())
         unequal = ", ".join(f"{name.removesuffix('Scheduler')} {levels}" for name, levels in largest.items() if levels)
         detail = f"differ, in levels of 255: {unequal}" if unequal else f"{len(largest)} noise schedulers, every value equal"
         return Finding(not unequal, detail)
@@ -125,7 +125,7 @@ class Proof:
         return self._compared([differences(one, other) for one, other in zip(alone, together, strict=True)])
 
     def like_the_cpu(self) -> Finding:
-        """The same weights in float32 on the CPU. A large model is drawn small, or it would take minutes."""
+        """The same weights in float32 on the CPU. A large model generates small images, or it would take minutes."""
         if not self._on_gpu:
             return NO_GPU
         cpu = torch.device("cpu")
@@ -140,7 +140,7 @@ class Proof:
         )
         side = min(self._side, 256)
         count = 6 if side < 256 else 1
-        # One that draws noise in its steps draws it in the dtype that it computes in.
+        # A scheduler that adds noise in its steps draws it in the dtype that it computes in.
         names = [name for name in SCHEDULERS if "Ancestral" not in name]
         tasks = [replace(self._task(number), width=side, height=side, scheduler=names[number]) for number in range(count)]
         on_cpu = Running(parts, denoiser=NoiseOf(parts, self._parts.dtype))
@@ -171,7 +171,7 @@ class Proof:
         return Finding(finding.passed, f"UNet outputs differ by at most {largest:.2g}; the image: {finding.detail}")
 
     def survives_an_overflowing_decoder(self) -> Finding:
-        """A decoder whose values leave float16's range and do not change the image: the last block's scale is normalised away."""
+        """A decoder whose values exceed float16's range without changing the image: normalisation cancels the last block's scale."""
         if self._parts.dtype != torch.float16:
             return Finding(None, "needs a GPU and half precision")
         vae = copy.deepcopy(self._parts.vae)
@@ -189,7 +189,7 @@ class Proof:
         return Finding(bool(finding.passed) and spoiled.decoded_again and not usual.decoded_again, detail)
 
     def safety_checker(self) -> Finding:
-        """A checker that flags everything blanks the image, one that flags nothing leaves it."""
+        """A checker that flags everything blanks the image; one that flags nothing leaves it unchanged."""
         flagged: dict[bool, GeneratedImage] = {}
         for flags_everything in (True, False):
             with tempfile.TemporaryDirectory() as folder:
@@ -202,7 +202,7 @@ class Proof:
         return Finding(bool(passed), f"computed in {flagged[True].dtype}; flagged: blank is {blank}")
 
     def runs_out_of_memory(self) -> Finding:
-        """With memory for one job of 1024 pixels from start to end, steps of 24 are asked for; then one more of the usual size."""
+        """With memory for only one job of 1024 pixels, 24 such jobs are submitted; then one of the usual size."""
         if not self._on_gpu:
             return NO_GPU
         tasks = [loads.task(number, 1024, 2) for number in range(24)]
@@ -242,7 +242,7 @@ class Proof:
 
 
 def _forget_memory() -> None:
-    """Give back what is kept for the next step, and begin to count anew."""
+    """Release cached memory and reset the peak counter."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
 
@@ -271,8 +271,8 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "fp16"), default=["fp16", "fp32"])
     parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS))
     parser.add_argument("--side", type=int, required=True, help="pixels")
-    parser.add_argument("--name", required=True, help="of the files that are written")
-    parser.add_argument("--output", type=Path, required=True, help="a folder that exists")
+    parser.add_argument("--name", required=True, help="name of the output files")
+    parser.add_argument("--output", type=Path, required=True, help="an existing folder")
     arguments = parser.parse_args()
     about = {**machine(), "diffusers": diffusers.__version__, "model": arguments.model.name, "side": str(arguments.side)}
     checks = Checks(arguments.output, arguments.name, about)

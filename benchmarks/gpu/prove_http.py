@@ -1,4 +1,4 @@
-"""The service as a user starts it, on this machine's device: both precisions, and a device that fails under it.
+"""The service as a user starts it, on this machine's device: both precisions, and a failing device.
 
 Knows HTTP only, and the pixel rule that judges the demo model's images.
 """
@@ -31,7 +31,7 @@ _READY_AGAIN_S = 90
 
 
 def service(precision: str) -> Finding:
-    """text, image and mask to an image, over HTTP."""
+    """txt2img, img2img and inpaint over HTTP."""
     with tempfile.TemporaryDirectory() as home:
         began = time.perf_counter()
         with serve(ROOT / precision, "service:svc", Path(home), {"XDG_CACHE_HOME": home}) as server, server.client() as client:
@@ -74,7 +74,7 @@ def _png(image: Image.Image) -> bytes:
 
 
 def failing_device() -> Finding:
-    """A kernel fails on the device. The request gets 503, the model process ends, and the server generates again."""
+    """A kernel fails on the device: the request gets 503, the model process restarts, and the server generates again."""
     variables = {"PYTHONPATH": str(ROOT), "BENTOML_CONFIG": str(ROOT / "fp32" / "configuration.yaml")}
     with tempfile.TemporaryDirectory() as home:
         folder = ROOT / "tests" / "http" / "faulty"
@@ -91,7 +91,7 @@ def failing_device() -> Finding:
 
 
 def _with_path(variables: dict[str, str]) -> dict[str, str]:
-    """With what this process finds its own packages by."""
+    """The variables with this process's module search path."""
     paths = [variables["PYTHONPATH"], *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**variables, "PYTHONPATH": os.pathsep.join(paths)}
 
@@ -118,10 +118,10 @@ CHECKS: dict[str, Callable[[], Finding]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checks", nargs="+", choices=CHECKS, default=list(CHECKS))
-    parser.add_argument("--name", required=True, help="of the files that are written")
-    parser.add_argument("--output", type=Path, required=True, help="a folder that exists")
+    parser.add_argument("--name", required=True, help="name of the output files")
+    parser.add_argument("--output", type=Path, required=True, help="an existing folder")
     arguments = parser.parse_args()
-    # As after Ctrl+C: whoever stops this, no server is left running.
+    # As after Ctrl+C, so that no server is left running.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     checks = Checks(arguments.output, arguments.name, {**machine(), "model": "demo"})
     for name in arguments.checks:

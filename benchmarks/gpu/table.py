@@ -1,4 +1,4 @@
-"""From what the parts have left to the table of README: images a second and the median wait, by load and contender."""
+"""Makes README's table from the parts' results: images per second and the median wait, by load and contender."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HEADS = {
 
 
 def readme_table(summary: dict[str, Any]) -> str:
-    """Markdown; says so where no load was measured."""
+    """Markdown, or a note if no load was measured."""
     lines = [f"| load | {' | '.join(_HEADS.values())} |", "|---" * (len(_HEADS) + 1) + "|"]
     for part in summary["parts"]:
         results = part["results"] or {}

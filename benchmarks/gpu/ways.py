@@ -1,6 +1,6 @@
-"""Ways of computing a UNet call, each beside eager: how long it takes by rows, and by how much its result differs.
+"""Compares ways of computing a UNet call with eager mode: the time by rows, and the difference of the result.
 
-Also what surrounds the steps of one image: encoding the text, decoding the latents. Decides nothing; the table is for people.
+Also times the work around the steps of one image: encoding the text, decoding the latents. The table is for people; no code reads it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ROUNDS = 15
 
 @dataclass(frozen=True)
 class Timed:
-    """`difference`: the norm of the difference from eager's result over the norm of that."""
+    """`difference`: the norm of the difference from eager's result, divided by the norm of eager's result."""
 
     way: str
     jobs: int
@@ -77,7 +77,7 @@ class Ways:
 
     def compiled(self) -> Denoiser:
         parts = self._channels_last_parts()
-        # Every number of rows would be compiled anew after the second; that takes a minute each.
+        # After the second, every number of rows would be compiled again, which takes a minute each.
         unet: Any = torch.compile(parts.unet, dynamic=False)
         return Denoiser(replace(parts, unet=unet))
 
@@ -103,13 +103,13 @@ class Ways:
 
     @torch.inference_mode()
     def around(self) -> list[Around]:
-        """What a job costs beside its steps, and the decoding of several at once."""
+        """The cost of a job besides its steps, and of decoding several at once."""
         parts = self._parts
         numbers = iter(range(10**6))
         vae: Any = parts.vae
         shape = (1, vae.config.latent_channels, self._side // 8, self._side // 8)
         found = [
-            Around("text encoded, noise drawn", 1, 1000 * _spent(lambda: self._eager.prepare(self._new_task(next(numbers))))),
+            Around("encode text, draw noise", 1, 1000 * _spent(lambda: self._eager.prepare(self._new_task(next(numbers))))),
         ]
         for count in (1, 4):
             latents = torch.randn(shape, device=parts.device, dtype=parts.dtype).repeat(count, 1, 1, 1)
@@ -123,12 +123,12 @@ class Ways:
         return found
 
     def _new_task(self, number: int) -> Any:
-        """Of a prompt that no earlier one had, so that the text is encoded."""
+        """A task with a new prompt, so that the text must be encoded."""
         return replace(loads.task(number, self._side, 20), prompt=f"image {number}")
 
 
 def _spent(work: Callable[[], object]) -> float:
-    """Seconds, median of several after two that do not count."""
+    """Median seconds of several calls, after two warm-up calls."""
     times: list[float] = []
     for _ in range(_ROUNDS + 2):
         began = time.perf_counter()
@@ -158,10 +158,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a diffusers folder")
     parser.add_argument("--precision", choices=("fp32", "fp16"), required=True)
     parser.add_argument("--side", type=int, required=True, help="pixels")
-    parser.add_argument("--jobs", nargs="+", type=int, default=[1, 2, 4, 8, 16], help="that share a call, each with guidance")
-    parser.add_argument("--compile", action="store_true", help="also the ways that compile, which take minutes")
-    parser.add_argument("--name", required=True, help="of the files that are written")
-    parser.add_argument("--output", type=Path, required=True, help="a folder that exists")
+    parser.add_argument(
+        "--jobs", nargs="+", type=int, default=[1, 2, 4, 8, 16], help="numbers of jobs that share a call, each with guidance"
+    )
+    parser.add_argument("--compile", action="store_true", help="include the ways that compile, which take minutes")
+    parser.add_argument("--name", required=True, help="name of the output files")
+    parser.add_argument("--output", type=Path, required=True, help="an existing folder")
     arguments = parser.parse_args()
     about = {**machine(), "model": arguments.model.name, "side": str(arguments.side), "precision": arguments.precision}
     ways = Ways(arguments.model.resolve(), arguments.precision, arguments.side, arguments.jobs)

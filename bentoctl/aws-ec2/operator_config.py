@@ -1,7 +1,7 @@
-"""What bentoctl asks of an operator: its name, its module and the schema of `spec` in deployment_config.yaml.
+"""The operator's name, its module and the schema of `spec` in deployment_config.yaml, in the form that bentoctl requires.
 
-Each field stands alone here, because `bentoctl init` checks one answer at a time; what concerns several fields
-is in bentoctl_aws_ec2/specification.py.
+The schema checks each field alone, because `bentoctl init` asks for one field at a time.
+bentoctl_aws_ec2/specification.py checks combinations of fields.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ OPERATOR_SCHEMA = {
         "min": 100,
         "max": 16384,
         "coerce": to_integer,
-        "help_message": "Root disk in GiB, 100 to 16384 (the AMI alone takes 75): room for the image, unpacked, and the weights in it.",
+        "help_message": "Root disk in GiB, 100 to 16384. The AMI alone takes 75; the rest is for the unpacked image with its weights.",
     },
     "allowed_cidrs": {
         "type": "list",
@@ -66,7 +66,7 @@ OPERATOR_SCHEMA = {
         "schema": {
             "type": "string",
             "check_with": check_cidr,
-            "help_message": "Who may reach the server, like 203.0.113.7/32 (one address); 0.0.0.0/0 is everybody.",
+            "help_message": "Addresses that may reach the server, like 203.0.113.7/32 (one address); 0.0.0.0/0 allows everyone.",
         },
     },
     "environment_variables": {
@@ -115,7 +115,7 @@ OPERATOR_SCHEMA = {
                 "min": 1,
                 "max": 100,
                 "coerce": to_integer,
-                "help_message": "Most machines. Empty if min is empty.",
+                "help_message": "Maximum number of machines. Empty if min is empty.",
             },
         },
     },
@@ -136,7 +136,7 @@ OPERATOR_SCHEMA = {
         "default": 0,
         "coerce": to_integer,
         "check_with": check_idle_stop_minutes,
-        "help_message": "Stop the (single) machine after so many minutes without a request, 15 to 10080. 0: never.",
+        "help_message": "Stop the (single) machine after this many minutes without a request, 15 to 10080. 0: never.",
     },
     "subnet_ids": {
         "type": "list",

@@ -1,7 +1,7 @@
-"""The captioned pictures that the demo model is trained on, and the pixel rule that judges what it draws.
+"""The captioned images that the demo model is trained on, and the pixel rule that judges the images it generates.
 
-A scene is plain data; `draw` renders it, `caption` names it, `judge` reads a picture back without any model.
-Knows nothing of torch, of the network or of how it is trained.
+A scene is plain data; `draw` renders it, `caption` describes it, `judge` recognises it in an image without any model.
+Does not depend on torch, the model or its training.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from itertools import product
 import numpy as np
 from PIL import Image, ImageDraw
 
-# All near a corner of the RGB cube: guidance of 7.5 pushes colours outwards, and turned orange, say, into red or yellow.
+# All near a corner of the RGB cube: a guidance scale of 7.5 pushes colours outwards and would turn orange into red or yellow.
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 35, 40),
     "yellow": (250, 230, 45),
@@ -27,16 +27,16 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (18, 18, 18),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-# Radius of the shape as a share of the picture's shorter side; no size word means the middle one.
+# Radius of the shape as a share of the image's shorter side; without a size word it is medium.
 SIZES = {"small": 0.19, "": 0.29, "large": 0.39}
 
 _SUPERSAMPLING = 4
-_HELD_OUT_SHARE = 10  # one combination of words in ten is never seen in training
+_HELD_OUT_SHARE = 10  # one combination of words in ten is left out of training
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: a shape of one colour on a background of another. Centre and radius are shares of the shorter side."""
+    """One image: a shape of one colour on a background of another. Centre and radius are shares of the shorter side."""
 
     size: str
     colour: str
@@ -58,19 +58,19 @@ def all_scenes() -> list[Scene]:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether this combination of words is kept from training, decided by a hash so that it never changes."""
+    """Whether this combination of words is left out of training. A hash decides, so that the choice never changes."""
     words = f"{scene.size} {scene.colour} {scene.shape} {scene.background}"
     return hashlib.sha256(words.encode()).digest()[0] % _HELD_OUT_SHARE == 0
 
 
 def caption(scene: Scene) -> str:
-    """The scene in the words that the model is trained to understand."""
+    """The prompt that describes the scene, in the words that the model is trained on."""
     size = f"{scene.size} " if scene.size else ""
     return f"a {size}{scene.colour} {scene.shape} on a {scene.background} background"
 
 
 def vary(scene: Scene, rng: random.Random) -> Scene:
-    """The same words, drawn a little elsewhere, a little larger or smaller and a little turned."""
+    """The same words, with the shape slightly shifted, scaled and rotated."""
     return replace(
         scene,
         offset_x=rng.uniform(-0.08, 0.08),
@@ -108,36 +108,36 @@ def _paint(canvas: ImageDraw.ImageDraw, scene: Scene, width: int, height: int, f
 
 
 def draw(scene: Scene, width: int, height: int, rng: random.Random) -> Image.Image:
-    """Render `scene` as an RGB picture of `width` x `height` pixels; `rng` shifts the two colours a little."""
+    """Render `scene` as an RGB image of `width` x `height` pixels; `rng` varies the two colours slightly."""
 
     def tint(colour: str) -> tuple[int, ...]:
         return tuple(max(0, min(255, channel + rng.randint(-8, 8))) for channel in COLOURS[colour])
 
     large = width * _SUPERSAMPLING, height * _SUPERSAMPLING
-    picture = Image.new("RGB", large, tint(scene.background))
-    _paint(ImageDraw.Draw(picture), scene, *large, tint(scene.colour))
-    return picture.resize((width, height), Image.Resampling.BOX)
+    image = Image.new("RGB", large, tint(scene.background))
+    _paint(ImageDraw.Draw(image), scene, *large, tint(scene.colour))
+    return image.resize((width, height), Image.Resampling.BOX)
 
 
 def clutter(width: int, height: int, rng: random.Random) -> Image.Image:
-    """A picture with no caption: up to four shapes of any colour anywhere, so that the autoencoder sees more than captions."""
+    """An image without a caption: up to four shapes of any colour anywhere, so that the autoencoder learns more than captioned scenes."""
 
     def colour() -> tuple[int, int, int]:
         return rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255)
 
     large = width * _SUPERSAMPLING, height * _SUPERSAMPLING
     ramp = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize(large)
-    picture = Image.composite(Image.new("RGB", large, colour()), Image.new("RGB", large, colour()), ramp)
-    canvas = ImageDraw.Draw(picture)
+    image = Image.composite(Image.new("RGB", large, colour()), Image.new("RGB", large, colour()), ramp)
+    canvas = ImageDraw.Draw(image)
     for _ in range(rng.randint(0, 4)):
         scene = Scene("", "red", rng.choice(SHAPES), "blue", rng.uniform(-0.5, 0.5), rng.uniform(-0.5, 0.5), rng.uniform(0.08, 0.45))
         _paint(canvas, replace(scene, angle_degrees=rng.uniform(0, 360)), *large, colour())
-    return picture.resize((width, height), Image.Resampling.BOX)
+    return image.resize((width, height), Image.Resampling.BOX)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the pixel rule saw."""
+    """The words that the pixel rule recognises in an image."""
 
     colour: str
     background: str
@@ -150,13 +150,13 @@ def nearest_colour(pixels: np.ndarray) -> str:
     return min(COLOURS, key=lambda name: float(np.sum((median - np.array(COLOURS[name])) ** 2)))
 
 
-def judge(picture: Image.Image) -> Verdict:
-    """Read a picture of one shape back: the border is the background, what differs from it is the shape.
+def judge(image: Image.Image) -> Verdict:
+    """Recognise the scene in an image of one shape: the border is the background, pixels that differ from it are the shape.
 
-    The shape is the one whose outline, tried at several sizes and turns around the centre of what was
-    found, overlaps it best (intersection over union).
+    The shape is the one whose outline, tried at several sizes and angles around the centre of those pixels, overlaps them best
+    (intersection over union).
     """
-    pixels = np.asarray(picture.convert("RGB")).astype(float)
+    pixels = np.asarray(image.convert("RGB")).astype(float)
     height, width, _ = pixels.shape
     edges = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
     border = np.concatenate([edge.reshape(-1, 3) for edge in edges])
@@ -177,7 +177,7 @@ def _best_shape(found: np.ndarray, width: int, height: int) -> str:
         unit = Image.new("L", (200, 200))
         ImageDraw.Draw(unit).polygon(outline(shape, 100, 100, 80, angle), fill=1)
         unit_rows, unit_columns = np.nonzero(np.asarray(unit))
-        # Same area and same centre of mass as what was found; then a little larger and smaller.
+        # The same area and centre of mass as the found pixels; then slightly larger and smaller.
         fitted = math.sqrt(found.sum() / (len(unit_rows) / 80**2))
         for radius in (0.92 * fitted, fitted, 1.08 * fitted):
             shift_x = (unit_columns.mean() + 0.5 - 100) * radius / 80

@@ -1,10 +1,10 @@
-"""Trains the demo model from nothing: no download, only the pictures that `shapes.py` draws.
+"""Trains the demo model from scratch: no download, only the images that `shapes.py` renders.
 
     python -m stable_diffusion.demo.train            # both stages, about 90 minutes on 2 CPU cores
 
-First the autoencoder on pictures, then the text encoder and the UNet together on cached latents (noise
-prediction, part of the captions empty for guidance, averaged weights). Writes a plain diffusers folder.
-Knows nothing of the service.
+It trains first the autoencoder on images, then the text encoder and the UNet together on cached latents (noise
+prediction, some captions empty for classifier-free guidance, averaged weights). It writes a plain diffusers
+folder and does not depend on the service.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ MODEL_DIR = Path(__file__).parent / "model"
 SIDE = 64
 SEED = 20261122
 
-# How the denoiser's time is shared out among picture sizes (width, height): mostly the native one.
+# The share of the denoiser's training steps for each image size (width, height): mostly the native one.
 SIZE_SHARES = {(64, 64): 0.80, (96, 96): 0.09, (64, 96): 0.03, (96, 64): 0.03, (128, 128): 0.05}
 NOISE_SCHEDULE = {
     "num_train_timesteps": 1000,
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
-    # Higher than Stable Diffusion's 0.012: an 8x8 latent must not show its mean colour through the last noise.
+    # Higher than Stable Diffusion's 0.012: the mean colour of an 8x8 latent must not be visible through the strongest noise.
     "beta_end": 0.02,
 }
 POLITE_WORDS = ("a photo of", "a picture of", "please draw", "masterpiece", "high quality", "4k", "very nice", "art", "simple")
 
 
-def to_tensor(pictures: list[Image.Image]) -> torch.Tensor:
-    """Pictures of one size as (N, 3, H, W), float, -1 to 1."""
-    stacked = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+def to_tensor(images: list[Image.Image]) -> torch.Tensor:
+    """Images of one size as (N, 3, H, W), float, -1 to 1."""
+    stacked = torch.from_numpy(np.stack([np.asarray(picture) for picture in images]))
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -82,10 +82,10 @@ def train_autoencoder(steps: int, device: str) -> AutoencoderKL:
     scenes = training_scenes()
     progress = tqdm(range(steps), desc="autoencoder")
     for _ in progress:
-        pictures = [
+        images = [
             draw(vary(rng.choice(scenes), rng), SIDE, SIDE, rng) if rng.random() < 0.65 else clutter(SIDE, SIDE, rng) for _ in range(24)
         ]
-        batch = to_tensor(pictures).to(device)
+        batch = to_tensor(images).to(device)
         with torch.autocast(device, torch.bfloat16):
             posterior = model.encode(batch).latent_dist
             reconstruction = model.decode(posterior.sample()).sample.float()
@@ -99,8 +99,8 @@ def train_autoencoder(steps: int, device: str) -> AutoencoderKL:
         progress.set_postfix(l1=f"{error.abs().mean().item():.4f}", refresh=False)
     model.eval()
     with torch.no_grad():
-        pictures = [draw(vary(rng.choice(scenes), rng), SIDE, SIDE, rng) for _ in range(512)]
-        latents = torch.cat([model.encode(to_tensor(pictures[i : i + 64]).to(device)).latent_dist.mean for i in range(0, 512, 64)])
+        images = [draw(vary(rng.choice(scenes), rng), SIDE, SIDE, rng) for _ in range(512)]
+        latents = torch.cat([model.encode(to_tensor(images[i : i + 64]).to(device)).latent_dist.mean for i in range(0, 512, 64)])
     model.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
     return model
 
@@ -120,12 +120,12 @@ def fit_previews(autoencoder: AutoencoderKL) -> list[list[float]]:
 
 
 def gibberish(rng: random.Random) -> str:
-    """A word that means nothing, so that the text encoder learns to ignore what it does not know."""
+    """A meaningless word, so that the text encoder learns to ignore unknown words."""
     return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(2, 9)))
 
 
 def phrase(scene: Scene, rng: random.Random) -> str:
-    """The scene in words as a person may type them: mostly the canonical caption, sometimes around it, sometimes nothing."""
+    """The scene in words as a person may type them: mostly the caption, sometimes with extra words, sometimes nothing."""
     kind = rng.random()
     if kind < 0.10:
         return ""
@@ -213,8 +213,8 @@ def cache_latents(vae: AutoencoderKL, width: int, height: int, count: int, devic
     chosen = [vary(scenes[i % len(scenes)], rng) for i in range(count)]
     latents = []
     for start in tqdm(range(0, count, 64), desc=f"latents {width}x{height}"):
-        pictures = [draw(scene, width, height, rng) for scene in chosen[start : start + 64]]
-        latents.append(vae.encode(to_tensor(pictures).to(device)).latent_dist.mean * vae.config.scaling_factor)
+        images = [draw(scene, width, height, rng) for scene in chosen[start : start + 64]]
+        latents.append(vae.encode(to_tensor(images).to(device)).latent_dist.mean * vae.config.scaling_factor)
     return torch.cat(latents), chosen
 
 
@@ -232,9 +232,9 @@ def train_denoiser(
     text_encoder, unet = models
     scheduler = DDPMScheduler(**NOISE_SCHEDULE)
     snr = (scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)).to(device)
-    # No more pictures than are looked at.
-    pictures = {size: min(18432 if size == (SIDE, SIDE) else 3072, 64 * steps) for size in SIZE_SHARES}
-    cached = {size: cache_latents(vae, *size, count, device) for size, count in pictures.items()}
+    # No more images than the training uses.
+    images = {size: min(18432 if size == (SIDE, SIDE) else 3072, 64 * steps) for size in SIZE_SHARES}
+    cached = {size: cache_latents(vae, *size, count, device) for size, count in images.items()}
     trained = torch.nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
     averaged = copy.deepcopy(trained).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=8e-4, betas=(0.9, 0.99), weight_decay=1e-3)
@@ -253,7 +253,7 @@ def train_denoiser(
         timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (batch_size,), device=device)
         noisy = scheduler.add_noise(clean, noise, timesteps)
         predicted = unet(noisy, timesteps, text_encoder(tokens).last_hidden_state).sample
-        # Min-SNR weighting (Hang et al. 2023, gamma 5): the shape is decided at high noise, so that is where most of the loss is.
+        # Min-SNR weighting (Hang et al. 2023, gamma 5): the shape is decided at high noise, so most of the loss should be there.
         weights = snr[timesteps].clamp(max=5) / snr[timesteps]
         loss = ((predicted - noise).pow(2).mean(dim=(1, 2, 3)) * weights).mean()
         optimizer.zero_grad()
@@ -272,14 +272,14 @@ def train_denoiser(
 
 
 def save(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
-    """Write the diffusers folder, weights in half precision; nothing that is being trained is touched."""
+    """Write the diffusers folder with weights in half precision, from copies: the models in training stay unchanged."""
     pipeline = StableDiffusionPipeline(
         vae=copy.deepcopy(vae).half(),
         text_encoder=copy.deepcopy(text_encoder).half(),
         tokenizer=tokenizer,
         unet=copy.deepcopy(unet).half(),
         scheduler=PNDMScheduler.from_config(
-            # clip_sample is for DDIM, which would clip latents as if they were pixels; Stable Diffusion's configuration says so too.
+            # With clip_sample, DDIM would clip latents as if they were pixels; Stable Diffusion's own configuration turns it off too.
             {**NOISE_SCHEDULE, "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False}
         ),
         safety_checker=None,
@@ -290,9 +290,9 @@ def save(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encode
     (folder / previews.FILE_NAME).write_text(json.dumps(fit_previews(copy.deepcopy(vae).cpu().float()), indent=1) + "\n")
     for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text())
-        config.pop("_name_or_path", None)  # where --resume has read it
+        config.pop("_name_or_path", None)  # a local path, which --resume leaves here
         if "dtype" in config:
-            # transformers would load the half-precision weights as they are, diffusers loads its own in float32: let both do the same.
+            # transformers would load the weights in half precision; diffusers loads them in float32. Make both load float32.
             config["dtype"] = "float32"
         file.write_text(json.dumps(config, indent=2) + "\n")
 
@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("--autoencoder-steps", type=int, default=3600)
     parser.add_argument("--denoiser-steps", type=int, default=3800)
     parser.add_argument("--output", type=Path, default=MODEL_DIR, help="the diffusers folder to write")
-    parser.add_argument("--resume", action="store_true", help="go on from the weights in OUTPUT; the autoencoder stays as it is")
+    parser.add_argument("--resume", action="store_true", help="continue from the weights in OUTPUT; the autoencoder stays unchanged")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     folder, device = arguments.output, arguments.device

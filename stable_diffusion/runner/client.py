@@ -1,6 +1,6 @@
-"""An API worker's connection to the model process: sends a task, receives its progress and its image, or starts an asynchronous job.
+"""An API worker's connection to the model process: sends tasks, receives progress and images, and starts asynchronous jobs.
 
-Does not depend on requests and responses.
+Does not depend on HTTP requests and responses.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from stable_diffusion.state.jobs import Jobs
 
 logger = logging.getLogger("stable_diffusion")
 
-_LOOK_AGAIN_S = 0.1
-_TAKEN_ON_WITHIN_S = 30.0
+_POLL_INTERVAL_S = 0.1
+_ACCEPTANCE_TIMEOUT_S = 30.0
 _TIME_TO_FETCH_S = 10.0
-_HELD_AGAIN_S = 20.0
-_ABANDON_AGAIN_S = 5.0
-_MOST_LOOKS_PER_S = 100  # queries of the job store by all followers of jobs: each takes 0.8 ms of a core
+_NOTE_HELD_INTERVAL_S = 20.0
+_ABANDON_RETRY_S = 5.0
+_MAX_QUERIES_PER_S = 100  # of all followers to the job store: each takes 0.8 ms of a core
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class RunnerClient:
     runner: bentoml.Runner
     jobs: Jobs
     unfinished: Unfinished
-    followers: set[object] = field(default_factory=set)  # of jobs
+    followers: set[object] = field(default_factory=set)  # one for each client that follows a job
 
     @cached_property
     def readiness(self) -> Readiness:
@@ -80,19 +80,19 @@ async def generate_all(client: RunnerClient, tasks: Sequence[Task], ticket: Tick
 async def begin(client: RunnerClient, task: Task, ticket: Ticket, *, follow: bool) -> Updates:
     """Hand a task to a model process. Returns when the process has accepted it; raises the reason if it has not.
 
-    The returned generator yields the updates that come after, the image last. Closing it cancels the job, unless it is asynchronous.
+    The returned generator yields the updates that follow, the image last. Closing it cancels the job, unless it is asynchronous.
     """
     if client.unfinished.is_stopping:
         raise ShuttingDown("the server is shutting down, try again in a minute")
     await client.readiness.require_ready()
     updates = _updates(client, task, ticket, follow=follow)
     try:
-        # A stopping model process neither answers new connections nor closes them. Not asyncio.wait_for: before Python 3.12 it loses a
-        # cancellation that arrives together with the result.
-        with anyio.fail_after(_TAKEN_ON_WITHIN_S):
+        # A stopping model process neither responds on new connections nor closes them. asyncio.wait_for is no alternative: before
+        # Python 3.12 it loses a cancellation that arrives together with the result.
+        with anyio.fail_after(_ACCEPTANCE_TIMEOUT_S):
             await anext(updates)
     except TimeoutError:
-        raise ModelUnavailable("the model process does not answer, try again in a minute") from None
+        raise ModelUnavailable("the model process does not respond, try again in a minute") from None
     except BaseException:
         await updates.aclose()
         raise
@@ -114,23 +114,23 @@ async def _updates(client: RunnerClient, task: Task, ticket: Ticket, *, follow: 
     with journal.noting(task, ticket.index) as note_image:
         try:
             async with aclosing(_lines(stream, client.unfinished.grace_is_over)) as lines:
-                async for line in lines:  # to its end, so that BentoML can use the connection again
+                async for line in lines:  # to the end, so that BentoML can reuse the connection
                     one = await run_in_threadpool(unpack_update, line)
                     if isinstance(one, GeneratedImage):
                         has_image = True
                         note_image(one)
                     yield one
         except asyncio.TimeoutError:
-            raise GenerationFailed("the picture was not finished within the time that the server's configuration allows") from None
+            raise GenerationFailed("the image was not finished within the runner timeout of the server's configuration") from None
         except (BentoMLException, aiohttp.ClientError) as error:
-            logger.error("The runner did not answer: %s", error)
+            logger.error("The model process cannot be reached: %s", error)
             raise ModelUnavailable("the model process cannot be reached, try again in a minute") from None
         if not has_image:
-            raise ModelUnavailable("the model process stopped before the picture was finished, try again in a minute")
+            raise ModelUnavailable("the model process stopped before the image was finished, try again in a minute")
 
 
 async def _lines(stream: AsyncGenerator[str, None], grace_is_over: asyncio.Event) -> AsyncGenerator[str, None]:
-    """Yield the lines of `stream`, whose pieces may end anywhere in a line; the line with the image is long. Closes `stream`.
+    """Yield the lines of `stream`, whose pieces may end anywhere within a line: the line with the image is long. Closes `stream`.
 
     Raises ShuttingDown once `grace_is_over` is set.
     """
@@ -142,7 +142,7 @@ async def _lines(stream: AsyncGenerator[str, None], grace_is_over: asyncio.Event
             piece = asyncio.ensure_future(anext(stream, None))
             await asyncio.wait({piece, ending}, return_when=asyncio.FIRST_COMPLETED)
             if not piece.done():
-                raise ShuttingDown("the server stops and cannot finish the picture, try again in a minute")
+                raise ShuttingDown("the server is shutting down and could not finish the image, try again in a minute")
             if (content := piece.result()) is None:
                 return
             pieces.append(content)
@@ -159,11 +159,11 @@ async def _lines(stream: AsyncGenerator[str, None], grace_is_over: asyncio.Event
 
 
 async def generate_asynchronously(client: RunnerClient, tasks: Sequence[Task], ticket: Ticket) -> None:
-    """Hand an accepted job, with one task for each of its images, to a model process. The job store says how far it is.
+    """Hand an accepted job, with one task for each of its images, to a model process. The job store records its progress.
 
     Returns when the process has accepted all tasks; raises the reason if it has not, which also ends the job.
-    Connections to the runner stay open until the job is done: BentoML stops both processes at once, and each waits for its open
-    connections.
+    Connections to the model process stay open until the job has ended: BentoML stops all processes at once, and each waits for its
+    open connections.
     """
     refusal: asyncio.Future[ServiceError | None] = asyncio.get_running_loop().create_future()
 
@@ -175,15 +175,15 @@ async def generate_asynchronously(client: RunnerClient, tasks: Sequence[Task], t
                 await _time_to_fetch(client, ticket.job_id)
 
     holding = asyncio.create_task(hold())
-    _held.add(holding)
-    holding.add_done_callback(_held.discard)
+    _jobs_in_progress.add(holding)
+    holding.add_done_callback(_jobs_in_progress.discard)
     if (error := await asyncio.shield(refusal)) is not None:
         raise error
     journal.note_accepted(tasks)
 
 
 async def _hold(client: RunnerClient, tasks: Sequence[Task], ticket: Ticket, refusal: asyncio.Future[ServiceError | None]) -> ServiceError:
-    """Wait until a job has ended. Returns the error with which it ends if the model process has not stored its end."""
+    """Wait until a job has ended. Returns the error to store if the model process has not stored its outcome."""
     where = f"Job {ticket.job_id}"
     begun: list[Updates] = []
     try:
@@ -197,14 +197,14 @@ async def _hold(client: RunnerClient, tasks: Sequence[Task], ticket: Ticket, ref
         return known
     refusal.set_result(None)
     generation = asyncio.ensure_future(_all_images_of(begun))
-    while not (await asyncio.wait({generation}, timeout=_HELD_AGAIN_S))[0]:
+    while not (await asyncio.wait({generation}, timeout=_NOTE_HELD_INTERVAL_S))[0]:
         with suppress(JobsUnavailable):
             await run_in_threadpool(client.jobs.note_held, ticket.job_id)
-    return as_service_error(generation.exception() or GenerationFailed("the picture was drawn and could not be kept"), where)
+    return as_service_error(generation.exception() or GenerationFailed("the image was generated but could not be stored"), where)
 
 
 async def _all_images_of(begun: Sequence[Updates]) -> None:
-    """Wait for the images. If one fails, the others are not waited for."""
+    """Wait for the images. If one fails, stop waiting for the others."""
     waiting = [asyncio.ensure_future(_image_of(updates)) for updates in begun]
     try:
         await asyncio.gather(*waiting)
@@ -215,26 +215,26 @@ async def _all_images_of(begun: Sequence[Updates]) -> None:
 
 
 async def _abandon(client: RunnerClient, job_id: str, error: ServiceError) -> None:
-    """End the job, unless it has ended. Retries until it succeeds: an unended job would keep its place and its followers."""
+    """End the job, unless it has ended. Retries until it succeeds: otherwise the job would occupy its place and its followers for ever."""
     while True:
         try:
             return await run_in_threadpool(client.jobs.abandon, job_id, error)
         except JobsUnavailable:
             if client.unfinished.is_stopping:  # the job store ends with the server
                 return
-        await asyncio.sleep(_ABANDON_AGAIN_S)
+        await asyncio.sleep(_ABANDON_RETRY_S)
 
 
 async def _time_to_fetch(client: RunnerClient, job_id: str) -> None:
-    """If the server stops, give the client a moment to fetch the image, which is lost with the server."""
+    """During a shutdown, give the client time to fetch the image, which is lost when the server ends."""
     deadline = time.monotonic() + _TIME_TO_FETCH_S
     while time.monotonic() < deadline:
         if client.unfinished.is_stopping and not await run_in_threadpool(client.jobs.is_to_be_fetched, job_id):
             return
-        await asyncio.sleep(_LOOK_AGAIN_S)
+        await asyncio.sleep(_POLL_INTERVAL_S)
 
 
-_held: set[asyncio.Task[None]] = set()  # an event loop holds only weak references to tasks
+_jobs_in_progress: set[asyncio.Task[None]] = set()  # event loops hold only weak references to tasks
 
 
 async def follow(client: RunnerClient, job_id: str) -> AsyncGenerator[list[JobRecord], None]:
@@ -250,6 +250,6 @@ async def follow(client: RunnerClient, job_id: str) -> AsyncGenerator[list[JobRe
                 last = records
             if all(record.is_ended for record in records):
                 return
-            await asyncio.sleep(max(_LOOK_AGAIN_S, len(client.followers) / _MOST_LOOKS_PER_S))
+            await asyncio.sleep(max(_POLL_INTERVAL_S, len(client.followers) / _MAX_QUERIES_PER_S))
     finally:
         client.followers.discard(follower)

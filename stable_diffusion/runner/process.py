@@ -1,4 +1,4 @@
-"""The model process's side of jobs: hands tasks to the engine, stores how far each job is, and cancels jobs on request.
+"""The model process's side of jobs: hands tasks to the engine, stores the progress of jobs, and cancels jobs on request.
 
 If the job store fails, generation goes on. Does not depend on HTTP.
 """
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("stable_diffusion")
 
-_LOOK_FOR_CANCELLATIONS_S = 0.05  # a full-size step on a GPU takes longer
-_STORE_FAILED_S = 10.0
-_NOTE_S = 0.5  # when a job ends, all queue positions change: store them together
+_POLL_CANCELLATIONS_S = 0.05  # a full-size step on a GPU takes longer
+_STORE_RETRY_S = 10.0
+_STORE_PROGRESS_S = 0.5  # when a job ends, all queue positions change: store them together
 
 
 @dataclass(frozen=True)
 class _Generation:
-    """One running task. `updates` ends with its outcome, `beginning` is done when the job store knows the task."""
+    """One running task. `updates` ends with its outcome; `beginning` ends when the job store knows the task."""
 
     ticket: Ticket
     task: Task
@@ -51,15 +51,15 @@ class ModelProcess:
         self._runner = runner
         self._generations: dict[tuple[str, int], _Generation] = {}  # until their outcome is known
         self._endings: set[asyncio.Task[None]] = set()
-        self._to_note: dict[Ticket, Progress] = {}
-        self._keeping: asyncio.Task[None] | None = None
+        self._unstored_progress: dict[Ticket, Progress] = {}
+        self._synchronising: asyncio.Task[None] | None = None
         with suppress(JobsUnavailable):
             jobs.fail_what_was_left(runner)
 
     async def generate(self, packed: dict[str, Any]) -> AsyncGenerator[str, None]:
-        """Run one task: yield that it was taken on, its progress if that is followed, and its outcome.
+        """Run one task: yield its acceptance, its progress if the client follows it, and its outcome.
 
-        Closing this generator early cancels the job, unless it is an asynchronous one.
+        Closing this generator early cancels the job, unless it is asynchronous.
         """
         task, ticket, follow = unpack_task(packed)
         try:
@@ -84,12 +84,12 @@ class ModelProcess:
             loop.call_soon_threadsafe(lambda: self._receive(generation, update))
 
         engine_job = self._engine.submit(task, receive, receive, owner=ticket.owner, timeout_s=ticket.timeout_s)
-        # A task of its own, so that the engine's updates do not wait for the store.
-        beginning = asyncio.create_task(_noted(self._jobs.begin, ticket, task, self._runner))
+        # In an asyncio task, so that the engine's updates do not wait for the job store.
+        beginning = asyncio.create_task(_call_store(self._jobs.begin, ticket, task, self._runner))
         generation = _Generation(ticket, task, engine_job, asyncio.Queue(), beginning)
         self._generations[ticket.job_id, ticket.index] = generation
-        if self._keeping is None or self._keeping.done():
-            self._keeping = asyncio.create_task(self._keep_the_store())
+        if self._synchronising is None or self._synchronising.done():
+            self._synchronising = asyncio.create_task(self._synchronise_with_store())
         return generation
 
     def _cancel(self, generation: _Generation) -> None:
@@ -98,17 +98,17 @@ class ModelProcess:
         self._receive(generation, Cancelled("the job was cancelled"))
 
     def _receive(self, generation: _Generation, update: Progress | GeneratedImage | ServiceError) -> None:
-        """Pass an update on. What comes after the outcome is dropped: a job that is being cancelled may still end by itself."""
+        """Pass an update on. Drops updates after the outcome: a job may end by itself while it is being cancelled."""
         ticket = generation.ticket
         if self._generations.get((ticket.job_id, ticket.index)) is not generation:
             return
         if isinstance(update, Progress):
             generation.updates.put_nowait(update)
-            last = self._to_note.get(ticket)
-            self._to_note[ticket] = update if update.preview or last is None else replace(update, preview=last.preview)
+            last = self._unstored_progress.get(ticket)
+            self._unstored_progress[ticket] = update if update.preview or last is None else replace(update, preview=last.preview)
             return
         del self._generations[ticket.job_id, ticket.index]
-        self._to_note.pop(ticket, None)
+        self._unstored_progress.pop(ticket, None)
         ending = asyncio.create_task(self._end(generation, update))
         self._endings.add(ending)
         ending.add_done_callback(self._endings.discard)
@@ -116,43 +116,43 @@ class ModelProcess:
     async def _end(self, generation: _Generation, outcome: GeneratedImage | ServiceError) -> None:
         """Pass the outcome on to the client and to the job store.
 
-        A waiting client gets the image first. An asynchronous job reports its end only when its image is in the store.
+        A waiting client gets the image first. An asynchronous job ends only when its image is in the store.
         """
         ticket = generation.ticket
         try:
-            outcome = await asyncio.to_thread(_finished, generation.task, outcome)
+            outcome = await asyncio.to_thread(_with_original_outside_mask, generation.task, outcome)
         except Exception:
-            logger.exception("Job %s was drawn and could not be finished.", ticket.job_id)
-            outcome = GenerationFailed("the picture could not be finished")
+            logger.exception("The image of job %s was generated but could not be finished.", ticket.job_id)
+            outcome = GenerationFailed("the image was generated but could not be finished")
         if not ticket.asynchronous:
             generation.updates.put_nowait(outcome)
         await generation.beginning
-        if not await _noted(self._jobs.end, ticket, outcome) and ticket.asynchronous:
-            outcome = GenerationFailed("the picture was drawn and could not be kept")
-            await _noted(self._jobs.end, ticket, outcome)
+        if not await _call_store(self._jobs.end, ticket, outcome) and ticket.asynchronous:
+            outcome = GenerationFailed("the image was generated but could not be stored")
+            await _call_store(self._jobs.end, ticket, outcome)
         if ticket.asynchronous:
             generation.updates.put_nowait(outcome)
 
-    async def _keep_the_store(self) -> None:
-        """While jobs run: cancel those with a cancellation request, and regularly store how far the jobs are."""
-        noted = 0.0
+    async def _synchronise_with_store(self) -> None:
+        """While jobs run, cancel those with a cancellation request and regularly store the progress of all."""
+        stored_s = 0.0
         while self._generations:
-            await asyncio.sleep(_LOOK_FOR_CANCELLATIONS_S)
-            to_cancel = await _noted(self._jobs.to_cancel, self._runner)
+            await asyncio.sleep(_POLL_CANCELLATIONS_S)
+            to_cancel = await _call_store(self._jobs.to_cancel, self._runner)
             if to_cancel is None:
-                await asyncio.sleep(_STORE_FAILED_S)  # the log gives the reason each time
+                await asyncio.sleep(_STORE_RETRY_S)  # the log gives the reason each time
                 continue
             for key in to_cancel:
                 if (generation := self._generations.get(key)) is not None:
                     self._cancel(generation)
-            if self._to_note and time.monotonic() - noted >= _NOTE_S:
-                notes, self._to_note = self._to_note, {}
-                await _noted(self._jobs.note, notes)
-                noted = time.monotonic()
+            if self._unstored_progress and time.monotonic() - stored_s >= _STORE_PROGRESS_S:
+                notes, self._unstored_progress = self._unstored_progress, {}
+                await _call_store(self._jobs.note, notes)
+                stored_s = time.monotonic()
 
 
-async def _noted(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Call the job store on a thread. Returns None if that failed, else the call's result, or True if there is none.
+async def _call_store(call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call the job store on a thread. Returns None if that fails, else the result of the call, or True if it returns None.
 
     A failing store affects only clients that follow jobs, not generation. The store logs the error.
     """
@@ -163,7 +163,7 @@ async def _noted(call: Callable[..., Any], *arguments: Any) -> Any:
     return True if returned is None else returned
 
 
-def _finished(task: Task, outcome: GeneratedImage | ServiceError) -> GeneratedImage | ServiceError:
+def _with_original_outside_mask(task: Task, outcome: GeneratedImage | ServiceError) -> GeneratedImage | ServiceError:
     """Restore the original outside the mask of an inpainted image."""
     if not isinstance(outcome, GeneratedImage) or task.image is None or task.mask is None or outcome.flagged:
         return outcome

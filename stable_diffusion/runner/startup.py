@@ -1,6 +1,6 @@
 """The start of a model process: load the model, measure how many images share a step, start the engine.
 
-Imports of the engine are inside the functions: API workers import this module too and must not import torch.
+The functions import the engine: API workers import this module too and must not import torch.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def start_engine(
     """Load the model, determine how many images share a step, and start the engine. Returns when it can generate.
 
     `on_step`: for benchmarks, which count steps. `make_denoiser`: for tests, which make it fail.
-    `runner_index`: BentoML's number of this process, under which it publishes its status; None: it publishes none.
-    `limits`: how much work is accepted, and when a step counts as stuck, which ends this process; None: no limits.
+    `runner_index`: BentoML's number of this process, under which it publishes its status; None: it publishes no status.
+    `limits`: how much work is accepted, and after how long a stuck step ends this process; None: no limits.
     """
     from stable_diffusion.engine.admission import NO_LIMITS, QueueLimits
     from stable_diffusion.engine.calibration import batch_limit_for_size
@@ -90,9 +90,9 @@ def start_engine(
         step_seconds.append(denoiser.warm_up(width, height))
         if cuda_graphs:
             _record_steps(denoiser, parts, width, height, max_batch_size)
-        state.enter("measuring the cap")
-        batch_limit = _recall_or_measure(denoiser, parts, model, max_batch_size, cuda_graphs)
-        logger.info("Up to %d pictures of %dx%d share a step: %s.", batch_limit.jobs, width, height, batch_limit.reason)
+        state.enter("measuring the cap")  # a value that clients of /status see
+        batch_limit = _recall_or_measure_batch_limit(denoiser, parts, model, max_batch_size, cuda_graphs)
+        logger.info("Up to %d images of %dx%d share a step: %s.", batch_limit.jobs, width, height, batch_limit.reason)
         state.set_batch_limit(StepBatchLimit(width, height, batch_limit.jobs, batch_limit.reason))
         batch_limits.append(batch_limit)
         return denoiser
@@ -109,7 +109,7 @@ def start_engine(
         count(record)
         if isinstance(record, BatchLimitRecord):
             state.set_batch_limit(
-                StepBatchLimit(record.width, record.height, record.jobs, f"{record.tried} pictures did not fit into memory")
+                StepBatchLimit(record.width, record.height, record.jobs, f"{record.tried} images did not fit into memory")
             )
 
     queue = NO_LIMITS if limits is None else QueueLimits(limits.queue_s, limits.queue_pictures)
@@ -132,13 +132,15 @@ def _record_steps(denoiser: Denoiser, parts: Parts, width: int, height: int, max
     from stable_diffusion.engine.cuda_graphs import CudaGraphs
 
     if parts.device.type != "cuda":
-        logger.warning("%s is ignored: there is no GPU.", CUDA_GRAPHS_VARIABLE)
+        logger.warning("%s has no effect: there is no GPU.", CUDA_GRAPHS_VARIABLE)
         return
     rows = denoiser.record_steps(CudaGraphs(), width, height, max_batch_size)
     logger.info("Steps of up to %d rows of %dx%d are recorded as CUDA graphs.", rows, width, height)
 
 
-def _recall_or_measure(denoiser: Denoiser, parts: Parts, model: ModelFolder, max_batch_size: int, cuda_graphs: bool) -> BatchLimit:
+def _recall_or_measure_batch_limit(
+    denoiser: Denoiser, parts: Parts, model: ModelFolder, max_batch_size: int, cuda_graphs: bool
+) -> BatchLimit:
     import torch
 
     from stable_diffusion.engine.calibration import choose_batch_limit

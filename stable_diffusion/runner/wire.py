@@ -1,7 +1,7 @@
-"""The format in which a task crosses to the model process and its updates come back. No other module knows it.
+"""The format of tasks on their way to the model process and of the updates on their way back. No other module knows it.
 
-A BentoML runner takes any picklable argument but streams only text. So a task travels as plain values, and each update as one line with the
-pixels in base64. Does not depend on HTTP or torch.
+A BentoML runner accepts any picklable argument but streams only text. So a task travels as plain values, and each update as one line with
+the pixels in base64. Does not depend on HTTP or torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stable_diffusion.core.types import GeneratedImage, Progress, Task, Ticket
 
 
 def pack_task(task: Task, ticket: Ticket, *, follow: bool = False) -> dict[str, Any]:
-    """A task as plain values with images as (mode, size, bytes), its ticket, and whether progress should be sent too."""
+    """A task as plain values with images as (mode, size, bytes), its ticket, and whether to send progress too."""
     values = {field.name: _pack_image(getattr(task, field.name)) for field in fields(task)}
     return {"task": values, "ticket": asdict(ticket), "follow": follow}
 
@@ -36,7 +36,7 @@ def _pack_image(value: Any) -> Any:
 def pack_outcome(outcome: GeneratedImage | ServiceError) -> str:
     """One line of ASCII, which a transport may split anywhere: JSON and, after a tab, the pixels.
 
-    In a JSON string the pixels would be scanned twice for characters to escape.
+    The pixels are not part of the JSON, because json would scan them twice for characters to escape.
     """
     if isinstance(outcome, ServiceError):
         content: dict[str, Any] = {"error": outcome.facts()}

@@ -21,19 +21,19 @@ warnings.filterwarnings("ignore", category=BentoMLDeprecationWarning)
 
 
 def restart_workers_in_containers() -> None:
-    """In a container BentoML does not restart a worker that has died, which would leave a server that never responds."""
+    """In a container BentoML does not restart a dead worker; without this the server would stay up and never respond."""
     os.environ.pop("BENTOML_CONTAINERIZED", None)
 
 
 def keep_operators_threads() -> None:
-    """BentoML sets OMP_NUM_THREADS and the like in the model process, whatever the operator has set."""
+    """Keep the operator's thread settings: BentoML overwrites OMP_NUM_THREADS and similar variables in the model process."""
     os.environ.setdefault(OPERATORS_THREADS_VARIABLE, operators_threads(os.environ))
 
 
 def switch_off_request_timers() -> None:
     """BentoML's timer runs for an hour after each response and holds 2.5 kB: gigabytes, if a client keeps requesting /livez."""
     BentoMLContainer.api_server_config.traffic.timeout.set(0)
-    if server_context.service_type == "runner":  # its timer does the same; in API workers the setting is how long they wait for the runner
+    if server_context.service_type == "runner":  # has the same timer; in API workers this setting limits the wait for the runner
         BentoMLContainer.runners_config.traffic.timeout.set(0)
 
 

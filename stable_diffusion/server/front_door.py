@@ -1,6 +1,6 @@
 """The front door: middleware that checks API keys, paths, methods, origins and the rate limit before a request reaches an API.
 
-It knows the paths of all routes and the error form of each API dialect. Some pages it serves itself, in place of BentoML's routes.
+It knows the paths of all routes and the error form of each API dialect. It serves some pages itself, in place of BentoML's routes.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from stable_diffusion.web.content_coding import CODINGS, codings_of, decompresse
 class FrontDoor:
     """Checks each request, gives it a job id, and serves the paths in `pages` in place of BentoML's routes.
 
-    First it refuses requests of two lengths, and those without a valid API key, if the server has keys. Then it refuses unknown paths and
-    shows BentoML's metrics route templates such as `/jobs/{job_id}`: the metrics keep a series for every path that they see. It also
-    refuses changes that a page of another site requests, bodies in codings that it cannot undo, and callers over the rate limit. All this
-    happens before the body is read. A path has one form here: `OnePath` in `middleware.py` sees to that.
+    Before reading the body it refuses, in this order: requests with two lengths; requests without a valid API key, if the server has keys;
+    unknown paths and methods; changes requested by a page of another site; bodies in an unsupported content coding; callers over the rate
+    limit. BentoML's metrics keep a series for every path that they see, so they get route templates such as `/jobs/{job_id}`. Paths are
+    normalised already, by `OnePath` in `middleware.py`.
     """
 
     def __init__(self, app: ASGIApp, routes: Sequence[Route], pages: Mapping[str, ASGIApp], access: Callable[[], Access]) -> None:
@@ -57,10 +57,10 @@ class FrontDoor:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self._app(scope, receive, send)
-        assert scope["type"] == "http", "connections.py lets nothing else in"
+        assert scope["type"] == "http", "connections.py refuses WebSockets"
         path, method, headers = scope["path"], scope["method"], Headers(scope=scope)
         if "transfer-encoding" in headers and "content-length" in headers:
-            return await _of_two_lengths(path)(scope, receive, send)
+            return await _two_lengths(path)(scope, receive, send)
         key_name = name_of_key(self._keys, headers) if self._keys else None
         if self._keys and key_name is None and path not in self._open and not self._is_preflight(method, headers):
             return await self._readable(_no_key(path, headers))(scope, receive, send)
@@ -68,17 +68,17 @@ class FrontDoor:
         if template not in self._methods:
             return await self._readable(_refusal(path, 404, "not_found", f"no such path: {path[:200]}"))(scope, receive, send)
         allowed = self._methods[template]
-        # BentoML's CORS middleware answers preflight requests.
+        # BentoML's CORS middleware responds to preflight requests.
         if method != "OPTIONS" and method not in allowed:
             return await self._readable(_not_allowed(path, method, sorted(allowed)))(scope, receive, send)
         if method not in _READING_METHODS and self._is_from_elsewhere(headers):
-            message = "pages of other sites cannot do this, unless BentoML's api_server.http.cors allows their origin"
+            message = "pages of other sites cannot send this request, unless BentoML's api_server.http.cors allows their origin"
             return await _refusal(path, 403, "cross_site", message)(scope, receive, send)
         codings = codings_of(headers) if method == "POST" else []
         if codings and (len(codings) > 1 or codings[0] not in CODINGS):
             return await self._readable(_unknown_coding(path, codings))(scope, receive, send)
         if method == "POST" and (wait_s := await self._wait_s(template, scope, key_name)):
-            return await self._readable(_too_many(path, wait_s))(scope, receive, send)
+            return await self._readable(_rate_limited(path, wait_s))(scope, receive, send)
         if template in self._pages and method != "OPTIONS":
             return await self._pages[template](scope, receive, send)
         context = RequestContext(new_job_id(), path, job_in_path, key_name)
@@ -91,15 +91,16 @@ class FrontDoor:
         await self._app(inner, receive, _naming_job(context, send) if method == "POST" else send)
 
     def _is_preflight(self, method: str, headers: Headers) -> bool:
-        """Whether this is a preflight request that the CORS middleware answers. It carries no key and reaches no endpoint."""
-        asked = method == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
-        return asked and self._cors is not None
+        """Whether this is a preflight request that the CORS middleware handles. It carries no key and reaches no endpoint."""
+        is_preflight = method == "OPTIONS" and "origin" in headers and "access-control-request-method" in headers
+        return is_preflight and self._cors is not None
 
-    def _readable(self, answer: ASGIApp) -> ASGIApp:
-        return _readable(answer, self._cors)
+    def _readable(self, response: ASGIApp) -> ASGIApp:
+        return _readable(response, self._cors)
 
     async def _wait_s(self, template: str, scope: Scope, key_name: str | None) -> float:
-        """The seconds until the caller may generate again. Without keys the address counts: an Authorization header could be made up."""
+        """The seconds until the caller may generate again. Without keys, the address identifies the caller, because a client can
+        invent any Authorization header."""
         if self._rate_limit is None or template not in LIMITED_PATHS:
             return 0.0
         address = scope["client"][0] if scope.get("client") else ""
@@ -120,9 +121,9 @@ class FrontDoor:
         return path, None
 
 
-def _readable(answer: ASGIApp, cors: dict[str, Any] | None) -> ASGIApp:
+def _readable(response: ASGIApp, cors: dict[str, Any] | None) -> ASGIApp:
     """Make a response readable for pages of sites that CORS allows. BentoML does so for the responses of the APIs."""
-    return answer if cors is None else CORSMiddleware(answer, **cors)
+    return response if cors is None else CORSMiddleware(response, **cors)
 
 
 async def _no_app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -132,8 +133,8 @@ async def _no_app(scope: Scope, receive: Receive, send: Send) -> None:
 _READING_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
-# With it a browser asks whether a page of a public site may reach a server of a private network. BentoML's CORS middleware, which cannot be
-# told to allow that, refuses preflights that carry it. A site that CORS allows may do that as well.
+# A browser sends this header to ask whether a page of a public site may reach a server in a private network. BentoML's CORS middleware
+# refuses preflights that carry it and has no option to allow them. Here every site that CORS allows may reach a private network too.
 _PRIVATE_NETWORK = "access-control-request-private-network"
 
 
@@ -161,15 +162,15 @@ def _naming_job(context: RequestContext, send: Send) -> Send:
     return named
 
 
-def _of_two_lengths(path: str) -> Response:
-    """400 and the end of the connection: something in front may see the end elsewhere, and another request in the rest (RFC 9112, 6.1)."""
-    message = "a request has Content-Length or Transfer-Encoding, not both"
+def _two_lengths(path: str) -> Response:
+    """400, and the connection is closed: a proxy may see the body end elsewhere and take the rest for another request (RFC 9112, 6.1)."""
+    message = "a request must not have both Content-Length and Transfer-Encoding"
     return _refusal(path, 400, "invalid_request", message, {"Connection": "close"})
 
 
 def _unknown_coding(path: str, codings: list[str]) -> Response:
     given = ", ".join(codings)[:60]
-    message = f"Content-Encoding must be one of {', '.join(CODINGS)}, or be left out, not {given}"
+    message = f"Content-Encoding must be one of {', '.join(CODINGS)}, or be left out, got {given}"
     return _refusal(path, UnsupportedMediaType.status, UnsupportedMediaType.type, message, {"Accept-Encoding": ", ".join(CODINGS)})
 
 
@@ -181,15 +182,15 @@ def _not_allowed(path: str, method: str, allowed: list[str]) -> Response:
 
 def _no_key(path: str, headers: Headers) -> Response:
     """401 with a challenge that makes browsers ask for a password: any user, the key as the password."""
-    carried = "the API key is not one of this server's" if carries_key(headers) else "an API key is needed"
-    message = f"{carried}: send it as Authorization: Bearer KEY, as X-API-Key: KEY, or as the password of Basic with any user"
+    problem = "the API key is not one of this server's" if carries_key(headers) else "an API key is needed"
+    message = f"{problem}: send it as Authorization: Bearer KEY, as X-API-Key: KEY, or as the password of Basic with any user"
     challenge = {"WWW-Authenticate": f'Basic realm="{_REALM}", charset="UTF-8", Bearer realm="{_REALM}"'}
     return _refusal(path, Unauthorized.status, Unauthorized.type, message, challenge)
 
 
-def _too_many(path: str, wait_s: float) -> Response:
+def _rate_limited(path: str, wait_s: float) -> Response:
     seconds = max(1, math.ceil(wait_s))
-    message = f"more requests that draw came from you than are allowed in a minute, try again in {seconds} s"
+    message = f"rate limit exceeded; retry in {seconds} s"
     return _refusal(path, RateLimited.status, RateLimited.type, message, {"Retry-After": str(seconds)})
 
 

@@ -1,6 +1,6 @@
-"""Answers clients that close their side of the connection once their request is sent, and notices those that are gone.
+"""Responds to clients that close their side of the connection after sending the request, and detects clients that have disconnected.
 
-uvicorn takes both for gone: https://github.com/Kludex/uvicorn/issues/1264. Does not know what is answered.
+uvicorn treats both as disconnected: https://github.com/Kludex/uvicorn/issues/1264. Does not know the responses.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ import socket
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-# What a client that has closed says is the same in both cases. One that is gone refuses what is sent to it, so it is sent something.
-_FIRST_PAUSE_S = 0.1  # before the first time, doubled each time: something between the client and the server may be slow to tell
+# Both kinds of client send the same FIN. A disconnected one resets the connection when it is sent something, so the server probes it.
+_FIRST_PAUSE_S = 0.1  # before the first probe; doubled after each, since a proxy in between may be slow to pass the reset on
 _LONGEST_PAUSE_S = 5.0
-# A client of HTTP/1.0 knows no interim responses. Its answer has so long to begin.
+# HTTP/1.0 has no interim responses, so its clients cannot be probed. A response to one must begin within this time.
 PATIENCE_S = 2.0
-_TCP_CLOSE = 7  # the state of a connection that the other side has refused; the operating system's name
+_TCP_CLOSE = 7  # Linux's number for the state of a connection that the other side has reset
 
 
 class HalfClosable(H11Protocol):
-    """uvicorn's protocol, which keeps a connection until the requests that have come are answered.
+    """uvicorn's protocol, but a half-closed connection stays open until all received requests have their responses.
 
-    While an answer is awaited, an interim response, 100 Continue, is sent now and then. A client must read any number of those
-    (RFC 9110, 15.2), and all do. Of an answer that has begun, its own pieces tell whether somebody reads it.
+    Until a response begins, the probe is the interim response 100 Continue: clients must accept any number of those (RFC 9110, 15.2).
+    Once it has begun, its own pieces serve as probes.
     """
 
     _watching: asyncio.Task[None] | None = None  # set once the client has closed its side
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Whether the connection stays open. asyncio calls this again if reading was paused and is resumed."""
-        if self.scheme != "http" or not self._is_waited_for():  # TLS has no half-closed connections in asyncio
+        if self.scheme != "http" or not self._owes_response():  # TLS has no half-closed connections in asyncio
             return False
         if self._watching is None:
             self._watching = self.loop.create_task(self._watch())
@@ -38,7 +38,7 @@ class HalfClosable(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()  # begins the next request, if there is one
-        if self._watching is not None and not self._is_waited_for():
+        if self._watching is not None and not self._owes_response():
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -46,8 +46,8 @@ class HalfClosable(H11Protocol):
             self._watching.cancel()
         super().connection_lost(exc)
 
-    def _is_waited_for(self) -> bool:
-        """Whether a whole request has come, and is not answered."""
+    def _owes_response(self) -> bool:
+        """Whether a complete request has arrived whose response is not complete."""
         return self.cycle is not None and not self.cycle.response_complete and not self.cycle.more_body
 
     async def _watch(self) -> None:
@@ -55,22 +55,22 @@ class HalfClosable(H11Protocol):
         while not self.transport.is_closing():
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-            if self._is_refused() or self._is_out_of_patience(self.loop.time() - began_s):
+            if self._is_reset() or self._is_out_of_patience(self.loop.time() - began_s):
                 self.transport.abort()
                 return
-            self._ask()
+            self._probe()
 
-    def _is_refused(self) -> bool:
+    def _is_reset(self) -> bool:
         connection = self.transport.get_extra_info("socket")
         state: int = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
         return state == _TCP_CLOSE
 
     def _is_out_of_patience(self, waited_s: float) -> bool:
-        return not self._may_ask() and not self.cycle.response_started and waited_s >= PATIENCE_S
+        return not self._may_probe() and not self.cycle.response_started and waited_s >= PATIENCE_S
 
-    def _may_ask(self) -> bool:
+    def _may_probe(self) -> bool:
         return self.scope["http_version"] != "1.0"
 
-    def _ask(self) -> None:
-        if self._may_ask() and self.conn.our_state is h11.SEND_RESPONSE and not self.cycle.response_started:
+    def _probe(self) -> None:
+        if self._may_probe() and self.conn.our_state is h11.SEND_RESPONSE and not self.cycle.response_started:
             self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[], reason="Continue")))

@@ -1,4 +1,4 @@
-"""Middleware around the front door: the path's one form, the request log, the header against sniffing, and the end of an API worker.
+"""Middleware around the front door: path normalisation, the request log, the header against sniffing, and the shutdown of an API worker.
 
 None of it knows routes or API keys.
 """
@@ -26,21 +26,21 @@ logger = logging.getLogger("stable_diffusion.requests")
 _LOGGED_METHODS = ("POST", "DELETE")
 _MAX_PATH_CHARACTERS = 200
 
-# A worker that is finishing is alive, can be measured, and holds images to be fetched. These requests do not count as unfinished work:
-# uvicorn completes those that it has begun, and a client that keeps asking could delay the end for ever.
-_ALWAYS_ANSWERED = ("/livez", "/healthz", "/metrics")
-_ALWAYS_ANSWERED_UNDER = "/jobs/"
+# A worker that shuts down is still alive, has metrics, and holds images that clients may fetch. Requests for these paths do not count as
+# unfinished work: uvicorn completes those that it has begun, and a polling client could delay the shutdown for ever.
+_ALWAYS_SERVED = ("/livez", "/healthz", "/metrics")
+_ALWAYS_SERVED_UNDER = "/jobs/"
 
-# http://HOST/PATH. A host with user and password is not accepted: RFC 9110, 4.2.4 has it treated as an error.
+# http://HOST/PATH. A host with user and password is not accepted: RFC 9110, 4.2.4 says to treat it as an error.
 _ABSOLUTE_FORM = re.compile(rb"https?://([^/?#@\\\s]+)(/[^#]*)?", re.IGNORECASE)
 
 
 class OnePath:
-    """Shows inner applications the path that is meant, whose slashes may be doubled, or end it, or follow a host.
+    """Normalises paths: removes double and trailing slashes, and the host of an absolute request target.
 
-    So keys, rate limits, routes, metrics and the log see the same path, however it is written.
+    So API keys, rate limits, routes, metrics and the log all see the same path, however the client writes it.
     uvicorn passes the absolute form (RFC 9112, 3.2.2) on as if it were a path: https://github.com/Kludex/uvicorn/pull/3097.
-    `with_slash` are the paths that end with a slash.
+    `with_slash` lists the paths that keep their trailing slash.
     """
 
     def __init__(self, app: ASGIApp, with_slash: Collection[str]) -> None:
@@ -48,21 +48,21 @@ class OnePath:
         self._with_slash = frozenset(with_slash)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app(self._in_one_form(scope) if scope["type"] == "http" else scope, receive, send)
+        await self._app(self._normalised(scope) if scope["type"] == "http" else scope, receive, send)
 
-    def _in_one_form(self, scope: Scope) -> Scope:
+    def _normalised(self, scope: Scope) -> Scope:
         path, headers = scope["path"], scope["headers"]
-        # Of what was sent: a path in which http%3A//HOST/ is decoded is none.
+        # Match the raw path: in the decoded one, a path that begins with http%3A//HOST/ would look like the absolute form.
         if absolute := _ABSOLUTE_FORM.fullmatch(scope["raw_path"]):
             path = unquote((absolute[2] or b"/").decode("ascii"))
-            # The RFC says that this host counts, whatever Host says: nothing behind this line sees another one.
+            # The RFC says that this host overrides the Host header, so the application must not see another one.
             headers = [(b"host", absolute[1]), *((name, value) for name, value in headers if name != b"host")]
         path = normal_path(path, self._with_slash)
         return {**scope, "path": path, "raw_path": path.encode(), "headers": headers}
 
 
 def normal_path(path: str, with_slash: Collection[str] = ()) -> str:
-    """The path with single slashes and none at its end, unless it is "/" or one of `with_slash`. What is no path stays as it is."""
+    """The path without double or trailing slashes, except "/" and those in `with_slash`. Other targets are returned unchanged."""
     if not path.startswith("/"):
         return path
     single = re.sub("/{2,}", "/", path)
@@ -70,7 +70,7 @@ def normal_path(path: str, with_slash: Collection[str] = ()) -> str:
 
 
 class RequestLog:
-    """Logs requests. It surrounds all middleware that may refuse one."""
+    """Logs requests. It must surround all middleware that may refuse one."""
 
     def __init__(self, app: ASGIApp, with_prompts: Callable[[], bool]) -> None:
         self._app = app
@@ -80,25 +80,25 @@ class RequestLog:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        answer = {"method": scope["method"], "path": scope["path"][:_MAX_PATH_CHARACTERS]}
-        line = Line(self._with_prompts, scope["client"][0] if scope.get("client") else None, answer=answer)
+        response = {"method": scope["method"], "path": scope["path"][:_MAX_PATH_CHARACTERS]}
+        line = Line(self._with_prompts, scope["client"][0] if scope.get("client") else None, answer=response)
         is_logged = scope["method"] in _LOGGED_METHODS
         current_line.set(line if is_logged else None)  # a request may start in the context of the previous one on its connection
 
         async def noting_status(message: Message) -> None:
             if message["type"] == "http.response.start":
-                answer["status"] = message["status"]
+                response["status"] = message["status"]
             await send(message)
 
         try:
             await self._app(scope, receive, noting_status)
         finally:
-            if is_logged or answer.get("status") == Unauthorized.status:
+            if is_logged or response.get("status") == Unauthorized.status:
                 write_line(line)
 
 
 def _write_to_standard_output() -> None:
-    """Write lines without the prefix of BentoML's log, so that programs can parse them."""
+    """Write log lines without BentoML's prefix, so that programs can parse them."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers = [handler]
@@ -107,7 +107,7 @@ def _write_to_standard_output() -> None:
 
 
 class NoSniffing:
-    """Tells browsers, in every response, not to guess another content type than the declared one."""
+    """Adds X-Content-Type-Options to every response: browsers then use the declared content type and do not guess another."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -122,10 +122,10 @@ class NoSniffing:
 
 
 class Draining:
-    """After SIGTERM new requests get `refusal`. The signal is passed to uvicorn when all work is finished.
+    """After SIGTERM, responds to new requests with `refusal` and passes the signal to uvicorn when all work is finished.
 
-    uvicorn alone stops listening at once, but BentoML's first process keeps the listening socket open for its workers. A client that
-    connects while the last images are generated would wait until all of them are done and then be cut off.
+    uvicorn alone would stop accepting connections at once, but BentoML's first process keeps the listening socket open for its workers.
+    A client that connects while the last images are generated would wait until all of them are done and then be cut off.
     """
 
     def __init__(self, app: ASGIApp, unfinished: Unfinished, refusal: ASGIApp) -> None:
@@ -136,7 +136,7 @@ class Draining:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             self._take_over_sigterm()
-        if scope["type"] != "http" or (self._unfinished.is_stopping and _is_always_answered(scope["path"])):
+        if scope["type"] != "http" or (self._unfinished.is_stopping and _is_always_served(scope["path"])):
             await self._app(scope, receive, send)
         elif self._unfinished.is_stopping:
             await self._refusal(scope, receive, send)
@@ -152,5 +152,5 @@ class Draining:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._unfinished.stop_when_done, stop)
 
 
-def _is_always_answered(path: str) -> bool:
-    return path in _ALWAYS_ANSWERED or path.startswith(_ALWAYS_ANSWERED_UNDER)
+def _is_always_served(path: str) -> bool:
+    return path in _ALWAYS_SERVED or path.startswith(_ALWAYS_SERVED_UNDER)

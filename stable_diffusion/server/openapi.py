@@ -26,7 +26,7 @@ def document(title: str, version: str) -> dict[str, Any]:
         "info": {
             "title": title,
             "version": version,
-            "description": "Stable Diffusion: text to image, image to image and inpainting. The answer is the image itself.",
+            "description": "Stable Diffusion: text to image, image to image and inpainting. The response body is the image itself.",
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "tags": [api.TAG for api in apis],
@@ -38,7 +38,7 @@ def document(title: str, version: str) -> dict[str, Any]:
 
 
 def _with_schemas(written: dict[str, Any]) -> dict[str, Any]:
-    """The document with JSON Schema in place of the types that stand in it; models become components."""
+    """The document with its Python types replaced by JSON Schema; models become components."""
     types: dict[Any, None] = {}
     _mapped(written, types.setdefault)
     inputs: list[tuple[Any, JsonSchemaMode, TypeAdapter[Any]]] = [(found, "validation", TypeAdapter(found)) for found in types]
@@ -52,7 +52,7 @@ def _with_schemas(written: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mapped(node: Any, schema_of: Callable[[Any], Any]) -> Any:
-    """A part of the document, with `schema_of` of every type in place of the type."""
+    """A part of the document, with every type replaced by `schema_of` of it."""
     if isinstance(node, dict):
         return {name: _mapped(part, schema_of) for name, part in node.items()}
     if isinstance(node, list | tuple):

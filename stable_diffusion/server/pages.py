@@ -1,6 +1,6 @@
 """The pages for browsers: Swagger at /, and the page at /ui, whose files are plain HTML, CSS and ES modules.
 
-`PAGE` and `PAGE_HEADERS` are Swagger's; the rest of the module serves the files of /ui.
+`PAGE` and `PAGE_HEADERS` belong to Swagger; the rest of the module serves the files of /ui.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PAGE = f"""<!DOCTYPE html>
     <style>{_STYLE}</style>
   </head>
   <body>
-    <p><a href="./ui/">A page to draw with</a></p>
+    <p><a href="./ui/">Generate images in the browser</a></p>
     <div id="swagger-ui"></div>
     <script src="./static_content/swagger-ui-bundle.js"></script>
     <script>{_SCRIPT}</script>
@@ -49,7 +49,7 @@ PAGE = f"""<!DOCTYPE html>
 
 
 def _source(inline: str) -> str:
-    """The source expression of an inline text for a Content-Security-Policy."""
+    """The source expression that allows an inline script or style in a Content-Security-Policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()}'"
 
 
@@ -73,7 +73,7 @@ _MEDIA_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascrip
 _CONTENT_SECURITY_POLICY = "; ".join(
     (
         "default-src 'self'",
-        "img-src 'self' blob: data:",  # images arrive in events and are shown from memory
+        "img-src 'self' blob: data:",  # images arrive in server-sent events and are shown from memory
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",

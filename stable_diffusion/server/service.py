@@ -1,6 +1,6 @@
-"""`create_service`: puts the APIs behind the front door and the other middleware, for both precisions.
+"""`create_service`: assembles the APIs, the front door and the other middleware into a BentoML service.
 
-All processes of the server call it, so it imports no torch; only the model process generates.
+All processes of the server call it, so it must not import torch; only the model process generates.
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ def create_service(name: str, runner: bentoml.Runner, folder: Path, precision: P
         """Runs once, before BentoML starts any process."""
         served = checked_model(os.environ, model, bentoml_fixes.host(), in_bento=in_bento)
         if served.is_demo:
-            logger.warning("Serving the demo model, which draws coloured shapes only. 'make model' downloads Stable Diffusion v1.4.")
-        logger.info("When the server is ready, its address has a page to draw with at /ui, and one to try the API at /.")
+            logger.warning("Serving the demo model, which generates coloured shapes only. 'make model' downloads Stable Diffusion v1.4.")
+        logger.info("When the server is ready, open its address in a browser: /ui generates images, / documents the API.")
 
     unfinished = Unfinished(_grace_s())
     context = Context(RunnerClient(runner, Jobs(shared_folder), unfinished), model, policy)
     routes = all_routes(context)
     service = Service(name, runners=[runner])
     service.on_deployment(check_start)
-    service.mount_asgi_app(_with_path_as_asked(Starlette(routes=routes)), path="/")
+    service.mount_asgi_app(_with_requested_path(Starlette(routes=routes)), path="/")
     service.add_asgi_middleware(Connections)
     service.add_asgi_middleware(OnePath, with_slash=[route.path for route in routes if route.path.endswith("/")])
     service.add_asgi_middleware(RequestLog, with_prompts=lambda: read_settings(os.environ).log_prompts)
@@ -90,8 +90,8 @@ def _grace_s() -> float:
 
 
 def all_routes(context: Context) -> list[Route]:
-    of_apis = [route for api in (native, jobs, reproduce, openai, a1111, status) for route in api.make_routes(context)]
-    return [*of_apis, *pages.routes()]
+    api_routes = [route for api in (native, jobs, reproduce, openai, a1111, status) for route in api.make_routes(context)]
+    return [*api_routes, *pages.routes()]
 
 
 def make_pages(name: str, context: Context) -> dict[str, ASGIApp]:
@@ -104,8 +104,8 @@ def make_pages(name: str, context: Context) -> dict[str, ASGIApp]:
     }
 
 
-def _with_path_as_asked(app: ASGIApp) -> ASGIApp:
-    """Restore the path that was asked for, which the front door has replaced by its template for BentoML's metrics."""
+def _with_requested_path(app: ASGIApp) -> ASGIApp:
+    """Restore the requested path, which the front door has replaced by its route template for BentoML's metrics."""
 
     async def restored(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":

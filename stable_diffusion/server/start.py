@@ -1,6 +1,6 @@
 """Checks all settings and the model before any process starts.
 
-So a wrong setting gives one clear line instead of workers that die one after the other. Independent of BentoML.
+So a wrong setting gives one clear message, not a series of crashing workers. Does not depend on BentoML.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from stable_diffusion.server.access.policy import check_exposure, read_access
 
 
 def checked_model(environment: Mapping[str, str], choose_model: Callable[[], ModelFolder], host: str, *, in_bento: bool) -> ModelFolder:
-    """The model of a server that may start at the address `host`. Raises SystemExit, which says what is wrong, if it may not."""
+    """Check whether the server may start at the address `host`, and return its model. Raises SystemExit with the reason if it may not."""
     try:
         read_settings(environment)  # all of them, including those that only other processes use
         model = choose_model()

@@ -1,6 +1,6 @@
-"""One folder that all processes of a server share, and only they, for data that one process writes and another reads.
+"""The folder through which the processes of one server share data.
 
-The first process names it and removes it when it ends; the others find the name in their environment.
+The first process names it and removes it at its end; the others find its name in their environment.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _VARIABLE = "SD_SHARED_FOLDER"
 
 
 def name_shared_folder() -> None:
-    """Every process of a server must call this before it starts another one."""
+    """Name the folder, unless it has a name. Every process of a server must call this before it starts another process."""
     if _VARIABLE in os.environ:
         return
     folder = Path(tempfile.gettempdir()) / f"stable_diffusion-{secrets.token_hex(8)}"

@@ -1,7 +1,7 @@
 """The rate limit: how many generation requests per minute each caller may send, counted once for all API workers of a machine.
 
-It uses the generic cell rate algorithm: for each caller one number, the moment at which all of its requests are paid off. A call may wait
-for the disk: do not call it on an event loop.
+It uses the generic cell rate algorithm: it stores one number per caller, the time at which all of its requests are paid off. Calls may wait
+for the disk: do not make them on an event loop.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ class RateLimit:
         self._burst_s = 60.0
 
     def wait_s(self, caller: str) -> float:
-        """Count a request. Returns 0 if it is allowed, else the seconds until one would be; then it is not counted.
+        """Count a request. Returns 0 if it is allowed. Otherwise it is not counted, and the result is the seconds until one would be.
 
         If the file cannot be used, every request is allowed, and the log says so.
         """
-        # The monotonic clock is the same in all processes of a machine, and nobody can set it.
+        # All processes of a machine share the monotonic clock, and nobody can set it.
         now = time.monotonic()
         try:
             file = self._folder() / "rates.sqlite"
             with transaction(file, _SCHEMA, last_table="callers", busy_timeout_s=_BUSY_TIMEOUT_S) as database:
                 database.execute("BEGIN IMMEDIATE")
-                return self._counted(database, caller, now)
+                return self._count(database, caller, now)
         except (OSError, sqlite3.Error) as error:
-            logger.error("Requests are let in uncounted, because their number cannot be kept: %s", error)
+            logger.error("The rate limit is not enforced, because the requests cannot be counted: %s", error)
             return 0.0
 
-    def _counted(self, database: sqlite3.Connection, caller: str, now: float) -> float:
+    def _count(self, database: sqlite3.Connection, caller: str, now: float) -> float:
         database.execute("DELETE FROM callers WHERE paid_off_s <= ?", (now,))
         row = database.execute("SELECT paid_off_s FROM callers WHERE caller = ?", (caller,)).fetchone()
         paid_off_s = (now if row is None else float(row[0])) + self._interval_s

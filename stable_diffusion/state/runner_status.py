@@ -21,7 +21,7 @@ logger = logging.getLogger("stable_diffusion")
 Stage = Literal["starting", "loading weights", "warming up", "measuring the cap", "ready"]
 STAGES: tuple[Stage, ...] = get_args(Stage)  # in order
 
-_MOST_BATCH_LIMITS = 16  # the native size and the last sizes that ran out of memory
+_MAX_BATCH_LIMITS = 16  # the native size and the last sizes that ran out of memory
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class StepBatchLimit:
 
 @dataclass(frozen=True)
 class Placement:
-    """The device, dtype and library versions with which a loaded model is computed."""
+    """The device, dtype and library versions that a loaded model runs with."""
 
     device: str
     dtype: str
@@ -68,7 +68,7 @@ class RunnerState:
         ]
         if batch_limit not in batch_limits:
             batch_limits.append(batch_limit)
-        self.batch_limits = batch_limits[:1] + batch_limits[1:][-(_MOST_BATCH_LIMITS - 1) :]
+        self.batch_limits = batch_limits[:1] + batch_limits[1:][-(_MAX_BATCH_LIMITS - 1) :]
         _publish(self)
 
 
@@ -82,15 +82,15 @@ def _publish(state: RunnerState) -> None:
         unfinished.write_text(json.dumps(asdict(state)), encoding="utf-8")
         os.replace(unfinished, file)  # atomic, since others may be reading
     except OSError as error:
-        _say_once(f"/status will know nothing of this runner: {error.strerror}")
+        _warn_once(f"/status will not show this runner, whose status file cannot be written: {error.strerror}")
 
 
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
-def _say_once(message: str) -> None:
-    if message not in _said:
-        _said.add(message)
+def _warn_once(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
         logger.warning("%s", message)
 
 
@@ -105,7 +105,7 @@ def living_runners() -> list[RunnerState]:
         try:
             state = _read(file.read_text(encoding="utf-8"))
         except (OSError, ValueError, TypeError, LookupError):
-            continue  # removed meanwhile, or not ours
+            continue  # removed in the meantime, or not a status file
         if is_alive(state.pid):
             states.append(state)
     return sorted(states, key=lambda state: state.index or 0)
@@ -118,7 +118,7 @@ def _read(text: str) -> RunnerState:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether the process runs. A zombie, whose parent has not noticed its end yet, does not."""
+    """Whether the process runs. A zombie, a dead process whose parent has not collected it yet, does not."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

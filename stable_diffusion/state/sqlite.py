@@ -1,4 +1,4 @@
-"""Opens the SQLite files that a server's processes share. What they contain does not outlive the server.
+"""Opens the SQLite files that a server's processes share. Their content does not outlive the server.
 
 Does not know their tables.
 """
@@ -15,8 +15,9 @@ from pathlib import Path
 def transaction(file: Path, schema: str, *, last_table: str, busy_timeout_s: float) -> Iterator[sqlite3.Connection]:
     """Open `file` for one transaction, which is rolled back on an exception. Rows have names.
 
-    Creates the tables of `schema` if `last_table` is missing. A caller that reads before it writes begins with BEGIN IMMEDIATE, so that
-    what it has read stays true. Raises sqlite3.Error, also if another process holds the file for longer than `busy_timeout_s`.
+    Creates the tables of `schema` if `last_table` is missing. A caller that reads before it writes must first execute BEGIN IMMEDIATE, so
+    that no other process changes what it has read. Raises sqlite3.Error, also if another process locks the file for longer than
+    `busy_timeout_s`.
     """
     with closing(sqlite3.connect(file, timeout=busy_timeout_s)) as database:
         database.row_factory = sqlite3.Row

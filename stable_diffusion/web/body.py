@@ -1,4 +1,4 @@
-"""Reads request bodies within limits of size, time and number: JSON, multipart forms and their parts.
+"""Reads request bodies, JSON and multipart forms, within limits on size, time and the number of values.
 
 Does not know which fields a request has.
 """
@@ -26,8 +26,8 @@ from stable_diffusion.web.multipart import read_form
 from stable_diffusion.web.upload_budget import Uploads
 
 MAX_JSON_BYTES = 2**20
-MAX_NAMES = 64  # of a JSON object; a request has about a dozen
-MAX_VALUES = 2**14  # of a JSON body, at all depths: reading millions of them would hold up every other request
+MAX_NAMES = 64  # names in a JSON object; a request has about a dozen
+MAX_VALUES = 2**14  # values in a JSON body, at all depths: parsing millions of them would block all other requests
 
 # A body may take UPLOAD_GRACE_S plus a second for each UPLOAD_BYTES_PER_S received. A slower one is refused.
 UPLOAD_PAUSE_S = 15.0
@@ -51,14 +51,14 @@ async def read_parts(request: Request, required: Sequence[str], optional: Sequen
     """The file parts by name, and the content of the `data` part, None if it is missing."""
     files = (*required, *optional)
     async with opened_form(request, max_pictures=max(2, len(files)), max_parts=8) as form:
-        _refuse_unknown_parts(form, (*files, "data"))
+        _refuse_unknown_or_repeated_parts(form, (*files, "data"))
         contents = {name: await file_part(form, name) for name in files if name in required or name in form}
         return contents, await _data_part(form)
 
 
 @asynccontextmanager
 async def opened_form(request: Request, *, max_pictures: int, max_parts: int) -> AsyncIterator[FormData]:
-    """The parts of a multipart body. Its files can be read until the block ends. `max_pictures` uploads of the largest size fit."""
+    """Yield the parts of a multipart body. Its files can be read until the block ends. `max_pictures` uploads of maximum size fit."""
     require_content_type(request, "multipart/form-data")
     whole = limited(request, max_pictures * MAX_UPLOAD_BYTES + 2 * MAX_JSON_BYTES)
     try:
@@ -68,21 +68,21 @@ async def opened_form(request: Request, *, max_pictures: int, max_parts: int) ->
         finally:
             await form.close()
     except MultiPartException as error:
-        raise InvalidRequest(f"body: not a readable multipart form: {error.message}", field="body") from None
+        raise InvalidRequest(f"body: not a valid multipart form: {error.message}", field="body") from None
 
 
 def require_content_type(request: Request, expected: str) -> None:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != expected:
-        given = f"not {content_type[:60]}" if content_type else "it is missing"
+        given = f"got {content_type[:60]}" if content_type else "but it is missing"
         raise UnsupportedMediaType(f"Content-Type must be {expected}, {given}", field="Content-Type")
 
 
 @contextmanager
 def within_upload_budget(request: Request, uploads: Uploads) -> Iterator[Request]:
-    """The same request, with its body counted in `uploads` until the block ends. End the block when the body is decoded.
+    """Yield the same request, with its body counted in `uploads` until the block ends. End the block when the body is decoded.
 
-    Reading the body raises QueueFull if there is no room.
+    Reading the body raises QueueFull if the budget is exhausted.
     """
     declared = request.headers.get("content-length", "")
     with uploads.of(owner_of(request), int(declared) if declared.isdigit() else 0) as count:
@@ -96,40 +96,40 @@ def within_upload_budget(request: Request, uploads: Uploads) -> Iterator[Request
 
 
 def limited(request: Request, max_bytes: int) -> Request:
-    """The same request, with its body limited to `max_bytes`, whatever length it declares, and to the time limits above."""
-    received, began_s = 0, time.monotonic()
+    """The same request, with its body limited to `max_bytes`, whatever length it declares, and by the time limits above."""
+    received_bytes, began_s = 0, time.monotonic()
 
     async def receive() -> Message:
-        nonlocal received
-        message = await _received_in_time(request, received, began_s)
-        received += len(message.get("body", b""))
-        if received > max_bytes:
-            raise TooLarge(f"the body has more than {max_bytes} bytes", field="body")
+        nonlocal received_bytes
+        message = await _receive_in_time(request, received_bytes, began_s)
+        received_bytes += len(message.get("body", b""))
+        if received_bytes > max_bytes:
+            raise TooLarge(f"the body must have at most {max_bytes} bytes, got more", field="body")
         return message
 
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > max_bytes:
-        raise TooLarge(f"the body has {int(declared)} bytes, at most {max_bytes} are allowed", field="body")
+        raise TooLarge(f"the body must have at most {max_bytes} bytes, got {int(declared)}", field="body")
     return Request(request.scope, receive)
 
 
-async def _received_in_time(request: Request, received: int, began_s: float) -> Message:
-    """The next message of a body of which `received` bytes have arrived. Raises RequestTimeout."""
+async def _receive_in_time(request: Request, received_bytes: int, began_s: float) -> Message:
+    """The next message of a body of which `received_bytes` have arrived. Raises RequestTimeout."""
     passed_s = time.monotonic() - began_s
-    left_s = min(UPLOAD_TIMEOUT_S, UPLOAD_GRACE_S + received / UPLOAD_BYTES_PER_S) - passed_s
+    left_s = min(UPLOAD_TIMEOUT_S, UPLOAD_GRACE_S + received_bytes / UPLOAD_BYTES_PER_S) - passed_s
     with anyio.move_on_after(min(UPLOAD_PAUSE_S, left_s)):
         return await request.receive()
     raise RequestTimeout(
-        f"the body came too slowly, {received} bytes in {time.monotonic() - began_s:.0f} s: allowed are {UPLOAD_GRACE_S:g} s and one "
-        f"more for every {UPLOAD_BYTES_PER_S} bytes, at most {UPLOAD_TIMEOUT_S:g} s, and pauses of {UPLOAD_PAUSE_S:g} s",
+        f"the body arrived too slowly, {received_bytes} bytes in {time.monotonic() - began_s:.0f} s: it may take {UPLOAD_GRACE_S:g} s plus "
+        f"1 s per {UPLOAD_BYTES_PER_S} bytes, at most {UPLOAD_TIMEOUT_S:g} s, without a pause longer than {UPLOAD_PAUSE_S:g} s",
         field="body",
     )
 
 
-def _refuse_unknown_parts(form: FormData, known: tuple[str, ...]) -> None:
+def _refuse_unknown_or_repeated_parts(form: FormData, known: tuple[str, ...]) -> None:
     for name in form:
         if name not in known:
-            raise InvalidRequest(f"{name[:60]}: not a known part, allowed are {', '.join(known)}", field=name[:60])
+            raise InvalidRequest(f"{name[:60]}: unknown part, allowed are {', '.join(known)}", field=name[:60])
         if len(form.getlist(name)) > 1:
             raise InvalidRequest(f"{name}: the part is given more than once", field=name)
 
@@ -139,8 +139,8 @@ async def file_part(form: FormData, name: str) -> bytes:
     if part is None:
         raise InvalidRequest(f"{name}: the part is missing, send an image file (curl: -F {name}=@input.jpg)", field=name)
     if not isinstance(part, UploadFile):
-        told = f"{name}: must be a file, not text: give the part a filename, or a type such as image/png (curl: -F {name}=@input.jpg)"
-        raise InvalidRequest(told, field=name)
+        message = f"{name}: must be a file, got text: give the part a filename or a type such as image/png (curl: -F {name}=@input.jpg)"
+        raise InvalidRequest(message, field=name)
     return await part.read()
 
 
@@ -148,14 +148,14 @@ async def _data_part(form: FormData) -> bytes | str | None:
     part = form.get("data")
     if isinstance(part, UploadFile):
         if part.size is not None and part.size > MAX_JSON_BYTES:
-            raise TooLarge(f"data: at most {MAX_JSON_BYTES} bytes are allowed", field="data")
+            raise TooLarge(f"data: must have at most {MAX_JSON_BYTES} bytes, got {part.size}", field="data")
         return await part.read()
     return part
 
 
 @dataclass(frozen=True)
 class _Constant:
-    """Stands for NaN or Infinity until the caller knows the field: json.loads does not say at which name it found one."""
+    """Stands for NaN or Infinity until the field is known: json.loads does not pass the name on."""
 
     name: str  # NaN, Infinity or -Infinity
 
@@ -168,7 +168,7 @@ def parse_json(body: bytes | str, where: str, max_names: int = MAX_NAMES) -> dic
 
     def checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(pairs) > max_names:
-            raise InvalidRequest(f"{where}: {len(pairs)} names, at most {max_names} are allowed", field=where)
+            raise InvalidRequest(f"{where}: a JSON object must have at most {max_names} names, got {len(pairs)}", field=where)
         document: dict[str, Any] = {}
         for name, value in pairs:
             if name in document:
@@ -180,7 +180,7 @@ def parse_json(body: bytes | str, where: str, max_names: int = MAX_NAMES) -> dic
     try:
         # A byte order mark is ignored, as RFC 8259, 8.1 allows: editors and PowerShell write one.
         text = (body.decode("utf-8") if isinstance(body, bytes) else body).removeprefix("\ufeff")
-        _require_few_values(text, where)
+        _limit_values(text, where)
         document = json.loads(text, parse_constant=_Constant, object_pairs_hook=checked_object)
     except UnicodeDecodeError:
         raise InvalidRequest(f"{where}: not UTF-8", field=where) from None
@@ -188,8 +188,8 @@ def parse_json(body: bytes | str, where: str, max_names: int = MAX_NAMES) -> dic
         raise InvalidRequest(
             f"{where}: not valid JSON, {error.msg.lower()} at line {error.lineno} column {error.colno}", field=where
         ) from None
-    except (RecursionError, ValueError):  # nested too deeply, or an integer of more digits than Python reads
-        raise InvalidRequest(f"{where}: JSON is nested too deeply or has a number that is too long", field=where) from None
+    except (RecursionError, ValueError):  # nested too deeply, or an integer with more digits than Python parses
+        raise InvalidRequest(f"{where}: the JSON is nested too deeply or has a number with too many digits", field=where) from None
     _refuse_constant(document, where)
     if not isinstance(document, dict):
         raise InvalidRequest(f'{where}: must be a JSON object, such as {{"prompt": "a red circle"}}', field=where)
@@ -200,15 +200,15 @@ def _refuse_constant(value: Any, name: str) -> None:
     """Refuse constants in `value` and in nested lists. Nested objects were checked when they were parsed."""
     pending = [value]
     while pending:
-        one = pending.pop()
-        if isinstance(one, _Constant):
-            raise InvalidRequest(f"{name}: {one.name} is not a number in JSON", field=name)
-        if isinstance(one, list):
-            pending.extend(reversed(one))
+        part = pending.pop()
+        if isinstance(part, _Constant):
+            raise InvalidRequest(f"{name}: {part.name} is not a number in JSON", field=name)
+        if isinstance(part, list):
+            pending.extend(reversed(part))
 
 
-def _require_few_values(text: str, where: str) -> None:
-    """Every value but the first follows one of these characters. Those in strings count too, but base64 contains none."""
+def _limit_values(text: str, where: str) -> None:
+    """Estimate the number of values: each but the first follows one of these characters. Those in strings count too; base64 has none."""
     count = sum(text.count(mark) for mark in ",[{")
     if count > MAX_VALUES:
-        raise InvalidRequest(f"{where}: some {count} values, at most {MAX_VALUES} are allowed", field=where)
+        raise InvalidRequest(f"{where}: must have at most {MAX_VALUES} values, got about {count}", field=where)

@@ -1,6 +1,6 @@
-"""Undoes the Content-Encoding of request bodies, gzip and deflate, piece by piece and within bounds.
+"""Decompresses request bodies with Content-Encoding gzip or deflate, piece by piece and within limits.
 
-What reads the body sees the decompressed bytes only, so its own limits of size and time, and the budget of uploads, hold for those.
+Readers of the body see only decompressed bytes, so their limits on size and time, and the upload budget, apply to those.
 """
 
 from __future__ import annotations
@@ -15,118 +15,122 @@ from starlette.types import Message, Receive, Scope
 from stable_diffusion.core.errors import InvalidRequest, TooLarge
 
 CODINGS = ("gzip", "deflate")
-# Beyond MAX_UNCHECKED_BYTES, a body that grows more than MAX_RATIO-fold is refused. Zeros grow a thousandfold, JSON some tenfold.
+# A body that expands beyond MAX_UNCHECKED_BYTES and more than MAX_RATIO times is refused. Zeros expand a thousand times, JSON about ten.
 MAX_RATIO = 100
 MAX_UNCHECKED_BYTES = 2 * 2**20
-# What a client may send without anything coming out: the head of a gzip file may be of any length, and empty blocks of any number.
+# Input that may yield no output: a gzip header may have any length, and there may be any number of empty blocks.
 MAX_OVERHEAD_BYTES = 64 * 2**10
 _PIECE_BYTES = 64 * 2**10
-_SLICE_BYTES = 16 * 2**10  # of what is decompressed at once
+_SLICE_BYTES = 16 * 2**10  # input that is decompressed at once
 
 
 def codings_of(headers: Headers) -> list[str]:
-    """The codings that a request's body has, in the order in which they were applied. None of them may be one of CODINGS."""
+    """The content codings of a request's body, in the order in which they were applied. They need not be in CODINGS."""
     names = (name.strip().lower() for name in ",".join(headers.getlist("content-encoding")).split(","))
     return ["gzip" if name == "x-gzip" else name for name in names if name not in ("", "identity")]
 
 
 def without_coding(scope: Scope) -> Scope:
-    """The scope of the request once it is decompressed, of a length that nobody knows yet."""
+    """The scope of the decompressed request, whose length is unknown."""
     return {**scope, "headers": [one for one in scope["headers"] if one[0] not in (b"content-encoding", b"content-length")]}
 
 
 def decompressed(receive: Receive, coding: str) -> Receive:
     """`receive`, with the body decompressed. `coding` is one of CODINGS.
 
-    Reading raises InvalidRequest if the body is not of this coding, or ends early, and TooLarge if it grows beyond bounds.
+    Reading raises InvalidRequest if the body does not have this coding or is truncated, and TooLarge if it expands too much.
     """
     inflater = _Inflater(coding)
-    has_come = is_told = False  # the end of what was sent
+    has_received_all = has_sent_end = False
 
     async def receive_decompressed() -> Message:
-        nonlocal has_come, is_told
-        while not is_told:
+        nonlocal has_received_all, has_sent_end
+        while not has_sent_end:
             if piece := inflater.next_piece():
-                await asyncio.sleep(0)  # other requests have their turn
+                await asyncio.sleep(0)  # lets other requests run
                 return {"type": "http.request", "body": piece, "more_body": True}
-            if has_come:
+            if has_received_all:
                 inflater.require_end()
-                is_told = True
+                has_sent_end = True
                 return {"type": "http.request", "body": b"", "more_body": False}
             message = await receive()
             if message["type"] != "http.request":
                 return message
             inflater.add(message.get("body", b""))
-            has_come = not message.get("more_body", False)
+            has_received_all = not message.get("more_body", False)
         return await receive()
 
     return receive_decompressed
 
 
 class _Inflater:
-    """Takes compressed bytes and gives decompressed ones. Holds what it was given last, and no more than one piece beside it."""
+    """Decompresses bytes piece by piece. Holds the input that was added last and at most one piece of output."""
 
     def __init__(self, coding: str) -> None:
         self._coding = coding
-        self._stream: Any = None  # zlib's decompressor; None before the first bytes and between two gzip files
-        self._left = b""  # of what was added
-        self._may_hold_more = False  # zlib, of what it has taken already
+        self._stream: Any = None  # zlib's decompressor; None before the first bytes and between two gzip members
+        self._pending = b""  # input
+        self._may_have_output = False  # zlib may hold output of input that it has consumed
         self._has_ended = False
-        self._taken_bytes = self._given_bytes = 0
+        self._input_bytes = self._output_bytes = 0
 
     def add(self, data: bytes) -> None:
-        self._left += data
+        self._pending += data
 
     def next_piece(self) -> bytes:
-        """At most _PIECE_BYTES; nothing if there is nothing before more is added."""
-        while self._stream is not None or self._can_begin():
-            if not self._left and not self._may_hold_more:
+        """At most _PIECE_BYTES of output; empty if more input is needed."""
+        while self._stream is not None or self._begin():
+            if not self._pending and not self._may_have_output:
                 break
             if piece := self._inflate():
                 return piece
         return b""
 
     def require_end(self) -> None:
-        if self._stream is not None or self._left or not self._has_ended:
-            raise InvalidRequest(f"body: Content-Encoding says {self._coding}, and the body is cut short", field="body")
+        if self._stream is not None or self._pending or not self._has_ended:
+            raise InvalidRequest(f"body: Content-Encoding is {self._coding}, but the body is truncated", field="body")
 
-    def _can_begin(self) -> bool:
-        """Begin with what comes first, or next: gzip files may follow one another (RFC 1952, 2.2)."""
-        if len(self._left) < 2:
+    def _begin(self) -> bool:
+        """Begin the first or the next stream, if its head has arrived: gzip members may follow one another (RFC 1952, 2.2)."""
+        if len(self._pending) < 2:
             return False
         if self._has_ended and self._coding != "gzip":
-            raise InvalidRequest("body: there are bytes behind the deflate data", field="body")
-        self._stream = zlib.decompressobj(_window_bits(self._coding, self._left))
+            raise InvalidRequest("body: Content-Encoding is deflate, but there are bytes after the deflate data", field="body")
+        self._stream = zlib.decompressobj(_window_bits(self._coding, self._pending))
         return True
 
     def _inflate(self) -> bytes:
-        slice_, rest = self._left[:_SLICE_BYTES], self._left[_SLICE_BYTES:]
+        slice_, rest = self._pending[:_SLICE_BYTES], self._pending[_SLICE_BYTES:]
         try:
             piece: bytes = self._stream.decompress(slice_, _PIECE_BYTES)
         except zlib.error as error:
-            raise InvalidRequest(f"body: Content-Encoding says {self._coding}, and the body is not that: {error}", field="body") from None
+            raise InvalidRequest(
+                f"body: Content-Encoding is {self._coding}, but the body is not valid {self._coding} data: {error}", field="body"
+            ) from None
         unused: bytes = self._stream.unused_data or self._stream.unconsumed_tail
-        self._left = unused + rest
-        self._may_hold_more = len(piece) == _PIECE_BYTES
-        self._taken_bytes += len(slice_) - len(unused)
-        self._given_bytes += len(piece)
+        self._pending = unused + rest
+        self._may_have_output = len(piece) == _PIECE_BYTES
+        self._input_bytes += len(slice_) - len(unused)
+        self._output_bytes += len(piece)
         self._require_bounds()
         if self._stream.eof:
-            self._stream, self._may_hold_more, self._has_ended = None, False, True
+            self._stream, self._may_have_output, self._has_ended = None, False, True
         return piece
 
     def _require_bounds(self) -> None:
-        if self._given_bytes > max(MAX_UNCHECKED_BYTES, MAX_RATIO * self._taken_bytes):
+        if self._output_bytes > max(MAX_UNCHECKED_BYTES, MAX_RATIO * self._input_bytes):
             raise TooLarge(
-                f"the body grows more than {MAX_RATIO}-fold when it is decompressed, which is allowed up to {MAX_UNCHECKED_BYTES} bytes",
+                f"the decompressed body must have at most {MAX_UNCHECKED_BYTES} bytes or {MAX_RATIO} times the compressed size, got more",
                 field="body",
             )
-        if self._taken_bytes > self._given_bytes + MAX_OVERHEAD_BYTES:
-            raise InvalidRequest(f"body: its {self._coding} data holds next to nothing, send it without Content-Encoding", field="body")
+        if self._input_bytes > self._output_bytes + MAX_OVERHEAD_BYTES:
+            raise InvalidRequest(
+                f"body: the {self._coding} data is larger than its content, send it without Content-Encoding", field="body"
+            )
 
 
 def _window_bits(coding: str, first: bytes) -> int:
-    """What zlib is to expect. "deflate" means zlib's format (RFC 9110, 8.4.1.2); some clients send the bare data, without its head."""
+    """The format for zlib. "deflate" means zlib's format (RFC 9110, 8.4.1.2), but some clients send raw deflate data without its header."""
     if coding == "gzip":
         return zlib.MAX_WBITS | 16
     is_zlib_format = first[0] & 0x0F == 8 and int.from_bytes(first[:2], "big") % 31 == 0

@@ -1,4 +1,4 @@
-"""Decodes and scales uploads in turn: few images at a time, callers in rotation, and a bounded number waiting.
+"""Decodes and scales uploads: few at a time, callers in rotation, with a limited queue.
 
 Use it only on the event loop of an API worker.
 """
@@ -27,7 +27,7 @@ _RETRY_AFTER_S = 5
 
 
 class Decoding:
-    """The queue. It runs any work; `decoded` ties it to a request."""
+    """The queue. It runs any work; `decoded` connects it to a request."""
 
     def __init__(self) -> None:
         self._running = 0
@@ -36,7 +36,7 @@ class Decoding:
     async def run(self, caller: str, work: Callable[[], T]) -> T:
         """Run `work` on a thread when it is `caller`'s turn. Raises QueueFull if too many are waiting.
 
-        If this is cancelled while waiting, it takes no turn. Work that has begun keeps its place to its end: a thread cannot be stopped.
+        If cancelled while waiting, it gives up its turn. Work that has begun occupies its place until it ends: threads cannot be stopped.
         """
         if self._running < _MAX_AT_ONCE:
             self._running += 1
@@ -49,7 +49,7 @@ class Decoding:
     def _note_end(self, working: asyncio.Future[T]) -> None:
         self._pass_on()
         if not working.cancelled():
-            working.exception()  # mark the exception as retrieved: the caller may have left
+            working.exception()  # marks the exception as retrieved: the caller may have been cancelled
 
     async def _turn_of(self, caller: str) -> None:
         self._require_room(caller)
@@ -60,15 +60,15 @@ class Decoding:
         except asyncio.CancelledError:
             if turn.cancelled():
                 self._leave(caller, turn)
-            else:  # it has just been given its turn
+            else:  # its turn had just come
                 self._pass_on()
             raise
 
     def _require_room(self, caller: str) -> None:
         if len(self._waiting.get(caller, ())) >= MAX_WAITING_OF_CALLER:
-            raise QueueFull(_told(f"{MAX_WAITING_OF_CALLER} pictures of yours"), retry_after_s=_RETRY_AFTER_S)
+            raise QueueFull(_message(f"{MAX_WAITING_OF_CALLER} images of this caller"), retry_after_s=_RETRY_AFTER_S)
         if sum(map(len, self._waiting.values())) >= MAX_WAITING:
-            raise QueueFull(_told(f"{MAX_WAITING} pictures"), retry_after_s=_RETRY_AFTER_S)
+            raise QueueFull(_message(f"{MAX_WAITING} images"), retry_after_s=_RETRY_AFTER_S)
 
     def _leave(self, caller: str, turn: asyncio.Future[None]) -> None:
         turns = self._waiting[caller]
@@ -77,7 +77,7 @@ class Decoding:
             del self._waiting[caller]
 
     def _pass_on(self) -> None:
-        """Pass a free place to the waiting caller whose last turn is longest ago."""
+        """Give the free place to the waiting caller that was served longest ago."""
         if not self._waiting:
             self._running -= 1
             return
@@ -88,10 +88,10 @@ class Decoding:
             self._waiting[caller] = turns
 
 
-def _told(how_many: str) -> str:
-    return f"{how_many} wait for being decoded already, try again in {_RETRY_AFTER_S} s"
+def _message(count: str) -> str:
+    return f"{count} are already waiting to be decoded, try again in {_RETRY_AFTER_S} s"
 
 
 async def decoded(request: Request, decoding: Decoding, work: Callable[[], T]) -> T:
-    """Run `work` when it is this caller's turn and return its result. Raises QueueFull, and ClientGone if the client leaves."""
+    """Run `work` when it is this caller's turn and return its result. Raises QueueFull, and ClientGone if the client disconnects."""
     return await while_connected(request, decoding.run(owner_of(request), work))

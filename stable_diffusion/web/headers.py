@@ -1,4 +1,4 @@
-"""What a request says in its headers: who sends it, how long it may take, and how the response should come.
+"""Reads request headers: the caller, the time limit, and how the response should be delivered.
 
 Does not read bodies.
 """
@@ -23,7 +23,7 @@ _MAX_KEY_CHARACTERS = 255
 
 
 def context_of(request: Request) -> RequestContext:
-    """What the front door has stored about the request."""
+    """The context that the front door has stored in the request."""
     found: RequestContext = request.scope[RequestContext.KEY]
     return found
 
@@ -36,7 +36,7 @@ def ticket_of(request: Request) -> Ticket:
     found = context_of(request)
     left_s = _timeout_s(request) - (time.monotonic() - found.received_s)
     if left_s <= 0:
-        raise DeadlineExceeded("the time that the request allows was over before it was read")
+        raise DeadlineExceeded(f"{TIMEOUT_HEADER}: the time was over before the request was read")
     return Ticket(job_id=found.job_id, owner=owner_of(request), timeout_s=left_s)
 
 
@@ -47,7 +47,7 @@ def _timeout_s(request: Request) -> float:
     # No exponents, no signs, no inf or nan.
     timeout_s = float(text) if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text, re.ASCII) else 0.0
     if not 0 < timeout_s <= MAX_TIMEOUT_S:
-        message = f"{TIMEOUT_HEADER}: must be a number of seconds above 0, at most {MAX_TIMEOUT_S:.0f}"
+        message = f"{TIMEOUT_HEADER} must be a number of seconds above 0 and at most {MAX_TIMEOUT_S:.0f}, got {text[:60]}"
         raise InvalidRequest(message, field=TIMEOUT_HEADER)
     return timeout_s
 
@@ -83,17 +83,17 @@ class Delivery:
 
     events: bool  # server-sent events
     image_format: ImageFormat | None
-    asynchronous: bool  # a job to ask about, without waiting
+    asynchronous: bool  # respond at once with a job that the client can query
     idempotency_key: str | None  # a repeated request with this key gets the job of the first
 
 
 def delivery_of(request: Request) -> Delivery:
     """Read Accept, Prefer and Idempotency-Key. Raises InvalidRequest."""
     accepted = accepted_types(request)
-    return Delivery(accepted.events, accepted.image_format, _prefers_no_waiting(request), _idempotency_key(request))
+    return Delivery(accepted.events, accepted.image_format, _prefers_async(request), _idempotency_key(request))
 
 
-def _prefers_no_waiting(request: Request) -> bool:
+def _prefers_async(request: Request) -> bool:
     """Whether the client sent `Prefer: respond-async` (RFC 7240, 4.1)."""
     preferences = ",".join(request.headers.getlist("prefer")).lower().split(",")
     return any(preference.partition(";")[0].strip() == "respond-async" for preference in preferences)
@@ -103,33 +103,33 @@ def _idempotency_key(request: Request) -> str | None:
     """The header Idempotency-Key, with which a repeated request gets the job of the first. Raises InvalidRequest."""
     key = request.headers.get("idempotency-key")
     if key is not None and not (0 < len(key) <= _MAX_KEY_CHARACTERS and key.isascii() and key.isprintable()):
-        raise InvalidRequest(f"Idempotency-Key: must have 1 to {_MAX_KEY_CHARACTERS} printable ASCII characters", field="Idempotency-Key")
+        raise InvalidRequest(f"Idempotency-Key must have 1 to {_MAX_KEY_CHARACTERS} printable ASCII characters", field="Idempotency-Key")
     return key
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """What the client accepts: events, if it names them, and its preferred image type, if any."""
+    """The media types that the client accepts: events, if it names them, and its preferred image type, if any."""
 
     events: bool
     image_format: ImageFormat | None
 
 
 def accepted_types(request: Request) -> Accepted:
-    """Read the Accept header (RFC 9110, 12.5.1): for each type, the most specific range that names it counts.
+    """Read the Accept header (RFC 9110, 12.5.1): the most specific range that matches a type determines its quality.
 
-    Among equally liked types it is the one whose range comes first, then jpeg: a client without a preference gets that.
+    Among types of equal quality the one whose range comes first wins, then JPEG: a client without a preference gets JPEG.
     """
     ranges = _ranges(",".join(request.headers.getlist("accept")) or "*/*")
-    liked: list[tuple[float, int, ImageFormat]] = []
+    acceptable: list[tuple[float, int, ImageFormat]] = []
     for image_format, media_type in MEDIA_TYPES.items():
         matching = next((ranges[one] for one in (media_type, "image/*", "*/*") if one in ranges), None)
         if matching is not None and matching.quality > 0:
-            liked.append((-matching.quality, matching.place, image_format))
+            acceptable.append((-matching.quality, matching.place, image_format))
     return Accepted(
         events=sse.MEDIA_TYPE in ranges and ranges[sse.MEDIA_TYPE].quality > 0,
         # min returns the first of equal entries.
-        image_format=min(liked, key=lambda entry: entry[:2])[2] if liked else None,
+        image_format=min(acceptable, key=lambda entry: entry[:2])[2] if acceptable else None,
     )
 
 
@@ -140,7 +140,7 @@ class _Range:
 
 
 def _ranges(accept: str) -> dict[str, _Range]:
-    """The ranges of an Accept header by name; of one that is given more than once, the most liked. An unreadable quality counts as 0."""
+    """The ranges of an Accept header by name; of repeated ones the highest quality counts. A malformed quality counts as 0."""
     ranges: dict[str, _Range] = {}
     for place, entry in enumerate(accept.split(",")):
         name, *options = (part.strip().lower() for part in entry.split(";"))

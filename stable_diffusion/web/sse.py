@@ -1,4 +1,4 @@
-"""Writes server-sent events (HTML standard, section 9.2) and keeps their stream alive. The events may say anything."""
+"""Writes server-sent events (HTML standard, section 9.2) and keeps their stream alive. Does not know the events."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 MEDIA_TYPE = "text/event-stream"
-# Load balancers and proxies close a connection without traffic, most after 60 seconds by default.
+# Load balancers and proxies close connections without traffic, most of them after 60 seconds by default.
 KEEP_ALIVE_S = 15.0
 _COMMENT = b": still here\n\n"
 # Without these, nginx buffers a stream.
@@ -21,7 +21,7 @@ def event(name: str, data: Mapping[str, Any]) -> bytes:
 
 
 async def kept_alive(pieces: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    """Yield `pieces`, and a comment whenever none has come for KEEP_ALIVE_S. Closing this closes `pieces`."""
+    """Yield `pieces`, and a comment after every KEEP_ALIVE_S without one. Closing this generator closes `pieces`."""
     waiting = asyncio.ensure_future(anext(pieces))
     try:
         while True:

@@ -1,4 +1,4 @@
-"""Limits the memory for uploads in an API worker, from their first byte until they are decoded, in total and per caller.
+"""Limits the memory that uploads take in an API worker, in total and per caller, from the first byte until they are decoded.
 
 Does not depend on HTTP. Use it only on the event loop.
 """
@@ -13,14 +13,14 @@ from stable_diffusion.core.errors import QueueFull
 from stable_diffusion.core.fair_share import half_of
 
 MAX_BYTES = 256 * 2**20
-MAX_BYTES_OF_CALLER = half_of(MAX_BYTES)  # the largest possible body takes half of that
-# Of each body. uvicorn buffers as much per connection anyway, and so a request without images is never refused for others' uploads.
+MAX_BYTES_OF_CALLER = half_of(MAX_BYTES)  # twice the largest possible body
+# Of each body. uvicorn buffers as much per connection anyway. So other callers' uploads never block a request without images.
 UNCOUNTED_BYTES = 64 * 2**10
 _RETRY_AFTER_S = 5
 
 
 class Uploads:
-    """The bytes that are held, by caller."""
+    """Counts the bytes that each caller's uploads occupy."""
 
     def __init__(self) -> None:
         self._held: Counter[str] = Counter()
@@ -33,8 +33,8 @@ class Uploads:
     def of(self, caller: str, declared_bytes: int) -> Iterator[Callable[[int], None]]:
         """Count one upload of `caller`, which declares `declared_bytes`. Call the yielded function with the size of each piece.
 
-        The upload counts until the block ends. The yielded function raises QueueFull if there is no room, and already for the first
-        piece if the declared size does not fit.
+        The upload counts until the block ends. The yielded function raises QueueFull if the upload exceeds the budget; if the declared
+        size does, already on the first piece.
         """
         received = counted = 0
 
@@ -59,10 +59,10 @@ class Uploads:
         if more <= 0:
             return
         if self._held[caller] + more > MAX_BYTES_OF_CALLER:
-            raise QueueFull(_told("of yours", MAX_BYTES_OF_CALLER), retry_after_s=_RETRY_AFTER_S)
+            raise QueueFull(_message("of this caller", MAX_BYTES_OF_CALLER), retry_after_s=_RETRY_AFTER_S)
         if self.held_bytes + more > MAX_BYTES:
-            raise QueueFull(_told("of all callers", MAX_BYTES), retry_after_s=_RETRY_AFTER_S)
+            raise QueueFull(_message("of all callers", MAX_BYTES), retry_after_s=_RETRY_AFTER_S)
 
 
-def _told(whose: str, bound_bytes: int) -> str:
-    return f"the uploads {whose} that are being read may have {bound_bytes // 2**20} MiB together, try again in {_RETRY_AFTER_S} s"
+def _message(whose: str, limit_bytes: int) -> str:
+    return f"the uploads {whose} in progress must not exceed {limit_bytes // 2**20} MiB in total, try again in {_RETRY_AFTER_S} s"

@@ -40,7 +40,7 @@ def made_up(seconds: float, latencies_s: list[float], errors: int = 0) -> Round:
 
 
 def test_rates_are_medians_and_ratios_compare_round_with_round() -> None:
-    # The machine was half as fast during the second round, for both.
+    # During the second round the machine was half as fast, for both contenders.
     plain = [made_up(10, [1.0] * 10), made_up(20, [2.0] * 10), made_up(10, [1.0] * 10)]
     ours = [made_up(5, [0.5] * 10), made_up(10, [1.0] * 10), made_up(4, [0.4] * 10)]
     line = row(LOAD, "ours", ours, plain)
@@ -56,7 +56,7 @@ def test_percentiles_are_latencies_that_occurred() -> None:
     assert (line.latencies, line.errors) == (100, 3)
 
 
-def test_a_percentile_of_too_few_is_left_out_and_a_contender_that_never_answers_ends_nothing() -> None:
+def test_percentiles_need_enough_latencies_and_a_failing_contender_does_not_end_the_benchmark() -> None:
     few = row(LOAD, "ours", [made_up(1, [1.0] * 19)], [made_up(1, [1.0])])
     assert (few.p50_s, few.p95_s, few.p99_s) == (1.0, None, None)
     none = row(LOAD, "ours", [made_up(1, [], errors=5)], [made_up(1, [1.0])])
@@ -65,7 +65,7 @@ def test_a_percentile_of_too_few_is_left_out_and_a_contender_that_never_answers_
 
 
 class Worker:
-    """Answers after a while, and remembers how many asked at once."""
+    """Responds after a pause, and records how many requests were in progress at once."""
 
     def __init__(self, refuses: set[int]) -> None:
         self._refuses = refuses
@@ -82,23 +82,23 @@ class Worker:
         return wanted.seed not in self._refuses
 
 
-def test_a_closed_loop_never_has_more_requests_out_than_clients_and_asks_for_everything_once() -> None:
+def test_a_closed_loop_sends_each_task_once_with_at_most_one_request_per_client() -> None:
     worker = Worker(refuses={3})
     result = asyncio.run(play(loads.same_steps(64, 2, clients=3, requests_per_client=4), worker.ask))
     assert sorted(worker.seeds) == list(range(12))
     assert worker.most_at_once == 3
-    assert (result.pictures, result.errors, len(result.latencies_s)) == (11, 1, 11)
+    assert (result.images, result.errors, len(result.latencies_s)) == (11, 1, 11)
     assert min(result.latencies_s) >= 0.01
 
 
-def test_an_open_loop_does_not_wait_for_answers() -> None:
+def test_an_open_loop_does_not_wait_for_responses() -> None:
     worker = Worker(refuses=set())
     tasks = tuple(loads.task(number, 64, 2) for number in range(20))
     asyncio.run(play(Load("burst", tasks, arrivals_s=(0.0,) * 20), worker.ask))
     assert worker.most_at_once == 20
 
 
-def test_poisson_arrivals_are_the_same_for_everybody_and_come_at_the_rate_that_was_asked_for() -> None:
+def test_poisson_arrivals_are_reproducible_and_have_the_requested_rate() -> None:
     few = loads.mixed_arrivals(64, 50, 24, per_s=4.0, share=0.8)
     assert 24 / few.arrivals_s[-1] == pytest.approx(4.0)
     load = loads.mixed_arrivals(64, 50, 2000, per_s=4.0, share=0.8)
@@ -119,24 +119,24 @@ def test_mixed_tasks_are_of_all_kinds_sizes_and_lengths() -> None:
     assert all((one.image is None) == (one.kind == "txt2img") and (one.mask is None) == (one.kind != "inpaint") for one in tasks)
 
 
-def test_only_the_short_ones_among_the_long_ones_are_counted() -> None:
+def test_only_the_short_requests_among_long_ones_are_counted() -> None:
     load = loads.short_among_long(64, 50, long=3, short=2, every_s=0.02)
     worker = Worker(refuses=set())
     result = asyncio.run(play(load, worker.ask))
     assert [one.num_inference_steps for one in load.tasks] == [50] * 3 + [4] * 2
-    assert (result.pictures, len(result.latencies_s)) == (5, 2)
+    assert (result.images, len(result.latencies_s)) == (5, 2)
 
 
-def test_plain_diffusers_draws_the_tasks_that_the_engine_draws(recording_engine: RecordingEngine) -> None:
+def test_plain_diffusers_generates_the_same_images_as_the_engine(recording_engine: RecordingEngine) -> None:
     plain = Plain(DEMO)
     for kind in loads.KINDS:
         tasks = [loads.task(number, 64, 4, kind=kind) for number in range(2)]
         ours = [np.asarray(picture.image).astype(int) for picture in recording_engine.draw(tasks)]
-        theirs = [np.asarray(image).astype(int) for image in plain.draw(tasks)]
+        theirs = [np.asarray(image).astype(int) for image in plain.generate(tasks)]
         assert max(np.abs(one - other).max() for one, other in zip(ours, theirs, strict=True)) <= 2
 
 
-def test_all_contenders_draw_small_loads_and_tables_and_a_plot_come_out(tmp_path: Path) -> None:
+def test_all_contenders_run_small_loads_and_tables_and_a_plot_are_written(tmp_path: Path) -> None:
     report = Report({"commit": "abc", "model": "demo", "side": "64", "gpu": "none", "processor": "some"})
     wanted = [loads.same_steps(64, 2, 3, 2), loads.mixed(64, 4, 3, 6)]
     saved: list[int] = []
@@ -145,28 +145,28 @@ def test_all_contenders_draw_small_loads_and_tables_and_a_plot_come_out(tmp_path
     report.steps = [StepTime(1, 10.0, 9.5, 0.019, 4.0), StepTime(2, 11.0, 10.5, 0.038, 4.0)]
     names = ["plain diffusers", "engine", "this project, HTTP", "BentoML's batching, HTTP"]
     assert [line.contender for line in report.rows] == names * 2
-    assert saved == [1, 2, 3, 4, 5, 6, 7, 8], "what is there is saved after each run"
+    assert saved == [1, 2, 3, 4, 5, 6, 7, 8], "the results are saved after each run"
     assert all(line.errors == 0 and line.p50_s and 0 < line.p50_s < 60 for line in report.rows)
     plain, engine = report.rows[:2]
     assert plain.times_the_first == 1.0
     assert engine.rows_per_call is not None
     assert engine.rows_per_call > 2, "three clients with guidance share steps"
-    assert [len(start.peak_memory_mib) for start in report.starts] == [1, 1, 4, 4], "a server is four processes"
+    assert [len(start.peak_memory_mib) for start in report.starts] == [1, 1, 4, 4], "a server has four processes"
     write(tmp_path, "small", report)
     assert json.loads((tmp_path / "small.json").read_text()) == json.loads(json.dumps(asdict(report)))
     assert (tmp_path / "small.md").read_text() == markdown(report)
     with Image.open(plot.write(tmp_path / "small.json")) as picture:
-        assert len(picture.convert("RGB").getcolors(2**20) or []) > 10, "something is drawn"
+        assert len(picture.convert("RGB").getcolors(2**20) or []) > 10, "the plot must not be empty"
 
 
-def test_where_time_runs_out_there_are_fewer_rounds_not_fewer_rows() -> None:
+def test_if_time_runs_out_there_are_fewer_rounds_not_fewer_rows() -> None:
     class Contender:
         started_in_s = 1.0
 
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def draw(self, load: Load) -> Round:
+        def generate(self, load: Load) -> Round:
             order.append(f"{load.name} {self.name}")
             if len(order) == 7:
                 raise KeyboardInterrupt
@@ -198,7 +198,7 @@ def test_contenders_that_start_at_once_share_the_batch_limit_that_the_engine_mea
             self.name = name
             caches[name] = setup.cache
 
-        def draw(self, load: Load) -> Round:
+        def generate(self, load: Load) -> Round:
             raise AssertionError("nothing is asked for")
 
         def end(self) -> None: ...
@@ -223,7 +223,7 @@ def test_every_table_has_as_many_cells_in_each_line() -> None:
     assert "| 5.0 % | 0.019 | 2.000 | 50 % of 4.000 |" in tables[2]
 
 
-def test_the_arithmetic_of_a_call_is_counted_with_all_of_its_rows(demo_parts: Parts) -> None:
+def test_the_arithmetic_of_a_call_includes_all_of_its_rows(demo_parts: Parts) -> None:
     denoiser = Denoiser(demo_parts)
     of_one_job = count_tflop(denoiser, 64)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -236,7 +236,7 @@ def test_the_arithmetic_of_a_call_is_counted_with_all_of_its_rows(demo_parts: Pa
 
 
 @pytest.mark.alone
-def test_a_step_is_timed_beside_its_unet_call_and_the_matrix_product(demo_parts: Parts) -> None:
+def test_a_step_is_timed_with_its_unet_call_and_the_matrix_product(demo_parts: Parts) -> None:
     timed = time_step(Denoiser(demo_parts), 2, 64, tflop=0.001)
     assert timed is not None
     assert (timed.jobs, timed.tflop) == (2, 0.002)

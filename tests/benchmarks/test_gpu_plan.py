@@ -1,4 +1,4 @@
-"""The planning of a GPU's minutes by the clock, with small programs as parts: slow, failing, hanging, leaving servers behind."""
+"""The time budget of GPU runs, with small programs as parts that are slow, fail, hang or leave servers behind."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def part(name: str, program: str, limit_s: float = 20) -> Part:
 
 
 def run_all(stages: list[list[Part]], results: Path, budget_s: float = 60) -> tuple[list[Ended], list[int]]:
-    """How the parts ended, and how many had ended each time that results were written."""
+    """How the parts ended, and how many had ended at each write of the results."""
     changes: list[int] = []
     ended = run(stages, budget_s, results, lambda so_far: changes.append(len(so_far)), least_s=1.0)
     return ended, changes
@@ -45,13 +45,13 @@ def test_parts_of_one_stage_run_at_the_same_time(tmp_path: Path) -> None:
     assert {item.status for item in ended} == {"done"}
 
 
-def test_a_part_that_fails_is_noted_with_its_output_and_the_next_runs(tmp_path: Path) -> None:
+def test_a_failed_part_is_reported_with_its_output_and_the_next_one_runs(tmp_path: Path) -> None:
     ended, _ = run_all([[part("fails", "raise SystemExit('no such device')")], [part("next", "pass")]], tmp_path)
     assert [(one.status, one.exit_status) for one in ended] == [("failed", 1), ("done", 0)]
     assert "no such device" in markdown(ended, tmp_path)
 
 
-def test_a_part_that_hangs_is_ended_and_what_it_had_found_is_kept(tmp_path: Path) -> None:
+def test_a_hanging_part_is_stopped_and_its_findings_are_kept(tmp_path: Path) -> None:
     results = json.dumps({"found": 1})
     hangs = f"import pathlib, time\npathlib.Path({str(tmp_path / 'hangs.json')!r}).write_text({results!r})\ntime.sleep(600)"
     ended, _ = run_all([[part("hangs", hangs, limit_s=2)], [part("next", "pass")]], tmp_path)
@@ -67,7 +67,7 @@ def test_a_part_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pyte
     assert ended[0].status == "ran out of time"
 
 
-def test_what_a_part_has_started_ends_with_it_also_in_a_session_of_its_own(tmp_path: Path) -> None:
+def test_all_processes_of_a_part_end_with_it_even_in_another_session(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     starts = (
         "import pathlib, subprocess, sys, time\n"
@@ -79,7 +79,7 @@ def test_what_a_part_has_started_ends_with_it_also_in_a_session_of_its_own(tmp_p
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_parts_for_which_no_time_is_left_are_named(tmp_path: Path) -> None:
+def test_parts_without_enough_time_are_reported(tmp_path: Path) -> None:
     slow = part("slow", "import time; time.sleep(600)")
     ended, changes = run_all([[slow], [part("late", "pass"), part("later", "pass")]], tmp_path, budget_s=2)
     assert [(one.name, one.status) for one in ended] == [("slow", "ran out of time"), ("late", "left out"), ("later", "left out")]
@@ -88,7 +88,7 @@ def test_parts_for_which_no_time_is_left_are_named(tmp_path: Path) -> None:
 
 
 def test_a_stopped_plan_leaves_no_part_running(tmp_path: Path) -> None:
-    """From outside, as a rented machine's time limit does it."""
+    """Stop the plan from outside, like the time limit of a rented machine."""
     program = (
         "import signal, sys\nfrom pathlib import Path\nfrom benchmarks.gpu.plan import Part, run\n"
         "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))\n"
@@ -104,7 +104,7 @@ def test_a_stopped_plan_leaves_no_part_running(tmp_path: Path) -> None:
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
 
 
-def test_a_check_that_raises_has_failed_and_the_next_is_made(tmp_path: Path) -> None:
+def test_a_check_that_raises_fails_and_the_next_one_runs(tmp_path: Path) -> None:
     def raises() -> Finding:
         raise RuntimeError("out of luck\nand more")
 
@@ -119,7 +119,7 @@ def test_a_check_that_raises_has_failed_and_the_next_is_made(tmp_path: Path) -> 
     assert "| third | not here | needs a GPU |" in page
 
 
-def test_the_table_of_readme_has_a_line_for_each_load_and_a_column_for_each_contender() -> None:
+def test_readmes_table_has_a_row_for_each_load_and_a_column_for_each_contender() -> None:
     def row(contender: str, images_per_s: float, rounds: int = 1) -> dict[str, object]:
         of_row = {"load": "50 steps, 8 clients", "contender": contender, "images_per_s": images_per_s}
         return {**of_row, "rounds": rounds, "spread": 0.1, "p50_s": 1.5}

@@ -1,4 +1,4 @@
-"""Debian's Chromium, driven by Playwright. None of its own: a test that needs it is skipped where it is not installed."""
+"""Debian's Chromium, driven by Playwright. Playwright downloads no browser of its own; tests are skipped if Chromium is not installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from playwright.sync_api import Browser, sync_playwright
 
 CHROMIUM = shutil.which("chromium")
-# A container's root has no sandbox; the rest keeps the browser from asking the internet anything.
+# root in a container has no sandbox; the other options stop the browser's own requests to the internet.
 ARGUMENTS = [
     "--no-sandbox",
     "--disable-gpu",

@@ -23,7 +23,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def visiting(browser: Browser, server: Server) -> Iterator[Callable[..., Visit]]:
-    """Opens the page. In the end nothing may have been asked of anybody else, and nothing may have been complained about."""
+    """Opens the page. Afterwards the page must have sent no request to other hosts, and the console must have no errors."""
     visits: list[Visit] = []
 
     def open_page(script: str = "", **options: Any) -> Visit:

@@ -27,7 +27,7 @@ PROMPT = "a red circle on a blue background"
 PHONE = {"viewport": {"width": 320, "height": 640}, "has_touch": True, "is_mobile": True}
 
 
-def test_text_is_drawn_with_the_keyboard_alone_and_previews_and_progress_are_shown(visit: Visit) -> None:
+def test_txt2img_works_with_the_keyboard_alone_and_shows_previews_and_progress(visit: Visit) -> None:
     keyboard = visit.page.keyboard
 
     def tab_to(name: str) -> None:
@@ -66,7 +66,7 @@ def test_text_is_drawn_with_the_keyboard_alone_and_previews_and_progress_are_sho
     expect(visit.page.get_by_role("link", name="Download")).to_have_attribute("download", "a-red-circle-on-a-blue-background-1.png")
 
 
-def test_a_dropped_picture_is_redrawn(visit: Visit, input_picture: Image.Image) -> None:
+def test_img2img_works_with_a_dropped_image(visit: Visit, input_picture: Image.Image) -> None:
     content = base64.b64encode(as_file(input_picture)).decode()
     visit.page.locator("main").evaluate(
         """(main, content) => {
@@ -88,7 +88,7 @@ def test_a_dropped_picture_is_redrawn(visit: Visit, input_picture: Image.Image) 
     assert decoded(visit.control("input-picture")).tobytes() == picture.tobytes()
 
 
-def test_a_file_that_the_server_would_not_take_is_sent_as_one_that_it_does(visit: Visit) -> None:
+def test_a_file_in_an_unsupported_format_is_converted_before_sending(visit: Visit) -> None:
     wide = Image.new("RGB", (5000, 2500), "white")
     visit.control("img").set_input_files({"name": "a.gif", "mimeType": "image/gif", "buffer": as_file(wide, "GIF")})
     expect(visit.page.get_by_role("img", name="The picture to start from")).to_be_visible()
@@ -98,18 +98,18 @@ def test_a_file_that_the_server_would_not_take_is_sent_as_one_that_it_does(visit
     assert picture.width > picture.height
 
 
-def test_what_is_no_picture_is_said_at_its_field(visit: Visit) -> None:
+def test_a_file_that_is_not_an_image_is_reported_at_its_field(visit: Visit) -> None:
     visit.control("img").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
     expect(visit.control("img-problem")).to_contain_text("not an image that this browser can show")
     expect(visit.control("input")).to_be_hidden()
 
 
-def test_what_was_painted_is_repainted_and_nothing_else(visit: Visit, input_picture: Image.Image) -> None:
+def test_inpainting_changes_only_the_painted_area(visit: Visit, input_picture: Image.Image) -> None:
     visit.control("img").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": as_file(input_picture)})
     visit.page.get_by_role("radio", name="Repaint a part").check()
     visit.fill(prompt="a red circle on a blue background", num_inference_steps=10, seed=1, strength=1)
     visit.draw.click()
-    expect(visit.control("mask-problem")).to_be_visible()  # nothing is painted yet
+    expect(visit.control("mask-problem")).to_be_visible()  # the mask is still empty
     expect(visit.control("mask-all")).to_be_focused()
 
     visit.fill(**{"brush-size": 30})
@@ -130,7 +130,7 @@ def test_what_was_painted_is_repainted_and_nothing_else(visit: Visit, input_pict
     assert nearest_colour(after[:, 44:]) == "blue"
 
 
-def test_a_mask_needs_no_pointer(visit: Visit, input_picture: Image.Image) -> None:
+def test_a_mask_can_be_set_without_a_pointer(visit: Visit, input_picture: Image.Image) -> None:
     visit.control("img").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": as_file(input_picture)})
     visit.page.get_by_role("radio", name="Repaint all").focus()
     visit.page.keyboard.press("ArrowRight")
@@ -145,11 +145,11 @@ def test_a_mask_needs_no_pointer(visit: Visit, input_picture: Image.Image) -> No
 
 
 def without_refusals(visit: Visit) -> None:
-    """Chromium writes each answer of 400 and more to its console."""
+    """Chromium logs every response with status 400 or higher to its console."""
     visit.complaints[:] = [text for text in visit.complaints if "400 (Bad Request)" not in text]
 
 
-def test_what_the_server_refuses_is_said_at_the_field(visit: Visit) -> None:
+def test_a_refusal_by_the_server_is_shown_at_the_field(visit: Visit) -> None:
     visit.fill(width=100, count=2)
     visit.draw.click()
     expect(visit.control("prompt-problem")).to_have_text("Is required")
@@ -168,11 +168,11 @@ def test_what_the_server_refuses_is_said_at_the_field(visit: Visit) -> None:
     visit.draw.click()
     expect(visit.control("num_inference_steps-problem")).to_have_text("Must be less than or equal to 150")
     expect(visit.page.get_by_role("alert")).to_have_text("Check the marked field.")
-    assert visit.pictures()[0].tobytes() == picture.tobytes(), "what was drawn before is still there"
+    assert visit.pictures()[0].tobytes() == picture.tobytes(), "the earlier image must still be shown"
     without_refusals(visit)
 
 
-def test_cancelled_pictures_are_not_drawn_on(visit: Visit) -> None:
+def test_cancelled_images_stop_being_generated(visit: Visit) -> None:
     before = cancelled(visit.server)
     visit.fill(prompt=PROMPT, num_inference_steps=150, count=3, seed=7)
     visit.draw.click()
@@ -190,8 +190,8 @@ def test_cancelled_pictures_are_not_drawn_on(visit: Visit) -> None:
     expect(visit.control("history")).to_be_hidden()
 
 
-def test_four_pictures_are_drawn_at_once_and_the_others_when_there_is_room(visit: Visit) -> None:
-    """A browser has six connections: with six streams nothing else would reach the server."""
+def test_four_images_are_generated_at_once_and_the_others_wait(visit: Visit) -> None:
+    """A browser opens at most six connections: six streams would block all other requests."""
 
     def asked() -> int:
         return sum(url.endswith("/txt2img") for url in visit.asked)
@@ -221,7 +221,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_a_picture_and_its_settings_are_found_again_after_a_reload(visit: Visit, input_picture: Image.Image) -> None:
+def test_an_image_and_its_settings_survive_a_reload(visit: Visit, input_picture: Image.Image) -> None:
     visit.control("img").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": as_file(input_picture)})
     visit.page.get_by_role("radio", name="Repaint a part").check()
     visit.control("mask-all").click()
@@ -250,7 +250,7 @@ def test_a_picture_and_its_settings_are_found_again_after_a_reload(visit: Visit,
     expect(visit.control("history")).to_be_hidden()
 
 
-def test_what_an_earlier_version_of_the_page_has_kept_is_still_there(visit: Visit, input_picture: Image.Image) -> None:
+def test_images_stored_by_an_earlier_version_of_the_page_are_shown(visit: Visit, input_picture: Image.Image) -> None:
     content = base64.b64encode(as_file(input_picture)).decode()
     entry = {"settings": {"prompt": "an old one", "seed": 5}, "kind": "txt2img"}
     parameters = {"prompt": "an old one", "seed": 5, "width": 64, "height": 64, "num_inference_steps": 4, "scheduler": "PNDMScheduler"}
@@ -272,7 +272,7 @@ def test_what_an_earlier_version_of_the_page_has_kept_is_still_there(visit: Visi
     expect(visit.control("seed")).to_have_value("5")
 
 
-def test_several_pictures_have_the_seeds_that_follow(visit: Visit) -> None:
+def test_several_images_have_consecutive_seeds(visit: Visit) -> None:
     visit.fill(prompt=PROMPT, num_inference_steps=4, count=3, seed=41)
     visit.draw.click()
     pictures = visit.pictures(3)
@@ -282,7 +282,7 @@ def test_several_pictures_have_the_seeds_that_follow(visit: Visit) -> None:
 
 
 @pytest.mark.parametrize("broken", ["get() { throw new DOMException('no', 'SecurityError'); }", "value: undefined"])
-def test_it_draws_where_storage_is_turned_off(visiting: Callable[..., Visit], broken: str) -> None:
+def test_it_generates_with_storage_turned_off(visiting: Callable[..., Visit], broken: str) -> None:
     visit = visiting(f"Object.defineProperty(window, 'indexedDB', {{ {broken} }})")
     visit.fill(prompt=PROMPT, num_inference_steps=1)
     visit.draw.click()
@@ -291,7 +291,7 @@ def test_it_draws_where_storage_is_turned_off(visiting: Callable[..., Visit], br
     expect(visit.page.locator("#history-list li")).to_have_count(1)
 
 
-def test_limits_and_noise_schedulers_are_those_of_the_server(visit: Visit) -> None:
+def test_limits_and_noise_schedulers_come_from_the_server(visit: Visit) -> None:
     options = visit.control("scheduler").locator("option").all_text_contents()[1:]
     assert options == [short_names[0] for short_names in SCHEDULERS.values()]
     limits = {"width": ("64", "1024", "8"), "num_inference_steps": ("1", "150", "1"), "seed": ("0", "4294967295", "1")}
@@ -301,7 +301,7 @@ def test_limits_and_noise_schedulers_are_those_of_the_server(visit: Visit) -> No
     expect(visit.control("num_inference_steps")).to_have_value("50")
 
 
-def test_a_server_that_is_gone_is_said_to_be(visit: Visit) -> None:
+def test_an_unreachable_server_is_reported(visit: Visit) -> None:
     visit.page.route("**/txt2img", lambda route: route.abort())
     visit.fill(prompt=PROMPT)
     visit.draw.click()
@@ -312,7 +312,7 @@ def test_a_server_that_is_gone_is_said_to_be(visit: Visit) -> None:
     visit.complaints[:] = [text for text in visit.complaints if "net::ERR_FAILED" not in text]
 
 
-def test_a_mistake_of_the_page_is_not_blamed_on_the_server(visit: Visit) -> None:
+def test_an_error_in_the_page_is_not_blamed_on_the_server(visit: Visit) -> None:
     visit.page.route("**/txt2img", lambda route: route.fulfill(content_type="text/event-stream", body="event: progress\ndata: null\n\n"))
     visit.fill(prompt=PROMPT)
     with visit.page.expect_event("pageerror"):
@@ -323,7 +323,7 @@ def test_a_mistake_of_the_page_is_not_blamed_on_the_server(visit: Visit) -> None
     visit.complaints.clear()
 
 
-def test_events_are_read_wherever_they_are_cut(visit: Visit) -> None:
+def test_events_are_parsed_wherever_the_stream_is_split(visit: Visit) -> None:
     pieces = (
         ": hello",
         '\r\nevent: one\r\ndata: {"ä":\r\ndata:1}\r\n\r\n',
@@ -355,7 +355,7 @@ def test_events_are_read_wherever_they_are_cut(visit: Visit) -> None:
     assert read == [[["one", '{"ä":\n1}'], ["two", "\nx"], ["message", " 😀"]]]
 
 
-def test_on_a_phone_nothing_is_wider_than_the_screen_and_fingers_paint(visiting: Callable[..., Visit], input_picture: Image.Image) -> None:
+def test_on_a_phone_the_page_fits_and_touch_paints(visiting: Callable[..., Visit], input_picture: Image.Image) -> None:
     visit = visiting(**PHONE)
 
     def too_wide() -> bool:
@@ -400,7 +400,7 @@ def roles_and_names(visit: Visit) -> list[tuple[str, str]]:
     return [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node["ignored"]]
 
 
-def test_controls_of_two_pictures_have_names_of_their_own(visit: Visit) -> None:
+def test_controls_of_two_images_have_different_names(visit: Visit) -> None:
     expect(visit.page.get_by_label("Choose an image or drop one here")).to_have_id("img")
     visit.fill(prompt=PROMPT, num_inference_steps=150, count=2)
     visit.draw.click()
@@ -441,7 +441,7 @@ def test_every_control_has_a_name(visit: Visit, input_picture: Image.Image) -> N
         assert page.locator("html").get_attribute("lang") == "en"
 
 
-def test_colours_stand_out_in_light_and_dark() -> None:
+def test_colours_have_enough_contrast_in_light_and_dark_mode() -> None:
     style = (ROOT / "stable_diffusion" / "ui" / "style.css").read_text()
     light, dark = (dict(re.findall(r"--([\w-]+): (#\w{6});", block)) for block in re.findall(r":root \{(.*?)\}", style, re.DOTALL)[:2])
     for colours in (light, dark):
@@ -465,7 +465,7 @@ def contrast(one: str, other: str) -> float:
     return (lighter + 0.05) / (darker + 0.05)
 
 
-def test_the_page_may_load_nothing_from_elsewhere_and_is_kept_until_it_changes(server: Server) -> None:
+def test_the_page_loads_nothing_from_other_hosts_and_is_cached_until_it_changes(server: Server) -> None:
     with server.client() as client:
         moved = client.get("/ui")
         assert (moved.status_code, moved.headers["location"]) == (308, "ui/")
@@ -483,5 +483,5 @@ def test_the_page_may_load_nothing_from_elsewhere_and_is_kept_until_it_changes(s
         assert "//" not in re.sub(r"^\s*//.*$|\s// .*$", "", file.read_text(), flags=re.MULTILINE), "no address of another site"
 
 
-def test_the_start_says_where_the_page_is(server: Server) -> None:
-    assert "its address has a page to draw with at /ui" in server.log
+def test_the_start_log_names_the_page(server: Server) -> None:
+    assert "open its address in a browser: /ui generates images" in server.log

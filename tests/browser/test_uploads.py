@@ -1,4 +1,4 @@
-"""What the page at /ui sends of a file: exactly what it shows, whatever the file says of itself.
+"""The page at /ui sends exactly the image that it shows, whatever the file's metadata says.
 
 Other programs make the files and read what was sent: ImageMagick, exiftool, cwebp, webpmux and avifenc.
 """
@@ -35,7 +35,7 @@ WIDTH, HEIGHT = 96, 64
 CLOSE = 6  # of 255: what JPEG, WebP and AVIF may change within a colour
 KEPT = 12  # of 255: scaled as well
 REPAINTED = 40
-# Keeps what the page sends; Playwright does not get the bytes of files.
+# Records the uploads in the page, because Playwright cannot see the bytes of files.
 REMEMBER_WHAT_IS_SENT = """
     const ask = window.fetch;
     window.fetch = (url, options) => {
@@ -64,7 +64,7 @@ def run(*command: object, stdin: bytes | None = None) -> bytes:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image with another colour in each corner, as four files that say nothing of orientation."""
+    """An image with a different colour in each corner, as four files without an orientation."""
     folder = tmp_path_factory.mktemp("files")
     upper_left, upper_right, lower_left, lower_right = (f"xc:rgb{colour}".replace(" ", "") for colour in CORNERS)
     rows = ["(", upper_left, upper_right, "+append", ")", "(", lower_left, lower_right, "+append", ")", "-append"]
@@ -83,25 +83,25 @@ def corners(picture: Image.Image) -> Colours:
 
 
 def as_other_programs_read_it(content: bytes) -> Image.Image:
-    """By ImageMagick, and turned as it says, if it does."""
+    """Decode by ImageMagick, rotated by its orientation, if any."""
     return Image.open(io.BytesIO(run("convert", "-", "-auto-orient", "PPM:-", stdin=content)))
 
 
 def farthest(one: Colours, other: Colours) -> Colours:
-    """How far the colour of each corner is off, 0 to 255, in the channel where it is most."""
+    """The largest channel difference of each corner's colour, 0 to 255."""
     farthest: Colours = np.abs(one - other).max(axis=-1)
     return farthest
 
 
 class Upload:
-    """Chooses files in the page, paints the upper left quarter, generates, and says what came of it."""
+    """Chooses files in the page, paints the upper left quarter, generates, and returns the results."""
 
     def __init__(self, visit: Visit, other_page: Page) -> None:
         self.visit = visit
         self.other_page = other_page
 
     def choose(self, content: bytes, name: str, media_type: str) -> Image.Image:
-        """What the page shows then."""
+        """Choose a file and return the image that the page shows."""
         shown = self.visit.control("input-picture")
         before = shown.get_attribute("src")
         self.visit.control("img").set_input_files({"name": name, "mimeType": media_type, "buffer": content})
@@ -116,7 +116,7 @@ class Upload:
         return decoded(self.other_page.locator("img"))
 
     def repaint_upper_left(self) -> tuple[Image.Image, bytes, str]:
-        """The image that comes back, and what was sent: bytes and media type."""
+        """The generated image, and the bytes and media type that the page sent."""
         visit = self.visit
         visit.page.get_by_role("radio", name="Repaint a part").check()
         if not visit.control("left").is_visible():
@@ -165,7 +165,7 @@ def orientations_in(files: list[Path]) -> list[int]:
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("where", ["EXIF", "XMP"])
-def test_what_is_shown_is_what_is_sent_and_where_the_mask_lands(upload: Upload, folder: Path, suffix: str, where: str) -> None:
+def test_the_page_sends_the_image_it_shows_and_the_mask_matches(upload: Upload, folder: Path, suffix: str, where: str) -> None:
     sent_files, upper_left_colours = [], set()
     for orientation, content in zip(ORIENTATIONS, with_orientations(folder, suffix, where), strict=True):
         shown = upload.choose(content, f"a.{suffix}", {"jpg": "image/jpeg"}.get(suffix, f"image/{suffix}"))
@@ -184,12 +184,12 @@ def test_what_is_shown_is_what_is_sent_and_where_the_mask_lands(upload: Upload, 
         sent_files.append(folder / f"sent-{orientation}.png")
         sent_files[-1].write_bytes(sent)
     assert orientations_in(sent_files) == []
-    if (suffix, where) in {("jpg", "EXIF"), ("png", "EXIF")}:  # the others are turned by some browsers
+    if (suffix, where) in {("jpg", "EXIF"), ("png", "EXIF")}:  # some browsers rotate the others
         assert len(upper_left_colours) == 4
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
-def test_a_file_that_says_nothing_but_pixels_is_sent_as_it_is_whatever_its_name(upload: Upload, folder: Path, suffix: str) -> None:
+def test_a_plain_file_is_sent_unchanged_whatever_its_name(upload: Upload, folder: Path, suffix: str) -> None:
     content = (folder / f"plain.{suffix}").read_bytes()
     shown = upload.choose(content, "a.gif", "image/gif")
     assert farthest(corners(shown), np.array(CORNERS, dtype=float)).max() <= CLOSE
@@ -200,7 +200,7 @@ def test_a_file_that_says_nothing_but_pixels_is_sent_as_it_is_whatever_its_name(
 
 
 def srgb_profile(size: int) -> bytes:
-    """LittleCMS's sRGB profile with `size` bytes behind it, which its header counts in."""
+    """LittleCMS's sRGB profile followed by `size` bytes, which its header includes."""
     from PIL import ImageCms
 
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -267,7 +267,7 @@ REDRAWN: dict[str, tuple[Callable[[Path], bytes], str, str]] = {
 
 
 @pytest.mark.parametrize("kind", REDRAWN)
-def test_what_this_browser_shows_is_sent_as_a_png(upload: Upload, folder: Path, kind: str) -> None:
+def test_formats_that_only_the_browser_decodes_are_sent_as_png(upload: Upload, folder: Path, kind: str) -> None:
     make, name, media_type = REDRAWN[kind]
     shown = upload.choose(make(folder), name, media_type)
     assert shown.size == (WIDTH, HEIGHT)
@@ -280,18 +280,18 @@ def test_what_this_browser_shows_is_sent_as_a_png(upload: Upload, folder: Path, 
     assert off[1:].max() <= KEPT
 
 
-def test_colours_of_another_space_are_sent_as_this_browser_shows_them(upload: Upload, folder: Path) -> None:
-    """A PNG's gamma of 1.0, which Chromium follows and Pillow does not."""
+def test_colours_of_another_colour_space_are_sent_as_shown(upload: Upload, folder: Path) -> None:
+    """A PNG with a gamma of 1.0, which Chromium applies and Pillow ignores."""
     content = run("convert", folder / "plain.png", "-set", "gamma", "1.0", "-define", "png:include-chunk=gAMA", "PNG24:-")
     shown = upload.choose(content, "a.png", "image/png")
     in_chromium = upload.as_chromium_shows_it(content)
     assert farthest(corners(shown), corners(in_chromium)).max() <= 1
-    assert farthest(corners(shown), np.array(CORNERS, dtype=float)).min() > KEPT, "the gamma says nothing"
+    assert farthest(corners(shown), np.array(CORNERS, dtype=float)).min() > KEPT, "the gamma must have an effect"
     repainted, _, _ = upload.repaint_upper_left()
     assert farthest(corners(repainted), corners(shown))[1:].max() <= KEPT
 
 
-def test_what_is_transparent_is_shown_white_as_the_server_reads_it(upload: Upload, folder: Path) -> None:
+def test_transparent_areas_are_shown_white_like_on_the_server(upload: Upload, folder: Path) -> None:
     brown = f"rgb{CORNERS[1]}".replace(" ", "")
     content = run("convert", folder / "plain.png", "-alpha", "set", "-transparent", brown, *WITHOUT_GAMMA, "PNG32:-")
     assert Image.open(io.BytesIO(content)).convert("RGBA").getpixel((WIDTH - 1, 0))[3] == 0  # type: ignore[index]
@@ -304,7 +304,7 @@ def test_what_is_transparent_is_shown_white_as_the_server_reads_it(upload: Uploa
     assert farthest(corners(repainted), expected)[1:].max() <= KEPT
 
 
-def test_a_photo_that_is_too_large_is_sent_smaller(upload: Upload, folder: Path) -> None:
+def test_a_photo_over_the_size_limit_is_sent_smaller(upload: Upload, folder: Path) -> None:
     """Noise, of which a PNG would have 9 MiB."""
     content = run("convert", "-size", "2400x1800", "xc:gray", "+noise", "Random", "-quality", "100", "JPEG:-")
     assert len(content) > 4 * 2**20
@@ -316,8 +316,8 @@ def test_a_photo_that_is_too_large_is_sent_smaller(upload: Upload, folder: Path)
     assert run("identify", "-format", "%m %w %h", "-", stdin=sent) == b"JPEG 2048 1536"
 
 
-def test_the_file_that_was_chosen_last_is_the_one_that_is_sent(upload: Upload, folder: Path) -> None:
-    """Even where one before takes longer, and nobody waits for either."""
+def test_the_file_chosen_last_is_sent(upload: Upload, folder: Path) -> None:
+    """Even if an earlier one takes longer to load."""
     visit = upload.visit
     slow = run("convert", "-size", "5000x2500", "gradient:", "JPEG:-")
     visit.fill(prompt="a red circle on a blue background", num_inference_steps=2)
@@ -350,7 +350,7 @@ NOT_SHOWN: dict[str, tuple[Callable[[Path], bytes], str]] = {
 
 
 @pytest.mark.parametrize("kind", NOT_SHOWN)
-def test_of_what_the_browser_does_not_show_the_page_says_what_it_is_and_what_to_do(visit: Visit, folder: Path, kind: str) -> None:
+def test_for_a_file_the_browser_cannot_decode_the_page_names_the_format_and_a_remedy(visit: Visit, folder: Path, kind: str) -> None:
     make, message = NOT_SHOWN[kind]
     visit.control("img").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": make(folder)})
     expect(visit.control("img-problem")).to_contain_text(message)

@@ -14,7 +14,7 @@ from tests.http.servers import Server
 
 @dataclass
 class Visit:
-    """A page of a browser's user of its own, and what went on below it."""
+    """A page in a new browser profile, with a record of its requests and console messages."""
 
     server: Server
     context: BrowserContext
@@ -51,7 +51,7 @@ class Visit:
             self.control(name).fill(str(value))
 
     def pictures(self, count: int = 1) -> list[Image.Image]:
-        """As the browser has decoded them, when all are there."""
+        """The decoded images, once all of them are shown."""
         expect(self.page.locator("#cards figcaption")).to_have_count(count, timeout=60_000)
         expect(self.draw).to_be_visible()
         shown = self.page.locator("#cards img").all()
@@ -59,7 +59,7 @@ class Visit:
 
 
 def decoded(image: Locator) -> Image.Image:
-    """What an <img> shows."""
+    """The pixels that an <img> shows."""
     url = image.evaluate(
         """async (image) => {
              await image.decode();

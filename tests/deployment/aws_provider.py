@@ -17,7 +17,7 @@ import grpc
 import msgspec
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
-# What Terraform puts into a plugin's environment, so that nobody starts one by hand and wonders.
+# Terraform sets this variable for plugins, so that a plugin started by hand can print an explanation.
 COOKIE_NAME = "TF_PLUGIN_MAGIC_COOKIE"
 COOKIE = "d602bf8f470bc67ca7faa0386276bbdd4330efaf76d1a219cb4d6991ca9872b2"
 
@@ -56,7 +56,7 @@ MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
 NESTING = {"single": 1, "list": 2, "set": 3}
 ERROR = 1
 
-# A message and how it is answered, both as they are on the wire.
+# A function from the bytes of a request to the bytes of its response.
 Answer = Callable[[bytes], bytes]
 NOTHING = b""
 
@@ -82,7 +82,7 @@ def message_classes() -> Mapping[str, Any]:
 
 
 def encode_schema(classes: Mapping[str, Any], provider: dict[str, Any]) -> bytes:
-    """The answer to GetSchema for a provider in the form of `terraform providers schema -json`."""
+    """The response to GetSchema for a provider in the form of `terraform providers schema -json`."""
 
     def block(source: dict[str, Any]) -> Any:
         attributes = [
@@ -117,7 +117,7 @@ def read_only_values(block: dict[str, Any], values: dict[str, Any]) -> Iterator[
             yield name
     for name, nested in block["block_types"].items():
         inner = values[name]
-        # Not a list or an object: no block, or one made by a `dynamic` block from what is not known yet.
+        # Neither a list nor an object: there is no block, or a `dynamic` block makes it from unknown values.
         for item in inner if isinstance(inner, list) else [inner] if isinstance(inner, dict) else []:
             if isinstance(item, dict):
                 yield from (f"{name}.{found}" for found in read_only_values(nested["block"], item))
@@ -138,7 +138,7 @@ def validator(classes: Mapping[str, Any], schemas: dict[str, Any]) -> Answer:
 
 
 def services(provider: dict[str, Any], stopped: threading.Event) -> dict[str, dict[str, Answer]]:
-    """All that is answered, by service and method, which is all that Terraform 1.11 asks; other calls are UNIMPLEMENTED."""
+    """The implemented calls by service and method: all that Terraform 1.11 makes. Other calls are UNIMPLEMENTED."""
     classes = message_classes()
     schema = encode_schema(classes, provider)
 
@@ -149,7 +149,7 @@ def services(provider: dict[str, Any], stopped: threading.Event) -> dict[str, di
     return {
         "tfplugin5.Provider": {
             "GetSchema": lambda request: schema,
-            # The request's only field is the configuration, the answer's field of the same number the configuration to use.
+            # The request's only field is the configuration; the response's field of the same number is the configuration to use.
             "PrepareProviderConfig": lambda request: request,
             "ValidateResourceTypeConfig": validator(classes, provider["resource_schemas"]),
             "ValidateDataSourceConfig": validator(classes, provider["data_source_schemas"]),
@@ -172,7 +172,7 @@ def serve(provider: dict[str, Any]) -> None:
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     print(f"1|5|tcp|127.0.0.1:{port}|grpc", flush=True)
-    # A Terraform that was killed says nothing: then the parent is another one.
+    # A killed Terraform sends no signal, but the parent process changes.
     parent = os.getppid()
     while not stopped.wait(timeout=1) and os.getppid() == parent:
         pass

@@ -9,39 +9,39 @@ run "one_machine_with_a_fixed_address" {
 
   assert {
     condition     = length(aws_instance.machine) == 1 && length(aws_eip.machine) == 1 && length(aws_eip_association.machine) == 1
-    error_message = "One machine, one address."
+    error_message = "There must be one machine with one address."
   }
   assert {
     condition     = length(aws_lb.balancer) == 0 && length(aws_autoscaling_group.machine) == 0 && length(aws_security_group.balancer) == 0
-    error_message = "No load balancer is paid for."
+    error_message = "There must be no load balancer."
   }
   assert {
     condition     = aws_launch_template.machine.network_interfaces[0].subnet_id == "subnet-0000000a"
-    error_message = "The same subnet at every plan, whatever order AWS lists them in."
+    error_message = "The subnet must be the same in every plan, in whatever order AWS lists them."
   }
   assert {
     condition     = aws_launch_template.machine.metadata_options[0].http_tokens == "required" && aws_launch_template.machine.metadata_options[0].http_put_response_hop_limit == 1
-    error_message = "IMDSv2 only, and not from inside the container."
+    error_message = "The metadata service must be IMDSv2 only and unreachable from the container."
   }
   assert {
     condition     = aws_launch_template.machine.block_device_mappings[0].ebs[0].encrypted == "true" && aws_launch_template.machine.block_device_mappings[0].ebs[0].volume_type == "gp3" && aws_launch_template.machine.block_device_mappings[0].ebs[0].volume_size == 120 && aws_launch_template.machine.block_device_mappings[0].device_name == "/dev/sda1"
-    error_message = "An encrypted gp3 root disk of the size asked for."
+    error_message = "The root disk must be encrypted gp3 of the configured size."
   }
   assert {
     condition     = aws_launch_template.machine.image_id == "ami-0fedcba9876543210"
-    error_message = "The AMI that SSM names."
+    error_message = "The AMI must be the one that SSM names."
   }
   assert {
     condition     = keys(aws_vpc_security_group_ingress_rule.machine) == ["203.0.113.7/32"]
-    error_message = "Exactly the allowed blocks."
+    error_message = "Exactly the allowed blocks may reach the server."
   }
   assert {
     condition     = aws_vpc_security_group_egress_rule.machine_https.to_port == 443 && aws_vpc_security_group_egress_rule.machine_updates.to_port == 80
-    error_message = "Outwards, the machine speaks HTTPS, and HTTP for packages."
+    error_message = "Outgoing traffic must be HTTPS, and HTTP for packages."
   }
   assert {
     condition     = length(aws_launch_template.machine.instance_market_options) == 0
-    error_message = "On demand unless asked."
+    error_message = "The machine must be on demand by default."
   }
   assert {
     condition     = length(setsubtract([for statement in data.aws_iam_policy_document.machine.statement : statement.sid], ["LogInToRegistry", "PullImage", "WriteLogs", "OpenSessions"])) == 0
@@ -49,30 +49,30 @@ run "one_machine_with_a_fixed_address" {
   }
   assert {
     condition     = one([for statement in data.aws_iam_policy_document.machine.statement : statement.resources if statement.sid == "PullImage"]) == toset(["arn:aws:ecr:us-west-1:123456789012:repository/stable-diffusion"])
-    error_message = "It may pull from this one repository."
+    error_message = "The role may pull from this repository only."
   }
 }
 
 run "the_outputs_lead_to_the_machine" {
   assert {
     condition     = output.endpoint == "http://198.51.100.7" && output.swagger == "http://198.51.100.7/"
-    error_message = "The fixed address."
+    error_message = "The endpoint must be the fixed address."
   }
   assert {
     condition     = strcontains(output.curl, "curl -X POST http://198.51.100.7/txt2img -H 'Content-Type: application/json'")
-    error_message = "A curl line to copy."
+    error_message = "The outputs must have a curl command."
   }
   assert {
     condition     = strcontains(output.session_command, "aws ssm start-session --region us-west-1 --target ") && strcontains(output.tunnel_command, "portNumber=80,localPortNumber=3000")
-    error_message = "A shell and a tunnel through SSM."
+    error_message = "The outputs must have commands for a shell and a tunnel through SSM."
   }
   assert {
     condition     = output.log_group == "/bentoctl/stable-diffusion"
-    error_message = "The log group."
+    error_message = "The outputs must have the log group."
   }
   assert {
     condition     = strcontains(output.start_command, "start-instances") && strcontains(output.stop_command, "stop-instances")
-    error_message = "How to stop and start it."
+    error_message = "The outputs must have commands to stop and start the machine."
   }
 }
 
@@ -85,7 +85,7 @@ run "a_pinned_ami_is_not_looked_up" {
 
   assert {
     condition     = length(data.aws_ssm_parameter.deep_learning_ami) == 0 && one(data.aws_ami.machine.filter).values == toset(["ami-0123456789abcdef0"])
-    error_message = "ami_id takes the place of the lookup."
+    error_message = "ami_id must replace the lookup."
   }
 }
 
@@ -98,7 +98,7 @@ run "own_subnets_need_no_default_vpc" {
 
   assert {
     condition     = length(data.aws_vpc.default) == 0 && aws_launch_template.machine.network_interfaces[0].subnet_id == "subnet-01234567"
-    error_message = "The subnet that was given."
+    error_message = "The machine must be in the configured subnet."
   }
 }
 
@@ -111,7 +111,7 @@ run "a_spot_machine_comes_back_by_itself" {
 
   assert {
     condition     = aws_launch_template.machine.instance_market_options[0].market_type == "spot" && aws_launch_template.machine.instance_market_options[0].spot_options[0].spot_instance_type == "persistent" && aws_launch_template.machine.instance_market_options[0].spot_options[0].instance_interruption_behavior == "stop"
-    error_message = "Stopped when AWS takes it, started when there is room again."
+    error_message = "AWS must stop the machine on interruption and start it when capacity returns."
   }
 }
 
@@ -124,7 +124,7 @@ run "the_machine_may_read_its_api_key_and_no_other" {
 
   assert {
     condition     = one([for statement in data.aws_iam_policy_document.machine.statement : statement if statement.sid == "ReadApiKey"]).resources == toset(["arn:aws:secretsmanager:us-west-1:123456789012:secret:key-AbCdEf"])
-    error_message = "This one secret."
+    error_message = "The role may read this secret only."
   }
 }
 
@@ -135,7 +135,7 @@ run "the_curl_line_has_a_key_where_the_server_has_keys" {
 
   assert {
     condition     = strcontains(output.curl, "/txt2img -H 'X-API-Key: KEY' -H 'Content-Type: application/json'")
-    error_message = "However the keys are given."
+    error_message = "The curl command must have a key whichever way the keys are set."
   }
 }
 
@@ -148,7 +148,7 @@ run "an_ssm_parameter_serves_as_well" {
 
   assert {
     condition     = one([for statement in data.aws_iam_policy_document.machine.statement : statement if statement.sid == "ReadApiKey"]).actions == toset(["ssm:GetParameter"])
-    error_message = "This one parameter."
+    error_message = "The role may read this parameter only."
   }
 }
 

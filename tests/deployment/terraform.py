@@ -87,7 +87,7 @@ def prepare(configuration: Path, folder: Path) -> StandIn:
 """,
         encoding="utf-8",
     )
-    # Local modules have to be registered first. What is wrong with the configuration, the next command says again.
+    # Local modules must be registered first. Errors in the configuration are ignored here, because the next command reports them.
     stand_in.run(configuration, "get")
     return stand_in
 

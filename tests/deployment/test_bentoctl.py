@@ -26,7 +26,7 @@ from tests.http.servers import BENTOML, ROOT, build_bento
 CONFIGURATION = ROOT / "bentoctl" / "deployment_config.yaml"
 REPOSITORY = "stable-diffusion-bentoml"
 TERRAFORM = shutil.which("terraform")
-# Writes what it was given to build into a file, since the folder is gone afterwards.
+# Records the build context in a file, because the folder is removed afterwards.
 DOCKER = r"""
 case "$1 $2" in
   "version --format") echo '"28.0.0"' ;;
@@ -38,7 +38,7 @@ esac
 """
 
 
-# Needs no provider; its destruction fails as long as there is a file called broken.
+# Needs no provider; its destruction fails while a file called broken exists.
 MACHINE = """
 variable "deployment_name" {
   type = string
@@ -90,7 +90,7 @@ def workplace(home: Path, tmp_path: Path) -> Workplace:
     return Workplace(folder, home)
 
 
-def test_the_operator_is_the_folder_of_this_repository(home: Path) -> None:
+def test_the_installed_operator_is_this_repositorys_folder(home: Path) -> None:
     listed = json.loads((home / "operators" / "operator_list.json").read_text())
     assert listed["aws-ec2"]["path"] == str(OPERATOR)
 
@@ -104,24 +104,24 @@ def test_generate_writes_the_terraform_files_and_the_values(workplace: Workplace
     assert 'instance_type         = "g4dn.xlarge"\n' in workplace.values
 
 
-def test_a_second_generate_says_what_it_did_about_main_tf(workplace: Workplace) -> None:
+def test_a_second_generate_reports_that_main_tf_is_up_to_date(workplace: Workplace) -> None:
     workplace.bentoctl("generate")
     configuration = workplace.folder / "deployment_config.yaml"
     configuration.write_text(configuration.read_text().replace("g4dn.xlarge", "g5.xlarge"))
     again = workplace.bentoctl("generate")
     assert again.returncode == 0
-    assert "main.tf and the files beside it are there already and up to date: only bentoctl.tfvars is written." in again.stdout
+    assert "main.tf and the other templates are up to date: only bentoctl.tfvars is written." in again.stdout
     assert '"g5.xlarge"' in workplace.values
 
 
-def test_a_changed_main_tf_is_left_alone_and_both_ways_on_are_named(workplace: Workplace) -> None:
+def test_a_changed_main_tf_is_kept_and_the_message_names_both_options(workplace: Workplace) -> None:
     workplace.bentoctl("generate")
     main = workplace.folder / "main.tf"
     main.write_text(main.read_text() + "\n# mine\n")
     values = workplace.values
     refused = workplace.bentoctl("generate")
     assert refused.returncode == 1
-    assert "main.tf: there already" in refused.stderr
+    assert "main.tf: differs from what this operator writes" in refused.stderr
     assert "bentoctl generate --values-only" in refused.stderr
     assert "rm main.tf" in refused.stderr
     assert main.read_text().endswith("# mine\n")
@@ -132,11 +132,11 @@ def test_a_changed_main_tf_is_left_alone_and_both_ways_on_are_named(workplace: W
     assert "# mine" not in main.read_text()
 
 
-def test_a_second_deployment_does_not_take_over_the_folder_of_the_first(workplace: Workplace) -> None:
+def test_a_second_deployment_in_the_same_folder_is_refused(workplace: Workplace) -> None:
     workplace.bentoctl("generate")
     refused = workplace.bentoctl("generate", "-f", str(ROOT / "bentoctl" / "deployment_config_tokyo.yaml"))
     assert refused.returncode == 1
-    assert "this folder holds the deployment stable-diffusion-bentoml" in refused.stderr
+    assert "this folder belongs to the deployment stable-diffusion-bentoml" in refused.stderr
     assert 'deployment_name       = "stable-diffusion-bentoml"' in workplace.values
 
 
@@ -158,7 +158,7 @@ def test_a_bad_configuration_is_refused_before_anything_is_written(workplace: Wo
     assert [file.name for file in workplace.folder.iterdir()] == ["deployment_config.yaml"]
 
 
-def test_init_asks_and_the_answers_make_a_deployment(workplace: Workplace) -> None:
+def test_the_answers_to_init_make_a_deployment(workplace: Workplace) -> None:
     (workplace.folder / "deployment_config.yaml").unlink()
     answers = {
         "name": "my-pictures",
@@ -198,7 +198,7 @@ def test_init_asks_and_the_answers_make_a_deployment(workplace: Workplace) -> No
 
 @dataclass
 class DockerDaemon:
-    """The three calls of Docker's HTTP API that bentoctl makes, and what it was asked."""
+    """The three calls of Docker's HTTP API that bentoctl makes, with a record of the requests."""
 
     url: str = ""
     asked: list[str] = field(default_factory=list)
@@ -245,7 +245,7 @@ def with_docker(docker: Path, **more: str) -> dict[str, str]:
     return {"PATH": path_with([BENTOML.parent, docker]), **more}
 
 
-def test_a_dry_run_builds_the_whole_bento_from_a_folder_that_is_still_there(workplace: Workplace, docker: Path) -> None:
+def test_a_dry_run_builds_the_complete_bento_from_an_existing_folder(workplace: Workplace, docker: Path) -> None:
     built = workplace.bentoctl("build", "-b", "stable_diffusion_fp32:latest", "--dry-run", changes=with_docker(docker))
     assert built.returncode == 0, built.stderr
     assert "Created docker image: aws-ec2-stable_diffusion_fp32:" in built.stdout
@@ -258,7 +258,7 @@ def test_a_dry_run_builds_the_whole_bento_from_a_folder_that_is_still_there(work
     ]
 
 
-def test_build_pushes_to_a_new_repository_and_puts_the_image_into_the_values(
+def test_build_pushes_to_a_new_repository_and_writes_the_image_to_the_values(
     workplace: Workplace, docker: Path, docker_daemon: DockerDaemon, aws: StandInAws
 ) -> None:
     changes = with_docker(docker, DOCKER_HOST=docker_daemon.url, **aws.variables)
@@ -274,12 +274,12 @@ def test_build_pushes_to_a_new_repository_and_puts_the_image_into_the_values(
     assert len(pushed) == 1
     assert repository["repositoryUri"] in pushed[0]
 
-    # The image outlives a later generate.
+    # A later generate keeps the image.
     assert workplace.bentoctl("generate").returncode == 0
     assert image_tag[0] in workplace.values
 
 
-def test_build_without_credentials_says_so_in_a_sentence(workplace: Workplace, docker: Path, docker_daemon: DockerDaemon) -> None:
+def test_build_without_credentials_explains_how_to_set_them(workplace: Workplace, docker: Path, docker_daemon: DockerDaemon) -> None:
     nobody = {"AWS_CONFIG_FILE": "/nonexistent", "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent", "AWS_EC2_METADATA_DISABLED": "true"}
     refused = workplace.bentoctl(
         "build", "-b", "stable_diffusion_fp32:latest", changes=with_docker(docker, DOCKER_HOST=docker_daemon.url, **nobody)
@@ -296,7 +296,7 @@ def test_build_without_credentials_says_so_in_a_sentence(workplace: Workplace, d
         ('[[ "$1 $2" != "buildx version" ]]', "docker has no buildx plugin"),
         (
             '[[ $1 != version ]] || { echo "Cannot connect to the Docker daemon" >&2; exit 1; }',
-            "the Docker daemon does not answer: Cannot connect to the Docker daemon",
+            "the Docker daemon does not respond: Cannot connect to the Docker daemon",
         ),
     ],
 )
@@ -314,7 +314,7 @@ def test_destroy_deletes_the_repository_when_nothing_is_deployed(workplace: Work
     client.create_repository(repositoryName=REPOSITORY)
     elsewhere = workplace.bentoctl("destroy", changes=aws.variables)
     assert elsewhere.returncode == 1
-    assert f"this folder has no bentoctl.tfvars, so the images of {REPOSITORY} were not touched" in elsewhere.stderr
+    assert f"this folder has no bentoctl.tfvars, so the images of {REPOSITORY} were kept" in elsewhere.stderr
     assert len(client.describe_repositories()["repositories"]) == 1
     workplace.bentoctl("generate")
     destroyed = workplace.bentoctl("destroy", changes=aws.variables)
@@ -324,9 +324,7 @@ def test_destroy_deletes_the_repository_when_nothing_is_deployed(workplace: Work
 
 
 @pytest.mark.skipif(TERRAFORM is None, reason="terraform is not on PATH; bentoctl destroy calls it")
-def test_a_destroy_that_nobody_confirms_or_that_fails_keeps_the_images_of_the_running_machine(
-    workplace: Workplace, aws: StandInAws
-) -> None:
+def test_an_unconfirmed_or_failed_destroy_keeps_the_images(workplace: Workplace, aws: StandInAws) -> None:
     assert TERRAFORM is not None
     client = boto3.Session(region_name="us-west-1").client("ecr")
     client.create_repository(repositoryName=REPOSITORY)
@@ -334,7 +332,7 @@ def test_a_destroy_that_nobody_confirms_or_that_fails_keeps_the_images_of_the_ru
     (workplace.folder / "main.tf").write_text(MACHINE)
     (workplace.folder / "bentoctl.tfvars").write_text(f'deployment_name = "{REPOSITORY}"\n')
     (workplace.folder / "broken").touch()
-    (workplace.folder / ".terraform").mkdir()  # init makes it where there is a provider
+    (workplace.folder / ".terraform").mkdir()  # init creates it if there is a provider
     subprocess.run(
         [TERRAFORM, "apply", "-auto-approve", "-var-file", "bentoctl.tfvars"],
         cwd=workplace.folder,
@@ -344,11 +342,11 @@ def test_a_destroy_that_nobody_confirms_or_that_fails_keeps_the_images_of_the_ru
     )
     kept = workplace.bentoctl("destroy", changes=aws.variables)
     assert kept.returncode == 1
-    left = f"1 resources of the deployment are still there (terraform_data.machine, ...), so its image repository {REPOSITORY} was kept"
+    left = f"1 resources of the deployment still exist (terraform_data.machine, ...), so its image repository {REPOSITORY} was kept"
     assert left in kept.stderr
     assert len(client.describe_repositories()["repositories"]) == 1
 
-    # Terraform takes the outputs out of its state before it fails, and bentoctl asks only for those.
+    # Terraform removes the outputs from its state before it fails, and bentoctl reads only those.
     for _ in range(2):
         failed = workplace.bentoctl("destroy", "--auto-approve", changes=aws.variables)
         assert failed.returncode == 1

@@ -16,9 +16,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from stable_diffusion.core.types import Kind
 from tests.deployment.commands import TEMPLATES, TOOLS, calls, path_with, stand_in
 from tests.http.servers import environment, free_port
 
@@ -41,7 +43,7 @@ SETTINGS = {
     "READY_TIMEOUT_S": "1800",
     "KEEP_ALIVE_S": "3660",
 }
-# The image is not there until it has been pulled; what is pulled stays.
+# The image is missing until it has been pulled, and then stays.
 DOCKER = r"""
 folder=$(dirname "$0")
 case "$1 $2" in
@@ -110,7 +112,7 @@ def machine(tmp_path: Path) -> Machine:
 
 @contextmanager
 def answering(pages: dict[str, str]) -> Iterator[str]:
-    """A server on loopback with these pages; gives its port."""
+    """A server on loopback with these pages. Yields its port."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -158,7 +160,7 @@ def test_first_boot_checks_the_gpu_logs_in_pulls_and_starts_the_container(machin
     assert started.endswith(f"{IMAGE} serve --timeout-keep-alive 3660")
 
 
-def test_reboot_starts_the_image_that_is_there_without_asking_the_registry(machine: Machine) -> None:
+def test_a_reboot_starts_the_local_image_without_the_registry(machine: Machine) -> None:
     machine.do("prepare")
     (machine.programs / "calls.log").unlink()
     assert machine.do("prepare").returncode == 0
@@ -166,7 +168,7 @@ def test_reboot_starts_the_image_that_is_there_without_asking_the_registry(machi
     assert machine.called("docker pull") + machine.called("docker login") + machine.called("aws ecr") == []
 
 
-def test_a_pull_that_fails_at_first_is_tried_again_with_growing_pauses(machine: Machine) -> None:
+def test_a_failed_pull_is_retried_with_growing_pauses(machine: Machine) -> None:
     failing = DOCKER.replace(
         'touch "$folder/pulled"', 'echo >>"$folder/tries"; (($(wc -l <"$folder/tries") > 3)) && touch "$folder/pulled"'
     )
@@ -176,40 +178,40 @@ def test_a_pull_that_fails_at_first_is_tried_again_with_growing_pauses(machine: 
     assert machine.called("sleep") == ["sleep 5", "sleep 10", "sleep 20"]
 
 
-def test_a_pull_that_keeps_failing_says_what_to_look_at(machine: Machine) -> None:
+def test_a_pull_that_keeps_failing_says_what_to_check(machine: Machine) -> None:
     stand_in(machine.programs, "docker", DOCKER.replace('touch "$folder/pulled"', "false"))
     assert machine.do("prepare").returncode == 1
     assert len(machine.called("docker pull")) == 5
     assert machine.said[-1].startswith(f"FAILED: the image {IMAGE} could not be pulled: is it in the repository")
 
 
-def test_no_login_points_at_the_region(machine: Machine) -> None:
+def test_a_failed_login_points_at_the_region(machine: Machine) -> None:
     stand_in(machine.programs, "aws", "[[ $1 != ecr ]]")
     assert machine.do("prepare").returncode == 1
-    assert "FAILED: no login to 123456789012.dkr.ecr.us-west-1.amazonaws.com: check that spec.region" in machine.said[-1]
+    assert "FAILED: login to 123456789012.dkr.ecr.us-west-1.amazonaws.com failed: check that spec.region" in machine.said[-1]
 
 
-def test_a_missing_gpu_is_named_with_the_words_of_nvidia_smi(machine: Machine) -> None:
+def test_a_missing_gpu_is_reported_with_the_output_of_nvidia_smi(machine: Machine) -> None:
     stand_in(machine.programs, "nvidia-smi", 'echo "No devices were found"; exit 6')
     assert machine.do("prepare").returncode == 1
-    assert machine.said[-1].startswith("FAILED: no NVIDIA GPU, or no driver for it: nvidia-smi says: No devices were found.")
+    assert machine.said[-1].startswith("FAILED: no NVIDIA GPU, or no driver for it: nvidia-smi printed: No devices were found.")
     assert machine.called("docker pull") == []
 
 
-def test_a_driver_that_is_too_old_for_torch_is_named(machine: Machine) -> None:
+def test_a_driver_too_old_for_torch_is_reported(machine: Machine) -> None:
     stand_in(machine.programs, "nvidia-smi", 'echo "Tesla T4, 515.65.01"')
     assert machine.do("prepare").returncode == 1
-    assert "driver is 515.65.01 and torch's CUDA needs 580 or newer" in machine.said[-1]
+    assert "driver is 515.65.01, but torch's CUDA needs 580 or newer" in machine.said[-1]
 
 
-def test_a_container_that_sees_no_gpu_is_named(machine: Machine) -> None:
+def test_a_container_that_sees_no_gpu_is_reported(machine: Machine) -> None:
     broken = 'if [[ $1 == run ]]; then echo "could not select device driver with capabilities: [[gpu]]"; exit 125; fi\n' + DOCKER
     stand_in(machine.programs, "docker", broken)
     assert machine.do("prepare").returncode == 1
     assert "FAILED: the container sees no GPU (NVIDIA container toolkit): could not select device driver" in machine.said[-1]
 
 
-def test_without_gpus_nothing_asks_for_one(machine: Machine) -> None:
+def test_without_gpus_nothing_uses_one(machine: Machine) -> None:
     machine.configure(ENABLE_GPUS="false")
     stand_in(machine.programs, "nvidia-smi", "exit 127")
     assert machine.do("prepare").returncode == 0
@@ -225,7 +227,7 @@ def test_without_gpus_nothing_asks_for_one(machine: Machine) -> None:
         ("arn:aws:ssm:us-east-1:123456789012:parameter/key", "aws ssm get-parameter"),
     ],
 )
-def test_the_api_key_reaches_the_container_through_a_private_file_only(machine: Machine, arn: str, call: str) -> None:
+def test_the_api_key_reaches_the_container_only_through_a_private_file(machine: Machine, arn: str, call: str) -> None:
     machine.configure(API_KEY_ARN=arn)
     stand_in(machine.programs, "aws", 'case $1 in secretsmanager | ssm) echo "the-key" ;; esac')
     prepared = machine.do("prepare")
@@ -238,7 +240,7 @@ def test_the_api_key_reaches_the_container_through_a_private_file_only(machine: 
     assert "the-key" not in "\n".join(calls(machine.programs)) + prepared.stdout + prepared.stderr
 
 
-def test_an_api_key_that_is_read_at_the_second_try_is_the_key_alone(machine: Machine) -> None:
+def test_an_api_key_read_at_the_second_attempt_has_nothing_added(machine: Machine) -> None:
     machine.configure(API_KEY_ARN="arn:aws:secretsmanager:us-west-1:123456789012:secret:key-AbCdEf")
     once = machine.root / "once"
     stand_in(
@@ -252,7 +254,7 @@ def test_an_api_key_that_is_read_at_the_second_try_is_the_key_alone(machine: Mac
     ("answer", "words"),
     [("exit 254", "could not be read"), ('echo ""', "is empty"), (r'printf "one\ntwo\n"', "has more than one line")],
 )
-def test_an_api_key_that_is_not_there_stops_the_start_rather_than_opening_the_door(machine: Machine, answer: str, words: str) -> None:
+def test_a_missing_api_key_stops_the_start(machine: Machine, answer: str, words: str) -> None:
     machine.configure(API_KEY_ARN="arn:aws:secretsmanager:us-west-1:123456789012:secret:key-AbCdEf")
     stand_in(machine.programs, "aws", f"case $1 in secretsmanager) {answer} ;; esac")
     assert machine.do("prepare").returncode == 1
@@ -262,7 +264,7 @@ def test_an_api_key_that_is_not_there_stops_the_start_rather_than_opening_the_do
 
 @pytest.fixture
 def container() -> Iterator[subprocess.Popen[bytes]]:
-    """Stands for `docker run`, whose process id systemd hands over as MAINPID."""
+    """A stand-in for `docker run`, whose process id systemd passes as MAINPID."""
     process = subprocess.Popen(["sleep", "60"])
     yield process
     process.kill()
@@ -274,7 +276,7 @@ def wait_for(machine: Machine, container: subprocess.Popen[bytes], began_s_ago: 
     return machine.do("wait", MAINPID=str(container.pid))
 
 
-def test_ready_is_said_once_the_server_answers(machine: Machine, container: subprocess.Popen[bytes]) -> None:
+def test_ready_is_logged_once_the_server_is_ready(machine: Machine, container: subprocess.Popen[bytes]) -> None:
     with answering({"/readyz": ""}) as port:
         machine.configure(PORT=port)
         assert wait_for(machine, container).returncode == 0
@@ -287,20 +289,20 @@ def test_waiting_ends_at_once_when_the_container_ends(machine: Machine, containe
     container.wait()
     assert wait_for(machine, container).returncode == 1
     machine.do("report", SERVICE_RESULT="exit-code", EXIT_STATUS="1")
-    assert machine.said == ["FAILED: the picture server ended (exit-code, 1); its last lines: Not started: this bento holds no weights"]
+    assert machine.said == ["FAILED: the image server ended (exit-code, 1); its last lines: Not started: this bento holds no weights"]
 
 
-def test_a_server_that_never_answers_is_given_up_after_the_time_of_the_whole_start(
+def test_a_server_that_never_becomes_ready_fails_after_the_time_limit_of_the_whole_start(
     machine: Machine, container: subprocess.Popen[bytes]
 ) -> None:
     machine.configure(PORT=str(free_port()))
     assert wait_for(machine, container, began_s_ago=1801).returncode == 1
     machine.do("report", SERVICE_RESULT="exit-code", EXIT_STATUS="1")
     assert len(machine.said) == 1
-    assert machine.said[0].startswith("FAILED: the server does not answer /readyz after 1800 s; its last lines: Not started")
+    assert machine.said[0].startswith("FAILED: the server is not ready after 1800 s; its last lines: Not started")
 
 
-def test_a_machine_of_a_group_joins_it_when_it_is_ready_and_a_reboot_is_no_failure(
+def test_a_machine_joins_its_group_when_it_is_ready_and_a_reboot_does_not_fail(
     machine: Machine, container: subprocess.Popen[bytes]
 ) -> None:
     with answering({"/readyz": ""}) as port:
@@ -321,11 +323,11 @@ def test_a_machine_of_a_group_joins_it_when_it_is_ready_and_a_reboot_is_no_failu
 
 def test_a_server_that_ends_is_reported_with_its_last_lines(machine: Machine) -> None:
     assert machine.do("report", SERVICE_RESULT="exit-code", EXIT_STATUS="1").returncode == 0
-    [told] = machine.said
-    assert told.startswith("FAILED: the picture server ended (exit-code, 1); its last lines: Not started: this bento holds no weights")
+    [line] = machine.said
+    assert line.startswith("FAILED: the image server ended (exit-code, 1); its last lines: Not started: this bento holds no weights")
 
 
-def test_a_clean_stop_and_a_failure_that_was_told_are_not_reported_again(machine: Machine) -> None:
+def test_clean_stops_and_reported_failures_are_not_reported_again(machine: Machine) -> None:
     machine.do("report", SERVICE_RESULT="success", EXIT_STATUS="0")
     stand_in(machine.programs, "nvidia-smi", "exit 1")
     machine.do("prepare")
@@ -333,37 +335,41 @@ def test_a_clean_stop_and_a_failure_that_was_told_are_not_reported_again(machine
     assert len([line for line in machine.said if line.startswith("FAILED")]) == 1
 
 
-def test_what_is_said_survives_quotes_backslashes_line_breaks_colours_and_half_letters(machine: Machine) -> None:
+def test_log_lines_survive_quotes_backslashes_line_breaks_colours_and_incomplete_characters(machine: Machine) -> None:
     stand_in(machine.programs, "nvidia-smi", r"""printf 'a "quoted" \\ path\nand \033[31mred\033[0m \303'; exit 1""")
     machine.do("prepare")
     assert 'a "quoted" \\ path and  [31mred [0m ' in machine.said[-1]
 
 
-def test_a_cloudwatch_that_does_not_answer_does_not_stop_the_preparation(machine: Machine) -> None:
+def test_an_unreachable_cloudwatch_does_not_stop_the_preparation(machine: Machine) -> None:
     stand_in(machine.programs, "aws", '[[ $1 == ecr ]] && echo "password"')
     prepared = machine.do("prepare")
     assert prepared.returncode == 0
-    assert "(CloudWatch did not take that line)" in prepared.stdout
+    assert "(CloudWatch did not accept that line)" in prepared.stdout
 
 
-def test_stop_gives_the_container_as_long_as_its_longest_request(machine: Machine) -> None:
+def test_stop_gives_the_container_the_time_of_the_longest_request(machine: Machine) -> None:
     machine.do("stop")
     assert machine.called("docker stop") == ["docker stop -t 3600 stable-diffusion"]
 
 
 def metrics(in_progress: int, total: int) -> str:
-    """As the service prints them, with lines that must not be counted: health checks go on while nothing is drawn."""
+    """The metrics as the service prints them, with lines that must not count: health checks continue while nothing is generated."""
     return (
-        f'bentoml_runner_request_in_progress{{endpoint="/draw",runner_name="stable_diffusion_runner"}} {in_progress}.0\n'
+        f'bentoml_runner_request_in_progress{{endpoint="/txt2img",runner_name="stable_diffusion_runner"}} {in_progress}.0\n'
         f'bentoml_api_server_request_in_progress{{endpoint="/metrics"}} 1.0\n'
-        f'bentoml_runner_request_total{{endpoint="/draw",http_response_code="200"}} {total}.0\n'
-        f'bentoml_runner_request_total{{endpoint="/draw",http_response_code="500"}} 1.0\n'
+        f'bentoml_runner_request_total{{endpoint="/img2img",http_response_code="200"}} {total}.0\n'
+        f'bentoml_runner_request_total{{endpoint="/inpaint",http_response_code="500"}} 1.0\n'
         f'bentoml_runner_request_in_progress{{endpoint="/readyz",runner_name="stable_diffusion_runner"}} 1.0\n'
         f'bentoml_runner_request_total{{endpoint="/readyz",http_response_code="200"}} {time.monotonic_ns()}.0\n'
     )
 
 
-def test_a_machine_of_a_group_reports_its_requests_in_progress(machine: Machine) -> None:
+def test_the_load_is_counted_over_all_methods_of_the_runner() -> None:
+    assert f'endpoint="\\/({"|".join(get_args(Kind))})"' in SCRIPT.read_text()
+
+
+def test_a_machine_in_a_group_reports_its_requests_in_progress(machine: Machine) -> None:
     with answering({"/metrics": metrics(3, 10)}) as port:
         machine.configure(PORT=port, AUTO_SCALING_GROUP="stable-diffusion")
         assert machine.do("watch").returncode == 0
@@ -390,7 +396,7 @@ def test_an_idle_machine_stops_itself_and_a_busy_one_does_not(machine: Machine) 
 
     watch_at(0, 0, 7)
     watch_at(14, 0, 8)  # a request came in between
-    watch_at(28, 1, 8)  # one is being drawn
+    watch_at(28, 1, 8)  # one is being generated
     watch_at(42, 0, 8)
     assert machine.called("systemctl") == []
     watch_at(43, 0, 8)
@@ -398,7 +404,7 @@ def test_an_idle_machine_stops_itself_and_a_busy_one_does_not(machine: Machine) 
     assert machine.said[-1].startswith("stopping: no request for 15 minutes")
 
 
-def test_a_machine_whose_server_never_comes_up_is_stopped_too_after_the_time_of_a_start(machine: Machine) -> None:
+def test_a_machine_whose_server_never_becomes_ready_stops_after_the_time_of_a_start_too(machine: Machine) -> None:
     machine.configure(PORT=str(free_port()), IDLE_STOP_MINUTES="15")
     clock = machine.root / "now"
     stand_in(machine.programs, "date", f'[[ $1 == +%s ]] && cat "{clock}" || echo 1000')
@@ -411,7 +417,7 @@ def test_a_machine_whose_server_never_comes_up_is_stopped_too_after_the_time_of_
     assert machine.called("systemctl") == ["systemctl poweroff"]
 
 
-def test_an_unknown_word_is_answered_with_what_is_known(machine: Machine) -> None:
+def test_an_unknown_command_prints_the_usage(machine: Machine) -> None:
     finished = machine.do("dance")
     assert finished.returncode == 2
     assert "prepare | run | wait | stop | report | watch" in finished.stderr

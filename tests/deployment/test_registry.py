@@ -1,4 +1,4 @@
-"""The image repository, through real boto3 calls to moto's server; what AWS cannot do is told in one sentence."""
+"""The image repository, through real boto3 calls to moto's server; errors from AWS become one sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.deployment.conftest import StandInAws
 from tests.http.servers import free_port
 
 
-def test_a_missing_repository_is_made_scanned_and_kept_small(aws: StandInAws) -> None:
+def test_a_missing_repository_is_created_with_scans_and_a_lifecycle_policy(aws: StandInAws) -> None:
     from bentoctl_aws_ec2.registry import create_repository
 
     made = create_repository("stable-diffusion", "us-west-1")
@@ -26,14 +26,14 @@ def test_a_missing_repository_is_made_scanned_and_kept_small(aws: StandInAws) ->
     assert rules[0]["selection"]["countNumber"] == 10
 
 
-def test_a_repository_that_is_there_is_used_again(aws: StandInAws) -> None:
+def test_an_existing_repository_is_reused(aws: StandInAws) -> None:
     from bentoctl_aws_ec2.registry import create_repository
 
     assert create_repository("stable-diffusion", "us-west-1").url == create_repository("stable-diffusion", "us-west-1").url
     assert len(boto3.Session(region_name="us-west-1").client("ecr").describe_repositories()["repositories"]) == 1
 
 
-def test_deleting_takes_the_images_along_and_twice_is_fine(aws: StandInAws, capsys: pytest.CaptureFixture[str]) -> None:
+def test_deleting_removes_the_images_and_may_be_repeated(aws: StandInAws, capsys: pytest.CaptureFixture[str]) -> None:
     from bentoctl_aws_ec2.registry import create_repository, delete_repository
 
     create_repository("stable-diffusion", "us-west-1")
@@ -46,7 +46,7 @@ def test_deleting_takes_the_images_along_and_twice_is_fine(aws: StandInAws, caps
     assert capsys.readouterr().out == "There was no repository stable-diffusion in us-west-1.\n"
 
 
-def test_regions_do_not_share_repositories(aws: StandInAws) -> None:
+def test_regions_have_separate_repositories(aws: StandInAws) -> None:
     from bentoctl_aws_ec2.registry import create_repository, delete_repository
 
     create_repository("stable-diffusion", "us-west-1")
@@ -62,7 +62,7 @@ def refused(name: str = "stable-diffusion", region: str = "us-west-1") -> str:
     return refusal.value.message
 
 
-def test_without_credentials_it_says_how_to_give_them(aws: StandInAws, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_credentials_the_error_says_how_to_set_them(aws: StandInAws, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     assert refused().startswith("no AWS credentials: run `aws configure`, or set AWS_PROFILE")
@@ -73,21 +73,21 @@ def test_an_unknown_profile_is_named(aws: StandInAws, monkeypatch: pytest.Monkey
     assert "nobody" in refused()
 
 
-def test_an_aws_that_does_not_answer_points_at_region_and_network(aws: StandInAws, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_aws_points_at_region_and_network(aws: StandInAws, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    assert refused(region="eu-south-2").startswith("AWS does not answer for region eu-south-2: check spec.region")
+    assert refused(region="eu-south-2").startswith("AWS does not respond in region eu-south-2: check spec.region")
 
 
 @pytest.mark.parametrize(
     ("code", "words"),
     [
-        ("UnrecognizedClientException", "AWS does not accept your credentials in us-west-1"),
-        ("AccessDeniedException", "your AWS user may not do CreateRepository in us-west-1: told so"),
+        ("UnrecognizedClientException", "AWS rejected your credentials in us-west-1"),
+        ("AccessDeniedException", "your AWS user lacks permission for CreateRepository in us-west-1: told so"),
         ("LimitExceededException", "AWS refused CreateRepository in us-west-1 (LimitExceededException): told so"),
     ],
 )
-def test_what_aws_refuses_is_told_with_its_reason(code: str, words: str) -> None:
+def test_a_refusal_by_aws_is_reported_with_its_reason(code: str, words: str) -> None:
     from bentoctl_aws_ec2.registry import clear_errors
 
     with pytest.raises(click.ClickException) as refusal, clear_errors("us-west-1"):

@@ -1,4 +1,4 @@
-"""deployment_config.yaml through the operator's schema and checks: what is refused, by which name, and what becomes of the rest."""
+"""deployment_config.yaml through the operator's schema and checks: refused values by field name, and the resulting variables."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check(spec: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
 
 
 def without_help(rules: Any) -> Any:
-    """bentoctl takes its own help texts out before Cerberus sees the schema."""
+    """The schema without the help texts, which bentoctl removes before Cerberus sees it."""
     if not isinstance(rules, dict):
         return rules
     return {name: without_help(rule) for name, rule in rules.items() if name != "help_message"}
@@ -58,13 +58,13 @@ def test_the_references_configuration_is_valid() -> None:
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "bentoctl").glob("deployment_config*.yaml")), ids=lambda file: file.stem)
-def test_every_configuration_that_the_repository_brings_is_valid(file: Any) -> None:
+def test_every_configuration_in_the_repository_is_valid(file: Any) -> None:
     configuration = yaml.safe_load(file.read_text())
     values = variables(configuration["spec"], configuration["name"])
     assert values["region"] == configuration["spec"]["region"]
 
 
-def test_the_explained_configuration_mentions_every_field() -> None:
+def test_the_commented_configuration_mentions_every_field() -> None:
     import operator_config
 
     text = (ROOT / "bentoctl" / "deployment_config.yaml").read_text()
@@ -81,13 +81,13 @@ def test_the_explained_configuration_mentions_every_field() -> None:
         ("instance_type", "g4dn.xlarg", "has the sizes 12xlarge, 16xlarge, 2xlarge, 4xlarge, 8xlarge, metal, xlarge"),
         ("instance_type", "p3.2xlarge", "V100 GPUs are too old"),
         ("instance_type", "g5g.xlarge", "ARM processor"),
-        ("instance_type", "g4ad.xlarge", "made by AMD"),
+        ("instance_type", "g4ad.xlarge", "it has AMD GPUs"),
         ("instance_type", 4, "string"),
-        ("enable_gpus", "maybe", "must be yes or no, not 'maybe'"),
+        ("enable_gpus", "maybe", "must be yes or no, got 'maybe'"),
         ("ami_id", "ami-123", "is not an AMI id"),
         ("disk_size_gb", 8, "min value is 100"),
-        ("disk_size_gb", "big", "must be a whole number, not 'big'"),
-        ("disk_size_gb", True, "must be a whole number, not True"),
+        ("disk_size_gb", "big", "must be a whole number, got 'big'"),
+        ("disk_size_gb", True, "must be a whole number, got True"),
         ("api_key_arn", "my-secret", "neither the ARN"),
         ("certificate_arn", "arn:aws:iam::123456789012:server-certificate/x", "not the ARN of an ACM certificate"),
         ("idle_stop_minutes", 5, "must be 0 (never) or 15 to 10080"),
@@ -101,31 +101,31 @@ def test_the_explained_configuration_mentions_every_field() -> None:
         ("allowed_cidrs", ["300.1.1.1/32"], "is not a CIDR block"),
         ("allowed_cidrs", "0.0.0.0/0", "must be of list type"),
         ("subnet_ids", ["vpc-0123456789abcdef0"], "is not a subnet id"),
-        ("environment_variables", [{"name": "A B", "value": "x"}], "is not a name for an environment variable"),
+        ("environment_variables", [{"name": "A B", "value": "x"}], "is not a valid environment variable name"),
         ("environment_variables", [{"name": "A", "value": "x\ny"}], "must be a single line"),
         ("environment_variables", [{"name": "A"}], "required field"),
         ("instance_typ", "g4dn.xlarge", "unknown field"),
     ],
 )
-def test_a_bad_value_is_refused_by_the_name_of_its_field(field: str, value: object, words: str) -> None:
+def test_an_invalid_value_is_refused_with_the_name_of_its_field(field: str, value: object, words: str) -> None:
     checked, errors = check({"region": "us-west-1", field: value})
     assert checked is None
     assert list(errors) == [field]
     assert words in str(errors[field]).replace('\\"', '"')
 
 
-def test_answers_typed_at_init_mean_the_same_as_yaml() -> None:
+def test_values_typed_at_init_mean_the_same_as_in_yaml() -> None:
     assert variables({"enable_gpus": "no", "disk_size_gb": "200", "instances": {"min": "1", "max": "2"}}) == variables(
         {"enable_gpus": False, "disk_size_gb": 200, "instances": {"min": 1, "max": 2}}
     )
 
 
-def test_a_field_left_empty_in_yaml_is_a_field_left_out() -> None:
+def test_an_empty_field_means_the_same_as_an_omitted_one() -> None:
     empty = dict.fromkeys(["ami_id", "api_key_arn", "certificate_arn", "instances", "enable_gpus"])
     assert variables(empty) == variables({})
 
 
-def test_an_instance_type_with_gpus_gets_them_without_being_told() -> None:
+def test_gpus_are_enabled_by_default_if_the_instance_type_has_them() -> None:
     assert variables({"instance_type": "g5.xlarge"})["enable_gpus"] is True
     assert variables({"instance_type": "c7i.2xlarge"})["enable_gpus"] is False
 
@@ -136,9 +136,9 @@ def test_an_instance_type_with_gpus_gets_them_without_being_told() -> None:
         ({"instance_type": "c7i.large", "enable_gpus": True}, "spec.enable_gpus: c7i.large has no NVIDIA GPU"),
         (
             {"certificate_arn": "arn:aws:acm:us-west-1:123456789012:certificate/0123-abcd"},
-            "spec.certificate_arn: the load balancer holds it, so it needs instances",
+            "spec.certificate_arn: needs a load balancer, so set instances",
         ),
-        ({"idle_stop_minutes": 30, "instances": {"min": 1, "max": 1}}, "spec.idle_stop_minutes: is for one machine"),
+        ({"idle_stop_minutes": 30, "instances": {"min": 1, "max": 1}}, "spec.idle_stop_minutes: cannot be combined with instances"),
         ({"idle_stop_minutes": 30, "spot": True}, "spec.idle_stop_minutes: cannot be combined with spot"),
         (
             {"subnet_ids": ["subnet-01234567"], "instances": {"min": 1, "max": 1}},
@@ -146,11 +146,11 @@ def test_an_instance_type_with_gpus_gets_them_without_being_told() -> None:
         ),
     ],
 )
-def test_fields_that_do_not_go_together_are_refused(spec: dict[str, Any], words: str) -> None:
+def test_contradictory_fields_are_refused(spec: dict[str, Any], words: str) -> None:
     assert words in refusal(spec)
 
 
-def test_all_that_is_wrong_is_said_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     message = refusal({"idle_stop_minutes": 30, "spot": True, "instance_type": "c7i.large", "enable_gpus": True}, "Stable_Diffusion")
     assert [line.split(":")[0] for line in message.splitlines()[1:]] == ["  - name", "  - spec.enable_gpus", "  - spec.idle_stop_minutes"]
 
@@ -158,12 +158,12 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 @pytest.mark.parametrize(
     "name", ["Stable-Diffusion", "sd/fp32", "sd_fp32", "-sd", "sd-", "s", "1sd", "sd--fp32", "internal-sd", "sg-sd", "s" * 33, "a:b"]
 )
-def test_a_name_that_aws_would_refuse_somewhere_is_refused_here(name: str) -> None:
+def test_a_name_that_aws_would_refuse_is_refused(name: str) -> None:
     assert refusal({}, name).splitlines()[1].startswith(f"  - name: {name!r}")
 
 
 @pytest.mark.parametrize("name", ["sd", "stable-diffusion-bentoml-tokyo", "s" * 32, "sd-2"])
-def test_a_good_name_is_taken(name: str) -> None:
+def test_a_valid_name_is_accepted(name: str) -> None:
     assert variables({}, name)["deployment_name"] == name
 
 
@@ -178,17 +178,17 @@ def test_a_good_name_is_taken(name: str) -> None:
         ("123456789012.dkr.ecr.us-west-1.amazonaws.com/other:1", "the repository is other and the deployment is stable-diffusion"),
     ],
 )
-def test_an_image_from_elsewhere_is_refused_by_name(image_tag: str, words: str) -> None:
+def test_an_image_from_another_repository_is_refused(image_tag: str, words: str) -> None:
     message = refusal({}, image_tag=image_tag)
     assert "image_tag: " in message
     assert words in message
 
 
-def test_the_image_of_the_deployments_own_repository_is_taken() -> None:
+def test_an_image_from_the_deployments_own_repository_is_accepted() -> None:
     assert variables({}, image_tag=IMAGE)["image_tag"] == IMAGE
 
 
-def test_both_ways_to_give_environment_variables_reach_the_container() -> None:
+def test_environment_variables_from_both_fields_reach_the_container() -> None:
     spec = {"environment_variables": [{"name": "SD_MODEL", "value": "demo"}]}
     assert variables(spec, env={"OTHER": "1"})["environment_variables"] == {
         "SD_MODEL": "demo",
@@ -208,14 +208,14 @@ def setting(name: str, value: str) -> list[dict[str, str]]:
     return [{"name": name, "value": value}]
 
 
-def test_where_nobody_gets_in_the_server_starts_without_keys() -> None:
+def test_an_unreachable_server_starts_without_keys() -> None:
     assert environment() == {"SD_WITHOUT_KEYS": "1"}
     assert environment(environment_variables=setting("SD_WITHOUT_KEYS", "1")) == {"SD_WITHOUT_KEYS": "1"}
     assert environment(environment_variables=setting("SD_WITHOUT_KEYS", "true")) == {"SD_WITHOUT_KEYS": "true"}
     assert "SD_WITHOUT_KEYS must be 1" in refusal({"environment_variables": setting("SD_WITHOUT_KEYS", "0")})
 
 
-def test_with_keys_the_machine_may_still_read_the_metrics() -> None:
+def test_with_keys_the_machine_can_still_read_the_metrics() -> None:
     cidrs = ["203.0.113.7/32"]
     assert environment(api_key_arn=SECRET, allowed_cidrs=cidrs) == {"SD_OPEN": "metrics"}
     own = setting("SD_OPEN", "docs, metrics")
@@ -224,29 +224,29 @@ def test_with_keys_the_machine_may_still_read_the_metrics() -> None:
     given = setting("SD_API_KEYS", digest)
     assert environment(allowed_cidrs=cidrs, environment_variables=given) == {"SD_API_KEYS": digest, "SD_OPEN": "metrics"}
     closed = {"api_key_arn": SECRET, "environment_variables": setting("SD_OPEN", "docs")}
-    assert "spec.environment_variables: SD_OPEN must have metrics in it" in refusal(closed)
+    assert "spec.environment_variables: SD_OPEN must include metrics" in refusal(closed)
 
 
-def test_keys_are_given_in_one_way_that_works() -> None:
-    """The container has no file of the operator's, and of two values of a variable Docker takes one without a word."""
+def test_keys_must_be_given_in_exactly_one_working_way() -> None:
+    """The container does not have the operator's key file, and of two values of a variable Docker silently takes one."""
     file = setting("SD_API_KEYS_FILE", "/run/keys")
     for spec in ({}, {"allowed_cidrs": ["203.0.113.7/32"]}, {"api_key_arn": SECRET}):
         assert "SD_API_KEYS_FILE names a file" in refusal({**spec, "environment_variables": file})
     assert "SD_API_KEYS_FILE" not in refusal({"allowed_cidrs": ["203.0.113.7/32"]})
     twice = {"api_key_arn": SECRET, "environment_variables": setting("SD_API_KEYS", "alice:0123456789abcdef")}
-    assert "SD_API_KEYS is what the container gets from api_key_arn" in refusal(twice)
+    assert "SD_API_KEYS cannot be combined with api_key_arn" in refusal(twice)
 
 
-def test_who_lets_others_in_without_keys_has_to_say_so() -> None:
+def test_a_reachable_server_without_keys_needs_an_explicit_setting() -> None:
     cidrs = ["0.0.0.0/0"]
     message = refusal({"allowed_cidrs": cidrs})
-    assert "spec.allowed_cidrs: whoever is there could draw without an API key. Give api_key_arn" in message
+    assert "spec.allowed_cidrs: everyone in these blocks could generate images without an API key. Give api_key_arn" in message
     meant = {"environment_variables": setting("SD_WITHOUT_KEYS", "1")}
     assert environment(allowed_cidrs=cidrs, **meant) == {"SD_WITHOUT_KEYS": "1"}
     assert variables({"allowed_cidrs": cidrs}, env={"SD_WITHOUT_KEYS": "1"})["environment_variables"] == {"SD_WITHOUT_KEYS": "1"}
 
 
-def test_every_question_of_init_is_explained() -> None:
+def test_every_question_of_init_has_a_help_text() -> None:
     import operator_config
 
     def questions(rules: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The stand-in for the AWS provider is honest: it has the real provider's schema, and Terraform refuses what does not fit it."""
+"""The stand-in for the AWS provider has the real provider's schema, and Terraform refuses configurations that do not match it."""
 
 import json
 import subprocess
@@ -173,7 +173,7 @@ def errors(stand_in: StandIn, folder: Path) -> list[tuple[str, str]]:
 
 
 @needs_wheel
-def test_instance_schema(schema: dict[str, Any]) -> None:
+def test_the_schema_of_an_instance(schema: dict[str, Any]) -> None:
     instance = resource(schema, "aws_instance")
     attributes, blocks = instance["attributes"], instance["block_types"]
     assert attributes["ami"] == {"type": "string", "optional": True, "computed": True}
@@ -200,7 +200,7 @@ def test_instance_schema(schema: dict[str, Any]) -> None:
 
 
 @needs_wheel
-def test_other_schemas(schema: dict[str, Any]) -> None:
+def test_the_schemas_of_other_resources(schema: dict[str, Any]) -> None:
     group = resource(schema, "aws_autoscaling_group")
     assert group["attributes"]["min_size"] == {"type": "number", "required": True}
     assert group["attributes"]["max_size"] == {"type": "number", "required": True}
@@ -227,7 +227,7 @@ def test_other_schemas(schema: dict[str, Any]) -> None:
 
 
 @needs_wheel
-def test_data_source_and_provider_schemas(schema: dict[str, Any]) -> None:
+def test_the_schemas_of_data_sources_and_the_provider(schema: dict[str, Any]) -> None:
     parameter = schema["data_source_schemas"]["aws_ssm_parameter"]["block"]["attributes"]
     assert parameter["name"] == {"type": "string", "required": True}
     assert parameter["value"] == {"type": "string", "computed": True, "sensitive": True}
@@ -250,7 +250,7 @@ def test_data_source_and_provider_schemas(schema: dict[str, Any]) -> None:
 
 @needs_terraform
 @needs_wheel
-def test_good_configuration_is_valid(stand_in: StandIn, configuration: Path) -> None:
+def test_a_good_configuration_is_valid(stand_in: StandIn, configuration: Path) -> None:
     before = sorted(configuration.rglob("*"))
     assert errors(stand_in, configuration) == []
     assert sorted(configuration.rglob("*")) == before
@@ -280,7 +280,7 @@ def test_good_configuration_is_valid(stand_in: StandIn, configuration: Path) -> 
         pytest.param("}\nresource aws_server b {", "Invalid resource type", "aws_server", id="unknown resource type"),
     ],
 )
-def test_mistake_is_refused(stand_in: StandIn, tmp_path: Path, mistake: str, summary: str, name: str) -> None:
+def test_a_mistake_is_refused(stand_in: StandIn, tmp_path: Path, mistake: str, summary: str, name: str) -> None:
     (tmp_path / "main.tf").write_text(f'{REQUIRED_PROVIDER}\nresource "aws_instance" "a" {{\n{mistake}\n}}\n', encoding="utf-8")
     ((found_summary, detail),) = errors(stand_in, tmp_path)
     assert found_summary == summary
@@ -289,7 +289,7 @@ def test_mistake_is_refused(stand_in: StandIn, tmp_path: Path, mistake: str, sum
 
 @needs_terraform
 @needs_wheel
-def test_mocked_plan_and_apply(stand_in: StandIn, configuration: Path) -> None:
+def test_plan_and_apply_run_with_mocks(stand_in: StandIn, configuration: Path) -> None:
     (configuration / "tests").mkdir()
     (configuration / "tests" / "service.tftest.hcl").write_text(PASSING_TEST, encoding="utf-8")
     finished = stand_in.run(configuration, "test")
@@ -299,7 +299,7 @@ def test_mocked_plan_and_apply(stand_in: StandIn, configuration: Path) -> None:
 
 @needs_terraform
 @needs_wheel
-def test_wrong_assertion_fails(stand_in: StandIn, configuration: Path) -> None:
+def test_a_wrong_assertion_fails(stand_in: StandIn, configuration: Path) -> None:
     (configuration / "failing.tftest.hcl").write_text(FAILING_TEST, encoding="utf-8")
     finished = stand_in.run(configuration, "test", "-filter=failing.tftest.hcl")
     assert finished.returncode == 1
@@ -308,7 +308,7 @@ def test_wrong_assertion_fails(stand_in: StandIn, configuration: Path) -> None:
 
 @needs_terraform
 @needs_wheel
-def test_secret_in_an_output_is_refused(stand_in: StandIn, configuration: Path) -> None:
+def test_a_secret_in_an_output_is_refused(stand_in: StandIn, configuration: Path) -> None:
     (configuration / "outputs.tf").write_text(SECRET_OUTPUT, encoding="utf-8")
     (configuration / "failing.tftest.hcl").write_text('mock_provider "aws" {}\nrun "plan" {\n  command = plan\n}\n', encoding="utf-8")
     finished = stand_in.run(configuration, "test", "-filter=failing.tftest.hcl")
@@ -325,7 +325,7 @@ def test_nothing_can_be_planned_for_real(stand_in: StandIn, configuration: Path)
     assert "PlanResourceChange" in finished.stderr
 
 
-def test_plugin_is_not_started_by_hand() -> None:
+def test_the_plugin_refuses_to_be_started_by_hand() -> None:
     finished = subprocess.run([sys.executable, PROVIDER_PROGRAM, "schema.json"], capture_output=True, text=True, timeout=60)
     assert finished.returncode == 1
     assert "plugin" in finished.stderr

@@ -68,7 +68,7 @@ def named(blocks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @needs_terraform
-def test_everything_is_formatted_as_terraform_formats_it(tmp_path: Path) -> None:
+def test_all_files_are_formatted_by_terraform_fmt(tmp_path: Path) -> None:
     write_deployment(tmp_path, env={"A": 'quote " dollar ${x} percent %{y}'}, instances={"min": 1, "max": 2})
     for folder in (tmp_path, Path(__file__).parent):
         finished = run(folder, "fmt", "-check", "-diff", "-recursive")
@@ -96,7 +96,7 @@ def test_every_output_is_described() -> None:
         assert all(len(body["description"]) > 10 for body in named(parsed(file)["output"]).values())
 
 
-def test_the_values_file_gives_exactly_the_variables_that_there_are(tmp_path: Path) -> None:
+def test_the_values_file_sets_exactly_the_declared_variables(tmp_path: Path) -> None:
     write_deployment(tmp_path)
     given = {name for name in hcl2.loads((tmp_path / "bentoctl.tfvars").read_text()) if not name.startswith("__")}
     assert given == set(named(parsed("variables.tf")["variable"]))
@@ -142,7 +142,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Deployment:
 
 @needs_terraform
 @needs_schema
-def test_every_argument_block_and_reference_fits_the_providers_schema(deployment: Deployment) -> None:
+def test_every_argument_block_and_reference_matches_the_providers_schema(deployment: Deployment) -> None:
     validated = deployment.stand_in.run(deployment.folder, "validate", "-json")
     assert json.loads(validated.stdout)["error_count"] == 0, validated.stdout
 
@@ -150,7 +150,7 @@ def test_every_argument_block_and_reference_fits_the_providers_schema(deployment
 @needs_terraform
 @needs_schema
 @pytest.mark.parametrize("file", [file.name for file in TESTS])
-def test_the_plans_are_what_they_should_be(deployment: Deployment, file: str) -> None:
+def test_the_plans_pass_their_assertions(deployment: Deployment, file: str) -> None:
     tested = deployment.stand_in.run(deployment.folder, "test", f"-filter={file}")
     assert tested.returncode == 0, tested.stdout + tested.stderr
     runs = len(re.findall(r'^run "', (deployment.folder / file).read_text(), re.MULTILINE))
@@ -158,7 +158,7 @@ def test_the_plans_are_what_they_should_be(deployment: Deployment, file: str) ->
 
 
 @needs_terraform
-def test_the_real_provider_agrees(tmp_path: Path) -> None:
+def test_the_real_provider_accepts_the_configuration(tmp_path: Path) -> None:
     shutil.copytree(TEMPLATES, tmp_path / "configuration")
     initialised = run(tmp_path / "configuration", "init", "-backend=false", "-input=false")
     if "registry.terraform.io" in initialised.stderr:
@@ -168,11 +168,11 @@ def test_the_real_provider_agrees(tmp_path: Path) -> None:
     assert json.loads(validated.stdout)["error_count"] == 0, validated.stdout
 
 
-# What follows is evaluated by real Terraform without any provider.
+# Real Terraform evaluates the rest without any provider.
 
 
 def evaluate(folder: Path, **changes: Any) -> dict[str, Any]:
-    """The locals that follow from the variables alone, and the boot module's outputs, for a configuration."""
+    """The locals that depend only on the variables, and the boot module's outputs, for a configuration."""
     folder.mkdir(exist_ok=True)
     for name in ("variables.tf", "locals.tf"):
         shutil.copy(TEMPLATES / name, folder)
@@ -181,7 +181,7 @@ def evaluate(folder: Path, **changes: Any) -> dict[str, Any]:
     assert boot is not None
     names = named(parsed("locals.tf")["locals"])
     outputs = "\n".join(f'output "{name}" {{\n  value = local.{name}\n}}' for name in names)
-    # The digest of the image is the one thing that AWS is asked for.
+    # Only the digest of the image comes from AWS.
     image = '"${local.image_registry}/${local.image_repository}@sha256:0123"'
     module = boot[0].replace("local.image\n", f"{image}\n")
     users = '\noutput "user_data" {\n  value = module.boot.user_data\n}\noutput "plain" {\n  value = module.boot.plain_user_data\n}\n'
@@ -233,26 +233,26 @@ def test_names_and_switches_follow_from_the_variables(single: dict[str, Any], tm
 
 
 @needs_terraform
-def test_a_machine_drains_for_as_long_as_the_service_lets_a_request_take(single: dict[str, Any]) -> None:
+def test_a_machine_drains_for_the_time_limit_of_a_request(single: dict[str, Any]) -> None:
     for precision in ("fp32", "fp16"):
         configuration = yaml.safe_load((ROOT / precision / "configuration.yaml").read_text())
         assert configuration["runners"]["traffic"]["timeout"] == single["longest_request_s"]
 
 
 @needs_terraform
-def test_the_user_data_fits_and_is_what_it_says(single: dict[str, Any]) -> None:
+def test_the_user_data_fits_and_decodes_to_its_readable_form(single: dict[str, Any]) -> None:
     packed = base64.b64decode(single["user_data"])
     assert gzip.decompress(packed).decode() == single["plain"]
     assert len(packed) < 16384, "EC2's limit"
 
 
 @needs_terraform
-def test_the_user_data_brings_the_script_the_units_and_the_settings(single: dict[str, Any], tmp_path: Path) -> None:
+def test_the_user_data_contains_the_script_the_units_and_the_settings(single: dict[str, Any], tmp_path: Path) -> None:
     files = files_of(single["plain"])
     assert files["/usr/local/bin/stable-diffusion-machine"]["content"] == (TEMPLATES / "boot" / "machine.sh").read_text()
     assert files["/usr/local/bin/stable-diffusion-machine"]["permissions"] == "0755"
     environment = files["/etc/stable-diffusion/environment"]
-    # docker --env-file takes a line as it is, after the first =.
+    # docker --env-file takes everything after the first = literally.
     assert dict(line.split("=", 1) for line in environment["content"].splitlines()) == single["given"]
     assert environment["permissions"] == "0600"
     settings = tmp_path / "settings"
@@ -269,7 +269,7 @@ def test_the_user_data_brings_the_script_the_units_and_the_settings(single: dict
 
 @needs_terraform
 @pytest.mark.skipif(shutil.which("cloud-init") is None, reason="cloud-init is not installed")
-def test_cloud_init_takes_the_user_data(single: dict[str, Any], tmp_path: Path) -> None:
+def test_cloud_init_accepts_the_user_data(single: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "user-data"
     file.write_text(single["plain"])
     checked = subprocess.run(["cloud-init", "schema", "--config-file", str(file)], capture_output=True, text=True, check=False)
@@ -279,7 +279,7 @@ def test_cloud_init_takes_the_user_data(single: dict[str, Any], tmp_path: Path) 
 
 @needs_terraform
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
-def test_systemd_takes_the_units(single: dict[str, Any], tmp_path: Path) -> None:
+def test_systemd_accepts_the_units(single: dict[str, Any], tmp_path: Path) -> None:
     program = tmp_path / "stable-diffusion-machine"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)

@@ -1,4 +1,4 @@
-"""What ends `terraform apply`: the program as Terraform starts it, against moto's logs and machines.
+"""The program that ends `terraform apply`, as Terraform starts it, against moto's logs and machines.
 
 moto knows no instance refreshes, so for a group botocore's stubber answers; it holds every answer against AWS's own description of it.
 """
@@ -42,7 +42,7 @@ def program() -> ModuleType:
 
 
 class Logs:
-    """Writes into the log group as the machine does."""
+    """Writes to the log group like the machine."""
 
     def __init__(self) -> None:
         self.client = boto3.Session(region_name=REGION).client("logs")
@@ -80,7 +80,7 @@ def start(folder: Path, aws: StandInAws, instance: str, timeout_s: float = 60) -
     )
 
 
-def test_it_tells_what_the_machine_says_and_ends_when_it_is_ready(aws: StandInAws, logs: Logs, instance: str, tmp_path: Path) -> None:
+def test_it_prints_the_machines_log_and_ends_when_it_is_ready(aws: StandInAws, logs: Logs, instance: str, tmp_path: Path) -> None:
     logs.say(instance, "GPU: Tesla T4, 595.91.07")
     process = start(tmp_path, aws, instance)
     time.sleep(2)
@@ -95,16 +95,16 @@ def test_it_fails_with_the_reason_and_the_containers_last_lines(aws: StandInAws,
     logs.say(instance, "Not started: this bento holds no weights", stream="container")
     process = start(tmp_path, aws, instance)
     time.sleep(2)
-    logs.say(instance, "FAILED: the picture server ended (exit-code, 1)")
+    logs.say(instance, "FAILED: the image server ended (exit-code, 1)")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert f"The server is not ready: {instance}: FAILED: the picture server ended (exit-code, 1)" in err
+    assert f"The server is not ready: {instance}: FAILED: the image server ended (exit-code, 1)" in err
     assert "Last lines of the container:\n  Not started: this bento holds no weights" in err
     assert f"aws ec2 terminate-instances --region {REGION} --instance-ids {instance}" in err
     assert "Traceback" not in err
 
 
-def test_a_failure_from_before_does_not_end_a_second_apply(aws: StandInAws, logs: Logs, instance: str, tmp_path: Path) -> None:
+def test_an_earlier_failure_does_not_end_a_second_apply(aws: StandInAws, logs: Logs, instance: str, tmp_path: Path) -> None:
     logs.say(instance, "FAILED: no login", age_s=600)
     process = start(tmp_path, aws, instance)
     time.sleep(2)
@@ -114,14 +114,14 @@ def test_a_failure_from_before_does_not_end_a_second_apply(aws: StandInAws, logs
     assert process.returncode == 0
 
 
-def test_a_machine_that_says_nothing_is_given_up_with_a_hint(aws: StandInAws, logs: Logs, instance: str, tmp_path: Path) -> None:
+def test_a_machine_that_logs_nothing_fails_with_a_hint(aws: StandInAws, logs: Logs, instance: str, tmp_path: Path) -> None:
     out, err = start(tmp_path, aws, instance, timeout_s=1).communicate(timeout=60)
-    assert f"not ready after 1 s. Last words:\n  {instance}: nothing" in err
-    assert "needs a way to the internet" in err
+    assert f"not ready after 1 s. Last log lines:\n  {instance}: nothing" in err
+    assert "its subnet needs internet access" in err
     assert f"get-console-output --latest --region {REGION}" in err
 
 
-def test_an_aws_that_is_out_of_reach_for_a_moment_does_not_end_the_wait(
+def test_a_short_outage_of_aws_does_not_end_the_wait(
     program: ModuleType, aws: StandInAws, logs: Logs, instance: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logs.say(instance, "READY after 5 s")
@@ -140,13 +140,13 @@ def test_an_aws_that_is_out_of_reach_for_a_moment_does_not_end_the_wait(
     assert answers == []
 
 
-def test_a_machine_that_aws_has_ended_is_told_at_once(aws: StandInAws, logs: Logs, instance: str, tmp_path: Path) -> None:
+def test_a_machine_that_aws_has_terminated_fails_at_once(aws: StandInAws, logs: Logs, instance: str, tmp_path: Path) -> None:
     boto3.Session(region_name=REGION).client("ec2").terminate_instances(InstanceIds=[instance])
     out, err = start(tmp_path, aws, instance).communicate(timeout=60)
     assert f"The server is not ready: {instance} is terminated: " in err
 
 
-def test_what_aws_does_not_know_is_told_without_a_traceback(aws: StandInAws, tmp_path: Path) -> None:
+def test_an_unknown_instance_fails_without_a_traceback(aws: StandInAws, tmp_path: Path) -> None:
     process = start(tmp_path, aws, "i-0000000000000000f")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -162,7 +162,7 @@ Ready = Callable[..., bool]
 
 @pytest.fixture
 def group_is_ready(program: ModuleType, logs: Logs) -> Ready:
-    """`group_is_ready` of the program with these answers of AWS's."""
+    """`group_is_ready` of the program with these responses from AWS."""
 
     def ask(
         members: list[dict[str, Any]],
@@ -222,7 +222,7 @@ def scaling_activity(message: str) -> dict[str, Any]:
     }
 
 
-def test_a_group_is_ready_when_enough_machines_have_joined_and_answer_the_health_check(group_is_ready: Ready) -> None:
+def test_a_group_is_ready_when_enough_machines_have_joined_and_are_healthy(group_is_ready: Ready) -> None:
     assert group_is_ready([], {}) is False
     assert group_is_ready([member("i-1", "Pending:Wait")], {}) is False
     assert group_is_ready([member("i-1")], {"i-1": "initial"}) is False
@@ -240,26 +240,26 @@ def test_machines_with_the_old_image_do_not_make_a_group_ready(group_is_ready: R
     assert group_is_ready([old, member("i-2")], {"i-1": "draining", "i-2": "healthy"}, refresh=refresh) is True
 
 
-def test_a_replacement_that_failed_fails_the_apply(group_is_ready: Ready, program: ModuleType) -> None:
+def test_a_failed_replacement_fails_the_apply(group_is_ready: Ready, program: ModuleType) -> None:
     refresh = {"Status": "Failed", "StartTime": NOW, "StatusReason": "1 instance failed its health check"}
     with pytest.raises(program.NotReady, match="ended as Failed: 1 instance failed its health check"):
         group_is_ready([member("i-1", version="6")], {"i-1": "healthy"}, refresh=refresh)
 
 
-def test_a_replacement_that_failed_long_ago_does_not(group_is_ready: Ready) -> None:
+def test_a_replacement_that_failed_long_ago_does_not_fail_the_apply(group_is_ready: Ready) -> None:
     long_ago = {"Status": "Failed", "StartTime": NOW - timedelta(days=1)}
     assert group_is_ready([member("i-1", "Pending:Wait")], {}, refresh=long_ago) is False
 
 
-def test_a_machine_of_the_group_that_fails_fails_the_apply_with_its_words(group_is_ready: Ready, program: ModuleType, logs: Logs) -> None:
+def test_a_failed_machine_in_the_group_fails_the_apply_with_its_log_line(group_is_ready: Ready, program: ModuleType, logs: Logs) -> None:
     logs.say("i-2", "FAILED: no NVIDIA GPU", age_s=-1)
     with pytest.raises(program.NotReady, match="i-2: FAILED: no NVIDIA GPU"):
         group_is_ready([member("i-1"), member("i-2", "Pending:Wait")], {"i-1": "healthy"}, machines=2)
 
 
 def test_a_machine_that_is_being_replaced_may_fail(group_is_ready: Ready, logs: Logs) -> None:
-    logs.say("i-1", "FAILED: the picture server ended (signal, 15)", age_s=-1)
-    logs.say("i-2", "FAILED: the picture server ended (signal, 15)", age_s=-1)
+    logs.say("i-1", "FAILED: the image server ended (signal, 15)", age_s=-1)
+    logs.say("i-2", "FAILED: the image server ended (signal, 15)", age_s=-1)
     members = [member("i-1", version="6"), member("i-2", "Terminating:Wait"), member("i-3")]
     assert group_is_ready(members, {"i-3": "healthy"}) is True
 
@@ -272,13 +272,13 @@ def test_a_machine_that_is_being_replaced_may_fail(group_is_ready: Ready, logs: 
         "Max spot instance count exceeded. Launching EC2 instance failed.",
     ],
 )
-def test_a_launch_that_the_account_does_not_allow_fails_the_apply(group_is_ready: Ready, program: ModuleType, message: str) -> None:
+def test_a_launch_that_the_account_forbids_fails_the_apply(group_is_ready: Ready, program: ModuleType, message: str) -> None:
     with pytest.raises(program.NotReady, match="a machine could not be started: ") as refused:
         group_is_ready([], {}, activity=scaling_activity(message))
     assert message in str(refused.value)
 
 
-def test_a_launch_that_found_no_capacity_is_left_to_aws(group_is_ready: Ready) -> None:
+def test_aws_retries_a_launch_without_capacity(group_is_ready: Ready) -> None:
     message = (
         "We currently do not have sufficient g4dn.xlarge capacity in the Availability Zone you requested. Launching EC2 instance failed."
     )

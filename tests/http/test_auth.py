@@ -305,7 +305,7 @@ def test_only_the_first_process_knows_a_key_and_no_log_has_one(keyed: Server) ->
             assert variables["SD_API_KEYS"].count(":sha256:") == 3
             assert "SD_API_KEYS_FILE" not in variables
         assert not [key for key in (ALICE, BOB, CAROL) if key in " ".join(worker.cmdline())]
-    assert "There are keys of: alice, bob, carol; open without one: metrics" in keyed.log
+    assert "Keys: alice, bob, carol; open without a key: metrics" in keyed.log
     assert not [key for key in (ALICE, BOB, CAROL) if key in keyed.log]
 
 

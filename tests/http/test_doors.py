@@ -241,7 +241,7 @@ def test_a_coding_that_is_not_read_is_refused_in_the_doors_form(server: Server, 
     assert (answer.status_code, answer.headers["accept-encoding"]) == (415, "gzip, deflate")
     document = answer.json()
     message = document[told] if told in document else document["error"][told]
-    assert message == f"Content-Encoding must be one of gzip, deflate, or be left out, not {coding}"
+    assert message == f"Content-Encoding must be one of gzip, deflate, or be left out, got {coding}"
 
 
 def test_metrics_have_no_series_for_another_spelling(server: Server) -> None:

@@ -218,8 +218,8 @@ def test_bad_input_is_refused_before_anything_is_computed(server: Server) -> Non
     [
         (b'{"prompt": "x"', "application/json", 400, "body: not valid JSON"),
         (b'["x"]', "application/json", 400, "must be a JSON object"),
-        (b'{"prompt": "x"}', "text/plain", 415, "Content-Type must be application/json, not text/plain"),
-        (b'{"prompt": "x"}', "", 415, "Content-Type must be application/json, it is missing"),
+        (b'{"prompt": "x"}', "text/plain", 415, "Content-Type must be application/json, got text/plain"),
+        (b'{"prompt": "x"}', "", 415, "Content-Type must be application/json, but it is missing"),
         (b'{"prompt": "' + b"x" * 2**20 + b'"}', "application/json", 413, "at most 1048576 are allowed"),
     ],
     ids=["cut short", "a list", "plain text", "no type", "too long"],
@@ -237,7 +237,7 @@ def test_a_body_of_unknown_length_is_limited_too(server: Server) -> None:
 
     with server.client() as client:
         response = client.post("/txt2img", content=endless(), headers={"Content-Type": "application/json"})  # type: ignore[arg-type]
-    assert "the body has more than 1048576 bytes" in refused(response, 413, "body")
+    assert "the body must have at most 1048576 bytes" in refused(response, 413, "body")
 
 
 def test_missing_and_unreadable_parts_are_a_400_that_names_them(server: Server, input_picture: Image.Image) -> None:
@@ -252,10 +252,10 @@ def test_missing_and_unreadable_parts_are_a_400_that_names_them(server: Server, 
             client.post("/inpaint", files={"img": picture, "mask": picture[:80]}, data=data), 400, "mask"
         )
         text_parts = {"img": (None, "input.jpg"), "data": (None, data["data"])}
-        assert "img: must be a file, not text" in refused(client.post("/img2img", files=text_parts), 400, "img")
+        assert "img: must be a file, got text" in refused(client.post("/img2img", files=text_parts), 400, "img")
         assert "data: not valid JSON" in refused(client.post("/img2img", files={"img": picture}, data={"data": "{"}), 400, "data")
         assert "Content-Type must be multipart/form-data" in refused(client.post("/img2img", json={"prompt": PROMPT}), 415)
-        assert "not a known part, allowed are img, data" in refused(
+        assert "unknown part, allowed are img, data" in refused(
             client.post("/img2img", files={"img": picture, "mask": picture}, data=data), 400, "mask"
         )
 
@@ -356,7 +356,7 @@ def test_probes_and_metrics_answer(server: Server) -> None:
 
 
 def test_the_demo_model_is_announced_in_the_log(server: Server) -> None:
-    assert "Serving the demo model, which draws coloured shapes only." in server.log
+    assert "Serving the demo model, which generates coloured shapes only." in server.log
 
 
 def test_no_prompt_is_logged_and_no_traceback(server: Server) -> None:

@@ -1,4 +1,4 @@
-"""The container images: built from both bentos, run as anybody would run them, stopped in the middle of a picture, built again.
+"""The container images of both bentos: built, run as documented, stopped during a generation, and rebuilt.
 
 Slow, and needs what most machines lack: a Docker daemon, buildx and the base image. Run by `make image-test`.
 """
@@ -29,12 +29,12 @@ from tests.http.servers import ROOT, build_bento, free_port, wait_until_drawing
 
 BUILD_TIMEOUT_S = 3600  # the first build on a machine downloads gigabytes
 READY_TIMEOUT_S = 300
-GRACE_S = 900  # of `docker stop`, whose own default is 10
-DRAIN_S = 40  # how long the last picture should take: longer than any usual grace
+GRACE_S = 900  # for `docker stop`, whose default is 10
+DRAIN_S = 40  # how long the last image should take: longer than any usual grace period
 REBUILD_S = 60
 LAYER_OF_CODE_BYTES = 2_000_000
 WEIGHTS_BYTES = 300_000_000
-# As the machine on AWS runs it (bentoctl/aws-ec2, machine.sh).
+# The options of the machine on AWS (bentoctl/aws-ec2, machine.sh).
 SERVE = ("serve", "--timeout-keep-alive", "3660")
 OPTIONS = ("--stop-timeout", str(GRACE_S), "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--pids-limit", "4096")
 CACHE = "/home/bentoml/.cache"
@@ -93,14 +93,14 @@ def layers(image: str) -> list[str]:
 
 
 def layer_sizes(image: str) -> list[int]:
-    """The bytes of the layers, lowest first, without those that hold nothing."""
+    """The sizes in bytes of the layers, lowest first, without empty ones."""
     sizes = docker("history", "--human=false", "--format", "{{.Size}}", image).split()
     return [int(size) for size in reversed(sizes) if size != "0"]
 
 
 @contextmanager
 def container(image: str, *options: str) -> Iterator[Container]:
-    """The image with the demo model and more options of `docker run`, on a free port of this machine, until the block ends."""
+    """Run the image with the demo model and further options of `docker run` on a free port until the block ends."""
     port = free_port()
     published = ("--publish", f"127.0.0.1:{port}:3000")
     options = options if "--env-file" in options else ("--env", "SD_WITHOUT_KEYS=1", *options)
@@ -135,7 +135,7 @@ def wait_until_unready(started: Container) -> None:
 
 
 def refusal(image: str, *options: str) -> str:
-    """What a container writes that does not start."""
+    """The output of a container that fails to start."""
     command = ["docker", "run", "--rm", *OPTIONS, *options, image, *SERVE]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert finished.returncode == 1, finished.stderr
@@ -143,13 +143,13 @@ def refusal(image: str, *options: str) -> str:
     return finished.stderr
 
 
-def draw(client: httpx.Client, **fields: object) -> httpx.Response:
+def generate(client: httpx.Client, **fields: object) -> httpx.Response:
     return client.post("/txt2img", json={"prompt": "a large green square on a white background", "seed": 1, **fields})
 
 
-def assert_draws_what_is_asked(started: Container) -> None:
+def assert_generates_the_prompt(started: Container) -> None:
     with started.client() as client:
-        response = draw(client)
+        response = generate(client)
     assert response.status_code == 200, response.text
     assert response.headers["model"] == "demo"
     verdict = judge(Image.open(io.BytesIO(response.content)).convert("RGB"))
@@ -199,11 +199,11 @@ def running(built: Built) -> Iterator[Container]:
         yield started
 
 
-def test_the_image_draws_what_the_prompt_says(running: Container) -> None:
-    assert_draws_what_is_asked(running)
+def test_the_container_generates_what_the_prompt_says(running: Container) -> None:
+    assert_generates_the_prompt(running)
 
 
-def test_docker_calls_the_container_healthy(running: Container) -> None:
+def test_docker_reports_the_container_as_healthy(running: Container) -> None:
     deadline = time.monotonic() + 60
     while (health := running.state("Health.Status")) == "starting" and time.monotonic() < deadline:
         time.sleep(0.3)
@@ -220,29 +220,29 @@ def test_nothing_runs_as_root_or_under_a_shell(running: Container) -> None:
     assert "entrypoint.sh" not in command
 
 
-def test_the_servers_user_can_change_nothing_but_the_cache(running: Container) -> None:
+def test_the_servers_user_can_write_only_to_the_cache(running: Container) -> None:
     find = ("find", "/home/bentoml", "/app", "-writable", "-not", "-path", f"{CACHE}*")
     assert docker("exec", running.id, *find) == ""
     assert docker("exec", running.id, "stat", "--format", "%U", f"{CACHE}/stable_diffusion_bentoml") == "bentoml"
 
 
-def test_a_start_says_nothing_of_deprecated_packages(running: Container) -> None:
+def test_a_start_prints_no_deprecation_warning(running: Container) -> None:
     log = running.log()
     assert "Loaded demo" in log
     assert "pkg_resources" not in log
 
 
-def test_without_weights_it_ends_with_the_plain_message(built: Built) -> None:
+def test_without_weights_it_exits_with_a_clear_message(built: Built) -> None:
     assert "Not started: this bento holds no weights" in refusal(built.image)
 
 
-def test_it_draws_with_a_root_file_system_that_is_read_only(built: Built) -> None:
+def test_it_generates_with_a_read_only_root_file_system(built: Built) -> None:
     with container(built.image, "--read-only", "--tmpfs", "/tmp") as started:
-        assert_draws_what_is_asked(started)
+        assert_generates_the_prompt(started)
         assert "Traceback" not in started.log()
 
 
-def test_without_a_place_for_temporary_files_it_ends_with_the_option_that_makes_one(built: Built) -> None:
+def test_without_a_temporary_folder_it_exits_and_names_the_missing_option(built: Built) -> None:
     told = refusal(built.image, "--read-only")
     assert told == "Not started: /tmp cannot be written to. With 'docker run --read-only' add '--tmpfs /tmp'.\n"
 
@@ -253,18 +253,18 @@ def test_a_volume_keeps_the_measured_batch_limit(built: Built) -> None:
         for known in (False, True):
             with container(built.image, "--volume", f"{volume}:{CACHE}") as started:
                 assert (f"known from {CACHE}/stable_diffusion_bentoml/" in started.log()) is known
-                assert "cannot be kept" not in started.log()
+                assert "cannot be stored" not in started.log()
     finally:
         docker("volume", "rm", volume)
 
 
-def test_an_env_file_has_the_keys(built: Built, tmp_path: Path) -> None:
+def test_the_keys_of_an_env_file_are_used(built: Built, tmp_path: Path) -> None:
     file = tmp_path / "keys.env"
     file.write_text(f"SD_API_KEYS=alice:sha256:{DIGEST}\n")
     with container(built.image, "--env-file", str(file)) as started, started.client() as client:
-        assert draw(client).status_code == 401
+        assert generate(client).status_code == 401
         client.headers["X-API-Key"] = KEY
-        assert draw(client).status_code == 200
+        assert generate(client).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -275,66 +275,66 @@ def test_an_env_file_has_the_keys(built: Built, tmp_path: Path) -> None:
         (f"alice:{KEY}==", "a variable whose name begins with 'alice:'"),
     ],
 )
-def test_a_wrong_line_of_an_env_file_is_told(built: Built, tmp_path: Path, line: str, told: str) -> None:
+def test_an_invalid_line_of_an_env_file_is_reported(built: Built, tmp_path: Path, line: str, told: str) -> None:
     file = tmp_path / "keys.env"
     file.write_text(line + "\n")
     assert told in refusal(built.image, "--env", "SD_MODEL=demo", "--env-file", str(file))
 
 
-def test_stopped_in_the_middle_of_a_picture_it_finishes_that_and_only_that(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_container_stopped_during_a_generation_finishes_only_that(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
     with container(built.image) as started, started.client() as client, ThreadPoolExecutor() as threads:
         begun = time.monotonic()
-        draw(client, height=512, width=512, num_inference_steps=5).raise_for_status()
+        generate(client, height=512, width=512, num_inference_steps=5).raise_for_status()
         steps = min(150, math.ceil(5 * DRAIN_S / (time.monotonic() - begun)) + 5)
-        last = threads.submit(draw, client, height=512, width=512, num_inference_steps=steps)
+        last = threads.submit(generate, client, height=512, width=512, num_inference_steps=steps)
         with started.client() as watching:
             wait_until_drawing(watching, poll_s=0.1)
-        time.sleep(1)  # from the API worker to the runner it takes milliseconds
+        time.sleep(1)  # the request reaches the runner within milliseconds
 
         begun = time.monotonic()
         stopped = threads.submit(docker, "stop", started.id, timeout=GRACE_S + 60)
         time.sleep(1)
         with started.client() as late:
-            refused = draw(late)
+            refused = generate(late)
             assert (refused.status_code, refused.json()["error"]["type"]) == (503, "shutting_down")
             assert refused.elapsed.total_seconds() < 5
             assert late.get("/readyz").status_code == 503
             assert late.get("/livez").status_code == 200
         assert not last.done()
 
-        picture = last.result(GRACE_S)
-        assert picture.status_code == 200, picture.text
-        assert Image.open(io.BytesIO(picture.content)).size == (512, 512)
+        image = last.result(GRACE_S)
+        assert image.status_code == 200, image.text
+        assert Image.open(io.BytesIO(image.content)).size == (512, 512)
         stopped.result(GRACE_S)
         took = time.monotonic() - begun
         with capsys.disabled():
             print(f"\n{built.precision}: {steps} steps at 512x512; stopped after {took:.1f} s")
         assert (started.state("Running"), started.state("ExitCode")) == ("false", "0")
-        assert took > 10, "the picture was done before docker's own grace of 10 s was over, which proves little"
+        assert took > 10, "the image must take longer than docker's default grace period of 10 s"
 
         docker("start", started.id)
         wait_until_ready(started)
-        assert_draws_what_is_asked(started)
+        assert_generates_the_prompt(started)
 
 
-def test_a_dead_model_process_is_started_again_inside_the_container(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dead_model_process_restarts_inside_the_container(built: Built, capsys: pytest.CaptureFixture[str]) -> None:
     with container(built.image) as started, started.client() as client:
         since = started.state("StartedAt")
         kill = "import psutil; [p.kill() for p in psutil.process_iter() if 'bentoml_cli.worker.runner' in p.cmdline()]"
         docker("exec", started.id, "python", "-c", kill)
         begun = time.monotonic()
         wait_until_unready(started)
-        refused = draw(client)
+        refused = generate(client)
         assert refused.status_code == 503
         assert refused.json()["error"]["type"] in ("model_loading", "model_unavailable")
         wait_until_ready(started)
         with capsys.disabled():
             print(f"\n{built.precision}: ready {time.monotonic() - begun:.1f} s after the model process was killed")
-        assert_draws_what_is_asked(started)
+        assert_generates_the_prompt(started)
         assert (started.state("Running"), started.state("StartedAt")) == ("true", since)
 
 
-def test_a_change_of_code_pushes_one_small_layer(built: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_code_change_pushes_one_small_layer(built: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / built.precision
     shutil.copytree(ROOT / built.precision, folder, ignore=shutil.ignore_patterns("v1_4*", "__pycache__"))
     for name in ("requirements-runtime.lock", "Dockerfile.template"):

@@ -182,7 +182,7 @@ class _Failing(Jobs):
 def test_a_picture_that_cannot_be_kept_is_a_job_that_failed(engine: Engine, tmp_path: Path) -> None:
     jobs = _Failing(lambda: tmp_path)
     (line,) = asyncio.run(lines(ModelProcess(engine, jobs, 0), make_task(num_inference_steps=2), ASYNCHRONOUS))
-    with pytest.raises(GenerationFailed, match="could not be kept"):
+    with pytest.raises(GenerationFailed, match="could not be stored"):
         unpack_update(line)
     assert jobs.get("b2")[0].state == "failed"
 

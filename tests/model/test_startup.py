@@ -21,7 +21,7 @@ def test_the_engine_of_the_runner_measures_how_many_pictures_share_a_step_and_sa
         engine = start_engine(check_model(DEMO_FOLDER), "fp32", max_batch_size=10)
     engine.close()
     [said] = [record.getMessage() for record in caplog.records if "share a step" in record.getMessage()]
-    found = re.match(r"Up to (\d+) pictures of 64x64 share a step: ([\d.]+)x the pictures of one at a time \(1: \d+ ms, 2: ", said)
+    found = re.match(r"Up to (\d+) images of 64x64 share a step: ([\d.]+)x the pictures of one at a time \(1: \d+ ms, 2: ", said)
     assert found, said
     # The demo model is launch-bound on every machine that it was tried on.
     assert int(found[1]) >= 2
@@ -36,4 +36,4 @@ def test_a_max_batch_size_of_one_is_said_too(caplog: pytest.LogCaptureFixture) -
     with caplog.at_level(logging.INFO, logger="stable_diffusion"):
         engine = start_engine(check_model(DEMO_FOLDER), "fp32", max_batch_size=1)
     engine.close()
-    assert "Up to 1 pictures of 64x64 share a step: max_batch_size is 1." in caplog.messages
+    assert "Up to 1 images of 64x64 share a step: max_batch_size is 1." in caplog.messages

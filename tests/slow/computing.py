@@ -1,4 +1,4 @@
-"""Computes steps of the demo model for a while and prints how long they took, in ms: a program beside which another one computes."""
+"""A program that computes steps of the demo model for a while, next to another one, and prints their times in ms."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def main() -> None:
     batch = [Job(make_task(seed=number), on_end=lambda outcome: None) for number in range(jobs)]
     for job in batch:
         job.tensors = denoiser.prepare(job.task)
-    for _ in range(10):  # as at the start of an engine: it is known how long a step takes
+    for _ in range(10):  # like the start of an engine, which then knows how long a step takes
         denoiser.predict(batch)
     print("ready", flush=True)
     sys.stdin.readline()

@@ -27,8 +27,8 @@ pytestmark = pytest.mark.skipif(HAPROXY is None, reason="haproxy is not installe
 CLIENTS = 6
 REQUEST_TIMEOUT_S = 60
 TURN_TIMEOUT_S = 30
-# The load balancer answers 502 or 503 where a server died under a request or cannot be reached; until its health check has
-# noticed, a client may meet that more than once.
+# The load balancer responds with 502 or 503 if a server died during a request or is unreachable. Until its health check notices,
+# a client may get that more than once.
 TRIES = 4
 RETRY_PAUSE_S = 0.4
 
@@ -42,10 +42,10 @@ class Balancer:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(self.control))
             connection.sendall(command.encode() + b"\n")
-            answer = b""
+            response = b""
             while part := connection.recv(65536):
-                answer += part
-        return answer.decode()
+                response += part
+        return response.decode()
 
     def status(self, name: str) -> dict[str, str]:
         header, *rows = self.order("show stat").strip().splitlines()
@@ -103,10 +103,10 @@ backend pictures
 
 @dataclass
 class Load:
-    """Clients that ask for pictures one after the other until told to stop, and an account of every request."""
+    """Clients that request images one after the other until they are stopped, with a record of every request."""
 
     url: str
-    answered: Counter[str] = field(default_factory=Counter)
+    successes: Counter[str] = field(default_factory=Counter)
     retried: int = 0
     lost: list[str] = field(default_factory=list)
     sent: int = 0
@@ -126,14 +126,14 @@ class Load:
                 thread.join()
 
     def wait_for(self, more: int) -> None:
-        """Until so many more requests have been answered."""
-        goal, deadline = self.answered.total() + more, time.monotonic() + REQUEST_TIMEOUT_S
-        while self.answered.total() < goal:
-            assert time.monotonic() < deadline, f"only {self.answered.total()} of {goal} answers"
+        """Wait until `more` further requests have succeeded."""
+        goal, deadline = self.successes.total() + more, time.monotonic() + REQUEST_TIMEOUT_S
+        while self.successes.total() < goal:
+            assert time.monotonic() < deadline, f"only {self.successes.total()} of {goal} responses"
             time.sleep(0.05)
 
     def _client(self, number: int) -> None:
-        # A connection of its own for each request: a kept one may be closed by a stopping server just when it is used.
+        # A new connection for each request: a stopping server may close a kept one just as it is used.
         steps = (1, 2, 4, 6, 10, 20)[number % CLIENTS]
         seed = number * 1000
         while not self._end.is_set():
@@ -145,14 +145,14 @@ class Load:
     def _ask(self, request: dict[str, object]) -> None:
         for attempt in range(1, TRIES + 1):
             try:
-                answer = httpx.post(f"{self.url}/txt2img", json=request, timeout=REQUEST_TIMEOUT_S, **PLAIN_HTTP)
+                response = httpx.post(f"{self.url}/txt2img", json=request, timeout=REQUEST_TIMEOUT_S, **PLAIN_HTTP)
             except httpx.TransportError as reason:
                 outcome = f"{type(reason).__name__}: {reason}"
             else:
-                outcome = f"{answer.status_code}: {answer.text[:200]}" if answer.status_code != 200 else ""
-                if answer.status_code == 200:
+                outcome = f"{response.status_code}: {response.text[:200]}" if response.status_code != 200 else ""
+                if response.status_code == 200:
                     with self._lock:
-                        self.answered[answer.headers["served-by"]] += 1
+                        self.successes[response.headers["served-by"]] += 1
                     return
             with self._lock:
                 if attempt == TRIES or not outcome.startswith(("502", "503")):
@@ -171,14 +171,14 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def from_store(store: Path, port: int) -> Iterator[Server]:
-    # One core each: two models that both count on all cores of a small machine make each other many times slower.
+    # One core each: on a small machine two models that both use all cores slow each other down many times.
     changes = {"SD_MODEL": "demo", "BENTOML_CONFIG_OPTIONS": "runners.resources.cpu=1"}
     with serve(store, "stable_diffusion_fp32:latest", store, changes, port) as server:
         yield server
 
 
 def assert_jobs_are_found_through(balancer: Balancer) -> None:
-    """A client that keeps cookies finds its job, whatever the balancer does with other requests."""
+    """A client that keeps cookies reaches the server of its job, however the balancer distributes other requests."""
     took: set[str] = set()
     for number in range(6):
         with httpx.Client(base_url=balancer.url, timeout=REQUEST_TIMEOUT_S, **PLAIN_HTTP) as client:
@@ -194,7 +194,7 @@ def assert_jobs_are_found_through(balancer: Balancer) -> None:
             assert asked.headers["served-by"] == taken.headers["served-by"]
             assert client.get(asked.json()["picture"]).headers["seed"] == str(number)
     assert took == {"a", "b"}
-    # Without the cookie it is a matter of luck.
+    # Without the cookie either server may get the request.
     answers = [httpx.get(f"{balancer.url}{taken.headers['location']}", **PLAIN_HTTP).status_code for _ in range(6)]
     assert set(answers) == {200, 404}
 
@@ -238,18 +238,20 @@ def test_no_accepted_request_is_lost_while_servers_die_drain_and_are_replaced(st
             running.enter_context(from_store(store, ports["b"]))
             balancer.order("set server pictures/b state ready")
             balancer.wait_until("b", "status", "UP")
-            before = clients.answered["b"]
-            while clients.answered["b"] == before:
+            before = clients.successes["b"]
+            while clients.successes["b"] == before:
                 clients.wait_for(1)
 
     print(f"\n{'':<36}{'sent':>6}{'by a':>6}{'by b':>6}{'retried':>9}{'lost':>6}")
     for phase, clients in table:
-        print(f"{phase:<36}{clients.sent:>6}{clients.answered['a']:>6}{clients.answered['b']:>6}{clients.retried:>9}{len(clients.lost):>6}")
+        print(
+            f"{phase:<36}{clients.sent:>6}{clients.successes['a']:>6}{clients.successes['b']:>6}{clients.retried:>9}{len(clients.lost):>6}"
+        )
     for phase, clients in table:
         assert clients.lost == [], phase
-        assert clients.answered.total() == clients.sent, phase
+        assert clients.successes.total() == clients.sent, phase
     both, killed, drained = (clients for _, clients in table)
     assert both.retried == 0
-    assert min(both.answered["a"], both.answered["b"]) > 0.25 * both.sent
+    assert min(both.successes["a"], both.successes["b"]) > 0.25 * both.sent
     assert 0 < killed.retried <= TRIES * CLIENTS
     assert drained.retried == 0

@@ -1,4 +1,4 @@
-"""The bentos: built from both folders, whole, carried to another store and served there, and never a toy by accident.
+"""The bentos of both folders: complete, served from another store, and never with the demo model by accident.
 
 From the store that it was built into, the one of fp32 is served in `test_balancer.py`.
 """
@@ -41,7 +41,7 @@ def bento(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return BuiltBento(precision, f"stable_diffusion_{precision}:latest", home, path)
 
 
-def test_the_bento_holds_every_module_and_the_demo_model_as_real_files(bento: BuiltBento) -> None:
+def test_the_bento_contains_every_module_and_the_demo_model_as_real_files(bento: BuiltBento) -> None:
     source = bento.path / "src"
     tracked = subprocess.run(["git", "ls-files", "stable_diffusion"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     assert len(tracked) > 20
@@ -67,7 +67,7 @@ def test_the_image_sends_no_usage_reports_and_reads_the_configuration(bento: Bui
     assert "BENTOML_CONFIG=src/configuration.yaml" in dockerfile
 
 
-def test_in_the_image_what_is_large_comes_before_what_changes_often(bento: BuiltBento) -> None:
+def test_large_layers_come_before_layers_that_change_often(bento: BuiltBento) -> None:
     dockerfile = (bento.path / "env" / "docker" / "Dockerfile").read_text()
     order = ["FROM python:3.11-slim", "env/python/install.sh", "./src/model[s]", "./src/stable_diffusion/demo/model", "tar --create"]
     places = [dockerfile.index(text) for text in [*order, "HEALTHCHECK", "USER bentoml", 'ENTRYPOINT ["']]
@@ -75,7 +75,7 @@ def test_in_the_image_what_is_large_comes_before_what_changes_often(bento: Built
     assert "COPY --chown=bentoml:bentoml . " not in dockerfile
 
 
-def test_a_bento_without_weights_does_not_start_and_says_why(bento: BuiltBento) -> None:
+def test_a_bento_without_weights_does_not_start_and_explains_why(bento: BuiltBento) -> None:
     finished = subprocess.run(
         [str(BENTOML), "serve", bento.tag, "--production", "--port", "0"],
         cwd=bento.home,
@@ -92,9 +92,7 @@ def test_a_bento_without_weights_does_not_start_and_says_why(bento: BuiltBento) 
 
 
 @pytest.mark.parametrize("variables", [{}, {"BENTOML_HOST": "192.0.2.1"}])
-def test_a_bento_without_keys_does_not_start_where_others_reach_it_and_says_what_to_do(
-    bento: BuiltBento, variables: dict[str, str]
-) -> None:
+def test_a_bento_without_keys_does_not_start_on_a_reachable_address(bento: BuiltBento, variables: dict[str, str]) -> None:
     finished = subprocess.run(
         [str(BENTOML), "serve", bento.tag, "--production", "--port", "0"],
         cwd=bento.home,
@@ -106,12 +104,12 @@ def test_a_bento_without_keys_does_not_start_where_others_reach_it_and_says_what
     )
     assert finished.returncode == 1
     host = variables.get("BENTOML_HOST", "0.0.0.0")
-    assert f"Not started: no API key is set, and everybody who reaches {host} could draw. Set SD_API_KEYS or" in finished.stderr
+    assert f"Not started: no API key is set, and everyone who reaches {host} could generate images. Set SD_API_KEYS or" in finished.stderr
     assert "SD_WITHOUT_KEYS=1 starts without keys" in finished.stderr
     assert "Traceback" not in finished.stderr
 
 
-def test_a_bento_is_exported_imported_and_served_from_another_store(bento: BuiltBento, tmp_path: Path) -> None:
+def test_an_exported_bento_is_served_from_another_store(bento: BuiltBento, tmp_path: Path) -> None:
     exported = tmp_path / "carried.bento"
     bentoml(bento.home, "export", bento.tag, str(exported))
     elsewhere = tmp_path / "elsewhere"

@@ -1,4 +1,4 @@
-"""Whatever the served OpenAPI document allows, and much that it does not, is answered as the document says, and never with a 5xx."""
+"""Requests that the OpenAPI document allows, and many that it forbids, get responses as documented and never a 5xx."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from tests.http.servers import ROOT, Server
 SCHEMATHESIS = ROOT / ".venv" / "tools" / "bin" / "schemathesis"
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
 REQUEST_TIMEOUT_S = 60
-# What is drawn is small and has few steps, also where a field was left out; the rest of the document is as it is served.
+# Images are small and have few steps, even if a field is left out; the rest of the document is as served.
 SMALL = {"num_inference_steps": 2, "steps": 2, "width": 64, "height": 64, "n": 1, "batch_size": 1, "n_iter": 1}
-DRAWING = (
+GENERATING = (
     *("/txt2img", "/img2img", "/inpaint", "/reproduce", "/v1/images/generations", "/v1/images/edits"),
     *("/sdapi/v1/txt2img", "/sdapi/v1/img2img"),
 )
 INFOTEXT = "a red circle\nSteps: 2, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 64x64, Denoising strength: 0.9, Kind: inpaint"
-# Good for every part: to start from, as a mask in which something is transparent, and as one that says how it was drawn.
-PICTURE = encode(Image.merge("RGBA", [Image.linear_gradient("L").resize((64, 64))] * 4), "png", INFOTEXT)
-# Read by schemathesis: an upload is a picture, seldom none. Of three uploads in one form all must be, or it is not drawn.
+# Valid for every part: as the input image, as a mask with transparency, and as an image with an infotext.
+IMAGE = encode(Image.merge("RGBA", [Image.linear_gradient("L").resize((64, 64))] * 4), "png", INFOTEXT)
+# Read by schemathesis: most uploads are images. If a form has three, all must be images to generate one.
 HOOKS = """
 from pathlib import Path
 import schemathesis
@@ -47,7 +47,7 @@ def with_small_pictures(document: Any) -> Any:
         changed |= {name: value for name, value in SMALL.items() if name in changed}
     if "prompt" in changed.get("properties", {}):
         _make_small(changed)
-    if "picture" in changed.get("properties", {}):  # /reproduce: the picture is of an inpaint, which needs the other two
+    if "picture" in changed.get("properties", {}):  # /reproduce: the image comes from inpainting, which needs the other two
         changed["required"] = ["picture", "img", "mask"]
     return changed
 
@@ -62,7 +62,7 @@ def _make_small(schema: dict[str, Any]) -> None:
         properties.pop(name)
     small = SMALL.keys() & properties.keys()
     properties |= {name: {"type": "integer", "minimum": SMALL[name], "maximum": SMALL[name]} for name in small}
-    picture = base64.b64encode(PICTURE).decode()
+    picture = base64.b64encode(IMAGE).decode()
     allowed: dict[str, Any] = {
         "prompt": {"type": "string", "minLength": 1},
         "size": {"enum": ["auto", "64x64"]},
@@ -76,8 +76,8 @@ def _make_small(schema: dict[str, Any]) -> None:
     schema["required"] = sorted({*schema.get("required", []), *small, *({"prompt", "init_images"} & properties.keys())})
 
 
-def answers_by_path(report: Path) -> dict[str, dict[int, int]]:
-    """How often each path was answered with which status."""
+def statuses_by_path(report: Path) -> dict[str, dict[int, int]]:
+    """The number of responses by path and status."""
     counts: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
     for entry in json.loads(report.read_text())["log"]["entries"]:
         path = "/" + entry["request"]["url"].partition("://")[2].partition("/")[2].partition("?")[0]
@@ -85,11 +85,11 @@ def answers_by_path(report: Path) -> dict[str, dict[int, int]]:
     return counts
 
 
-def test_no_request_is_answered_otherwise_than_documented(server: Server, tmp_path: Path) -> None:
+def test_every_response_is_as_documented(server: Server, tmp_path: Path) -> None:
     with server.client() as client:
         document = with_small_pictures(client.get("/docs.json").json())
     (tmp_path / "docs.json").write_text(json.dumps(document))
-    (tmp_path / "picture.png").write_bytes(PICTURE)
+    (tmp_path / "picture.png").write_bytes(IMAGE)
     (tmp_path / "hooks.py").write_text(HOOKS)
     run = [
         *(str(SCHEMATHESIS), "run", "docs.json", "--url", server.url, "--checks", CHECKS, "--seed", "1", "--exclude-path", "/metrics"),
@@ -110,8 +110,8 @@ def test_no_request_is_answered_otherwise_than_documented(server: Server, tmp_pa
         "report.har",
     ]
     wrong = [*run, "--phases", "fuzzing", "--mode", "negative", "--max-examples", "30"]
-    # Every limit of every field, one at a time: at the drawing operations that would be a thousand pictures.
-    systematic = [*run, "--phases", "coverage", *(part for path in DRAWING for part in ("--exclude-path", path))]
+    # Every limit of every field, one at a time; for the generating operations that would take a thousand images.
+    systematic = [*run, "--phases", "coverage", *(part for path in GENERATING for part in ("--exclude-path", path))]
     variables = os.environ | {"SCHEMATHESIS_HOOKS": "./hooks.py"}
 
     def run_it(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -120,7 +120,7 @@ def test_no_request_is_answered_otherwise_than_documented(server: Server, tmp_pa
     with ThreadPoolExecutor() as threads:
         for finished in threads.map(run_it, (right, wrong, systematic)):
             assert finished.returncode == 0, finished.stdout[-20_000:] + finished.stderr
-    answered = answers_by_path(tmp_path / "report.har")
-    drawn = {path: sum(count for status, count in answered[path].items() if status < 300) for path in DRAWING}
-    print("answered:", {path: dict(answered[path]) for path in DRAWING})
-    assert all(drawn.values()), drawn
+    statuses = statuses_by_path(tmp_path / "report.har")
+    successes = {path: sum(count for status, count in statuses[path].items() if status < 300) for path in GENERATING}
+    print("statuses:", {path: dict(statuses[path]) for path in GENERATING})
+    assert all(successes.values()), successes

@@ -1,4 +1,4 @@
-"""Whatever is uploaded is read to a picture or refused by name, in bounded time and memory, and colours are right in every mode."""
+"""Every upload is decoded or refused with the reason, in limited time and memory, and colours are right in every mode."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stable_diffusion.core.errors import InvalidRequest, TooLarge
 from stable_diffusion.images.decode import read_image, read_mask
 from tests.hostile_pictures import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, chunk, drawing, file, png
 
-MAX_TAKEN_S = 15  # of computing, by one reader for one file; measured: 0.8 s
+MAX_TAKEN_S = 15  # processor time of one reader for one file; measured: 0.8 s
 MAX_PEAK_MIB = 640
 FEWEST_CASES = 400
 MODES = {"read_image": "RGB", "read_mask": "L", "read_transparency_as_mask": "L", "read_mask_or_opacity": "L"}
@@ -35,7 +35,7 @@ class Outcome:
 
     @property
     def refusal(self) -> str | None:
-        """Why it was refused as a file; that nothing in it is transparent is no fault of the file."""
+        """Why the file was refused. A mask without transparency does not count: the file itself is valid."""
         is_file_refused = self.outcome.startswith("refused: ") and "nothing in it is transparent" not in self.outcome
         return self.outcome.removeprefix("refused: ") if is_file_refused else None
 
@@ -49,7 +49,7 @@ class Reading:
 
 @pytest.fixture(scope="module")
 def reading() -> Reading:
-    """All cases read in a process of its own, where a warning or a crash is seen and memory can be measured."""
+    """The results of all cases, from a separate process that detects warnings and crashes and measures memory."""
     command = [sys.executable, "-W", "error", "-m", "tests.hostile_pictures"]
     root = Path(__file__).parents[2]
     finished = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=400, check=False)
@@ -58,7 +58,7 @@ def reading() -> Reading:
     return Reading([Outcome(**outcome) for outcome in outcomes], memory["peak_mib"], finished.stderr)
 
 
-def test_every_file_is_read_or_refused_by_name_and_nothing_else_happens(reading: Reading) -> None:
+def test_every_file_is_decoded_or_refused_without_warnings_or_crashes(reading: Reading) -> None:
     cases = {outcome.case for outcome in reading.outcomes}
     assert len(cases) >= FEWEST_CASES
     assert Counter(outcome.reader for outcome in reading.outcomes) == dict.fromkeys((*MODES, "read_description"), len(cases))
@@ -72,13 +72,13 @@ def test_every_file_is_read_or_refused_by_name_and_nothing_else_happens(reading:
     assert reading.complaints == ""
 
 
-def test_what_is_right_is_read_and_what_is_wrong_is_refused(reading: Reading) -> None:
+def test_valid_files_are_decoded_and_invalid_ones_refused(reading: Reading) -> None:
     decoded = [outcome for outcome in reading.outcomes if outcome.reader != "read_description"]
     assert not [outcome for outcome in decoded if outcome.expected == "read" and outcome.refusal]
     assert not [outcome for outcome in decoded if outcome.expected == "refused" and not outcome.refusal]
 
 
-def test_a_bomb_of_text_is_refused_where_the_text_is_read(reading: Reading) -> None:
+def test_a_text_bomb_is_refused_only_by_readers_of_the_text(reading: Reading) -> None:
     told = {outcome.case: outcome.refusal for outcome in reading.outcomes if outcome.reader == "read_description"}
     for kind in ("zTXt", "iTXt"):
         for where in ("before", "behind"):
@@ -87,7 +87,7 @@ def test_a_bomb_of_text_is_refused_where_the_text_is_read(reading: Reading) -> N
     assert told["png, iCCP of 200 MiB before the pixels"] is None
 
 
-def test_no_file_takes_long_or_much_memory(reading: Reading) -> None:
+def test_no_file_takes_much_time_or_memory(reading: Reading) -> None:
     slowest = max(reading.outcomes, key=lambda outcome: outcome.taken_s)
     print(f"slowest: {slowest}; peak: {reading.peak_mib} MiB")
     assert slowest.taken_s < MAX_TAKEN_S, slowest
@@ -116,13 +116,13 @@ def test_no_file_takes_long_or_much_memory(reading: Reading) -> None:
         ("nothing", "the file is empty"),
     ],
 )
-def test_the_refusal_says_what_is_wrong(reading: Reading, named: str, told: str) -> None:
+def test_a_refusal_names_the_problem(reading: Reading, named: str, told: str) -> None:
     refusals = [outcome.refusal for outcome in reading.outcomes if outcome.case == named]
     assert refusals
     assert all(refusal is not None and refusal.startswith(f"img: {told}") for refusal in refusals), refusals
 
 
-# What is expected below comes from the formats' specifications; the files are made by hand where Pillow could be wrong both ways.
+# The expected values come from the formats' specifications. Files are built by hand if Pillow might write and read them wrongly.
 
 
 def pixels_of(content: bytes) -> list[tuple[int, ...]]:
@@ -134,7 +134,7 @@ def mask_of(content: bytes) -> list[int]:
     return [int(value) for value in np.asarray(read_mask(content, "mask")).ravel()]
 
 
-def test_16_bit_grey_is_scaled_and_not_clipped() -> None:
+def test_16_bit_grey_is_scaled_rather_than_clipped() -> None:
     values = [0, 257, 32_896, 65_278, 65_535]
     content = png(5, 1, 16, GREY, struct.pack(">5H", *values))
     assert mask_of(content) == [0, 1, 128, 254, 255]
@@ -152,12 +152,12 @@ def test_16_bit_colours_and_transparency_are_scaled() -> None:
 @pytest.mark.parametrize(
     ("depth", "row", "greys"), [(1, b"\x40", [0, 255]), (2, b"\x1b", [0, 85, 170, 255]), (4, b"\x0f\x80", [0, 255, 136])]
 )
-def test_few_bits_of_grey_span_black_to_white(depth: int, row: bytes, greys: list[int]) -> None:
+def test_grey_with_few_bits_spans_black_to_white(depth: int, row: bytes, greys: list[int]) -> None:
     assert mask_of(png(len(greys), 1, depth, GREY, row)) == greys
 
 
 @pytest.mark.parametrize(("depth", "row"), [(1, b"\x40"), (2, b"\x10"), (4, b"\x01"), (8, b"\x00\x01")])
-def test_palettes_have_their_colours_and_their_transparency(depth: int, row: bytes) -> None:
+def test_palettes_keep_their_colours_and_transparency(depth: int, row: bytes) -> None:
     colours = chunk(b"PLTE", bytes((220, 35, 40, 40, 80, 220)))
     assert pixels_of(png(2, 1, depth, PALETTE, row, before=colours)) == [(220, 35, 40), (40, 80, 220)]
     transparent = colours + chunk(b"tRNS", b"\x00\xff")
@@ -175,21 +175,21 @@ def test_palettes_have_their_colours_and_their_transparency(depth: int, row: byt
         ((128, 0, 0, 128), (63, 127, 127)),
     ],
 )
-def test_the_inks_of_a_cmyk_photograph_become_the_light_that_they_leave(inks: tuple[int, ...], colour: tuple[int, ...]) -> None:
+def test_cmyk_photographs_are_converted_to_rgb(inks: tuple[int, ...], colour: tuple[int, ...]) -> None:
     """(1 - ink) * (1 - black) of each; in the file they are inverted, as Adobe's programs write them."""
     content = file(Image.new("CMYK", (16, 16), inks), "JPEG", quality=100)
     assert b"Adobe" in content
     assert np.abs(np.array(pixels_of(content)) - colour).max() <= 3
 
 
-def test_of_an_animation_the_first_frame_counts() -> None:
+def test_the_first_frame_of_an_animation_is_used() -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ((220, 35, 40), (40, 80, 220), (40, 160, 70))]
     for image_format in ("PNG", "WEBP", "MPO"):
         content = file(frames[0], image_format, save_all=True, append_images=frames[1:])
         assert np.abs(np.array(pixels_of(content)) - (220, 35, 40)).max() < 12, image_format
 
 
-def test_the_largest_allowed_file_of_many_pieces_is_read() -> None:
+def test_a_file_with_the_most_allowed_chunks_is_decoded() -> None:
     content = file(drawing(), "JPEG", progressive=True)
     comments = b"\xff\xfe\0\2" * 16_000
     assert read_image(content[:2] + comments + content[2:], "img").size == (96, 64)
@@ -198,14 +198,14 @@ def test_the_largest_allowed_file_of_many_pieces_is_read() -> None:
 
 
 @pytest.mark.parametrize("image_format", ["GIF", "TIFF", "EPS"])
-def test_a_decoder_that_is_loaded_cannot_be_reached_all_the_same(image_format: str) -> None:
+def test_other_loaded_decoders_are_not_used(image_format: str) -> None:
     Image.init()
     assert image_format in Image.OPEN
     with pytest.raises(InvalidRequest, match="not a PNG, JPEG or WebP image"):
         read_image(file(drawing(), image_format), "img")
 
 
-def test_exif_behind_the_pixels_is_bounded_too() -> None:
+def test_exif_after_the_pixels_is_limited_too() -> None:
     content = png(1, 1, 8, GREY, b"\0", after=chunk(b"eXIf", bytes(2**20 + 1)))
     with pytest.raises(TooLarge, match="img: its EXIF block has 10485[0-9]+ bytes, at most 1048576 are allowed"):
         read_image(content, "img")

@@ -1,4 +1,4 @@
-"""The worst files at every door that takes pictures: refused in the door's own form, and the server draws on."""
+"""The worst files at every endpoint that accepts images: refused in the API's error form, and the server keeps working."""
 
 from __future__ import annotations
 
@@ -44,34 +44,34 @@ def files(corpus_files: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def through_img2img(client: httpx.Client, content: bytes) -> tuple[int, str]:
-    answer = client.post("/img2img", files={"img": content}, data={"data": json.dumps({"prompt": PROMPT, "num_inference_steps": 2})})
-    problem = answer.json()["error"]["problems"][0]
-    return answer.status_code, f"{problem['field']} {problem['message']}"
+    response = client.post("/img2img", files={"img": content}, data={"data": json.dumps({"prompt": PROMPT, "num_inference_steps": 2})})
+    problem = response.json()["error"]["problems"][0]
+    return response.status_code, f"{problem['field']} {problem['message']}"
 
 
 def through_inpaint(client: httpx.Client, content: bytes) -> tuple[int, str]:
     right = flat_png(64, 64, 8, RGB)
-    answer = client.post("/inpaint", files={"img": right, "mask": content}, data={"data": json.dumps({"prompt": PROMPT})})
-    problem = answer.json()["error"]["problems"][0]
-    return answer.status_code, f"{problem['field']} {problem['message']}"
+    response = client.post("/inpaint", files={"img": right, "mask": content}, data={"data": json.dumps({"prompt": PROMPT})})
+    problem = response.json()["error"]["problems"][0]
+    return response.status_code, f"{problem['field']} {problem['message']}"
 
 
 def through_reproduce(client: httpx.Client, content: bytes) -> tuple[int, str]:
-    answer = client.post("/reproduce", files={"picture": content})
-    problem = answer.json()["error"]["problems"][0]
-    return answer.status_code, f"{problem['field']} {problem['message']}"
+    response = client.post("/reproduce", files={"picture": content})
+    problem = response.json()["error"]["problems"][0]
+    return response.status_code, f"{problem['field']} {problem['message']}"
 
 
 def through_openai(client: httpx.Client, content: bytes) -> tuple[int, str]:
-    answer = client.post("/v1/images/edits", files={"image": content}, data={"prompt": PROMPT})
-    error = answer.json()["error"]
-    return answer.status_code, f"{error['param']} {error['message']}"
+    response = client.post("/v1/images/edits", files={"image": content}, data={"prompt": PROMPT})
+    error = response.json()["error"]
+    return response.status_code, f"{error['param']} {error['message']}"
 
 
 def through_a1111(client: httpx.Client, content: bytes) -> tuple[int, str]:
     body = {"prompt": PROMPT, "init_images": [base64.b64encode(content).decode()]}
-    answer = client.post("/sdapi/v1/img2img", json=body)
-    return answer.status_code, answer.json()["detail"]
+    response = client.post("/sdapi/v1/img2img", json=body)
+    return response.status_code, response.json()["detail"]
 
 
 DOORS: dict[Callable[[httpx.Client, bytes], tuple[int, str]], str] = {
@@ -84,7 +84,7 @@ DOORS: dict[Callable[[httpx.Client, bytes], tuple[int, str]], str] = {
 
 
 @pytest.mark.parametrize("through", DOORS)
-def test_the_worst_files_are_refused_by_name(
+def test_the_worst_files_are_refused_with_the_reason(
     server: Server, files: dict[str, bytes], through: Callable[[httpx.Client, bytes], tuple[int, str]]
 ) -> None:
     assert files.keys() == NAMES.keys()
@@ -92,12 +92,12 @@ def test_the_worst_files_are_refused_by_name(
         client.timeout = httpx.Timeout(MAX_TAKEN_S)
         for name, content in files.items():
             status, told = through(client, content)
-            # An empty text is no picture but a missing one to a form's reader, and A1111 answers 400 to what is no picture.
+            # A form reader treats an empty text as a missing image, and A1111's API responds with 400 to data that is not an image.
             assert status in (NAMES[name], 400 if through is through_a1111 else NAMES[name]), (name, status, told)
             assert told.startswith(DOORS[through]), (name, told)
 
 
-def test_a_bomb_of_text_is_refused_only_where_the_text_is_read(server: Server, corpus_files: dict[str, bytes]) -> None:
+def test_a_text_bomb_is_refused_only_by_endpoints_that_read_the_text(server: Server, corpus_files: dict[str, bytes]) -> None:
     bomb = corpus_files[BOMB_OF_TEXT]
     with server.client() as client:
         client.timeout = httpx.Timeout(MAX_TAKEN_S)
@@ -105,21 +105,21 @@ def test_a_bomb_of_text_is_refused_only_where_the_text_is_read(server: Server, c
             400,
             "picture picture: its text parameters holds too much text, at most 1048576 bytes of it are read",
         )
-        answer = client.post("/img2img", files={"img": bomb}, data={"data": json.dumps({"prompt": PROMPT, "num_inference_steps": 2})})
-        assert answer.status_code == 200, answer.text
+        response = client.post("/img2img", files={"img": bomb}, data={"data": json.dumps({"prompt": PROMPT, "num_inference_steps": 2})})
+        assert response.status_code == 200, response.text
 
 
-def test_the_server_draws_after_them(server: Server) -> None:
+def test_the_server_still_generates_afterwards(server: Server) -> None:
     picture = file_with_everything_odd()
     with server.client() as client:
-        answer = client.post("/img2img", files={"img": picture}, data={"data": json.dumps({"prompt": PROMPT, "num_inference_steps": 2})})
-        assert answer.status_code == 200, answer.text
+        response = client.post("/img2img", files={"img": picture}, data={"data": json.dumps({"prompt": PROMPT, "num_inference_steps": 2})})
+        assert response.status_code == 200, response.text
         assert client.get("/readyz").status_code == 200
     assert "Traceback" not in server.log
     assert "PIL" not in server.log
 
 
 def file_with_everything_odd() -> bytes:
-    """Read all the same: 16 bits, an animation that is announced and absent, EXIF that makes no sense, another file behind it."""
+    """Unusual files that must be decoded: 16 bits, a missing animation, invalid EXIF, another file appended."""
     odd = chunk(b"acTL", bytes(8)) + chunk(b"eXIf", b"MM\0*" + b"\xff" * 400) + chunk(b"aaAa", b"%!PS")
     return flat_png(64, 64, 16, RGB, before=odd) + header_only_png(60_000, 60_000)

@@ -1,4 +1,4 @@
-"""Two processes that compute at once, as two servers on one machine or a server beside a game: neither holds up the other."""
+"""Two processes that compute at once, like two servers on one machine, do not block each other."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 from tests.http.servers import ROOT
 
 SECONDS = 12.0
-TIMES_ALONE = 3.0  # two would be ideal on two cores
+TIMES_ALONE = 3.0  # ideal on two cores: 2
 
 
 def compute(processes: int, jobs: int = 2) -> list[list[float]]:
-    """The times of the steps of each process, in ms, all begun at once."""
+    """The step times of each process, in ms; all processes start together."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_", "MKL_"))}
     command = [sys.executable, "-W", "ignore", "-m", "tests.slow.computing", str(jobs), str(SECONDS)]
     started = [
@@ -40,12 +40,12 @@ def compute(processes: int, jobs: int = 2) -> list[list[float]]:
 
 @pytest.mark.alone
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
-def test_two_processes_that_compute_at_once_take_at_most_three_times_as_long() -> None:
+def test_two_processes_at_once_take_at_most_three_times_as_long_as_one() -> None:
     (alone,) = compute(1)
     beside = compute(2)
     usual_ms = statistics.median(alone)
     for times_ms in beside:
-        # Of the whole time, also what it takes to notice: so many steps are made in it.
+        # Over the whole time, including the steps before the engine reacts.
         assert SECONDS * 1000 / len(times_ms) <= TIMES_ALONE * usual_ms, (
             f"{usual_ms:.0f} ms alone, {statistics.median(times_ms):.0f} beside"
         )

@@ -1,4 +1,4 @@
-"""Mixed load, faults, processes that are killed, a server that is stopped: the ledger of requests against answers comes out even."""
+"""Mixed load with faults, killed processes and a stopped server: every request gets an allowed outcome, and the ledger balances."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.http.ledger import DISTURBED, PROMPT, SOUND_KINDS, Load
 from tests.http.servers import PLAIN_HTTP, ROOT, Server, serve
 
 STUCK_STEP_S = 15
-# Circus looks for dead processes every ten seconds; then the runner imports torch and loads the model: half a minute on a quiet machine.
+# Circus checks for dead processes every ten seconds; then the runner imports torch and loads the model: half a minute on an idle machine.
 READY_AGAIN_S = 200
 
 
@@ -31,7 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "PYTHONPATH": str(ROOT),
         "BENTOML_CONFIG": str(ROOT / "fp32" / "configuration.yaml"),
         "SD_STUCK_STEP_S": str(STUCK_STEP_S),
-        # As in a container, where BentoML would not start again what has died.
+        # As in a container, where BentoML would not restart dead processes.
         "BENTOML_CONTAINERIZED": "true",
     }
     with serve(ROOT / "tests" / "http" / "faulty", "service:svc", tmp_path_factory.mktemp("faulty"), variables) as started:
@@ -47,7 +47,7 @@ def load_on(server: Server) -> Callable[[int], Load]:
 
 @contextmanager
 def under(load: Load, clients: int, kinds: tuple[str, ...] = ()) -> Iterator[Callable[[Callable[[], bool]], None]]:
-    """The load, on a thread with an event loop of its own, until the block ends; then all of it is answered or Uneven is raised.
+    """Run the load on a thread with its own event loop until the block ends. Raises Uneven if a request has no outcome then.
 
     Gives what waits for something to be true while the load goes on.
     """
@@ -70,7 +70,7 @@ def under(load: Load, clients: int, kinds: tuple[str, ...] = ()) -> Iterator[Cal
 def workers(server: Server, what: str) -> list[psutil.Process]:
     found = []
     for process in psutil.Process(server.process.pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):  # one that has been killed
+        with suppress(psutil.NoSuchProcess):  # a killed process
             if what in " ".join(process.cmdline()):
                 found.append(process)
     return found
@@ -111,14 +111,12 @@ def require_undisturbed(load: Load, began_after_s: float) -> None:
 
 
 def held_by(worker: psutil.Process, server: Server) -> list[object]:
-    """The connections of clients that an API worker has open."""
+    """The client connections that an API worker has open."""
     _, port = server.address
     return [one for one in worker.net_connections("tcp") if one.raddr and one.laddr.port == port]
 
 
-def test_hundreds_of_requests_with_faults_at_random_moments_are_each_answered_as_they_may_be(
-    server: Server, load_on: Callable[[int], Load]
-) -> None:
+def test_hundreds_of_requests_with_random_faults_all_get_an_allowed_outcome(server: Server, load_on: Callable[[int], Load]) -> None:
     load = load_on(1)
     before = sums(server)
     with under(load, clients=12) as wait_until:
@@ -133,7 +131,7 @@ def test_hundreds_of_requests_with_faults_at_random_moments_are_each_answered_as
     assert len({entry.asked for entry in load.entries}) == 11
 
 
-def test_a_step_that_hangs_is_an_error_within_seconds_and_the_model_process_starts_again(
+def test_a_hanging_step_becomes_an_error_within_seconds_and_the_model_process_restarts(
     server: Server, load_on: Callable[[int], Load]
 ) -> None:
     load = load_on(2)
@@ -153,11 +151,11 @@ def test_a_step_that_hangs_is_an_error_within_seconds_and_the_model_process_star
     require_nothing_left(server)
 
 
-def test_a_runner_that_is_killed_under_load_costs_only_what_it_was_drawing(server: Server, load_on: Callable[[int], Load]) -> None:
-    """Also a job for which nobody waits: it has failed, and its idempotency key may be used again."""
+def test_killing_the_runner_under_load_loses_only_running_jobs(server: Server, load_on: Callable[[int], Load]) -> None:
+    """This includes asynchronous jobs: they fail, and their idempotency keys may be used again."""
     load = load_on(3)
     attended = f"/jobs/{draw(server, num_inference_steps=1).headers['job-id']}"
-    # A client gets its picture before that is noted: what was not noted yet dies with the process.
+    # A client gets its image before the store notes it; what the store has not noted dies with the process.
     assert ended(server, attended)["state"] == "completed"
     long = {"num_inference_steps": 150, "height": 128, "width": 128}
     load.allowed_besides = DISTURBED - {"broken connection", "refused connection"}
@@ -172,7 +170,7 @@ def test_a_runner_that_is_killed_under_load_costs_only_what_it_was_drawing(serve
         recovered = time.monotonic()
         assert ended(server, asynchronous)["state"] == "failed"
         assert "model process" in refused(ask(server, f"{asynchronous}/picture"), 503)
-        assert ask(server, attended).json()["state"] == "completed", "what is known outlives the process"
+        assert ask(server, attended).json()["state"] == "completed", "stored states outlive the process"
         again = start(server, "a key", **long).headers["location"]
         assert again != asynchronous
         assert ask(server, again, "DELETE").status_code == 200
@@ -185,13 +183,13 @@ def test_a_runner_that_is_killed_under_load_costs_only_what_it_was_drawing(serve
     require_nothing_left(server)
 
 
-def test_an_api_worker_that_is_killed_under_load_breaks_its_own_connections_only(server: Server, load_on: Callable[[int], Load]) -> None:
+def test_killing_an_api_worker_under_load_breaks_only_its_connections(server: Server, load_on: Callable[[int], Load]) -> None:
     load = load_on(4)
     load.allowed_besides = {"broken connection"}
     with under(load, clients=6, kinds=SOUND_KINDS) as wait_until:
         wait_until(lambda: len(load.entries) >= 10)
         victim, other = sorted(workers(server, "bentoml_cli.worker.http_api_server"), key=lambda worker: len(held_by(worker, server)))
-        victim.suspend()  # so that it takes no more while its connections are counted
+        victim.suspend()  # so that it accepts no more connections while they are counted
         held, held_by_other = len(held_by(victim, server)), len(held_by(other, server))
         victim.kill()
         again = seconds_until(lambda: len(workers(server, "http_api_server")) == 2)
@@ -204,24 +202,22 @@ def test_an_api_worker_that_is_killed_under_load_breaks_its_own_connections_only
     require_nothing_left(server)
 
 
-def test_a_server_that_is_stopped_under_load_finishes_what_it_has_accepted_and_ends_with_0(
-    server: Server, load_on: Callable[[int], Load]
-) -> None:
+def test_a_server_stopped_under_load_finishes_accepted_requests_and_exits_with_0(server: Server, load_on: Callable[[int], Load]) -> None:
     load = load_on(5)
-    # The model process may hear of the end a moment before an API worker, which then cannot reach it.
+    # The model process may stop a moment before an API worker, which then cannot reach it.
     load.allowed_besides = {"shutting_down", "model_unavailable", "refused connection", "broken connection"}
     accepted_s = began = ended_after_s = 0.0
     with under(load, clients=6, kinds=SOUND_KINDS) as wait_until:
         wait_until(lambda: len(load.entries) >= 10)
         accepted_s = time.monotonic()
-        time.sleep(0.5)  # from a client to the model process it takes milliseconds
+        time.sleep(0.5)  # a request reaches the model process within milliseconds
         began = time.monotonic()
         server.process.terminate()
         assert server.process.wait(120) == 0
         ended_after_s = time.monotonic() - began
     accepted = [entry for entry in load.entries if entry.began_s < accepted_s]
     assert {entry.answered for entry in accepted} == {"picture"}
-    # Who connects at the very end, when nobody listens any more, is never read.
+    # A connection at the very end, when the server no longer accepts any, is never read.
     assert all(entry.began_s > began for entry in load.entries if entry.answered == "broken connection")
     unfinished = sum(entry.began_s + entry.seconds > began for entry in accepted)
     print(f"a server that is stopped: ended after {ended_after_s:.1f} s, with {unfinished} that it had accepted; {load.summary()}")

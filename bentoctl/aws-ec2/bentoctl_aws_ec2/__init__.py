@@ -1,6 +1,6 @@
 """The operator: the four functions that bentoctl 0.4.0 calls by name, with its parameters.
 
-They raise click.ClickException where something is wrong: bentoctl shows its own exceptions with exit status 0.
+They report errors as click.ClickException, because after its own exceptions bentoctl exits with status 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bentoctl_aws_ec2.state import resources_left
 
 
 def generate(name: str, spec: Mapping[str, Any], template_type: str, destination_dir: str, values_only: bool = True) -> list[str]:
-    """Writes the Terraform files and bentoctl.tfvars, or only that; returns the paths written or found up to date."""
+    """Writes the Terraform files and bentoctl.tfvars, or only the latter; returns the paths of written and up-to-date files."""
     destination = Path(destination_dir)
     refuse_other_deployment(destination, name)
     image_tag = spec.get("image_tag") or built_image(destination)
@@ -35,22 +35,22 @@ def create_deployable(bento_path: str, destination_dir: str, bento_metadata: Map
 
 
 def create_repository(repository_name: str, operator_spec: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Checks the configuration once more, then makes the repository; returns its URL, and user and password for `docker push`."""
+    """Checks the configuration again and creates the repository; returns its URL, and the user and password for `docker push`."""
     refuse_other_deployment(Path.cwd(), repository_name)
     terraform_variables(repository_name, {**operator_spec, "image_tag": None})
     return registry.create_repository(repository_name, operator_spec["region"])
 
 
 def delete_repository(repository_name: str, operator_spec: Mapping[str, Any]) -> None:
-    """Deletes the images, but only of this folder's deployment, and only when nothing is left of it.
+    """Deletes the image repository, but only if it belongs to this folder's deployment and no other resource of that is left.
 
-    bentoctl calls this after a destroy that was refused or failed as well.
+    bentoctl calls this even after a destroy that was refused or failed.
     """
     require_deployment(Path.cwd(), repository_name)
     left = resources_left()
     if left:
         raise click.ClickException(
-            f"{len(left)} resources of the deployment are still there ({left[0]}, ...), so its image repository {repository_name} "
+            f"{len(left)} resources of the deployment still exist ({left[0]}, ...), so its image repository {repository_name} "
             f"was kept. Run: terraform apply -destroy -var-file {VALUES_FILE}, and then bentoctl destroy again"
         )
     registry.delete_repository(repository_name, operator_spec["region"])

@@ -1,8 +1,8 @@
 """Checks and conversions of single fields of `spec`, in the form that Cerberus calls them: `check(field, value, error)`.
-Cerberus asks for None too where a field may be empty.
+Cerberus also calls them with None if a field may be empty.
 
-Knows what AWS allows (regions and instance types as botocore lists them, without asking AWS); knows nothing of
-Terraform, nor of one field's meaning for another.
+Knows what AWS allows (regions and instance types from botocore's lists, without a request to AWS). Does not know
+Terraform, or combinations of fields.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ UNUSABLE_GPU_FAMILIES = {
     "p3dn": "its V100 GPUs are too old for torch 2.13 with CUDA 13 (compute capability 7.0, 7.5 is needed)",
     "g3": "its M60 GPUs are too old for torch 2.13 (compute capability 5.2, 7.5 is needed)",
     "g3s": "its M60 GPUs are too old for torch 2.13 (compute capability 5.2, 7.5 is needed)",
-    "g6f": "it has a part of a GPU, through NVIDIA's GRID driver, which the AMI does not bring",
-    "gr6f": "it has a part of a GPU, through NVIDIA's GRID driver, which the AMI does not bring",
-    "g4ad": "its GPUs are made by AMD, and the image holds torch for NVIDIA",
+    "g6f": "it has a fraction of a GPU, which needs NVIDIA's GRID driver, and the AMI has another driver",
+    "gr6f": "it has a fraction of a GPU, which needs NVIDIA's GRID driver, and the AMI has another driver",
+    "g4ad": "it has AMD GPUs, and the image contains torch for NVIDIA",
 }
-# a1, and the families whose generation is followed by a g (Graviton): c7g, m6gd, g5g.
+# a1, and families with a g for Graviton after the generation: c7g, m6gd, g5g.
 ARM_FAMILY = re.compile(r"a1|[a-z]+\d+g[a-z]*(-.*)?|.*-gb\d+")
 
 IDENTIFIER = r"[0-9a-f]{8}(?:[0-9a-f]{9})?"
@@ -42,23 +42,23 @@ ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def to_boolean(value: object) -> bool:
-    """True and false as YAML gives them, or as a person types them at `bentoctl init`."""
+    """A boolean from YAML, or as a person types it at `bentoctl init`."""
     if isinstance(value, bool):
         return value
     if isinstance(value, str) and value.strip().lower() in ("yes", "y", "true"):
         return True
     if isinstance(value, str) and value.strip().lower() in ("no", "n", "false"):
         return False
-    raise ValueError(f"must be yes or no, not {value!r}")
+    raise ValueError(f"must be yes or no, got {value!r}")
 
 
 def to_integer(value: object) -> int:
-    """A whole number as YAML gives it, or as a person types it at `bentoctl init`."""
+    """A whole number from YAML, or as a person types it at `bentoctl init`."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, str) and re.fullmatch(r"-?\d{1,9}", value.strip()):
         return int(value)
-    raise ValueError(f"must be a whole number, not {value!r}")
+    raise ValueError(f"must be a whole number, got {value!r}")
 
 
 def check_region(field: str, value: str, error: Report) -> None:
@@ -74,9 +74,9 @@ def check_instance_type(field: str, value: str, error: Report) -> None:
     if family not in families:
         error(field, f"{value!r}: there is no instance family {family!r}{_closest(family, families)}")
     elif family in UNUSABLE_GPU_FAMILIES:
-        error(field, f"{value!r}: {UNUSABLE_GPU_FAMILIES[family]}; with a usable GPU: {', '.join(GPU_FAMILIES)}")
+        error(field, f"{value!r}: {UNUSABLE_GPU_FAMILIES[family]}; families with a usable GPU: {', '.join(GPU_FAMILIES)}")
     elif ARM_FAMILY.fullmatch(family):
-        error(field, f"{value!r} has an ARM processor, and the image is built for x86_64")
+        error(field, f"{value!r} has an ARM processor, but the image is built for x86_64")
     elif value not in known:
         sizes = sorted(name.partition(".")[2] for name in known if instance_family(name) == family)
         error(field, f"{value!r}: the family {family!r} has the sizes {', '.join(sizes)}")
@@ -117,7 +117,7 @@ def check_certificate_arn(field: str, value: str | None, error: Report) -> None:
 
 def check_environment_name(field: str, value: str, error: Report) -> None:
     if not ENVIRONMENT_NAME.fullmatch(value):
-        error(field, f"{value!r} is not a name for an environment variable: letters, digits and _, no digit first")
+        error(field, f"{value!r} is not a valid environment variable name: letters, digits and _, not starting with a digit")
 
 
 def check_environment_value(field: str, value: str, error: Report) -> None:
@@ -155,7 +155,7 @@ def known_regions() -> frozenset[str]:
 @cache
 def known_instance_types() -> frozenset[str]:
     """Every instance type of the installed botocore's description of EC2."""
-    # Any region will do: nothing is sent.
+    # Any region works: no request is sent.
     client = Session().client("ec2", region_name="us-east-1", aws_access_key_id="none", aws_secret_access_key="none")
     return frozenset(client.meta.service_model.shape_for("InstanceType").enum)
 

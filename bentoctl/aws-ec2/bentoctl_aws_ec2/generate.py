@@ -1,6 +1,6 @@
-"""Writes what Terraform reads into the deployment's folder: the templates, as they are, and the values, bentoctl.tfvars.
+"""Writes Terraform's input into the deployment's folder: copies of the templates, and the values, bentoctl.tfvars.
 
-Decides what happens to files that are there already. Which values are right is specification.py's matter.
+Decides what happens to existing files. specification.py checks the values.
 """
 
 from __future__ import annotations
@@ -22,30 +22,27 @@ HEADER = """# Written by `bentoctl generate` and `bentoctl build`: change deploy
 
 
 def write_templates(destination: Path) -> list[Path]:
-    """Copies the templates. Files that are there and differ are left alone, and nothing is written.
+    """Copies the templates. If an existing file differs, writes nothing.
 
-    Raises click.ClickException, which names them and says what to do.
+    Raises click.ClickException, which names the files that differ and says what to do.
     """
     sources = template_files()
     targets = [destination / source.relative_to(TEMPLATES) for source in sources]
-    there = [target for target in targets if target.exists()]
-    changed = [target for source, target in zip(sources, targets, strict=True) if target in there and not _same(source, target)]
+    existing = [target for target in targets if target.exists()]
+    changed = [target for source, target in zip(sources, targets, strict=True) if target in existing and not _same(source, target)]
     if changed:
         names = ", ".join(str(target.relative_to(destination)) for target in changed)
         raise click.ClickException(
-            f"{names}: there already, and not as this operator writes it (you changed it, or the operator is newer).\n"
-            "To keep it and refresh only the values:  bentoctl generate --values-only\n"
-            f"To have it written new:                  rm {' '.join(str(target) for target in changed)}  and generate again"
+            f"{names}: differs from what this operator writes (you changed it, or the operator is newer).\n"
+            "To keep it and update only the values:  bentoctl generate --values-only\n"
+            f"To replace it:                         rm {' '.join(str(target) for target in changed)}  and generate again"
         )
     for source, target in zip(sources, targets, strict=True):
-        if target not in there:
+        if target not in existing:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
-    if len(there) == len(targets):
-        click.echo(
-            f"main.tf and the files beside it are there already and up to date: only {VALUES_FILE} is written. "
-            "To have them written new, delete main.tf first."
-        )
+    if len(existing) == len(targets):
+        click.echo(f"main.tf and the other templates are up to date: only {VALUES_FILE} is written. To replace them, delete main.tf first.")
     return targets
 
 
@@ -58,22 +55,22 @@ def template_files() -> list[Path]:
 
 
 def refuse_other_deployment(destination: Path, deployment_name: str) -> None:
-    """Terraform keeps one state per folder, so a second deployment in it would replace the first."""
+    """Refuse a second deployment in a folder: Terraform keeps one state per folder, so it would replace the first."""
     other = read_text_value(destination / VALUES_FILE, "deployment_name")
     if other and other != deployment_name:
         raise click.ClickException(
-            f"this folder holds the deployment {other}; Terraform would replace it by {deployment_name}. "
-            "Give each deployment a folder of its own: mkdir NAME, cd NAME, and generate there with -f ../deployment_config.yaml"
+            f"this folder belongs to the deployment {other}; Terraform would replace it with {deployment_name}. "
+            "Use a separate folder for each deployment: mkdir NAME, cd NAME, and generate there with -f ../deployment_config.yaml"
         )
 
 
 def require_deployment(destination: Path, deployment_name: str) -> None:
-    """For what cannot be undone: the folder must be the deployment's own."""
-    there = read_text_value(destination / VALUES_FILE, "deployment_name")
-    if there != deployment_name:
-        what = f"holds the deployment {there}" if there else f"has no {VALUES_FILE}"
+    """Refuse an action that cannot be undone, unless the folder belongs to the deployment."""
+    found = read_text_value(destination / VALUES_FILE, "deployment_name")
+    if found != deployment_name:
+        what = f"belongs to the deployment {found}" if found else f"has no {VALUES_FILE}"
         raise click.ClickException(
-            f"this folder {what}, so the images of {deployment_name} were not touched; go to the folder of {deployment_name}"
+            f"this folder {what}, so the images of {deployment_name} were kept; run the command in the folder of {deployment_name}"
         )
 
 
@@ -85,12 +82,12 @@ def write_values(destination: Path, values: Mapping[str, object]) -> Path:
 
 
 def built_image(destination: Path) -> str | None:
-    """The image that the last `bentoctl build` put into bentoctl.tfvars: a later generate must not lose it."""
+    """The image that the last `bentoctl build` wrote to bentoctl.tfvars: a later generate must keep it."""
     return read_text_value(destination / VALUES_FILE, "image_tag")
 
 
 def read_text_value(file: Path, name: str) -> str | None:
-    """A value of a file that write_values wrote; only for values that need no escapes."""
+    """A value from a file that write_values has written. Works only for values without escapes."""
     if not file.exists():
         return None
     match = re.search(rf'^{name} *= "([^"\\]+)"$', file.read_text(encoding="utf-8"), re.MULTILINE)
@@ -98,7 +95,7 @@ def read_text_value(file: Path, name: str) -> str | None:
 
 
 def to_hcl(value: object) -> str:
-    """JSON is HCL as well, but for ${ and %{, which would begin a template."""
+    """HCL for a value: JSON, in which ${ and %{ are escaped, because they would begin a template."""
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{to_hcl(key)} = {to_hcl(item)}" for key, item in value.items()) + " }" if value else "{}"
     if isinstance(value, list):

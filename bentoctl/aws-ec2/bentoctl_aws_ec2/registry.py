@@ -1,6 +1,6 @@
-"""The deployment's repository in Amazon ECR: made when missing, its login for `docker push`, deleted with its images.
+"""The deployment's repository in Amazon ECR: creates it, gets its login for `docker push`, deletes it with its images.
 
-Turns what AWS answers into one sentence that says what to do.
+Turns errors from AWS into one sentence that says what to do.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def create_repository(name: str, region: str) -> Repository:
 
 
 def delete_repository(name: str, region: str) -> None:
-    """Deletes the repository with all its images; there being none is fine."""
+    """Deletes the repository with all its images. A missing repository is not an error."""
     with clear_errors(region):
         client = boto3.Session(region_name=region).client("ecr")
         try:
@@ -71,7 +71,7 @@ def _find_or_create(client: Any, name: str) -> str:
 
 
 def lifecycle_policy() -> dict[str, Any]:
-    """Some images to roll back to, and no more: each costs about a dollar a month. Tagged ones, for Docker also pushes untagged parts."""
+    """Keep a few images to roll back to: each costs about a dollar a month. Count only tagged ones: Docker also pushes untagged parts."""
     return {
         "rules": [
             {
@@ -98,22 +98,24 @@ def clear_errors(region: str) -> Iterator[None]:
             "no AWS credentials: run `aws configure`, or set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         ) from reason
     except ProfileNotFound as reason:
-        raise click.ClickException(f"{reason}; AWS_PROFILE names it, `aws configure list-profiles` lists what there is") from reason
+        raise click.ClickException(
+            f"{reason}: AWS_PROFILE must name one of the profiles that `aws configure list-profiles` prints"
+        ) from reason
     except (EndpointConnectionError, ConnectTimeoutError) as reason:
         raise click.ClickException(
-            f"AWS does not answer for region {region}: check spec.region, the network, and that your account has the region enabled"
+            f"AWS does not respond in region {region}: check spec.region, the network, and that your account has the region enabled"
         ) from reason
     except ClientError as reason:
         raise click.ClickException(_explain(reason, region)) from reason
     except BotoCoreError as reason:
-        raise click.ClickException(f"AWS could not be asked in {region}: {reason}") from reason
+        raise click.ClickException(f"the request to AWS in {region} failed: {reason}") from reason
 
 
-def _explain(answer: ClientError, region: str) -> str:
-    code = answer.response["Error"]["Code"]
-    message = answer.response["Error"].get("Message", "")
+def _explain(error: ClientError, region: str) -> str:
+    code = error.response["Error"]["Code"]
+    message = error.response["Error"].get("Message", "")
     if code in UNKNOWN_CREDENTIALS:
-        return f"AWS does not accept your credentials in {region} ({code}): check them with `aws sts get-caller-identity`"
+        return f"AWS rejected your credentials in {region} ({code}): check them with `aws sts get-caller-identity`"
     if code in REFUSED:
-        return f"your AWS user may not do {answer.operation_name} in {region}: {message}"
-    return f"AWS refused {answer.operation_name} in {region} ({code}): {message}"
+        return f"your AWS user lacks permission for {error.operation_name} in {region}: {message}"
+    return f"AWS refused {error.operation_name} in {region} ({code}): {message}"

@@ -1,6 +1,6 @@
 """A deployment's name and its `spec`, checked as a whole and turned into the values of the Terraform variables.
 
-What one field allows by itself is in fields.py. Knows nothing of files, Docker or AWS's answers.
+fields.py checks single fields. Does not use files, Docker or AWS.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import click
 
 from bentoctl_aws_ec2.fields import GPU_FAMILIES, instance_family
 
-# It names the repository, the load balancer (at most 32 characters) and, with the region, the IAM role.
+# The name of the repository, the load balancer (at most 32 characters) and, with the region, the IAM role.
 DEPLOYMENT_NAME = re.compile(r"[a-z](?:[a-z0-9]|-(?=[a-z0-9])){1,31}")
 IMAGE_TAG = re.compile(
     r"(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(?:\.cn)?/(?P<repository>[a-z0-9-]+):(?P<version>[\w][\w.-]{0,127})"
@@ -60,35 +60,35 @@ def has_gpus(instance_type: str) -> bool:
 
 
 def instances(spec: Mapping[str, Any]) -> dict[str, int] | None:
-    """How many machines stand behind a load balancer; None: one machine and none in front of it."""
+    """How many machines stand behind a load balancer; None: one machine without a load balancer."""
     asked = spec.get("instances") or {}
     return {"min": asked["min"], "max": asked["max"]} if asked.get("min") is not None else None
 
 
 def environment_variables(spec: Mapping[str, Any]) -> dict[str, str]:
-    """What the container gets: what the configuration says, and without which a bento would not start or the machine could not watch it."""
+    """The container's environment: the configured variables, and those that the bento needs to start and the machine to watch it."""
     given = given_variables(spec)
     if has_keys(spec):
-        # The machine itself asks how much there is to do.
+        # machine.sh reads the metrics, without a key.
         return {"SD_OPEN": "metrics", **given}
-    # Nobody gets in but through the tunnel, or check_keys has asked for this.
+    # The server is reachable only through the tunnel, or check_keys has required this variable to be set on purpose.
     return {"SD_WITHOUT_KEYS": "1", **given}
 
 
 def given_variables(spec: Mapping[str, Any]) -> dict[str, str]:
-    """bentoctl hands over its own `env` inside `spec`; both forms mean the same."""
+    """The variables of `environment_variables` and of bentoctl's own `env`, which it passes inside `spec`; both mean the same."""
     listed = {variable["name"]: variable["value"] for variable in spec["environment_variables"]}
     return listed | dict(spec.get("env") or {})
 
 
 def has_keys(spec: Mapping[str, Any]) -> bool:
-    """locals.tf decides the same."""
+    """Whether the server has API keys. locals.tf has the same rule."""
     return bool(spec.get("api_key_arn") or given_variables(spec).get("SD_API_KEYS"))
 
 
 def check_name(deployment_name: str) -> list[str]:
     if deployment_name.startswith(("internal-", "sg-")):
-        return [f"name: {deployment_name!r}: AWS keeps names that begin with internal- or sg- to itself"]
+        return [f"name: {deployment_name!r}: AWS reserves names that begin with internal- or sg-"]
     if DEPLOYMENT_NAME.fullmatch(deployment_name):
         return []
     return [
@@ -106,13 +106,13 @@ def check_combinations(spec: Mapping[str, Any]) -> list[str]:
         )
     grouped = instances(spec) is not None
     if spec.get("certificate_arn") and not grouped:
-        problems.append("spec.certificate_arn: the load balancer holds it, so it needs instances (min 1 and max 1 for one machine)")
+        problems.append("spec.certificate_arn: needs a load balancer, so set instances (min 1 and max 1 for one machine)")
     if spec["idle_stop_minutes"] and grouped:
-        problems.append("spec.idle_stop_minutes: is for one machine; the number of instances follows the load by itself")
+        problems.append("spec.idle_stop_minutes: cannot be combined with instances, whose number follows the load anyway")
     if spec["idle_stop_minutes"] and spec["spot"]:
-        problems.append("spec.idle_stop_minutes: cannot be combined with spot, whose machines AWS starts and stops itself")
+        problems.append("spec.idle_stop_minutes: cannot be combined with spot, whose machines AWS starts and stops")
     if len(spec["subnet_ids"]) == 1 and grouped:
-        problems.append("spec.subnet_ids: a load balancer needs subnets in at least two availability zones, one is given")
+        problems.append("spec.subnet_ids: a load balancer needs subnets in at least two availability zones, got one subnet")
     twice = set(spec.get("env") or {}) & {variable["name"] for variable in spec["environment_variables"]}
     problems += [f"spec.environment_variables: {name} is also in env; give it once" for name in sorted(twice)]
     problems += check_keys(spec)
@@ -122,28 +122,28 @@ def check_combinations(spec: Mapping[str, Any]) -> list[str]:
 
 
 def check_keys(spec: Mapping[str, Any]) -> list[str]:
-    """A bento without API keys does not start at an address that others reach, unless it is told to."""
+    """Check the API keys: a bento without keys does not start on an address that others can reach, unless SD_WITHOUT_KEYS is set."""
     given = given_variables(spec)
     if "SD_API_KEYS_FILE" in given:
-        return ["spec.environment_variables: SD_API_KEYS_FILE names a file, and the container is given none; give api_key_arn"]
+        return ["spec.environment_variables: SD_API_KEYS_FILE names a file that the container does not have; use api_key_arn"]
     if spec.get("api_key_arn") and "SD_API_KEYS" in given:
-        return ["spec.environment_variables: SD_API_KEYS is what the container gets from api_key_arn; give one of the two"]
+        return ["spec.environment_variables: SD_API_KEYS cannot be combined with api_key_arn, which sets it; give one of the two"]
     if spec["allowed_cidrs"] and not has_keys(spec) and not _is_on(given.get("SD_WITHOUT_KEYS", "")):
         return [
-            "spec.allowed_cidrs: whoever is there could draw without an API key. Give api_key_arn; or SD_WITHOUT_KEYS with the value 1 "
-            "in environment_variables, if that is meant"
+            "spec.allowed_cidrs: everyone in these blocks could generate images without an API key. Give api_key_arn, or allow that with "
+            "SD_WITHOUT_KEYS set to 1 in environment_variables"
         ]
     if not spec["allowed_cidrs"] and not has_keys(spec) and not _is_on(given.get("SD_WITHOUT_KEYS", "1")):
         return [
-            "spec.environment_variables: SD_WITHOUT_KEYS must be 1 where there are no API keys (api_key_arn), or the server does not start"
+            "spec.environment_variables: SD_WITHOUT_KEYS must be 1 if there are no API keys (api_key_arn), or the server does not start"
         ]
     if has_keys(spec) and "metrics" not in [name.strip() for name in given.get("SD_OPEN", "metrics").split(",")]:
-        return ["spec.environment_variables: SD_OPEN must have metrics in it, which the machine reads to know how much there is to do"]
+        return ["spec.environment_variables: SD_OPEN must include metrics, from which the machine reads the load"]
     return []
 
 
 def _is_on(value: str) -> bool:
-    """As the server reads it (core/settings.py); the operator is installed without the server's package."""
+    """The same rule as in the server's core/settings.py, which the operator cannot import."""
     return value.strip().lower() in ("1", "true", "yes", "on")
 
 

@@ -1,4 +1,4 @@
-"""What Terraform has made in the current folder and not destroyed yet. Its outputs do not tell: they go before the resources."""
+"""Lists the resources in the current folder's Terraform state. The outputs would not do: Terraform removes them before the resources."""
 
 from __future__ import annotations
 
@@ -14,5 +14,5 @@ def resources_left() -> list[str]:
     except FileNotFoundError as reason:
         raise click.ClickException("terraform is not installed, or not on PATH") from reason
     if listed.returncode != 0 and "No state file was found" not in listed.stderr:
-        raise click.ClickException(f"Terraform cannot say what is deployed here: {listed.stderr.strip()}")
+        raise click.ClickException(f"Terraform cannot list the deployed resources: {listed.stderr.strip()}")
     return [address for address in listed.stdout.split() if ".data." not in f".{address}"]

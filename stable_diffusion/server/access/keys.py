@@ -53,14 +53,14 @@ def read_keys(variables: Mapping[str, str]) -> tuple[Key, ...]:
     if path:
         entries += [(f"{KEYS_FILE_VARIABLE}, line {number}", entry) for number, entry in _lines_of(path)]
     if not entries and (path or value):
-        raise SettingError(f"{KEYS_FILE_VARIABLE if path else KEYS_VARIABLE} is set and holds no key")
+        raise SettingError(f"{KEYS_FILE_VARIABLE if path else KEYS_VARIABLE} is set but contains no key")
     keys = tuple(_key(where, entry, number) for number, (where, entry) in enumerate(entries, 1))
-    _refuse_doubles(keys)
+    _refuse_duplicates(keys)
     return keys
 
 
 def _refuse_entry_as_variable(variables: Mapping[str, str]) -> None:
-    """Refuse a variable named `alice:KEY`, which Docker makes of the line `alice:KEY=` in an env file. No other name has a colon."""
+    """Refuse a variable named `alice:KEY`: Docker creates one from the line `alice:KEY=` in an env file. No other name has a colon."""
     for variable in variables:
         name, colon, secret = variable.partition(":")
         if colon and len(secret) >= MIN_CHARACTERS and _NAME.fullmatch(name):
@@ -80,24 +80,26 @@ def _lines_of(path: str) -> list[tuple[int, str]]:
         content = file.read_text(encoding="utf-8")
         mode = file.stat().st_mode
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise SettingError(f"{KEYS_FILE_VARIABLE}: {path} cannot be read: {reason}") from None
     if mode & 0o077:
-        logger.warning("Others than its owner may read or change %s, which holds API keys: chmod 600 %s", path, path)
+        logger.warning("Other users may read or change %s, which holds API keys: run chmod 600 %s", path, path)
     return [(number, line) for number, line in _filled(content.splitlines()) if not line.startswith("#")]
 
 
 def _key(where: str, entry: str, number: int) -> Key:
     """Parse `name:key`, `name:sha256:HEX`, or either without a name. No message contains a secret that looks like a name."""
     if entry.startswith(f"{KEYS_VARIABLE}="):
-        raise SettingError(f"{where}: leave '{KEYS_VARIABLE}=' out, which stands only before the first entry of an env file's line")
+        raise SettingError(f"{where}: leave out '{KEYS_VARIABLE}=', which belongs only before the first entry of an env file's line")
     name, colon, secret = entry.partition(":")
     if is_in_quotes(entry) or is_in_quotes(secret):
-        raise SettingError(f"{where}: leave the quotes out")
+        raise SettingError(f"{where}: must not be in quotes")
     if not colon or entry.lower().startswith(_DIGEST_PREFIX):
         name, secret = f"key{number}", entry
     elif not _NAME.fullmatch(name):
-        raise SettingError(f"{where}: what is before the colon is no name: 1 to 64 letters, digits, '_', '-', '.'")
+        raise SettingError(
+            f"{where}: the name before the colon must be 1 to 64 letters, digits, '_', '-' and '.', starting with a letter or digit"
+        )
     where = f"{where} ({name})"
     if secret.lower().startswith(_DIGEST_PREFIX):
         digest = secret[len(_DIGEST_PREFIX) :]
@@ -105,25 +107,25 @@ def _key(where: str, entry: str, number: int) -> Key:
             raise SettingError(f"{where}: {_DIGEST_PREFIX} must be followed by 64 hexadecimal digits")
         return Key(name, bytes.fromhex(digest))
     if len(secret) < MIN_CHARACTERS:
-        raise SettingError(f"{where}: a key must have at least {MIN_CHARACTERS} characters, this one has {len(secret)}")
+        raise SettingError(f"{where}: a key must have at least {MIN_CHARACTERS} characters, got {len(secret)}")
     if not _SECRET.fullmatch(secret):
-        raise SettingError(f"{where}: a key must be printable ASCII without spaces, commas and colons")
+        raise SettingError(f"{where}: a key must be printable ASCII without spaces, commas or colons")
     return Key(name, _digest(secret.encode()))
 
 
-def _refuse_doubles(keys: tuple[Key, ...]) -> None:
+def _refuse_duplicates(keys: tuple[Key, ...]) -> None:
     names: dict[str, None] = {}
     digests: dict[bytes, str] = {}
     for key in keys:
         if key.name in names:
-            raise SettingError(f"{KEYS_VARIABLE}: there are two keys with the name {key.name}")
+            raise SettingError(f"{KEYS_VARIABLE}: two keys have the name {key.name}")
         if key.digest in digests:
             raise SettingError(f"{KEYS_VARIABLE}: {digests[key.digest]} and {key.name} are the same key")
         names[key.name], digests[key.digest] = None, key.name
 
 
 def keep_only_digests(variables: MutableMapping[str, str]) -> None:
-    """Replace all keys by their digests, so that processes which inherit these variables know no key.
+    """Replace all keys by their digests, so that processes that inherit these variables never see a key.
 
     Invalid settings stay unchanged: `read_keys` reports them later.
     """
@@ -172,8 +174,8 @@ def _make(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise SystemExit("NAME must be 1 to 64 letters, digits, '_', '-' and '.', starting with a letter or digit")
     secret = secrets.token_urlsafe(32)
-    print(f"The new key of {name}, shown this once and kept nowhere:\n\n  {secret}\n")
-    print(f"The line for the file that {KEYS_FILE_VARIABLE} names (or an entry of {KEYS_VARIABLE}), from which the key cannot be read:\n")
+    print(f"The new key of {name}, shown only once and stored nowhere:\n\n  {secret}\n")
+    print(f"Add this line to the file that {KEYS_FILE_VARIABLE} names, or to {KEYS_VARIABLE}. It does not reveal the key:\n")
     print(f"  {Key(name, _digest(secret.encode()))}")
 
 

@@ -11,17 +11,17 @@ from stable_diffusion.server.access.policy import LIMITED_PATHS, PROBES
 
 SECURITY_SCHEMES: dict[str, Any] = {
     "bearer": {"type": "http", "scheme": "bearer", "description": "The key."},
-    "basic": {"type": "http", "scheme": "basic", "description": "Any user, the key as the password. Browsers ask for it by themselves."},
+    "basic": {"type": "http", "scheme": "basic", "description": "Any user name, the key as the password. Browsers prompt for it."},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The key."},
 }
-# The empty entry: a server without keys needs none.
+# The empty entry stands for a server without keys.
 SECURITY: list[dict[str, Any]] = [{}, *({name: []} for name in SECURITY_SCHEMES)]
 _RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
-_RATE_LIMITED = "This caller has sent more drawing requests to this machine than its operator allows in a minute (`rate_limited`)."
+_RATE_LIMITED = "Rate limit exceeded: this caller has sent more generation requests than the operator allows per minute (`rate_limited`)."
 
 
 def with_keys(paths: dict[str, Any]) -> dict[str, Any]:
-    """The same paths, with the responses 401 and 429 where they are possible."""
+    """The same paths, with the responses 401 and 429 where they can occur."""
     return {path: {method: _with_keys(path, method, operation) for method, operation in item.items()} for path, item in paths.items()}
 
 
@@ -34,7 +34,11 @@ def _with_keys(path: str, method: str, operation: Any) -> Any:
     content = json_content(Error if dialect is None else dialect.ERROR)
     challenge = {"WWW-Authenticate": {"description": "Basic and Bearer.", "schema": {"type": "string"}}}
     added = {
-        "401": {"description": "The server has API keys, and the request carries none of them.", "headers": challenge, "content": content}
+        "401": {
+            "description": "The server requires an API key, and the request carries no valid one.",
+            "headers": challenge,
+            "content": content,
+        }
     }
     if method == "post" and path in LIMITED_PATHS:
         other = operation["responses"].get("429", {"description": ""})

@@ -26,12 +26,12 @@ LIMITED_PATHS = (
 
 @dataclass(frozen=True)
 class Access:
-    """Without `keys` every request is allowed. `open` names what needs no key: docs, metrics. Without a limit the rate is not limited."""
+    """Without `keys` every request is allowed. `open`: the pages that need no key, docs or metrics."""
 
     keys: tuple[Key, ...] = ()
     open: frozenset[str] = frozenset()
     is_without_keys_on_purpose: bool = False
-    requests_per_minute: int | None = None
+    requests_per_minute: int | None = None  # None: no rate limit
 
 
 def read_access(variables: Mapping[str, str]) -> Access:
@@ -41,23 +41,23 @@ def read_access(variables: Mapping[str, str]) -> Access:
 
 
 def check_exposure(access: Access, host: str, *, in_bento: bool) -> None:
-    """Log who can use the server at the address `host`. Raises SettingError if a bento would be open to everybody by accident."""
+    """Log who can use the server at the address `host`. Raises SettingError if a bento would be open to everyone by accident."""
     if access.keys:
-        opened = f"; open without one: {', '.join(sorted(access.open))}" if access.open else ""
-        logger.info("An API key is needed. There are keys of: %s%s", ", ".join(key.name for key in access.keys), opened)
+        opened = f"; open without a key: {', '.join(sorted(access.open))}" if access.open else ""
+        logger.info("Requests need an API key. Keys: %s%s", ", ".join(key.name for key in access.keys), opened)
         return
     if is_loopback(host):
         return
     if in_bento and not access.is_without_keys_on_purpose:
         raise SettingError(
-            f"no API key is set, and everybody who reaches {host} could draw. Set {KEYS_VARIABLE} or {KEYS_FILE_VARIABLE} "
+            f"no API key is set, and everyone who reaches {host} could generate images. Set {KEYS_VARIABLE} or {KEYS_FILE_VARIABLE} "
             "('python -m stable_diffusion.keys NAME' makes a key), or listen with --host 127.0.0.1. "
             f"In an env file the line is {KEYS_VARIABLE}=alice:sha256:..., without quotes; Docker drops a line without {KEYS_VARIABLE}=. "
-            "Where something else keeps others out (a firewall, a published port of 127.0.0.1 only), "
-            f"{WITHOUT_KEYS_VARIABLE}=1 starts without keys"
+            f"If others cannot reach the server anyway (a firewall, a port published on 127.0.0.1 only), set {WITHOUT_KEYS_VARIABLE}=1 "
+            "to start without keys"
         )
     logger.warning(
-        "NO API KEY IS SET, AND THE SERVER LISTENS ON %s: everybody who reaches this address can draw and see everything. "
+        "NO API KEY IS SET, AND THE SERVER LISTENS ON %s: everyone who reaches this address can generate images and see all pages. "
         "Set %s or %s ('python -m stable_diffusion.keys NAME' makes a key), or listen with --host 127.0.0.1.",
         host,
         KEYS_VARIABLE,
@@ -66,7 +66,7 @@ def check_exposure(access: Access, host: str, *, in_bento: bool) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address. A text that is no address counts as reachable from outside."""
+    """Whether only this machine can reach an address. A host name counts as reachable from outside."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -76,7 +76,7 @@ def is_loopback(host: str) -> bool:
 
 
 def caller_at(address: str) -> str:
-    """The caller that an address stands for. For IPv6 it is the whole /64, the smallest network that a customer gets."""
+    """The caller behind an address. All addresses of an IPv6 /64, the smallest network that a customer gets, are one caller."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:

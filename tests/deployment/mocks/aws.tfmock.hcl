@@ -1,4 +1,4 @@
-# What AWS answers in the Terraform tests.
+# The values that AWS returns in the Terraform tests.
 
 mock_data "aws_caller_identity" {
   defaults = { account_id = "123456789012" }

@@ -143,10 +143,13 @@ def test_schedulers_go_by_class_name_and_by_short_name(name: str, known_as: str)
         (b'{"guidance_scale": NaN}', "guidance_scale: NaN is not a number in JSON"),
         (b'{"guidance_scale": -Infinity}', "guidance_scale: -Infinity is not a number in JSON"),
         (b'{"seed": 1, "seed": 2}', "seed is given more than once"),
-        (b"{" + b",".join(b'"%d": 1' % number for number in range(5000)) + b"}", "body: 5000 names, at most 64 are allowed"),
-        (b"[" * 10_000, "body: JSON is nested too deeply or has a number that is too long"),
-        (b'{"prompt": [' + b"0," * 20_000 + b"0]}", "body: some 20002 values, at most 16384 are allowed"),
-        (b'{"seed": ' + b"9" * 5000 + b"}", "body: JSON is nested too deeply or has a number that is too long"),
+        (
+            b"{" + b",".join(b'"%d": 1' % number for number in range(5000)) + b"}",
+            "body: a JSON object must have at most 64 names, got 5000",
+        ),
+        (b"[" * 10_000, "body: the JSON is nested too deeply or has a number with too many digits"),
+        (b'{"prompt": [' + b"0," * 20_000 + b"0]}", "body: must have at most 16384 values, got about 20002"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "body: the JSON is nested too deeply or has a number with too many digits"),
     ],
     ids=lambda value: value[:20] if isinstance(value, bytes) else "",
 )

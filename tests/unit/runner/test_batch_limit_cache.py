@@ -1,4 +1,4 @@
-"""A measured cap serves the next start under the same conditions, and no other."""
+"""A measured batch limit applies to later starts under the same conditions, and to no others."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def empty_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_kept_cap_comes_back_with_its_reason_and_the_log_says_from_where(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stored_batch_limit_is_recalled_with_its_reason_and_the_log_names_the_file(caplog: pytest.LogCaptureFixture) -> None:
     assert recall(KEY) is None
-    keep(KEY, BatchLimit(4, "3.1x the pictures"))
+    keep(KEY, BatchLimit(4, "3.1x the images"))
     with caplog.at_level(logging.INFO, "stable_diffusion"):
         recalled = recall(KEY)
     assert recalled is not None
     assert recalled.jobs == 4
-    assert recalled.reason.startswith("3.1x the pictures; measured on 20")
+    assert recalled.reason.startswith("3.1x the images; measured on 20")
     assert str(batch_limits_file()) in caplog.text
     assert str(batch_limits_file()) not in recalled.reason, "the reason is shown in /metrics"
 
 
-def test_a_cap_is_measured_again_after_a_week(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_limit_expires_after_a_week(monkeypatch: pytest.MonkeyPatch) -> None:
     keep(KEY, BatchLimit(4, "because"))
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now + 6 * 86_400)
@@ -41,7 +41,7 @@ def test_a_cap_is_measured_again_after_a_week(monkeypatch: pytest.MonkeyPatch) -
     assert recall(KEY) is None
 
 
-def test_a_user_without_a_home_has_a_place_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_of_a_user_without_a_home_is_a_temporary_one(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -51,12 +51,12 @@ def test_a_user_without_a_home_has_a_place_too(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("change", [{"device": "H100"}, {"dtype": "torch.float32"}, {"width": 768}, {"torch": "3"}])
-def test_a_cap_of_other_conditions_does_not_count(change: dict[str, str | int]) -> None:
+def test_a_batch_limit_of_other_conditions_is_not_recalled(change: dict[str, str | int]) -> None:
     keep(KEY, BatchLimit(4, "because"))
     assert recall(KEY | change) is None
 
 
-def test_a_newer_cap_takes_the_place_of_the_older_one_and_leaves_the_others() -> None:
+def test_a_new_batch_limit_replaces_only_the_one_with_the_same_key() -> None:
     other = KEY | {"device": "H100"}
     keep(KEY, BatchLimit(4, "first"))
     keep(other, BatchLimit(10, "other"))
@@ -76,7 +76,7 @@ def test_a_newer_cap_takes_the_place_of_the_older_one_and_leaves_the_others() ->
         '[{"key": {}, "jobs": "4", "reason": "x", "measured_s": 9e9}]',
     ],
 )
-def test_a_damaged_file_is_measured_over(content: str) -> None:
+def test_a_damaged_file_is_overwritten(content: str) -> None:
     batch_limits_file().parent.mkdir(parents=True)
     batch_limits_file().write_text(content)
     assert recall({}) is None
@@ -84,12 +84,12 @@ def test_a_damaged_file_is_measured_over(content: str) -> None:
     assert recall(KEY) is not None
 
 
-def test_a_folder_that_cannot_be_written_to_is_said_and_no_failure(
+def test_a_folder_without_write_permission_is_logged_and_does_not_fail_the_start(
     empty_cache_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (empty_cache_folder / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(empty_cache_folder / "file"))
     with caplog.at_level(logging.INFO, "stable_diffusion"):
         keep(KEY, BatchLimit(4, "because"))
-    assert "cannot be kept" in caplog.text
+    assert "cannot be stored" in caplog.text
     assert recall(KEY) is None

@@ -1,4 +1,4 @@
-"""From an API worker to the model process: what is not taken on, and when it is given up."""
+"""The client of the model process: refused tasks, timeouts, cancellation, and the shutdown."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def client_of(lines: Lines, grace_s: float = 60) -> RunnerClient:
     return RunnerClient(runner, Jobs(shared_folder), Unfinished(grace_s))
 
 
-async def never_answers(_: dict[str, Any]) -> AsyncGenerator[str, None]:
+async def never_responds(_: dict[str, Any]) -> AsyncGenerator[str, None]:
     await asyncio.sleep(60)
     yield ""
 
 
-async def draws_for_ever(_: dict[str, Any]) -> AsyncGenerator[str, None]:
+async def generates_for_ever(_: dict[str, Any]) -> AsyncGenerator[str, None]:
     yield pack_taken_on()
     await asyncio.sleep(60)
 
@@ -73,7 +73,7 @@ async def end_of(client: RunnerClient, job_id: str) -> list[JobRecord]:
 
 
 async def full(_: dict[str, Any]) -> AsyncGenerator[str, None]:
-    yield pack_outcome(QueueFull("200 pictures are waiting", retry_after_s=7))
+    yield pack_outcome(QueueFull("200 images are waiting", retry_after_s=7))
 
 
 def error_of(client: RunnerClient, task: Task, *, stopping: bool = False) -> ServiceError:
@@ -88,27 +88,27 @@ def error_of(client: RunnerClient, task: Task, *, stopping: bool = False) -> Ser
     return caught.value
 
 
-def test_a_request_that_was_read_while_the_server_began_to_stop_is_not_handed_to_a_model_process_that_stops_too() -> None:
-    assert isinstance(error_of(client_of(never_answers), make_task(), stopping=True), ShuttingDown)
+def test_no_task_is_sent_once_the_shutdown_has_begun() -> None:
+    assert isinstance(error_of(client_of(never_responds), make_task(), stopping=True), ShuttingDown)
 
 
-def test_a_model_process_that_does_not_take_a_task_on_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "_TAKEN_ON_WITHIN_S", 0.1)
-    error = error_of(client_of(never_answers), make_task())
+def test_a_task_that_is_not_accepted_in_time_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "_ACCEPTANCE_TIMEOUT_S", 0.1)
+    error = error_of(client_of(never_responds), make_task())
     assert isinstance(error, ModelUnavailable)
-    assert error.message.startswith("the model process does not answer")
+    assert error.message.startswith("the model process does not respond")
 
 
-def test_while_the_model_loads_the_error_says_how_far_it_is() -> None:
+def test_while_the_model_loads_the_error_names_the_stage() -> None:
     RunnerState(1, "fp32", "demo").enter("loading weights")
-    error = error_of(client_of(never_answers), make_task())
+    error = error_of(client_of(never_responds), make_task())
     assert isinstance(error, ModelLoading)
     assert error.message == "the model process is not ready: loading weights"
 
 
-def test_what_is_not_finished_when_the_grace_period_is_over_is_told() -> None:
+def test_a_generation_fails_when_the_grace_period_is_over() -> None:
     async def stop_and_wait() -> None:
-        client = client_of(draws_for_ever, grace_s=0.1)
+        client = client_of(generates_for_ever, grace_s=0.1)
         with client.unfinished.piece_of_work():
             updates = await begin(client, make_task(), TICKET, follow=False)
             client.unfinished.stop_when_done(lambda: None)
@@ -120,9 +120,9 @@ def test_what_is_not_finished_when_the_grace_period_is_over_is_told() -> None:
 
 
 @pytest.mark.parametrize("moment", range(8))
-def test_a_client_that_leaves_about_when_the_task_is_taken_on_has_it_cancelled(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_disconnects_around_the_acceptance_cancels_its_task(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[str] = []
-    monkeypatch.setattr(client_module, "run_in_threadpool", at_once)  # so that the moments can be counted
+    monkeypatch.setattr(client_module, "run_in_threadpool", at_once)  # so that every await is counted
 
     async def leave() -> None:
         may_be_taken_on = asyncio.Event()
@@ -135,21 +135,21 @@ def test_a_client_that_leaves_about_when_the_task_is_taken_on_has_it_cancelled(m
             finally:
                 closed.append("closed")
 
-        drawing = asyncio.ensure_future(generate(client_of(lines), make_task(), TICKET))
+        generation = asyncio.ensure_future(generate(client_of(lines), make_task(), TICKET))
         await asyncio.sleep(0.1)
         may_be_taken_on.set()
         for _ in range(moment):
             await asyncio.sleep(0)
-        drawing.cancel()
-        await asyncio.wait({drawing}, timeout=5)
-        assert drawing.cancelled()
+        generation.cancel()
+        await asyncio.wait({generation}, timeout=5)
+        assert generation.cancelled()
 
     asyncio.run(leave())
     assert closed == ["closed"]
 
 
-def test_a_job_has_its_end_even_if_the_store_fails_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "_ABANDON_AGAIN_S", 0.05)
+def test_a_job_is_ended_even_if_the_store_fails_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "_ABANDON_RETRY_S", 0.05)
     failures = iter(range(3))
 
     async def hold() -> ServiceError | None:
@@ -173,7 +173,7 @@ def test_a_job_has_its_end_even_if_the_store_fails_for_a_while(monkeypatch: pyte
     assert next(failures, None) is None
 
 
-def test_followers_look_less_often_where_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_followers_poll_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[str] = []
 
     async def follow_with(many: int) -> int:
@@ -192,14 +192,14 @@ def test_followers_look_less_often_where_they_are_many(monkeypatch: pytest.Monke
         await asyncio.sleep(1)
         following.cancel()
         await asyncio.gather(following, return_exceptions=True)
-        client.jobs.abandon("d4", GenerationFailed("not drawn"))
+        client.jobs.abandon("d4", GenerationFailed("failed"))
         return len(looks)
 
     assert asyncio.run(follow_with(0)) >= 4
     assert asyncio.run(follow_with(50)) <= 3
 
 
-def test_an_asynchronous_job_that_is_not_taken_on_is_refused_at_once_and_its_record_says_when_to_try_again() -> None:
+def test_a_refused_asynchronous_job_fails_at_once_with_a_retry_time() -> None:
     async def ask() -> RunnerClient:
         client = client_of(full)
         ticket = Ticket("b2", "somebody", asynchronous=True)

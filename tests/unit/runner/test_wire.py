@@ -1,4 +1,4 @@
-"""A task and its outcome cross the process hop unchanged; the engine of the runner says how many pictures share a step."""
+"""Tasks, outcomes and errors cross the process boundary unchanged."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from stable_diffusion.core.types import GeneratedImage, Ticket
 from stable_diffusion.runner.wire import pack_outcome, pack_task, unpack_task, unpack_update
 from tests.tasks import make_task
 
-TICKET = Ticket("a1", "somebody", index=2, asynchronous=True)
+TICKET = Ticket("a1", "alice", index=2, asynchronous=True)
 
 
-def test_a_task_with_pictures_arrives_as_it_was_sent(input_picture: Image.Image, right_half_mask: Image.Image) -> None:
+def test_a_task_with_images_arrives_unchanged(input_picture: Image.Image, right_half_mask: Image.Image) -> None:
     task = make_task(kind="inpaint", image=input_picture, mask=right_half_mask, prompt="\u732b \U0001f600")
     arrived, ticket, follow = unpack_task(pickle.loads(pickle.dumps(pack_task(task, TICKET, follow=True))))
     assert arrived.image == input_picture
@@ -25,7 +25,7 @@ def test_a_task_with_pictures_arrives_as_it_was_sent(input_picture: Image.Image,
     assert pack_task(arrived, TICKET) == pack_task(task, TICKET)
 
 
-def test_a_picture_arrives_bit_for_bit_in_one_ascii_line() -> None:
+def test_an_image_arrives_bit_for_bit_in_one_ascii_line() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 16, 3), dtype=np.uint8))
     line = pack_outcome(GeneratedImage(image, True, "\u732b", ""))
     assert line.isascii()
@@ -36,6 +36,6 @@ def test_a_picture_arrives_bit_for_bit_in_one_ascii_line() -> None:
 
 
 @pytest.mark.parametrize("error", [GenerationFailed("out of luck"), Cancelled("not wanted any more")], ids=["failed", "cancelled"])
-def test_an_error_arrives_as_the_error_that_it_was(error: ServiceError) -> None:
+def test_an_error_arrives_with_its_type_and_message(error: ServiceError) -> None:
     with pytest.raises(type(error), match=error.message):
         unpack_update(pack_outcome(error))

@@ -1,4 +1,4 @@
-"""Clients that do not read, do not write or only listen, at a real uvicorn on a thread, with short times."""
+"""Clients that do not read, do not write or half-close, against a real uvicorn on a thread, with short time limits."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from starlette.routing import Route
 from stable_diffusion.server import connections, half_closed
 from stable_diffusion.server.connections import Connections
 
-PICTURE = bytes(range(256)) * 2**15  # 8 MiB, more than the operating system takes for a client that does not read
-TAIL = bytes(range(256)) * 2**10  # 256 KiB, which it takes whole
+IMAGE = bytes(range(256)) * 2**15  # 8 MiB, more than the operating system buffers
+TAIL = bytes(range(256)) * 2**10  # 256 KiB, which it buffers whole
 
 
 @dataclass
 class Worker:
-    """An API worker of which only the connections matter."""
+    """A server with the middleware under test and endpoints that are slow, large or endless."""
 
     server: uvicorn.Server
     port: int
-    cancelled: threading.Event  # the source of /endless
-    left: list[float]  # when a client of /waiting was found to have left
+    cancelled: threading.Event  # set when the source of /endless is cancelled
+    left: list[float]  # when the disconnect of a client of /waiting was noticed
 
     @property
     def connections(self) -> int:
@@ -53,8 +53,8 @@ class Worker:
         client.connect(("127.0.0.1", self.port))
         return client
 
-    def ask(self, path: str) -> socket.socket:
-        """For `path`, with a small buffer for the answer."""
+    def request(self, path: str) -> socket.socket:
+        """Send a GET request for `path` on a connection with a small receive buffer."""
         client = self.connect(read_buffer_bytes=4096)
         client.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         return client
@@ -69,22 +69,22 @@ class Worker:
 
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
-    for name, seconds in {"IDLE_TIMEOUT_S": 1.0, "READING_PAUSE_S": 1.0, "READING_GRACE_S": 2.0, "LOOK_EVERY_S": 0.1}.items():
+    for name, seconds in {"IDLE_TIMEOUT_S": 1.0, "READING_PAUSE_S": 1.0, "READING_GRACE_S": 2.0, "CHECK_EVERY_S": 0.1}.items():
         monkeypatch.setattr(connections, name, seconds)
     monkeypatch.setattr(half_closed, "PATIENCE_S", 0.5)
 
     cancelled = threading.Event()
     left: list[float] = []
 
-    async def picture(request: Request) -> Response:
-        return Response(PICTURE)
+    async def image(request: Request) -> Response:
+        return Response(IMAGE)
 
     async def tail(request: Request) -> Response:
         return Response(TAIL)
 
     async def slow(request: Request) -> Response:
         await asyncio.sleep(3)
-        return Response(b"drawn")
+        return Response(b"done")
 
     async def waiting(request: Request) -> Response:
         while (await request.receive())["type"] != "http.disconnect":
@@ -106,7 +106,7 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
 
         return StreamingResponse(events())
 
-    routes = [Route("/picture", picture), Route("/tail", tail), Route("/slow", slow), Route("/endless", endless)]
+    routes = [Route("/image", image), Route("/tail", tail), Route("/slow", slow), Route("/endless", endless)]
     routes += [Route("/waiting", waiting), Route("/length", length, methods=["POST"])]
     app = Starlette(routes=routes, middleware=[Middleware(Connections)])
     with socket.socket() as listening:
@@ -114,21 +114,21 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
         listening.bind(("127.0.0.1", 0))
         listening.listen(128)
         server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None))
-        there = Worker(server, listening.getsockname()[1], cancelled, left)
+        worker = Worker(server, listening.getsockname()[1], cancelled, left)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:
             while not server.started:
                 time.sleep(0.01)
-            yield there
+            yield worker
         finally:
             server.should_exit = True
             thread.join(20)
-        assert not thread.is_alive(), "it did not stop"
+        assert not thread.is_alive(), "the server did not stop"
 
 
 def everything(client: socket.socket, pause_s: float = 0.0, piece_bytes: int = 2**16) -> bytes:
-    """All that comes until the other side closes."""
+    """All bytes until the server closes the connection."""
     received = bytearray()
     while piece := client.recv(piece_bytes):
         received += piece
@@ -136,28 +136,28 @@ def everything(client: socket.socket, pause_s: float = 0.0, piece_bytes: int = 2
     return bytes(received)
 
 
-def test_a_whole_answer_comes_to_who_reads_it(worker: Worker) -> None:
-    assert httpx.get(f"http://127.0.0.1:{worker.port}/picture", trust_env=False).content == PICTURE
+def test_a_client_that_reads_gets_the_whole_response(worker: Worker) -> None:
+    assert httpx.get(f"http://127.0.0.1:{worker.port}/image", trust_env=False).content == IMAGE
 
 
-def test_a_client_that_reads_slowly_but_steadily_gets_its_answer(worker: Worker) -> None:
+def test_a_client_that_reads_slowly_but_steadily_gets_its_response(worker: Worker) -> None:
     with worker.connect(read_buffer_bytes=2**17) as client:
-        client.sendall(b"GET /picture HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        assert everything(client, pause_s=0.05, piece_bytes=2**17).endswith(PICTURE)
+        client.sendall(b"GET /image HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        assert everything(client, pause_s=0.05, piece_bytes=2**17).endswith(IMAGE)
 
 
-def test_an_answer_that_is_not_read_is_given_up(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
-    with worker.ask("/picture") as client:
+def test_the_connection_is_reset_if_the_client_does_not_read_the_response(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
+    with worker.request("/image") as client:
         worker.seconds_until_connections(1)
         assert 0.5 < worker.seconds_until_connections(0) < 5
         with pytest.raises(ConnectionResetError):
             everything(client)
-    assert [record.levelname for record in caplog.records] == ["WARNING"], "it is no defect"
-    assert "did not read its answer" in caplog.text
+    assert [record.levelname for record in caplog.records] == ["WARNING"], "a slow client is not an error"
+    assert "did not read its response in time" in caplog.text
 
 
-def test_an_answer_that_is_read_byte_by_byte_is_given_up(worker: Worker) -> None:
-    with worker.ask("/picture") as client:
+def test_the_connection_is_reset_if_the_client_reads_byte_by_byte(worker: Worker) -> None:
+    with worker.request("/image") as client:
         worker.seconds_until_connections(1)
         began = time.monotonic()
         with pytest.raises(ConnectionResetError):
@@ -166,14 +166,14 @@ def test_an_answer_that_is_read_byte_by_byte_is_given_up(worker: Worker) -> None
         assert worker.connections == 0
 
 
-def test_events_that_are_not_read_end_their_source(worker: Worker) -> None:
-    with worker.ask("/endless"):
+def test_an_event_stream_that_is_not_read_ends_its_source(worker: Worker) -> None:
+    with worker.request("/endless"):
         assert worker.cancelled.wait(10)
         worker.seconds_until_connections(0)
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /picture HT", b"GET /picture HTTP/1.1\r\nHost: x\r\n"], ids=["nothing", "a line", "a head"])
-def test_a_connection_without_a_whole_request_is_ended(worker: Worker, sent: bytes) -> None:
+@pytest.mark.parametrize("sent", [b"", b"GET /image HT", b"GET /image HTTP/1.1\r\nHost: x\r\n"], ids=["nothing", "a line", "a head"])
+def test_a_connection_without_a_complete_request_is_closed(worker: Worker, sent: bytes) -> None:
     with worker.connect() as client:
         client.sendall(sent)
         worker.seconds_until_connections(1)
@@ -181,22 +181,22 @@ def test_a_connection_without_a_whole_request_is_ended(worker: Worker, sent: byt
         assert everything(client) == b""
 
 
-def test_a_head_that_trickles_is_ended(worker: Worker) -> None:
+def test_a_connection_whose_request_head_trickles_is_closed(worker: Worker) -> None:
     with worker.connect() as client:
         worker.seconds_until_connections(1)
         began = time.monotonic()
         with suppress(BrokenPipeError, ConnectionResetError):
-            for byte in b"GET /picture HTTP/1.1\r\nX: " + b"x" * 1000:
+            for byte in b"GET /image HTTP/1.1\r\nX: " + b"x" * 1000:
                 client.sendall(bytes([byte]))
                 time.sleep(0.05)
         assert time.monotonic() - began < 5
 
 
-def test_who_waits_for_an_answer_is_not_idle(worker: Worker) -> None:
-    assert httpx.get(f"http://127.0.0.1:{worker.port}/slow", trust_env=False, timeout=20).content == b"drawn"
+def test_a_connection_waiting_for_its_response_is_not_idle(worker: Worker) -> None:
+    assert httpx.get(f"http://127.0.0.1:{worker.port}/slow", trust_env=False, timeout=20).content == b"done"
 
 
-def test_a_connection_with_a_request_now_and_then_is_not_idle(worker: Worker) -> None:
+def test_a_connection_with_occasional_requests_is_not_idle(worker: Worker) -> None:
     with worker.connect() as client:
         for _ in range(6):
             client.sendall(b"HEAD /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -204,14 +204,14 @@ def test_a_connection_with_a_request_now_and_then_is_not_idle(worker: Worker) ->
             time.sleep(0.5)
 
 
-def test_an_answer_that_outlives_its_connection_takes_nothing_from_the_next_one_on_its_descriptor(
+def test_a_response_that_outlives_its_connection_leaves_the_next_one_on_its_descriptor_alone(
     worker: Worker, caplog: pytest.LogCaptureFixture
 ) -> None:
     with worker.connect() as first, socket.socket() as second:
         first.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
         time.sleep(1.5)
         before = worker.descriptors
-        first.shutdown(socket.SHUT_RDWR)  # its descriptor stays taken, the server's does not
+        first.shutdown(socket.SHUT_RDWR)  # keeps the client's descriptor open; the server's becomes free
         worker.seconds_until_connections(0)
         second.settimeout(20)
         second.connect(("127.0.0.1", worker.port))
@@ -222,14 +222,14 @@ def test_an_answer_that_outlives_its_connection_takes_nothing_from_the_next_one_
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
-def test_pipelined_requests_are_all_answered(worker: Worker) -> None:
+def test_all_pipelined_requests_get_a_response(worker: Worker) -> None:
     with worker.connect() as client:
         client.sendall(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\nGET /slow HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        assert everything(client).endswith(b"drawn")
+        assert everything(client).endswith(b"done")
 
 
-def test_a_connection_that_is_kept_alive_is_left_to_uvicorn_until_half_a_request_comes(worker: Worker) -> None:
-    """A balancer keeps such connections for its next request."""
+def test_uvicorn_times_kept_alive_connections_until_a_partial_request_arrives(worker: Worker) -> None:
+    """Load balancers pool such connections for their next requests."""
     with worker.connect() as client:
         for _ in range(2):
             client.sendall(b"HEAD /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -240,9 +240,9 @@ def test_a_connection_that_is_kept_alive_is_left_to_uvicorn_until_half_a_request
         assert everything(client) == b""
 
 
-def test_the_end_of_an_answer_is_waited_for_while_it_is_read(worker: Worker) -> None:
-    """The application is done with it, and the operating system has what is left."""
-    with worker.ask("/tail") as client:
+def test_a_client_may_take_its_time_to_read_the_buffered_end_of_a_response(worker: Worker) -> None:
+    """The application has sent everything; the operating system buffers the rest."""
+    with worker.request("/tail") as client:
         received, began = b"", time.monotonic()
         while not received.endswith(TAIL):
             received += client.recv(4096)
@@ -250,16 +250,16 @@ def test_the_end_of_an_answer_is_waited_for_while_it_is_read(worker: Worker) -> 
         assert time.monotonic() - began > 1.5
 
 
-def test_the_end_of_an_answer_that_is_not_read_is_given_up(worker: Worker) -> None:
-    with worker.ask("/tail") as client:
+def test_the_connection_is_reset_if_the_buffered_end_of_a_response_is_not_read(worker: Worker) -> None:
+    with worker.request("/tail") as client:
         worker.seconds_until_connections(1)
         assert 0.5 < worker.seconds_until_connections(0) < 4
         with pytest.raises(ConnectionResetError):
             everything(client)
 
 
-def test_an_answer_to_a_request_whose_body_is_broken_is_no_defect(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
-    """uvicorn answers it, and the application too."""
+def test_a_request_with_a_malformed_body_logs_no_error(worker: Worker, caplog: pytest.LogCaptureFixture) -> None:
+    """Both uvicorn and the application send a response."""
     with worker.connect() as client:
         client.sendall(b"POST /nothing HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n")
         assert everything(client).startswith(b"HTTP/1.1 400 ")
@@ -267,15 +267,15 @@ def test_an_answer_to_a_request_whose_body_is_broken_is_no_defect(worker: Worker
     assert [record.levelname for record in caplog.records if record.levelname == "ERROR"] == []
 
 
-def test_clients_that_do_not_read_do_not_hold_a_worker_that_stops(worker: Worker) -> None:
-    with worker.ask("/picture"), worker.ask("/endless"), worker.connect():
+def test_clients_that_do_not_read_do_not_delay_the_shutdown(worker: Worker) -> None:
+    with worker.request("/image"), worker.request("/endless"), worker.connect():
         worker.seconds_until_connections(3)
         worker.server.should_exit = True
         worker.seconds_until_connections(0)
 
 
-def half_closed_answer(worker: Worker, sent: bytes, read_buffer_bytes: int | None = None) -> bytes:
-    """All that comes to a client that closes its side once it has sent `sent`, without the interim responses."""
+def half_closed_response(worker: Worker, sent: bytes, read_buffer_bytes: int | None = None) -> bytes:
+    """All bytes that a client receives after sending `sent` and half-closing, without the interim responses."""
     with worker.connect(read_buffer_bytes=read_buffer_bytes) as client:
         client.sendall(sent)
         client.shutdown(socket.SHUT_WR)
@@ -286,45 +286,45 @@ def get(path: str, version: str = "1.1") -> bytes:
     return f"GET {path} HTTP/{version}\r\nHost: x\r\n\r\n".encode()
 
 
-def test_a_client_that_closes_its_side_gets_its_answer(worker: Worker) -> None:
-    assert half_closed_answer(worker, get("/nothing")).startswith(b"HTTP/1.1 404 ")
-    assert half_closed_answer(worker, get("/slow")).endswith(b"drawn")
-    assert half_closed_answer(worker, get("/picture"), read_buffer_bytes=4096).endswith(PICTURE)
+def test_a_half_closed_client_gets_its_response(worker: Worker) -> None:
+    assert half_closed_response(worker, get("/nothing")).startswith(b"HTTP/1.1 404 ")
+    assert half_closed_response(worker, get("/slow")).endswith(b"done")
+    assert half_closed_response(worker, get("/image"), read_buffer_bytes=4096).endswith(IMAGE)
     body = b"x" * 300_000  # more than uvicorn reads ahead
     sent = b"POST /length HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
-    assert half_closed_answer(worker, sent).endswith(b"\r\n300000")
+    assert half_closed_response(worker, sent).endswith(b"\r\n300000")
     worker.seconds_until_connections(0, timeout_s=1)
 
 
-def test_a_client_that_closes_its_side_gets_all_its_answers(worker: Worker) -> None:
-    """Requests that came together, and one of which half came."""
-    answers = half_closed_answer(worker, get("/slow") + get("/nothing") + get("/slow"))
-    assert [answers.count(one) for one in (b"drawn", b"HTTP/1.1 404 ")] == [2, 1]
+def test_a_half_closed_client_gets_all_its_responses(worker: Worker) -> None:
+    """Also for pipelined requests, and with an incomplete request at the end."""
+    responses = half_closed_response(worker, get("/slow") + get("/nothing") + get("/slow"))
+    assert [responses.count(one) for one in (b"done", b"HTTP/1.1 404 ")] == [2, 1]
     unfinished = b"POST /length HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n12345"
-    answers = half_closed_answer(worker, get("/slow") + unfinished)
-    assert answers.count(b"HTTP/1.1 ") == 1
-    assert answers.endswith(b"drawn")
+    responses = half_closed_response(worker, get("/slow") + unfinished)
+    assert responses.count(b"HTTP/1.1 ") == 1
+    assert responses.endswith(b"done")
 
 
-def test_who_waits_in_half_a_connection_is_asked_in_a_way_that_clients_understand(worker: Worker) -> None:
+def test_a_real_client_skips_the_interim_responses_on_a_half_closed_connection(worker: Worker) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", worker.port, timeout=20)
     connection.request("GET", "/slow")
     connection.sock.shutdown(socket.SHUT_WR)
-    answer = connection.getresponse()
-    assert (answer.status, answer.read()) == (200, b"drawn")
+    response = connection.getresponse()
+    assert (response.status, response.read()) == (200, b"done")
     connection.close()
 
 
-def test_a_client_of_http_1_0_that_closes_its_side_gets_an_answer_that_begins_soon(worker: Worker) -> None:
-    assert half_closed_answer(worker, get("/nothing", "1.0")).startswith(b"HTTP/1.1 404 ")
+def test_a_half_closed_http_1_0_client_gets_only_a_response_that_begins_soon(worker: Worker) -> None:
+    assert half_closed_response(worker, get("/nothing", "1.0")).startswith(b"HTTP/1.1 404 ")
     with worker.connect() as client:
         client.sendall(get("/slow", "1.0"))
         client.shutdown(socket.SHUT_WR)
-        assert everything(client) == b"", "no interim response, of which it would know nothing"
+        assert everything(client) == b"", "HTTP/1.0 has no interim responses"
 
 
 @pytest.mark.parametrize("version", ["1.1", "1.0"])
-def test_a_client_that_leaves_is_noticed_although_it_may_only_have_closed_its_side(worker: Worker, version: str) -> None:
+def test_a_disconnected_client_is_told_apart_from_a_half_closed_one(worker: Worker, version: str) -> None:
     with worker.connect() as client:
         client.sendall(get("/waiting", version))
         worker.seconds_until_connections(1)
@@ -337,7 +337,7 @@ def test_a_client_that_leaves_is_noticed_although_it_may_only_have_closed_its_si
     assert worker.left[0] - began < 2
 
 
-def test_a_client_that_leaves_after_it_closed_its_side_is_noticed(worker: Worker) -> None:
+def test_a_half_closed_client_that_disconnects_is_noticed(worker: Worker) -> None:
     with worker.connect() as client:
         client.sendall(get("/waiting"))
         client.shutdown(socket.SHUT_WR)
@@ -346,7 +346,7 @@ def test_a_client_that_leaves_after_it_closed_its_side_is_noticed(worker: Worker
     assert worker.seconds_until_connections(0) < 5
 
 
-def test_events_to_who_closed_its_side_and_left_end(worker: Worker) -> None:
+def test_an_event_stream_ends_when_a_half_closed_client_disconnects(worker: Worker) -> None:
     with worker.connect() as client:
         client.sendall(get("/endless"))
         client.shutdown(socket.SHUT_WR)
@@ -356,9 +356,9 @@ def test_events_to_who_closed_its_side_and_left_end(worker: Worker) -> None:
     worker.seconds_until_connections(0)
 
 
-def test_a_client_that_closes_its_side_of_an_idle_connection_or_in_a_request_has_left(worker: Worker) -> None:
+def test_half_closing_without_a_complete_request_closes_the_connection(worker: Worker) -> None:
     for sent in (b"", b"GET /pic", b"POST /length HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n12345"):
-        assert half_closed_answer(worker, sent) == b""
+        assert half_closed_response(worker, sent) == b""
     with worker.connect() as client:
         client.sendall(get("/nothing").replace(b"GET", b"HEAD"))
         assert client.recv(4096).startswith(b"HTTP/1.1 404")
@@ -367,7 +367,7 @@ def test_a_client_that_closes_its_side_of_an_idle_connection_or_in_a_request_has
     worker.seconds_until_connections(0, timeout_s=1)
 
 
-def test_connections_inherit_the_questions_of_the_operating_system(worker: Worker) -> None:
+def test_connections_inherit_the_keep_alive_options(worker: Worker) -> None:
     with worker.connect():
         worker.seconds_until_connections(1)
         (protocol,) = worker.server.server_state.connections
@@ -376,7 +376,7 @@ def test_connections_inherit_the_questions_of_the_operating_system(worker: Worke
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 120_000
 
 
-def test_a_worker_may_open_as_many_files_as_it_is_allowed_to() -> None:
+def test_the_descriptor_limit_is_raised_to_the_hard_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
     try:

@@ -1,4 +1,4 @@
-"""The front door, in front of an app that only says that it was reached."""
+"""The front door, in front of an application that only reports that it was reached."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of what BentoML is made of, while it is loaded
+    warnings.simplefilter("ignore")  # from BentoML's dependencies, while they are imported
     from bentoml._internal.configuration.containers import BentoMLContainer
 
     from stable_diffusion.server.bentoml_fixes import host as host_of_server
@@ -35,12 +35,12 @@ from stable_diffusion.state.folder import name_shared_folder
 
 ROOT = Path(__file__).parents[3]
 REACHED = PlainTextResponse("reached")
-EVERYBODY = Access()
+OPEN_TO_EVERYONE = Access()
 
 
 @pytest.fixture
 def cors() -> Iterator[None]:
-    """As BentoML has it once its configuration is read."""
+    """CORS as BentoML's configuration would set it."""
     BentoMLContainer.http.cors.enabled.set(True)
     with BentoMLContainer.access_control_options.patch({"allow_origins": ["https://friend.example"]}):
         yield
@@ -49,13 +49,13 @@ def cors() -> Iterator[None]:
 
 def status_of(method: str, site: str | None, origin: str = "https://friend.example") -> int:
     headers = {} if site is None else {"Sec-Fetch-Site": site, "Origin": origin}
-    return answer_to(method, headers).status_code
+    return response_to(method, headers).status_code
 
 
-def answer_to(
+def response_to(
     method: str,
     headers: dict[str, str],
-    access: Access = EVERYBODY,
+    access: Access = OPEN_TO_EVERYONE,
     path: str = "/txt2img",
     content: bytes | None = None,
     inner: ASGIApp = REACHED,
@@ -63,24 +63,24 @@ def answer_to(
     pages = dict.fromkeys(("/", "/docs.json", "/readyz", "/metrics"), REACHED)
     app = FrontDoor(inner, [Route("/txt2img", REACHED, methods=["GET", "POST"])], pages, lambda: access)
 
-    async def ask() -> httpx.Response:
+    async def send() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
             return await client.request(method, path, headers=headers, content=content)
 
-    return asyncio.run(ask())
+    return asyncio.run(send())
 
 
 @pytest.mark.parametrize("site", [None, "none", "same-origin", "same-site"])
-def test_what_is_no_browser_and_pages_of_the_server_are_let_in(site: str | None) -> None:
+def test_same_origin_and_non_browser_requests_pass(site: str | None) -> None:
     assert status_of("POST", site) == 200
 
 
-def test_pages_of_other_sites_may_only_read() -> None:
+def test_pages_of_other_sites_may_only_send_reading_requests() -> None:
     assert [status_of(method, "cross-site") for method in ("GET", "OPTIONS", "POST")] == [200, 200, 403]
 
 
 @pytest.mark.usefixtures("cors")
-def test_pages_of_a_site_that_cors_allows_are_let_in() -> None:
+def test_requests_from_an_allowed_origin_pass() -> None:
     assert status_of("POST", "cross-site") == 200
     assert status_of("POST", "cross-site", "https://other.example") == 403
 
@@ -93,84 +93,84 @@ def keyed(**changes: Any) -> Access:
     return Access(read_keys({"SD_API_KEYS": f"alice:{KEY}"}), **changes)
 
 
-def test_who_carries_no_key_or_a_wrong_one_gets_a_challenge_and_goes_no_further() -> None:
+def test_a_missing_or_wrong_key_gets_401_with_a_challenge() -> None:
     for headers in ({}, {"Authorization": ""}, {"Authorization": "Bearer " + "x" * 20}, {"X-API-Key": KEY + "x"}):
-        answer = answer_to("POST", headers, keyed())
-        assert answer.status_code == 401
-        assert answer.json()["error"]["type"] == "unauthorized"
-        assert answer.headers["www-authenticate"].startswith('Basic realm="')
-        assert KEY not in answer.text
+        response = response_to("POST", headers, keyed())
+        assert response.status_code == 401
+        assert response.json()["error"]["type"] == "unauthorized"
+        assert response.headers["www-authenticate"].startswith('Basic realm="')
+        assert KEY not in response.text
 
 
-def test_who_carries_the_key_gets_in() -> None:
-    assert answer_to("POST", {"X-API-Key": KEY}, keyed()).text == "reached"
+def test_a_request_with_the_key_passes() -> None:
+    assert response_to("POST", {"X-API-Key": KEY}, keyed()).text == "reached"
 
 
-def test_a_path_that_does_not_exist_is_not_told_without_a_key() -> None:
-    assert answer_to("GET", {}, keyed(), "/nowhere").status_code == 401
-    assert answer_to("GET", {"X-API-Key": KEY}, keyed(), "/nowhere").status_code == 404
+def test_an_unknown_path_gets_401_without_a_key_and_404_with_one() -> None:
+    assert response_to("GET", {}, keyed(), "/nowhere").status_code == 401
+    assert response_to("GET", {"X-API-Key": KEY}, keyed(), "/nowhere").status_code == 404
 
 
-def test_probes_need_no_key_and_what_the_operator_opens_needs_none() -> None:
+def test_probes_and_opened_pages_need_no_key() -> None:
     opened = keyed(open=frozenset({"docs", "metrics"}))
-    assert {path: answer_to("GET", {}, keyed(), path).status_code for path in ("/livez", "/readyz", "/healthz")} == {
+    assert {path: response_to("GET", {}, keyed(), path).status_code for path in ("/livez", "/readyz", "/healthz")} == {
         "/livez": 200,
         "/readyz": 200,
         "/healthz": 200,
     }
     for path in ("/", "/docs.json", "/static_content/swagger-ui.css"):
-        assert [answer_to("GET", {}, access, path).status_code for access in (keyed(), opened)] == [401, 200]
+        assert [response_to("GET", {}, access, path).status_code for access in (keyed(), opened)] == [401, 200]
 
 
-def test_without_cors_there_is_no_preflight_to_answer() -> None:
-    assert answer_to("OPTIONS", PREFLIGHT, keyed()).status_code == 401
-    assert answer_to("OPTIONS", PREFLIGHT, keyed(), "/metrics").status_code == 401
-
-
-@pytest.mark.usefixtures("cors")
-def test_a_preflight_needs_no_key_and_another_options_request_does() -> None:
-    assert answer_to("OPTIONS", PREFLIGHT, keyed()).text == "reached"
-    assert answer_to("OPTIONS", {"Origin": "https://friend.example"}, keyed()).status_code == 401
+def test_without_cors_a_preflight_needs_a_key() -> None:
+    assert response_to("OPTIONS", PREFLIGHT, keyed()).status_code == 401
+    assert response_to("OPTIONS", PREFLIGHT, keyed(), "/metrics").status_code == 401
 
 
 @pytest.mark.usefixtures("cors")
-def test_a_page_of_a_site_that_cors_allows_can_read_why_it_was_refused() -> None:
-    refused = answer_to("POST", {"Origin": "https://friend.example"}, keyed())
+def test_a_preflight_needs_no_key_but_other_options_requests_do() -> None:
+    assert response_to("OPTIONS", PREFLIGHT, keyed()).text == "reached"
+    assert response_to("OPTIONS", {"Origin": "https://friend.example"}, keyed()).status_code == 401
+
+
+@pytest.mark.usefixtures("cors")
+def test_an_allowed_origin_can_read_a_401() -> None:
+    refused = response_to("POST", {"Origin": "https://friend.example"}, keyed())
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://friend.example")
-    other = answer_to("POST", {"Origin": "https://other.example"}, keyed())
+    other = response_to("POST", {"Origin": "https://other.example"}, keyed())
     assert "access-control-allow-origin" not in other.headers
 
 
 @pytest.mark.usefixtures("cors")
 @pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nowhere", 404), ("DELETE", "/txt2img", 405), ("GET", "/readyz", 200)])
-def test_a_page_of_a_site_that_cors_allows_can_read_what_the_front_door_answers(method: str, path: str, status: int) -> None:
-    answer = answer_to(method, {"Origin": "https://friend.example"}, path=path)
-    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, "https://friend.example")
-    assert "access-control-allow-origin" not in answer_to(method, {"Origin": "https://other.example"}, path=path).headers
+def test_an_allowed_origin_can_read_the_front_doors_own_responses(method: str, path: str, status: int) -> None:
+    response = response_to(method, {"Origin": "https://friend.example"}, path=path)
+    assert (response.status_code, response.headers["access-control-allow-origin"]) == (status, "https://friend.example")
+    assert "access-control-allow-origin" not in response_to(method, {"Origin": "https://other.example"}, path=path).headers
 
 
 @pytest.mark.usefixtures("cors")
-def test_a_page_of_a_site_that_cors_allows_can_read_that_the_server_stops() -> None:
-    async def ask() -> httpx.Response:
+def test_an_allowed_origin_can_read_that_the_server_shuts_down() -> None:
+    async def send() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(refuse_while_stopping), base_url="http://server") as client:
             return await client.get("/status", headers={"Origin": "https://friend.example"})
 
-    answer = asyncio.run(ask())
-    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (503, "https://friend.example")
+    response = asyncio.run(send())
+    assert (response.status_code, response.headers["access-control-allow-origin"]) == (503, "https://friend.example")
 
 
-def test_more_drawing_requests_than_allowed_are_refused_with_the_time_to_wait_and_questions_are_not_counted(
+def test_generation_requests_over_the_rate_limit_get_429_and_other_requests_are_not_counted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("SD_SHARED_FOLDER", str(tmp_path / "shared"))
     name_shared_folder()
     limited = keyed(requests_per_minute=2)
     key = {"X-API-Key": KEY}
-    assert [answer_to("GET", key, limited).status_code for _ in range(4)] == [200] * 4
-    answers = [answer_to("POST", key, limited) for _ in range(3)]
-    assert [answer.status_code for answer in answers] == [200, 200, 429]
-    assert answers[2].json()["error"]["type"] == "rate_limited"
-    assert answers[2].headers["retry-after"] == "30"
+    assert [response_to("GET", key, limited).status_code for _ in range(4)] == [200] * 4
+    responses = [response_to("POST", key, limited) for _ in range(3)]
+    assert [response.status_code for response in responses] == [200, 200, 429]
+    assert responses[2].json()["error"]["type"] == "rate_limited"
+    assert responses[2].headers["retry-after"] == "30"
 
 
 PRIVATE = {**PREFLIGHT, "Access-Control-Request-Private-Network": "true"}
@@ -181,29 +181,29 @@ def behind_bentomls_cors() -> ASGIApp:
 
 
 @pytest.mark.usefixtures("cors")
-def test_a_preflight_for_a_private_network_passes_where_cors_allows_the_origin() -> None:
-    answer = answer_to("OPTIONS", PRIVATE, keyed(), inner=behind_bentomls_cors())
-    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, "https://friend.example")
-    assert answer.headers["access-control-allow-private-network"] == "true"
+def test_a_private_network_preflight_passes_from_an_allowed_origin() -> None:
+    response = response_to("OPTIONS", PRIVATE, keyed(), inner=behind_bentomls_cors())
+    assert (response.status_code, response.headers["access-control-allow-origin"]) == (200, "https://friend.example")
+    assert response.headers["access-control-allow-private-network"] == "true"
 
 
 @pytest.mark.usefixtures("cors")
-def test_a_preflight_for_a_private_network_passes_nowhere_else() -> None:
+def test_a_private_network_preflight_fails_from_other_origins() -> None:
     for changes in ({"Origin": "https://other.example"}, {"Origin": "null"}, {"Origin": "https://friend.example.other.example"}):
-        answer = answer_to("OPTIONS", {**PRIVATE, **changes}, keyed(), inner=behind_bentomls_cors())
-        assert answer.status_code == 400
-        assert not {"access-control-allow-origin", "access-control-allow-private-network"} & set(answer.headers)
-    assert "access-control-allow-private-network" not in answer_to("OPTIONS", PREFLIGHT, inner=behind_bentomls_cors()).headers
+        response = response_to("OPTIONS", {**PRIVATE, **changes}, keyed(), inner=behind_bentomls_cors())
+        assert response.status_code == 400
+        assert not {"access-control-allow-origin", "access-control-allow-private-network"} & set(response.headers)
+    assert "access-control-allow-private-network" not in response_to("OPTIONS", PREFLIGHT, inner=behind_bentomls_cors()).headers
     not_allowed = {**PRIVATE, "Access-Control-Request-Method": "DELETE"}
-    assert answer_to("OPTIONS", not_allowed, inner=behind_bentomls_cors()).status_code == 400
+    assert response_to("OPTIONS", not_allowed, inner=behind_bentomls_cors()).status_code == 400
 
 
-def test_without_cors_a_preflight_for_a_private_network_is_not_answered() -> None:
-    assert answer_to("OPTIONS", PRIVATE, keyed()).status_code == 401
-    assert "access-control-allow-private-network" not in answer_to("OPTIONS", PRIVATE).headers
+def test_without_cors_a_private_network_preflight_fails() -> None:
+    assert response_to("OPTIONS", PRIVATE, keyed()).status_code == 401
+    assert "access-control-allow-private-network" not in response_to("OPTIONS", PRIVATE).headers
 
 
-async def _say_what_came(scope: Scope, receive: Receive, send: Send) -> None:
+async def _echo(scope: Scope, receive: Receive, send: Send) -> None:
     request = Request(scope, receive)
     seen = sorted({"content-encoding", "content-length"} & set(request.headers))
     await PlainTextResponse(f"{(await request.body()).decode()} {seen}")(scope, receive, send)
@@ -219,35 +219,37 @@ async def _say_what_came(scope: Scope, receive: Receive, send: Send) -> None:
         ("identity, gzip", gzip.compress),
     ],
 )
-def test_a_compressed_body_is_decompressed_for_what_lies_behind(coding: str, compress: Callable[[bytes], bytes]) -> None:
-    answer = answer_to("POST", {"Content-Encoding": coding}, content=compress(b"hello"), inner=_say_what_came)
-    assert answer.text == "hello []"
+def test_the_application_sees_a_decompressed_body(coding: str, compress: Callable[[bytes], bytes]) -> None:
+    response = response_to("POST", {"Content-Encoding": coding}, content=compress(b"hello"), inner=_echo)
+    assert response.text == "hello []"
 
 
 @pytest.mark.parametrize("coding", ["br", "zstd", "compress", "gzip, gzip", "gzip, br", "gzip;q=1", "x" * 500])
-def test_a_body_in_another_coding_is_refused_by_name_and_is_told_which_are_read(coding: str) -> None:
-    answer = answer_to("POST", {"Content-Encoding": coding}, content=b"x", inner=_say_what_came)
-    assert (answer.status_code, answer.headers["accept-encoding"]) == (415, "gzip, deflate")
-    assert answer.json()["error"]["type"] == "unsupported_media_type"
-    assert answer.json()["error"]["message"] == f"Content-Encoding must be one of gzip, deflate, or be left out, not {coding[:60]}"
+def test_an_unsupported_content_coding_gets_415_that_lists_the_supported_ones(coding: str) -> None:
+    response = response_to("POST", {"Content-Encoding": coding}, content=b"x", inner=_echo)
+    assert (response.status_code, response.headers["accept-encoding"]) == (415, "gzip, deflate")
+    assert response.json()["error"]["type"] == "unsupported_media_type"
+    assert response.json()["error"]["message"] == f"Content-Encoding must be one of gzip, deflate, or be left out, got {coding[:60]}"
 
 
-def test_a_refused_coding_costs_no_request_of_the_rate_and_needs_the_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unsupported_content_coding_needs_the_key_and_does_not_count_towards_the_rate_limit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("SD_SHARED_FOLDER", str(tmp_path / "shared"))
     name_shared_folder()
     limited, headers = keyed(requests_per_minute=1), {"X-API-Key": KEY, "Content-Encoding": "br"}
-    assert answer_to("POST", {"Content-Encoding": "br"}, limited).status_code == 401
-    assert [answer_to("POST", headers, limited).status_code for _ in range(3)] == [415] * 3
-    assert answer_to("POST", {"X-API-Key": KEY}, limited).status_code == 200
+    assert response_to("POST", {"Content-Encoding": "br"}, limited).status_code == 401
+    assert [response_to("POST", headers, limited).status_code for _ in range(3)] == [415] * 3
+    assert response_to("POST", {"X-API-Key": KEY}, limited).status_code == 200
 
 
-def test_a_request_of_two_lengths_is_refused_and_its_connection_ends() -> None:
-    answer = answer_to("POST", {"Content-Length": "5", "Transfer-Encoding": "chunked"}, keyed())
-    assert (answer.status_code, answer.headers["connection"]) == (400, "close")
-    assert answer.json()["error"]["message"] == "a request has Content-Length or Transfer-Encoding, not both"
+def test_a_request_with_two_lengths_gets_400_and_its_connection_is_closed() -> None:
+    response = response_to("POST", {"Content-Length": "5", "Transfer-Encoding": "chunked"}, keyed())
+    assert (response.status_code, response.headers["connection"]) == (400, "close")
+    assert response.json()["error"]["message"] == "a request must not have both Content-Length and Transfer-Encoding"
 
 
-def test_the_host_is_the_one_of_the_command_line_or_of_bentomls_configuration() -> None:
+def test_the_host_comes_from_the_command_line_or_bentomls_configuration() -> None:
     assert host_of_server() == "0.0.0.0"
     command = click.Command("serve")
     for given, host in (
@@ -277,7 +279,7 @@ print("TimeoutMiddleware" in names, BentoMLContainer.runners_config.get()["traff
 
 
 @pytest.mark.parametrize(("process", "waits_s"), [("runner", 0), ("api_server", 3600)])
-def test_no_process_keeps_a_timer_for_each_request_and_api_workers_wait_for_the_model_process(process: str, waits_s: int) -> None:
+def test_no_process_has_request_timers_and_api_workers_keep_their_runner_timeout(process: str, waits_s: int) -> None:
     variables = {**os.environ, "BENTOML_CONFIG": str(ROOT / "fp32" / "configuration.yaml")}
     command = [sys.executable, "-W", "ignore", "-c", _TIMERS, process]
     finished = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The OpenAPI document is right and says what the request models say."""
+"""The OpenAPI document is valid and matches the request models and the responses."""
 
 from __future__ import annotations
 
@@ -24,70 +24,70 @@ from stable_diffusion.server.pages import PAGE
 from tests.tasks import make_task
 
 MODEL = check_model(DEMO_FOLDER)
-PICTURE = GeneratedImage(Image.new("RGB", (64, 64)), False, "the end", "its end", decoded_again=True)
+IMAGE = GeneratedImage(Image.new("RGB", (64, 64)), False, "the end", "its end", decoded_again=True)
 PREVIEW = Image.new("RGB", (8, 8))
 
 
-def hold_against(made: dict[str, Any], schema: dict[str, Any], value: Any) -> None:
-    jsonschema.validate(value, {**schema, "components": made["components"]})
+def check_against(openapi: dict[str, Any], schema: dict[str, Any], value: Any) -> None:
+    jsonschema.validate(value, {**schema, "components": openapi["components"]})
 
 
 def test_the_document_is_valid_openapi_and_its_components_have_short_names() -> None:
-    made = document("stable_diffusion_fp32", "1.0.0")
-    validate(made)
-    assert all(name.isalnum() for name in made["components"]["schemas"]), "two models have the same name"
+    openapi = document("stable_diffusion_fp32", "1.0.0")
+    validate(openapi)
+    assert all(name.isalnum() for name in openapi["components"]["schemas"]), "two models with the same name get long component names"
 
 
 @pytest.mark.parametrize("path", ["/txt2img", "/jobs/{job_id}", "/v1/models", "/sdapi/v1/samplers", "/internal/ping"])
-def test_what_the_front_door_refuses_has_the_documented_form(path: str) -> None:
-    made = document("name", "1")
+def test_the_front_doors_refusals_match_their_schema(path: str) -> None:
+    openapi = document("name", "1")
     refusal = (dialect_of(path) or responses).refusal(401, "unauthorized", "an API key is needed")
-    (operation,) = (operation for method, operation in made["paths"][path].items() if method in ("get", "post"))
+    (operation,) = (operation for method, operation in openapi["paths"][path].items() if method in ("get", "post"))
     schema = operation["responses"]["401"]["content"]["application/json"]["schema"]
-    hold_against(made, schema, json.loads(bytes(refusal.body)))
+    check_against(openapi, schema, json.loads(bytes(refusal.body)))
     with pytest.raises(jsonschema.ValidationError):
-        hold_against(made, schema, {})
+        check_against(openapi, schema, {})
 
 
-def events_of_a_picture() -> list[bytes]:
+def events_of_an_image() -> list[bytes]:
     progress = Progress(position=1, step=0, steps=8, seconds_left=1.5)
     return [
         responses.progress_event(progress),
         responses.progress_event(Progress(position=0, step=1, steps=8, seconds_left=0)),
         responses.preview_event(1, PREVIEW, make_task()),
-        responses.completed_event(make_task(), PICTURE, MODEL, "png", {"differs": "nothing"}),
+        responses.completed_event(make_task(), IMAGE, MODEL, "png", {"differs": "nothing"}),
         responses.error_event(GenerationFailed("not enough memory"), "A test"),
     ]
 
 
 def events_of_an_openai_image() -> list[bytes]:
-    asked = OpenaiParameters.model_validate({"stream": True})
+    parameters = OpenaiParameters.model_validate({"stream": True})
     return [
-        openai.partial_image_event("image_generation.partial_image", make_task(), PREVIEW, 0, asked),
-        openai.completed_event("image_generation.completed", make_task(), PICTURE, MODEL, asked),
+        openai.partial_image_event("image_generation.partial_image", make_task(), PREVIEW, 0, parameters),
+        openai.completed_event("image_generation.completed", make_task(), IMAGE, MODEL, parameters),
         openai.error_event(GenerationFailed("not enough memory")),
     ]
 
 
-def test_events_are_as_documented() -> None:
-    made = document("name", "1")
-    sent_by_path = {"/txt2img": events_of_a_picture(), "/v1/images/generations": events_of_an_openai_image()}
+def test_events_match_their_schemas() -> None:
+    openapi = document("name", "1")
+    sent_by_path = {"/txt2img": events_of_an_image(), "/v1/images/generations": events_of_an_openai_image()}
     for path, sent in sent_by_path.items():
-        kinds = made["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]["oneOf"]
+        kinds = openapi["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]["oneOf"]
         schemas = {kind["properties"]["event"]["const"]: kind["properties"]["data"]["contentSchema"] for kind in kinds}
-        told = [re.fullmatch(r"event: (.+)\ndata: (.+)\n\n", event.decode()) for event in sent]
-        assert [event[1] for event in told if event] == list(schemas)
-        for event in told:
+        events = [re.fullmatch(r"event: (.+)\ndata: (.+)\n\n", event.decode()) for event in sent]
+        assert [event[1] for event in events if event] == list(schemas)
+        for event in events:
             assert event
-            hold_against(made, schemas[event[1]], json.loads(event[2]))
+            check_against(openapi, schemas[event[1]], json.loads(event[2]))
             with pytest.raises(jsonschema.ValidationError):
-                hold_against(made, schemas[event[1]], {})
+                check_against(openapi, schemas[event[1]], {})
 
 
-def test_every_header_of_a_picture_is_documented() -> None:
+def test_every_header_of_an_image_is_documented() -> None:
     documented = document("name", "1")["paths"]["/img2img"]["post"]["responses"]["200"]["headers"]
     task = make_task(kind="img2img", loras=(LoraChoice("hollow", 0.8, 0.8, "0" * 12, 1000),))
-    assert documented.keys() - {"Job-Id"} == responses.parameter_headers(task, PICTURE, MODEL).keys()
+    assert documented.keys() - {"Job-Id"} == responses.parameter_headers(task, IMAGE, MODEL).keys()
 
 
 def test_every_field_is_described_with_its_limits() -> None:
@@ -111,7 +111,7 @@ def test_the_examples_are_valid_requests() -> None:
         parse_image_to_image(form["properties"]["data"]["example"])
 
 
-def test_openais_sizes_have_a_pattern() -> None:
+def test_openais_size_pattern_accepts_exactly_valid_sizes() -> None:
     size = document("name", "1")["components"]["schemas"]["OpenaiGeneration"]["properties"]["size"]
     assert [bool(re.search(size["pattern"], one)) for one in ("auto", "512x64", "auto1", "512x", "x64", "large")] == [True] * 2 + [
         False
@@ -119,13 +119,13 @@ def test_openais_sizes_have_a_pattern() -> None:
 
 
 def test_openais_parameters_are_described_and_their_example_is_a_valid_request() -> None:
-    made = document("name", "1")
+    openapi = document("name", "1")
     for name in ("OpenaiGeneration", "OpenaiEdit"):
-        assert all(text["description"] for text in made["components"]["schemas"][name]["properties"].values())
-    assert "strength" not in made["components"]["schemas"]["OpenaiGeneration"]["properties"]
-    parse_generation(made["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]["example"])
+        assert all(text["description"] for text in openapi["components"]["schemas"][name]["properties"].values())
+    assert "strength" not in openapi["components"]["schemas"]["OpenaiGeneration"]["properties"]
+    parse_generation(openapi["paths"]["/v1/images/generations"]["post"]["requestBody"]["content"]["application/json"]["example"])
 
 
-def test_the_page_loads_nothing_from_elsewhere() -> None:
+def test_the_swagger_page_loads_nothing_from_other_hosts() -> None:
     assert "http" not in PAGE
     assert "//" not in PAGE.replace("<!DOCTYPE html>", "")

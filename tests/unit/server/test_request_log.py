@@ -1,4 +1,4 @@
-"""What a request's line says, of requests that are made up; `tests/service/test_request_log.py` has a real server's."""
+"""The content of a request's log line, without a server; `tests/http/test_request_log.py` tests a real one."""
 
 from __future__ import annotations
 
@@ -35,39 +35,39 @@ NOISY = 'line\nbreak "quoted"\x00\x1b[31m\u2028\ud800'
 
 @pytest.fixture(autouse=True)
 def _own_handlers() -> Iterator[None]:
-    """The log is written to the standard output of the test."""
+    """Let the log go to the standard output that the test captures; restore its handlers afterwards."""
     logger = logging.getLogger("stable_diffusion.requests")
     before = logger.handlers, logger.propagate
     yield
     logger.handlers, logger.propagate = before
 
 
-def picture(flagged: bool | None = False, waited_s: float = 0.25) -> GeneratedImage:
+def image(flagged: bool | None = False, waited_s: float = 0.25) -> GeneratedImage:
     return GeneratedImage(Image.new("RGB", (8, 8)), flagged, "", "", waited_s=waited_s)
 
 
 def lines(
     capsys: pytest.CaptureFixture[str], app: ASGIApp, job_in_path: str | None = None, with_prompts: bool = False, **scope: Any
 ) -> list[dict[str, Any]]:
-    """What is logged of a request that `app` answers."""
+    """The log lines of a request that `app` handles."""
 
     async def nothing(message: Message) -> None:
         pass
 
-    async def front_door(asked: Scope, receive: Receive, send: Send) -> None:
+    async def front_door(request_scope: Scope, receive: Receive, send: Send) -> None:
         journal.identify(RequestContext("abc", key_name="laptop", job_in_path=job_in_path))
-        await app(asked, receive, send)
+        await app(request_scope, receive, send)
 
     async def never() -> Message:
         raise NotImplementedError
 
-    asked = {"type": "http", "method": "POST", "path": "/txt2img", "client": ("192.0.2.1", 1234), **scope}
-    asyncio.run(RequestLog(front_door, lambda: with_prompts)(asked, never, nothing))
+    request_scope = {"type": "http", "method": "POST", "path": "/txt2img", "client": ("192.0.2.1", 1234), **scope}
+    asyncio.run(RequestLog(front_door, lambda: with_prompts)(request_scope, never, nothing))
     return [json.loads(line) for line in capsys.readouterr().out.split("\n") if line]
 
 
-def answering(status: int, *outcomes: GeneratedImage | ServiceError) -> ASGIApp:
-    """Draws a task for each outcome, the last one first, and answers when all are there."""
+def responding(status: int, *outcomes: GeneratedImage | ServiceError) -> ASGIApp:
+    """An application that ends one task for each outcome, the last one first, and then responds with `status`."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -83,8 +83,8 @@ def answering(status: int, *outcomes: GeneratedImage | ServiceError) -> ASGIApp:
     return app
 
 
-def test_a_line_says_who_asked_for_what_and_how_long_it_took(capsys: pytest.CaptureFixture[str]) -> None:
-    (line,) = lines(capsys, answering(200, picture(waited_s=0.5), picture(waited_s=0.25)))
+def test_a_line_has_the_caller_the_parameters_and_the_times(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = lines(capsys, responding(200, image(waited_s=0.5), image(waited_s=0.25)))
     assert line.pop("time").endswith("+00:00")
     assert 0 <= line.pop("time_s") < 5
     assert line == {
@@ -108,23 +108,23 @@ def test_a_line_says_who_asked_for_what_and_how_long_it_took(capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("app", "outcome"),
     [
-        (answering(200, picture(), picture(flagged=True)), "flagged"),
-        (answering(200), "completed"),
-        (answering(200, GenerationFailed("a stream of events has begun")), "failed"),
-        (answering(499, Cancelled("by somebody")), "cancelled"),
-        (answering(429, TooManyJobs("later")), "refused"),
-        (answering(400), "refused"),
-        (answering(500), "failed"),
-        (answering(503), "refused"),
-        (answering(503, GenerationFailed("it had begun")), "failed"),
+        (responding(200, image(), image(flagged=True)), "flagged"),
+        (responding(200), "completed"),
+        (responding(200, GenerationFailed("a stream of events has begun")), "failed"),
+        (responding(499, Cancelled("by somebody")), "cancelled"),
+        (responding(429, TooManyJobs("later")), "refused"),
+        (responding(400), "refused"),
+        (responding(500), "failed"),
+        (responding(503), "refused"),
+        (responding(503, GenerationFailed("it had begun")), "failed"),
     ],
 )
-def test_a_line_says_how_it_ended(capsys: pytest.CaptureFixture[str], app: ASGIApp, outcome: str) -> None:
+def test_a_line_has_the_outcome(capsys: pytest.CaptureFixture[str], app: ASGIApp, outcome: str) -> None:
     (line,) = lines(capsys, app)
     assert line["outcome"] == outcome
 
 
-def test_a_client_that_leaves_is_a_cancellation(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_client_that_disconnects_is_logged_as_a_cancellation(capsys: pytest.CaptureFixture[str]) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         with journal.noting(TASK, 0):
             await send({"type": "http.response.start", "status": 200})
@@ -133,16 +133,16 @@ def test_a_client_that_leaves_is_a_cancellation(capsys: pytest.CaptureFixture[st
     assert (line["status"], line["outcome"]) == (200, "cancelled")
 
 
-def test_a_job_that_nobody_waits_for_has_a_second_line(capsys: pytest.CaptureFixture[str]) -> None:
-    async def draw() -> None:
+def test_an_asynchronous_job_has_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    async def generate() -> None:
         with journal.noting(TASK, 0) as note:
-            note(picture())
+            note(image())
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         journal.note_accepted([TASK])
-        drawing = asyncio.create_task(journal.as_job(draw(), lambda: True))
+        generation = asyncio.create_task(journal.as_job(generate(), lambda: True))
         await send({"type": "http.response.start", "status": 202})
-        await drawing
+        await generation
 
     job, request = lines(capsys, app)
     assert (request["outcome"], request["status"], request["seed"], request["id"]) == ("accepted", 202, 7, "abc")
@@ -160,7 +160,7 @@ def test_a_job_that_nobody_waits_for_has_a_second_line(capsys: pytest.CaptureFix
         (None, "cancelled"),
     ],
 )
-def test_who_waits_for_a_job_that_goes_on_without_him_has_its_outcome(
+def test_a_request_that_follows_an_asynchronous_job_is_logged_with_the_jobs_outcome(
     capsys: pytest.CaptureFixture[str], end: tuple[ServiceError | None, bool | None] | None, outcome: str
 ) -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -174,32 +174,32 @@ def test_who_waits_for_a_job_that_goes_on_without_him_has_its_outcome(
     assert (line["outcome"], line["status"], line["images"]) == (outcome, 200, 1)
 
 
-def test_a_request_without_a_key_has_a_line_whatever_its_method(capsys: pytest.CaptureFixture[str]) -> None:
-    (line,) = lines(capsys, answering(401), method="GET", path="/metrics")
+def test_a_request_without_a_key_is_logged_whatever_its_method(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = lines(capsys, responding(401), method="GET", path="/metrics")
     assert (line["method"], line["path"], line["status"], line["outcome"]) == ("GET", "/metrics", 401, "refused")
 
 
-def test_a_deletion_names_the_job_that_is_deleted(capsys: pytest.CaptureFixture[str]) -> None:
-    (line,) = lines(capsys, answering(200), method="DELETE", path="/jobs/def", job_in_path="def")
+def test_a_deletion_is_logged_with_the_id_of_the_deleted_job(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = lines(capsys, responding(200), method="DELETE", path="/jobs/def", job_in_path="def")
     assert (line["id"], line["outcome"]) == ("def", "completed")
 
 
-def test_requests_that_only_read_have_no_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert lines(capsys, answering(200), method="GET") == []
+def test_reading_requests_are_not_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    assert lines(capsys, responding(200), method="GET") == []
 
 
-def test_nothing_that_a_client_sends_breaks_the_line(capsys: pytest.CaptureFixture[str]) -> None:
-    (line,) = lines(capsys, answering(404), with_prompts=True, path=f"/{NOISY}", client=(NOISY, 0))
+def test_client_texts_cannot_break_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = lines(capsys, responding(404), with_prompts=True, path=f"/{NOISY}", client=(NOISY, 0))
     assert (line["path"], line["client"]) == (f"/{NOISY}", NOISY)
 
 
-def test_prompts_are_logged_only_where_that_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    (line,) = lines(capsys, answering(200, picture()))
+def test_prompts_are_logged_only_on_request(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = lines(capsys, responding(200, image()))
     assert "secret" not in json.dumps(line)
-    (line,) = lines(capsys, answering(200, picture()), with_prompts=True)
+    (line,) = lines(capsys, responding(200, image()), with_prompts=True)
     assert (line["prompt"], line["negative_prompt"]) == ("a secret", "")
 
 
-def test_a_long_path_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
-    (line,) = lines(capsys, answering(404), path="/" + "x" * 60_000)
+def test_a_long_path_is_truncated(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = lines(capsys, responding(404), path="/" + "x" * 60_000)
     assert len(line["path"]) == 200

@@ -1,4 +1,4 @@
-"""When an API worker stops after SIGTERM: not before it has finished, and not later because somebody goes on asking."""
+"""An API worker stops after SIGTERM when its work is finished, and polling clients do not delay it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ async def no_messages() -> Any:
     raise AssertionError("nothing is read")
 
 
-async def unheard(_: Any) -> None:
+async def discard(_: Any) -> None:
     return
 
 
@@ -42,43 +42,43 @@ async def stopped_after_s(unfinished: Unfinished, *, at_most_s: float = 5) -> fl
     return loop.time() - began_s
 
 
-def test_what_was_begun_is_finished_first_and_what_is_new_is_refused() -> None:
+def test_running_requests_finish_and_new_ones_are_refused() -> None:
     async def stop() -> None:
         unfinished = Unfinished(grace_s=60)
-        door = Draining(slow, unfinished, refused)
-        begun = asyncio.ensure_future(door(scope("/txt2img"), no_messages, unheard))
+        middleware = Draining(slow, unfinished, refused)
+        begun = asyncio.ensure_future(middleware(scope("/txt2img"), no_messages, discard))
         await asyncio.sleep(0)
         assert 0.05 < await stopped_after_s(unfinished) < 1
         with pytest.raises(PermissionError):
-            await door(scope("/txt2img"), no_messages, unheard)
+            await middleware(scope("/txt2img"), no_messages, discard)
         await begun
 
     asyncio.run(stop())
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/livez", "/jobs/a1", "/jobs/a1/picture"])
-def test_who_goes_on_asking_is_answered_and_keeps_nobody_from_stopping(path: str) -> None:
+def test_polling_clients_are_served_and_do_not_delay_the_shutdown(path: str) -> None:
     async def stop() -> None:
         unfinished = Unfinished(grace_s=60)
-        door = Draining(slow, unfinished, refused)
+        middleware = Draining(slow, unfinished, refused)
 
-        async def ask_for_ever() -> None:
+        async def poll_for_ever() -> None:
             while True:
-                await door(scope(path), no_messages, unheard)
+                await middleware(scope(path), no_messages, discard)
 
-        asking = []
+        polling = []
         for _ in range(4):
-            asking.append(asyncio.ensure_future(ask_for_ever()))
+            polling.append(asyncio.ensure_future(poll_for_ever()))
             await asyncio.sleep(0.025)
         assert await stopped_after_s(unfinished) < 1
-        assert not any(one.done() for one in asking)
-        for one in asking:
+        assert not any(one.done() for one in polling)
+        for one in polling:
             one.cancel()
 
     asyncio.run(stop())
 
 
-def test_what_does_not_end_with_the_grace_period_is_not_waited_for_much_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shutdown_does_not_wait_long_after_the_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutdown, "_TIME_TO_TELL_S", 0.2)
 
     async def stop() -> None:
@@ -90,14 +90,14 @@ def test_what_does_not_end_with_the_grace_period_is_not_waited_for_much_longer(m
     asyncio.run(stop())
 
 
-def test_the_server_is_told_to_stop_once() -> None:
+def test_the_stop_function_is_called_once() -> None:
     async def stop() -> int:
-        told = []
+        calls = []
         unfinished = Unfinished(grace_s=60)
-        unfinished.stop_when_done(lambda: told.append(1))
+        unfinished.stop_when_done(lambda: calls.append(1))
         for _ in range(3):
             with unfinished.piece_of_work():
                 pass
-        return len(told)
+        return len(calls)
 
     assert asyncio.run(stop()) == 1

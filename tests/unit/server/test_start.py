@@ -1,4 +1,4 @@
-"""Before a server starts, everything that can be set is checked: what is wrong ends the start in one line."""
+"""All settings are checked before a server starts; an invalid one ends the start with a one-line message."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_server_with_nothing_set_starts() -> None:
 
 @pytest.mark.parametrize("name", ["SD_LOG_PROMPTS", "SD_CUDA_GRAPHS", "SD_WITHOUT_KEYS"])
 @pytest.mark.parametrize("value", ["true", "Off", ""])
-def test_a_server_starts_with_any_word_for_on_and_off(name: str, value: str) -> None:
+def test_a_server_starts_with_every_spelling_of_on_and_off(name: str, value: str) -> None:
     assert start({name: value}) == DEMO
 
 
@@ -35,18 +35,18 @@ def test_a_server_starts_with_any_word_for_on_and_off(name: str, value: str) -> 
         ("SD_API_KEYS_FILE", "/there/is/none"),
     ],
 )
-def test_a_server_with_a_wrong_value_does_not_start_and_names_the_variable(name: str, value: str) -> None:
+def test_a_server_with_an_invalid_setting_does_not_start_and_names_the_variable(name: str, value: str) -> None:
     with pytest.raises(SystemExit, match=rf"^Not started: {name}\b.*$"):
         start({name: value})
 
 
-def test_a_bento_that_lets_in_everybody_by_accident_does_not_start() -> None:
-    with pytest.raises(SystemExit, match="^Not started: no API key is set, and everybody who reaches 0.0.0.0 could draw"):
+def test_a_bento_that_would_be_open_by_accident_does_not_start() -> None:
+    with pytest.raises(SystemExit, match="^Not started: no API key is set, and everyone who reaches 0.0.0.0 could generate images"):
         checked_model({}, lambda: DEMO, "0.0.0.0", in_bento=True)
     assert checked_model({"SD_WITHOUT_KEYS": "yes"}, lambda: DEMO, "0.0.0.0", in_bento=True) == DEMO
 
 
-def test_a_server_without_a_whole_model_does_not_start() -> None:
+def test_a_server_without_a_complete_model_does_not_start() -> None:
     def no_model() -> ModelFolder:
         raise ModelFolderError("there is none")
 

@@ -1,4 +1,4 @@
-"""Bodies that stall or trickle, and clients that leave while they upload, without a server: messages as uvicorn hands them over."""
+"""Bodies that stall or trickle, and clients that disconnect during an upload, with messages as from uvicorn."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FILE = b'--x\r\nContent-Disposition: form-data; name="img"; filename="a.png"\r\n
 
 
 def request(pieces: AsyncIterator[bytes], headers: dict[str, str] | None = None) -> Request:
-    """A request whose body comes as `pieces` come, and after them nothing more."""
+    """A request whose body arrives as `pieces`, and then stalls."""
 
     async def receive() -> Message:
         async for piece in pieces:
@@ -62,53 +62,53 @@ def _short_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def seconds_to_refuse(slow: Request) -> float:
     began = time.monotonic()
-    with pytest.raises(RequestTimeout, match="the body came too slowly"):
+    with pytest.raises(RequestTimeout, match="the body arrived too slowly"):
         await body.json_content(slow, 2**20)
     return time.monotonic() - began
 
 
-def test_a_body_that_stalls_is_refused_after_the_longest_pause() -> None:
+def test_a_body_that_stalls_is_refused_after_the_longest_allowed_pause() -> None:
     assert 0.3 <= asyncio.run(seconds_to_refuse(request(stalling(b'{"prompt": ')))) < 1.0
 
 
-def test_a_body_that_trickles_is_refused_when_the_grace_is_over() -> None:
+def test_a_body_that_trickles_is_refused_after_the_grace_period() -> None:
     assert 1.0 <= asyncio.run(seconds_to_refuse(request(trickling(0.05)))) < 2.0
 
 
-def test_a_body_at_the_allowed_speed_is_refused_when_the_longest_time_is_over() -> None:
+def test_a_body_at_the_allowed_speed_is_refused_after_the_total_time_limit() -> None:
     assert 2.0 <= asyncio.run(seconds_to_refuse(request(trickling(0.05, b"x" * 2000)))) < 3.0
 
 
-def test_each_door_answers_a_slow_body_with_408_in_its_form_and_closes() -> None:
+def test_every_dialect_responds_to_a_slow_body_with_408_and_closes() -> None:
     async def endpoint(slow: Request) -> Response:
         return Response(await body.json_content(slow, 2**20))
 
-    doors: dict[bytes, Callable[[ServiceError], Response]] = {
+    dialects: dict[bytes, Callable[[ServiceError], Response]] = {
         b'"type":"request_timeout"': error_response,
         b'"code":"request_timeout"': openai_responses.error_response,
         b'"error": "RequestTimeout"': a1111_responses.error_response,
     }
 
-    async def answer_of_door(form: Callable[[ServiceError], Response]) -> Response:
+    async def response_of_dialect(form: Callable[[ServiceError], Response]) -> Response:
         return await with_error_responses(endpoint, form)(request(stalling(b"{")))
 
-    for told, form in doors.items():
-        answer = asyncio.run(answer_of_door(form))
-        assert (answer.status_code, answer.headers["connection"]) == (408, "close")
-        assert told in answer.body
+    for words, form in dialects.items():
+        response = asyncio.run(response_of_dialect(form))
+        assert (response.status_code, response.headers["connection"]) == (408, "close")
+        assert words in response.body
 
 
-def test_an_upload_that_is_given_up_leaves_no_file_open() -> None:
-    """Beyond a megabyte a part lies in a temporary file."""
+def test_an_aborted_upload_leaves_no_file_open() -> None:
+    """Starlette stores a part of more than a megabyte in a temporary file."""
     big = FILE + b"x" * 3 * 2**20
 
     async def abandon(pieces: AsyncIterator[bytes], error: type[Exception]) -> Any:
         with pytest.raises(error):
             async with body.opened_form(request(pieces, FORM), max_pictures=1, max_parts=4):
-                raise AssertionError("there is no whole form")
+                raise AssertionError("the form must not be complete")
 
     before = len(os.listdir("/proc/self/fd"))
-    gc.disable()  # nothing may depend on it
+    gc.disable()  # closing must not depend on it
     try:
         asyncio.run(abandon(stalling(big), RequestTimeout))
         asyncio.run(abandon(leaving(big), ClientDisconnect))

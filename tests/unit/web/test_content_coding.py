@@ -1,4 +1,4 @@
-"""Compressed bodies, made by gzip(1) and by zlib's other settings: read, and bounded in what comes out and in what goes in."""
+"""Compressed bodies, from gzip(1) and from unusual zlib settings: decompressed, with limits on input and output."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def bare_deflate(data: bytes) -> bytes:
 
 
 def many_blocks(data: bytes) -> bytes:
-    """A flush after every byte, so that there is a block for each."""
+    """Flush after every byte, so that each has a block of its own."""
     compressor = zlib.compressobj()
     pieces = [compressor.compress(data[i : i + 1]) + compressor.flush(zlib.Z_SYNC_FLUSH) for i in range(len(data))]
     return b"".join(pieces) + compressor.flush()
@@ -57,7 +57,7 @@ COMPRESSED: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
 
 
 def request(pieces: Iterable[bytes], coding: str, then: AsyncIterator[bytes] | None = None) -> Request:
-    """As the front door passes it on: the body comes as `pieces` come, then as `then` comes."""
+    """A request as the front door passes it on: its body arrives as `pieces`, then as the messages of `then`."""
     waiting = list(pieces)
 
     async def receive() -> Message:
@@ -90,20 +90,20 @@ def read(pieces: Iterable[bytes], coding: str, max_bytes: int = MIB) -> bytes:
 
 @pytest.mark.parametrize("size", [1, 7, 2**20])
 @pytest.mark.parametrize("kind", COMPRESSED)
-def test_a_compressed_body_is_what_was_compressed(kind: str, size: int) -> None:
+def test_a_compressed_body_is_decompressed_exactly(kind: str, size: int) -> None:
     coding, compress = COMPRESSED[kind]
     assert read(in_pieces(compress(TEXT), size), coding) == TEXT
 
 
 @pytest.mark.parametrize("kind", COMPRESSED)
-def test_a_large_body_comes_whole(kind: str) -> None:
+def test_a_large_body_is_decompressed_completely(kind: str) -> None:
     coding, compress = COMPRESSED[kind]
     large = random.Random(1).randbytes(1000) * 150 if "many" not in kind else TEXT * 100
     assert read(in_pieces(compress(large), 2**16), coding) == large
 
 
-def test_runs_that_end_with_a_piece_lose_nothing() -> None:
-    """zlib may have taken all that was sent, and still hold some of what comes out."""
+def test_output_that_ends_at_a_piece_boundary_is_complete() -> None:
+    """zlib may have consumed all input and still hold output."""
     for more in range(-3, 4):
         data = b"x" * (content_coding._PIECE_BYTES * 2 + more)
         assert read([by_gzip(data)], "gzip") == data
@@ -126,43 +126,43 @@ def test_runs_that_end_with_a_piece_lose_nothing() -> None:
         (["identity, gzip"], ["gzip"]),
     ],
 )
-def test_the_header_names_the_codings_in_their_order(header: list[str], codings: list[str]) -> None:
+def test_the_codings_are_read_in_the_order_of_the_header(header: list[str], codings: list[str]) -> None:
     assert codings_of(Headers(raw=[(b"content-encoding", one.encode()) for one in header])) == codings
 
 
 @pytest.mark.parametrize(
-    ("coding", "sent", "told"),
+    ("coding", "sent", "words"),
     [
-        ("gzip", TEXT, "Content-Encoding says gzip, and the body is not that"),
-        ("gzip", zlib.compress(TEXT), "Content-Encoding says gzip, and the body is not that"),
-        ("deflate", gzip.compress(TEXT, mtime=0), "Content-Encoding says deflate, and the body is not that"),
-        ("gzip", gzip.compress(TEXT, mtime=0)[:-1], "the body is cut short"),
-        ("gzip", gzip.compress(TEXT, mtime=0)[:20], "the body is cut short"),
-        ("gzip", b"\x1f", "the body is cut short"),
-        ("gzip", b"", "the body is cut short"),
-        ("deflate", zlib.compress(TEXT)[:-1], "the body is cut short"),
-        ("gzip", gzip.compress(TEXT, mtime=0) + b"GET / HTTP/1.1\r\n", "Content-Encoding says gzip, and the body is not that"),
-        ("gzip", gzip.compress(TEXT, mtime=0) + b"x", "the body is cut short"),
-        ("deflate", zlib.compress(TEXT) + b"GET / HTTP/1.1\r\n", "bytes behind the deflate data"),
+        ("gzip", TEXT, "Content-Encoding is gzip, but the body is not valid gzip data"),
+        ("gzip", zlib.compress(TEXT), "Content-Encoding is gzip, but the body is not valid gzip data"),
+        ("deflate", gzip.compress(TEXT, mtime=0), "Content-Encoding is deflate, but the body is not valid deflate data"),
+        ("gzip", gzip.compress(TEXT, mtime=0)[:-1], "the body is truncated"),
+        ("gzip", gzip.compress(TEXT, mtime=0)[:20], "the body is truncated"),
+        ("gzip", b"\x1f", "the body is truncated"),
+        ("gzip", b"", "the body is truncated"),
+        ("deflate", zlib.compress(TEXT)[:-1], "the body is truncated"),
+        ("gzip", gzip.compress(TEXT, mtime=0) + b"GET / HTTP/1.1\r\n", "Content-Encoding is gzip, but the body is not valid gzip data"),
+        ("gzip", gzip.compress(TEXT, mtime=0) + b"x", "the body is truncated"),
+        ("deflate", zlib.compress(TEXT) + b"GET / HTTP/1.1\r\n", "bytes after the deflate data"),
         ("gzip", gzip.compress(TEXT, mtime=0)[:-8] + b"12345678", "incorrect data check"),
     ],
 )
 @pytest.mark.parametrize("size", [1, 2**20])
-def test_what_is_not_of_its_coding_is_refused_by_name(coding: str, sent: bytes, told: str, size: int) -> None:
-    with pytest.raises(InvalidRequest, match=told):
+def test_a_body_that_does_not_match_its_coding_is_refused(coding: str, sent: bytes, words: str, size: int) -> None:
+    with pytest.raises(InvalidRequest, match=words):
         read(in_pieces(sent, size) or [b""], coding)
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, zlib.compress, bare_deflate])
-def test_a_bomb_is_refused_before_it_is_in_memory(compress: Callable[[bytes], bytes]) -> None:
+def test_a_decompression_bomb_is_refused_before_it_fills_memory(compress: Callable[[bytes], bytes]) -> None:
     bomb = compress(bytes(64 * MIB))
     coding = "gzip" if compress is gzip.compress else "deflate"
     tracemalloc.start()
     began = time.monotonic()
     try:
-        with pytest.raises(TooLarge, match="more than 1048576 bytes"):
+        with pytest.raises(TooLarge, match="the body must have at most 1048576 bytes"):
             read([bomb], coding)
-        with pytest.raises(TooLarge, match="grows more than 100-fold"):
+        with pytest.raises(TooLarge, match="100 times the compressed size"):
             read([bomb], coding, max_bytes=1000 * MIB)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
@@ -171,7 +171,7 @@ def test_a_bomb_is_refused_before_it_is_in_memory(compress: Callable[[bytes], by
     assert peak < 10 * MIB
 
 
-def test_a_bomb_in_a_bomb_is_opened_once() -> None:
+def test_nested_compression_is_decompressed_once() -> None:
     inner = gzip.compress(bytes(MIB))
     assert read([gzip.compress(inner, mtime=0)], "gzip") == inner
 
@@ -179,18 +179,18 @@ def test_a_bomb_in_a_bomb_is_opened_once() -> None:
 @pytest.mark.parametrize(
     "endless",
     [
-        b"\x1f\x8b\x08\x08" + bytes(6) + b"n" * MIB,  # a file name without an end
-        b"\x1f\x8b\x08\x00" + bytes(6) + b"\x00\x00\x00\xff\xff" * (MIB // 5),  # stored blocks of nothing
+        b"\x1f\x8b\x08\x08" + bytes(6) + b"n" * MIB,  # an endless file name
+        b"\x1f\x8b\x08\x00" + bytes(6) + b"\x00\x00\x00\xff\xff" * (MIB // 5),  # empty stored blocks
         gzip.compress(b"", mtime=0) * (MIB // 20),
     ],
     ids=["name", "blocks", "files"],
 )
-def test_a_body_of_which_nothing_comes_out_is_refused_early(endless: bytes) -> None:
-    with pytest.raises(InvalidRequest, match="holds next to nothing"):
+def test_input_without_output_is_refused_early(endless: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="larger than its content"):
         read(in_pieces(endless, 2**16), "gzip")
 
 
-def test_others_have_their_turn_while_a_body_is_decompressed() -> None:
+def test_other_requests_run_while_a_body_is_decompressed() -> None:
     turns = 0
 
     async def beside() -> None:
@@ -211,7 +211,7 @@ def test_others_have_their_turn_while_a_body_is_decompressed() -> None:
     assert turns >= 20
 
 
-def test_what_comes_out_counts_towards_the_budget_of_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decompressed_bytes_count_towards_the_upload_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upload_budget, "MAX_BYTES_OF_CALLER", MIB)
     uploads = Uploads()
     compressed = by_gzip(bytes(MIB // 2))
@@ -222,14 +222,17 @@ def test_what_comes_out_counts_towards_the_budget_of_uploads(monkeypatch: pytest
             await body.json_content(first, MIB)
             assert uploads.held_bytes == MIB // 2 - UNCOUNTED_BYTES
             too_much = by_gzip(bytes(MIB))
-            with body.within_upload_budget(request([too_much], "gzip"), uploads) as second, pytest.raises(QueueFull, match="of yours"):
+            with (
+                body.within_upload_budget(request([too_much], "gzip"), uploads) as second,
+                pytest.raises(QueueFull, match="of this caller"),
+            ):
                 await body.json_content(second, 2 * MIB)
 
     asyncio.run(beside_itself())
     assert uploads.held_bytes == 0
 
 
-def test_a_compressed_body_that_trickles_without_anything_coming_out_is_refused_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trickling_compressed_body_without_output_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "UPLOAD_PAUSE_S", 0.5)
 
     async def trickling() -> AsyncIterator[bytes]:
@@ -243,7 +246,7 @@ def test_a_compressed_body_that_trickles_without_anything_coming_out_is_refused_
     assert time.monotonic() - began < 3
 
 
-def test_a_client_that_leaves_is_noticed_behind_its_body() -> None:
+def test_a_disconnect_after_the_body_is_passed_on() -> None:
     async def after_the_body() -> str:
         there = request([by_gzip(TEXT)], "gzip")
         assert await there.body() == TEXT

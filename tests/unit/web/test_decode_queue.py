@@ -1,4 +1,4 @@
-"""Pictures are decoded few at a time, callers in turn; what waits is bounded, and who has left takes no turn."""
+"""Few uploads are decoded at a time, callers take turns, the queue is limited, and a cancelled caller takes no turn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stable_diffusion.web.decode_queue import Decoding
 
 
 class Decoder:
-    """Work that is done when `go_on` is called, and the order in which it was begun."""
+    """Work that ends when `go_on` is called, and the order in which it began."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []
@@ -46,7 +46,7 @@ async def until_all_have_begun_or_wait() -> None:
 
 
 async def assert_both_places_are_free(queue: Decoding) -> None:
-    """Of three, two are begun at once, and the third when one of them is done."""
+    """Of three, two begin at once, and the third begins when one of them has ended."""
     decoder = Decoder()
     asked = [asyncio.ensure_future(queue.run("next", decoder.of(f"next {number}"))) for number in range(3)]
     await until_all_have_begun_or_wait()
@@ -55,14 +55,14 @@ async def assert_both_places_are_free(queue: Decoding) -> None:
     assert await asyncio.gather(*asked) == ["next 0", "next 1", "next 2"]
 
 
-def test_two_are_decoded_at_a_time_and_callers_take_turns() -> None:
+def test_two_uploads_are_decoded_at_a_time_and_callers_take_turns() -> None:
     async def decode() -> list[str]:
         queue, decoder = Decoding(), Decoder()
         asked = [asyncio.ensure_future(queue.run("many", decoder.of(f"many {number}"))) for number in range(6)]
         await until_all_have_begun_or_wait()
         asked += [asyncio.ensure_future(queue.run("one", decoder.of("one")))]
         await until_all_have_begun_or_wait()
-        for finished in range(1, 8):  # one at a time, so that the order of the turns is not that of the threads
+        for finished in range(1, 8):  # one at a time, so that thread scheduling cannot change the order
             decoder.go_on(1)
             while len(decoder.begun) < min(7, finished + 2):
                 await asyncio.sleep(0.001)
@@ -74,10 +74,10 @@ def test_two_are_decoded_at_a_time_and_callers_take_turns() -> None:
     assert begun.index("one") <= 4, "after one of the others' at each of the two places"
 
 
-def test_who_leaves_while_waiting_takes_no_turn_and_leaves_no_place_behind() -> None:
+def test_a_caller_cancelled_while_waiting_takes_no_turn() -> None:
     async def decode() -> list[str]:
         queue, decoder = Decoding(), Decoder()
-        drawn = [asyncio.ensure_future(queue.run("a", decoder.of("first"))) for _ in range(2)]
+        running = [asyncio.ensure_future(queue.run("a", decoder.of("first"))) for _ in range(2)]
         left = [asyncio.ensure_future(queue.run("a", decoder.of("left"))) for _ in range(3)]
         await until_all_have_begun_or_wait()
         for one in left:
@@ -85,21 +85,21 @@ def test_who_leaves_while_waiting_takes_no_turn_and_leaves_no_place_behind() -> 
         await asyncio.gather(*left, return_exceptions=True)
         last = [asyncio.ensure_future(queue.run("a", decoder.of("last"))) for _ in range(2)]
         decoder.go_on(4)
-        await asyncio.gather(*drawn, *last)
+        await asyncio.gather(*running, *last)
         await assert_both_places_are_free(queue)
         return decoder.begun
 
     assert asyncio.run(decode()) == ["first", "first", "last", "last"]
 
 
-def test_who_leaves_in_the_moment_of_the_turn_passes_it_on() -> None:
+def test_a_caller_cancelled_when_its_turn_comes_passes_it_on() -> None:
     async def decode() -> None:
         queue, decoder = Decoding(), Decoder()
         busy = [asyncio.ensure_future(queue.run("a", decoder.of("first"))) for _ in range(2)]
         await until_all_have_begun_or_wait()
         leaving, staying = (asyncio.ensure_future(queue.run("a", decoder.of(name))) for name in ("leaves", "stays"))
         await until_all_have_begun_or_wait()
-        queue._pass_on()  # as if one were done: the turn is given, and not yet taken
+        queue._pass_on()  # as if one had ended: the turn is given but not yet taken
         leaving.cancel()
         await until_all_have_begun_or_wait()
         assert decoder.begun == ["first", "first", "stays"]
@@ -109,7 +109,7 @@ def test_who_leaves_in_the_moment_of_the_turn_passes_it_on() -> None:
     asyncio.run(decode())
 
 
-def test_what_was_begun_for_who_has_left_keeps_its_place_until_it_is_done(caplog: pytest.LogCaptureFixture) -> None:
+def test_running_work_of_a_cancelled_caller_occupies_its_place_until_it_ends(caplog: pytest.LogCaptureFixture) -> None:
     async def decode() -> None:
         queue, decoder = Decoding(), Decoder()
 
@@ -134,7 +134,7 @@ def test_what_was_begun_for_who_has_left_keeps_its_place_until_it_is_done(caplog
     assert caplog.text == ""
 
 
-def test_too_many_are_refused_of_one_caller_and_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_queue_is_limited_per_caller_and_in_total(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_queue, "MAX_WAITING", 4)
     monkeypatch.setattr(decode_queue, "MAX_WAITING_OF_CALLER", 3)
 
@@ -142,12 +142,12 @@ def test_too_many_are_refused_of_one_caller_and_of_all(monkeypatch: pytest.Monke
         queue, decoder = Decoding(), Decoder()
         asked = [asyncio.ensure_future(queue.run("a", decoder.of("a"))) for _ in range(5)]
         await until_all_have_begun_or_wait()
-        with pytest.raises(QueueFull, match="^3 pictures of yours wait for being decoded already, try again in 5 s") as refused:
+        with pytest.raises(QueueFull, match="^3 images of this caller are already waiting to be decoded, try again in 5 s") as refused:
             await queue.run("a", decoder.of("refused"))
         assert refused.value.retry_after_s == 5
         asked.append(asyncio.ensure_future(queue.run("b", decoder.of("b"))))
         await until_all_have_begun_or_wait()
-        with pytest.raises(QueueFull, match="^4 pictures wait"):
+        with pytest.raises(QueueFull, match="^4 images are already waiting"):
             await queue.run("b", decoder.of("refused"))
         decoder.go_on(6)
         assert await asyncio.gather(*asked) == ["a"] * 5 + ["b"]
@@ -156,7 +156,7 @@ def test_too_many_are_refused_of_one_caller_and_of_all(monkeypatch: pytest.Monke
     asyncio.run(decode())
 
 
-def test_an_error_leaves_no_place_behind() -> None:
+def test_an_error_frees_its_place() -> None:
     async def decode() -> None:
         queue = Decoding()
         for _ in range(5):

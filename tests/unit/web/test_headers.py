@@ -1,4 +1,4 @@
-"""Which type of picture an Accept header asks for (RFC 9110, 12.5.1)."""
+"""The image type that an Accept header selects (RFC 9110, 12.5.1)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def request(*accept: str) -> Request:
 @pytest.mark.parametrize(
     ("accept", "image_format"),
     [
-        # The most specific range that names a type counts.
+        # The most specific range that matches a type counts.
         ("image/jpeg;q=0, */*", "png"),
         ("*/*, image/jpeg;q=0", "png"),
         ("image/jpeg;q=0, image/*", "png"),
@@ -34,7 +34,7 @@ def request(*accept: str) -> Request:
         ("image/jpeg;q=0.5, image/*;q=0.1, */*;q=0.8", "jpeg"),
         ("image/jpeg;q=0.000, */*", "png"),
         ("IMAGE/JPEG;Q=0, */*", "png"),
-        # Among those the best liked, then the one whose range comes first, then jpeg.
+        # The highest quality wins, then the range that comes first, then JPEG.
         ("*/*", "jpeg"),
         ("image/*", "jpeg"),
         ("", "jpeg"),
@@ -45,26 +45,26 @@ def request(*accept: str) -> Request:
         ("image/jpeg;q=0.5, image/webp;q=0.9", "webp"),
         ("image/png;q=0.3, image/*;q=0.3", "png"),
         ("text/html", None),
-        # Not a quality: not acceptable.
+        # A malformed quality means not acceptable.
         ("image/png;q=much, image/webp;q=0.1", "webp"),
         ("image/png;q=nan, image/webp;q=inf", None),
         ("image/png;q=-1", None),
-        # What clients send.
+        # Headers of real clients.
         (FIREFOX, "webp"),
         (CHROMIUM, "webp"),
         (JAVA, "jpeg"),
         ("text/html,application/xhtml+xml,*/*;q=0.8", "jpeg"),
     ],
 )
-def test_the_type_is_the_best_liked_by_its_most_specific_range(accept: str, image_format: str | None) -> None:
+def test_the_type_has_the_highest_quality_by_its_most_specific_range(accept: str, image_format: str | None) -> None:
     assert accepted_types(request(accept)).image_format == image_format
 
 
-def test_without_the_header_it_is_jpeg() -> None:
+def test_the_default_is_jpeg() -> None:
     assert accepted_types(request()).image_format == "jpeg"
 
 
-def test_several_headers_are_one() -> None:
+def test_repeated_headers_are_combined() -> None:
     assert accepted_types(request("*/*", "image/jpeg;q=0")).image_format == "png"
 
 
@@ -78,5 +78,5 @@ def test_several_headers_are_one() -> None:
         ("*/*", False),
     ],
 )
-def test_events_are_sent_to_those_who_name_them(accept: str, events: bool) -> None:
+def test_events_are_sent_only_to_clients_that_name_them(accept: str, events: bool) -> None:
     assert accepted_types(request(accept)).events is events

@@ -1,4 +1,4 @@
-"""Forms as other programs write them: text before the first delimiter, files without a filename, mail libraries' line ends."""
+"""Forms as other programs write them: with a preamble, with files that have no filename, with a mail library's line ends."""
 
 from __future__ import annotations
 
@@ -72,25 +72,25 @@ SIZES = pytest.mark.parametrize("piece_bytes", [1, 3, 10, 2**16])
     ],
     ids=cut,
 )
-def test_what_stands_before_the_first_delimiter_is_ignored(preamble: bytes, piece_bytes: int) -> None:
+def test_a_preamble_is_ignored(preamble: bytes, piece_bytes: int) -> None:
     assert read(preamble + FORM, piece_bytes) == {"data": '{"prompt": "a"}', "img": PICTURE}
 
 
 @SIZES
-def test_what_stands_behind_the_last_delimiter_is_ignored(piece_bytes: int) -> None:
+def test_an_epilogue_is_ignored(piece_bytes: int) -> None:
     assert read(FORM + b"That was all.\r\n" + DATA, piece_bytes) == {"data": '{"prompt": "a"}', "img": PICTURE}
 
 
 @SIZES
 @pytest.mark.parametrize("garbage", [b"garbage", b'{"prompt": "a"}', b"\r\n\r\nfoo", b"a--X\r\n" + FORM[5:20], b"--Y\r\nfoo"], ids=cut)
 def test_a_body_without_a_delimiter_is_refused(garbage: bytes, piece_bytes: int) -> None:
-    with pytest.raises(InvalidRequest, match="^body: not a readable multipart form: there is no delimiter of the boundary"):
+    with pytest.raises(InvalidRequest, match="^body: not a valid multipart form: the boundary that Content-Type names does not occur"):
         read(garbage, piece_bytes)
 
 
 @SIZES
-def test_a_part_is_not_lost_behind_a_delimiter_with_spaces(piece_bytes: int) -> None:
-    with pytest.raises(InvalidRequest, match="^body: not a readable multipart form"):
+def test_a_delimiter_with_trailing_spaces_is_an_error(piece_bytes: int) -> None:
+    with pytest.raises(InvalidRequest, match="^body: not a valid multipart form"):
         read(FORM.replace(b"--X\r\n", b"--X \r\n", 1), piece_bytes)
 
 
@@ -110,17 +110,17 @@ def test_a_part_is_not_lost_behind_a_delimiter_with_spaces(piece_bytes: int) -> 
     ],
     ids=cut,
 )
-def test_a_part_of_a_pictures_type_is_a_file_whether_it_has_a_filename_or_not(headers: str, piece_bytes: int) -> None:
+def test_a_part_with_an_image_type_is_a_file_even_without_a_filename(headers: str, piece_bytes: int) -> None:
     assert read(part(headers, PICTURE) + DATA + END, piece_bytes) == {"img": PICTURE, "data": '{"prompt": "a"}'}
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "text/plain; charset=utf-8", "application/json", "application/octet", ""])
-def test_a_part_of_another_type_is_a_text(content_type: str) -> None:
+def test_a_part_with_another_type_is_text(content_type: str) -> None:
     headers = f'name="data"\r\nContent-Type: {content_type}' if content_type else 'name="data"'
     assert read(part(headers, b'{"prompt": "a"}') + END) == {"data": '{"prompt": "a"}'}
 
 
-def test_a_part_without_a_name_is_refused_also_if_it_is_a_picture() -> None:
+def test_a_part_without_a_name_is_refused_even_if_it_is_an_image() -> None:
     for headers in ("x=y\r\nContent-Type: image/png", "x=y"):
         with pytest.raises(InvalidRequest, match='"name" must be provided'):
             read(part(headers, PICTURE) + END)
@@ -128,26 +128,26 @@ def test_a_part_without_a_name_is_refused_also_if_it_is_a_picture() -> None:
         read(b"--X\r\nContent-Type: image/png\r\n\r\n" + PICTURE + b"\r\n" + END)
 
 
-def test_pictures_without_filenames_count_as_files() -> None:
+def test_images_without_filenames_count_towards_the_file_limit() -> None:
     many = part('name="img"\r\nContent-Type: image/png', PICTURE) * 9
     with pytest.raises(InvalidRequest, match="Too many files"):
         read(many + END)
 
 
 @SIZES
-def test_a_form_of_pythons_mail_library_is_read(piece_bytes: int) -> None:
-    """It writes a preamble, and no filename unless it is told to."""
+def test_a_form_from_pythons_mail_library_is_read(piece_bytes: int) -> None:
+    """The library writes a preamble, and by default no filename."""
     form = MIMEMultipart("form-data", boundary="a=b?c", policy=policy.HTTP)
     form.preamble = "This is a multi-part message in MIME format."
     form.epilogue = "the end"
-    content_of_picture = b"\x89PNG\x00\xff--"  # without line ends, which the library changes
-    picture = MIMEImage(b"", "png", _encoder=lambda message: None, policy=policy.HTTP)
-    picture.set_payload(content_of_picture.decode("ascii", "surrogateescape"))
-    for name, one in (("data", MIMEText('{"prompt": "a"}', policy=policy.HTTP)), ("img", picture)):
+    image_content = b"\x89PNG\x00\xff--"  # without line ends, which the library changes
+    image = MIMEImage(b"", "png", _encoder=lambda message: None, policy=policy.HTTP)
+    image.set_payload(image_content.decode("ascii", "surrogateescape"))
+    for name, one in (("data", MIMEText('{"prompt": "a"}', policy=policy.HTTP)), ("img", image)):
         one.add_header("Content-Disposition", "form-data", name=name)
         form.attach(one)
     content = form.as_bytes()
     headers, _, content = content.partition(b"\r\n\r\n")
     assert content.startswith(b"This is a multi-part message")
     whole = read(content, piece_bytes, 'multipart/form-data; boundary="a=b?c"')
-    assert whole == {"data": '{"prompt": "a"}', "img": content_of_picture}
+    assert whole == {"data": '{"prompt": "a"}', "img": image_content}

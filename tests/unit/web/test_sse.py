@@ -1,4 +1,4 @@
-"""Server-sent events: their form, comments while nothing happens, and an end on both sides."""
+"""Server-sent events: their format, keep-alive comments, and closing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from stable_diffusion.web import sse
 
 
-def test_an_event_is_a_name_and_one_line_of_json() -> None:
+def test_an_event_has_a_name_and_one_line_of_json() -> None:
     written = sse.event("error", {"message": "two\nlines, \u732b and half a pair \ud800"}).decode()
     name, data, *end = written.split("\n")
     assert name == "event: error"
@@ -19,7 +19,7 @@ def test_an_event_is_a_name_and_one_line_of_json() -> None:
     assert end == ["", ""]
 
 
-def test_a_comment_is_sent_while_nothing_comes_and_no_event_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comments_keep_the_stream_alive_and_no_event_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.02)
 
     async def slow() -> AsyncGenerator[bytes, None]:
@@ -35,7 +35,7 @@ def test_a_comment_is_sent_while_nothing_comes_and_no_event_is_lost(monkeypatch:
     assert pieces.count(b": still here\n\n") >= 3
 
 
-def test_who_stops_reading_stops_the_source() -> None:
+def test_closing_the_stream_closes_its_source() -> None:
     ended: list[str] = []
 
     async def endless() -> AsyncGenerator[bytes, None]:

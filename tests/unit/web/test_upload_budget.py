@@ -1,4 +1,4 @@
-"""What is uploaded is bounded while it is in memory, and is not in memory while its picture is drawn, whichever door it came through."""
+"""In every API, uploads have a memory budget, and no upload stays in memory while its image is generated."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def make_context() -> Context:
 
 
 def noise() -> bytes:
-    """A PNG of 3 MiB that says how it was drawn."""
+    """A PNG of 3 MiB with the parameters that it was generated with."""
     pixels = random.Random(1).randbytes(1024 * 1024 * 3)
-    drawn = GeneratedImage(Image.new("RGB", (64, 64)), None, "", "", device="cpu", dtype="float32")
+    image = GeneratedImage(Image.new("RGB", (64, 64)), None, "", "", device="cpu", dtype="float32")
     info = PngInfo()
-    info.add_text("parameters", infotext.write(make_task(), drawn, MODEL))
+    info.add_text("parameters", infotext.write(make_task(), image, MODEL))
     file = io.BytesIO()
     Image.frombytes("RGB", (1024, 1024), pixels).save(file, "png", pnginfo=info)
     return file.getvalue()
@@ -72,16 +72,16 @@ DOORS: dict[str, dict[str, Any]] = {
 }
 
 
-class Door:
-    """All doors before a context that draws nothing, asked without a server."""
+class Apis:
+    """All APIs with a context that generates nothing, called without a server."""
 
     def __init__(self) -> None:
         self.context = make_context()
         apis = (native, reproduce, openai, a1111)
         self._app = Starlette(routes=[route for api in apis for route in api.make_routes(self.context)])
 
-    async def ask(self, path: str, body: bytes, headers: dict[str, str], *, ends: bool = True) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers and body of the answer. The body comes in pieces, as uvicorn hands them over, and may never end."""
+    async def send(self, path: str, body: bytes, headers: dict[str, str], *, ends: bool = True) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of the response. The request body arrives in pieces, as from uvicorn, and may never end."""
         pieces = self._pieces(body, ends)
         sent: list[Message] = []
 
@@ -98,8 +98,8 @@ class Door:
         scope: Scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": encoded, "client": ("192.0.2.1", 1)}
         scope[RequestContext.KEY] = RequestContext(new_job_id())
         await self._app(scope, receive, send)
-        answered = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
-        return sent[0]["status"], answered, b"".join(message.get("body", b"") for message in sent)
+        headers_received = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+        return sent[0]["status"], headers_received, b"".join(message.get("body", b"") for message in sent)
 
     async def _pieces(self, body: bytes, ends: bool) -> AsyncIterator[Message]:
         for begin in range(0, len(body), PIECE_BYTES):
@@ -110,35 +110,35 @@ class Door:
 
 
 @pytest.mark.parametrize("path", DOORS)
-def test_nothing_keeps_an_upload_while_its_picture_is_drawn(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    door, kept = Door(), []
+def test_an_upload_is_released_before_its_image_is_generated(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    apis, kept = Apis(), []
 
-    async def draw(*_: object) -> NoReturn:
-        await asyncio.sleep(0.1)  # the thread that decoded lets go a moment later
+    async def generate(*_: object) -> NoReturn:
+        await asyncio.sleep(0.1)  # the decoding thread releases the upload a moment later
         kept.append(tracemalloc.get_traced_memory()[0])
-        assert door.context.uploads.held_bytes == 0
+        assert apis.context.uploads.held_bytes == 0
         raise GenerationFailed("that was all")
 
     for name in ("generate", "generate_all"):
-        monkeypatch.setattr(deliver, name, draw)
+        monkeypatch.setattr(deliver, name, generate)
     request = httpx.Request("POST", f"http://x{path}", **DOORS[path])
     body = request.read()
-    asyncio.run(door.ask(path, body, dict(request.headers)))  # what is loaded the first time stays
+    asyncio.run(apis.send(path, body, dict(request.headers)))  # warm up: what the first request loads stays in memory
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]
-        status, _, answer = asyncio.run(door.ask(path, body, dict(request.headers)))
+        status, _, response = asyncio.run(apis.send(path, body, dict(request.headers)))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert status == 500, answer
-    assert peak - before > len(NOISE), "it was there"
+    assert status == 500, response
+    assert peak - before > len(NOISE), "it was uploads"
     assert kept[1] - before < MIB
 
 
 @pytest.mark.usefixtures("small_bounds")
 @pytest.mark.parametrize(
-    ("path", "told"),
+    ("path", "words"),
     [
         ("/inpaint", b'"type":"queue_full"'),
         ("/reproduce", b'"type":"queue_full"'),
@@ -147,37 +147,37 @@ def test_nothing_keeps_an_upload_while_its_picture_is_drawn(path: str, monkeypat
     ],
 )
 @pytest.mark.parametrize("declared", [True, False], ids=["declared", "chunked"])
-def test_an_upload_without_room_is_refused_in_the_doors_form(path: str, told: bytes, declared: bool) -> None:
+def test_an_upload_over_the_budget_is_refused_in_the_apis_error_form(path: str, words: bytes, declared: bool) -> None:
     request = httpx.Request("POST", f"http://x{path}", **DOORS[path])
     headers = dict(request.headers)
     if not declared:
         del headers["content-length"]
 
     async def beside_others() -> tuple[int, dict[str, str], bytes]:
-        door = Door()
-        with door.context.uploads.of("somebody else", 0) as count:
+        apis = Apis()
+        with apis.context.uploads.of("somebody else", 0) as count:
             count(2 * MIB)
-            answer = await door.ask(path, request.read(), headers, ends=False)
-            assert 0 < door.context.uploads.held_bytes <= 2 * MIB, "what was refused is not held"
-            return answer
+            response = await apis.send(path, request.read(), headers, ends=False)
+            assert 0 < apis.context.uploads.held_bytes <= 2 * MIB, "a refused upload is not counted"
+            return response
 
-    status, answered, body = asyncio.run(beside_others())
-    assert (status, answered["retry-after"]) == (429, "5")
-    assert told in body
+    status, headers_received, body = asyncio.run(beside_others())
+    assert (status, headers_received["retry-after"]) == (429, "5")
+    assert words in body
 
 
 @pytest.mark.usefixtures("small_bounds")
-def test_a_request_without_pictures_is_read_whatever_others_upload(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def draw(*_: object) -> NoReturn:
+def test_a_request_without_images_is_read_even_if_the_budget_is_exhausted(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def generate(*_: object) -> NoReturn:
         raise GenerationFailed("that was all")
 
-    monkeypatch.setattr(deliver, "generate", draw)
+    monkeypatch.setattr(deliver, "generate", generate)
 
     async def beside_others() -> int:
-        door = Door()
-        with door.context.uploads.of("somebody", 0) as one, door.context.uploads.of("somebody else", 0) as another:
+        apis = Apis()
+        with apis.context.uploads.of("somebody", 0) as one, apis.context.uploads.of("somebody else", 0) as another:
             one(3 * MIB), another(MIB + 2 * UNCOUNTED_BYTES)
-            status, _, _ = await door.ask("/txt2img", WISHES.encode(), {"content-type": "application/json"})
+            status, _, _ = await apis.send("/txt2img", WISHES.encode(), {"content-type": "application/json"})
             return status
 
     assert asyncio.run(beside_others()) == 500
@@ -185,23 +185,23 @@ def test_a_request_without_pictures_is_read_whatever_others_upload(monkeypatch: 
 
 @pytest.mark.usefixtures("small_bounds")
 def test_one_caller_leaves_room_for_others() -> None:
-    there = Uploads()
-    with there.of("alice", 0) as count:
+    uploads = Uploads()
+    with uploads.of("alice", 0) as count:
         count(2 * MIB)
-        with there.of("alice", 2 * MIB) as more, pytest.raises(QueueFull, match="uploads of yours"):
+        with uploads.of("alice", 2 * MIB) as more, pytest.raises(QueueFull, match="uploads of this caller"):
             more(1)
-        with there.of("bob", 2 * MIB) as other:
+        with uploads.of("bob", 2 * MIB) as other:
             other(2 * MIB)
-            with there.of("carol", 0) as third, pytest.raises(QueueFull, match="of all callers"):
+            with uploads.of("carol", 0) as third, pytest.raises(QueueFull, match="of all callers"):
                 third(MIB)
-    assert there.held_bytes == 0
+    assert uploads.held_bytes == 0
 
 
-def test_the_largest_body_of_all_has_room_for_two_of_a_caller() -> None:
+def test_a_caller_may_upload_two_of_the_largest_bodies() -> None:
     assert 2 * a1111_routes._MAX_PICTURES_BYTES <= upload_budget.MAX_BYTES_OF_CALLER
 
 
-def test_a_body_that_is_larger_than_any_is_too_large_rather_than_refused_for_now() -> None:
-    door = Door()
+def test_a_body_over_the_size_limit_gets_413_rather_than_429() -> None:
+    apis = Apis()
     headers = {"content-type": "application/json", "content-length": str(2**30)}
-    assert asyncio.run(door.ask("/sdapi/v1/img2img", b"{", headers))[0] == 413
+    assert asyncio.run(apis.send("/sdapi/v1/img2img", b"{", headers))[0] == 413

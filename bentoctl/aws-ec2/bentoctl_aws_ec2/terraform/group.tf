@@ -3,8 +3,8 @@
 resource "aws_lb" "balancer" {
   # checkov:skip=CKV_AWS_91:Access logs need a bucket; the servers log every request.
   # checkov:skip=CKV_AWS_150:`bentoctl destroy` must be able to remove it.
-  # checkov:skip=CKV2_AWS_20:Port 80 is closed where there is a certificate; without one there is nowhere to redirect to.
-  # checkov:skip=CKV2_AWS_28:A firewall of AWS's costs more than this load balancer; allowed_cidrs says who gets in.
+  # checkov:skip=CKV2_AWS_20:With a certificate port 80 is closed; without one there is no HTTPS to redirect to.
+  # checkov:skip=CKV2_AWS_28:AWS WAF costs more than this load balancer; allowed_cidrs limits access.
   count = local.single ? 0 : 1
 
   name                       = var.deployment_name
@@ -16,10 +16,10 @@ resource "aws_lb" "balancer" {
 }
 
 resource "aws_lb_target_group" "machine" {
-  # checkov:skip=CKV_AWS_378:Between the load balancer and its machines, in one VPC, whose security group admits nobody else.
+  # checkov:skip=CKV_AWS_378:Traffic between the load balancer and its machines stays in one VPC, and their security group admits nothing else.
   count = local.single ? 0 : 1
 
-  # At most 6 characters; a name of its own lets a new one be made before the old one goes.
+  # At most 6 characters. A generated name lets Terraform create the new one before it destroys the old one.
   name_prefix                   = substr(var.deployment_name, 0, 6)
   port                          = local.port
   protocol                      = "HTTP"
@@ -33,10 +33,10 @@ resource "aws_lb_target_group" "machine" {
     interval            = 15
     timeout             = 10
     healthy_threshold   = 2
-    unhealthy_threshold = 10 # long enough for a container that failed to be started again
+    unhealthy_threshold = 10 # long enough to restart a failed container
   }
 
-  # A server sets this cookie when it names a job that is going on: questions about the job have to come to the same machine.
+  # A server sets this cookie when a response names a running job: requests about the job must reach the same machine.
   stickiness {
     type            = "app_cookie"
     cookie_name     = "job_server"
@@ -88,9 +88,9 @@ resource "aws_autoscaling_group" "machine" {
   health_check_type         = "ELB"
   health_check_grace_period = 60
   default_instance_warmup   = 60
-  # Destroying does not wait for the longest request.
+  # `destroy` does not wait for the longest request.
   force_delete = true
-  # terraform_data.group_ready waits, and can say what went wrong.
+  # terraform_data.group_ready waits instead, and can report what went wrong.
   wait_for_capacity_timeout = "0"
 
   launch_template {
@@ -98,7 +98,7 @@ resource "aws_autoscaling_group" "machine" {
     version = aws_launch_template.machine.latest_version
   }
 
-  # A machine counts, and gets requests, once machine.sh has said that the server is ready.
+  # A machine joins the group and gets requests once machine.sh has reported that the server is ready.
   initial_lifecycle_hook {
     name                 = local.ready_hook
     lifecycle_transition = "autoscaling:EC2_INSTANCE_LAUNCHING"
@@ -106,8 +106,8 @@ resource "aws_autoscaling_group" "machine" {
     heartbeat_timeout    = local.ready_timeout_s + 300
   }
 
-  # A new version of the launch template starts it: new machines first, then the old ones drain and go. Without auto_rollback, which
-  # would return to a template that Terraform has changed already, and refuse the apply that corrects it.
+  # A new version of the launch template starts it: new machines start first, then the old ones drain and end. auto_rollback would
+  # return to a template that Terraform has changed already, and then block the apply that corrects it.
   instance_refresh {
     strategy = "Rolling"
 

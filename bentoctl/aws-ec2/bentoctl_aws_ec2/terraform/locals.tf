@@ -1,9 +1,9 @@
-# Everything that follows from the variables alone. No provider is needed to evaluate this file.
+# Values that depend only on the variables. Terraform can evaluate this file without a provider.
 
 locals {
   single = var.instances == null
 
-  # IAM is one for all regions, so the region is part of these names.
+  # IAM names are global, so they include the region.
   global_name = "${var.deployment_name}-${var.region}"
   log_group   = "/bentoctl/${var.deployment_name}"
 
@@ -19,14 +19,14 @@ locals {
   longest_request_s = 3600
   ready_timeout_s   = 1800
 
-  # What torch 2.13's CUDA 13 needs. An AMI from before that driver came out cannot have it.
+  # torch 2.13 with CUDA 13 needs this driver. An AMI older than its release cannot have it.
   minimum_driver_major = 580
   oldest_ami_date      = "2025-08-01T00:00:00Z"
 
   ready_hook       = "ready"
   metric_namespace = "StableDiffusion"
   metric_name      = "RequestsInProgress"
-  # More than one request at a machine means that one is waiting or two share its steps; from two on, another machine helps.
+  # With more than one request on a machine, requests wait or share its steps; from two on, another machine helps.
   requests_in_progress_per_machine = 2
 
   uses_secrets_manager = var.api_key_arn != null && strcontains(coalesce(var.api_key_arn, "-"), ":secretsmanager:")

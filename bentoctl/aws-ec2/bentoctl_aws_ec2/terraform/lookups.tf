@@ -1,10 +1,10 @@
-# What is there already: the image, the AMI, the network.
+# Looks up what exists already: the image, the AMI, the network.
 
 data "aws_caller_identity" "current" {}
 
 data "aws_partition" "current" {}
 
-# By digest, so that a tag that is pushed anew replaces the machine too.
+# By digest, so that pushing a tag again replaces the machine too.
 data "aws_ecr_image" "server" {
   repository_name = local.image_repository
   image_tag       = local.image_version
@@ -16,7 +16,7 @@ data "aws_ssm_parameter" "deep_learning_ami" {
 }
 
 data "aws_ami" "machine" {
-  # Public AMIs are deprecated after two years at most; which is too old is said below.
+  # AWS deprecates public AMIs after two years at most; the checks below refuse those that are too old.
   include_deprecated = true
 
   filter {
@@ -27,15 +27,15 @@ data "aws_ami" "machine" {
   lifecycle {
     postcondition {
       condition     = self.architecture == "x86_64"
-      error_message = "The AMI ${self.id} (${self.name}) is for ${self.architecture}; the image is built for x86_64."
+      error_message = "The AMI ${self.id} (${self.name}) is for ${self.architecture}, but the image is built for x86_64."
     }
     postcondition {
       condition     = !var.enable_gpus || timecmp(self.creation_date, local.oldest_ami_date) >= 0
-      error_message = "The AMI ${self.id} (${self.name}) was made on ${substr(self.creation_date, 0, 10)}; torch's CUDA 13 needs NVIDIA driver ${local.minimum_driver_major}, which came out later. Use a newer ami_id, or none."
+      error_message = "The AMI ${self.id} (${self.name}) was made on ${substr(self.creation_date, 0, 10)}; torch's CUDA 13 needs NVIDIA driver ${local.minimum_driver_major}, which was released later. Use a newer ami_id, or leave it out."
     }
     postcondition {
       condition     = alltrue([for device in self.block_device_mappings : try(tonumber(device.ebs.volume_size), 0) <= var.disk_size_gb if device.device_name == self.root_device_name])
-      error_message = "The AMI ${self.id} (${self.name}) needs a larger root disk than disk_size_gb = ${var.disk_size_gb}."
+      error_message = "The AMI ${self.id} (${self.name}) needs a root disk larger than disk_size_gb = ${var.disk_size_gb}."
     }
   }
 }

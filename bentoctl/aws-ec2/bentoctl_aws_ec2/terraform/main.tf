@@ -1,4 +1,4 @@
-# The machine, what it does at its start, and its log. `single.tf` or `group.tf` makes one or many of it.
+# The launch template of a machine, its user data and its log. `single.tf` or `group.tf` creates one machine or many from it.
 
 module "boot" {
   source = "./boot"
@@ -56,7 +56,7 @@ resource "aws_launch_template" "machine" {
     content {
       market_type = instance_market_options.value
 
-      # One machine waits for its capacity to come back; a group starts another by itself and takes one-time requests only.
+      # A single machine waits until capacity returns; a group starts another one and allows only one-time requests.
       dynamic "spot_options" {
         for_each = local.single ? ["persistent"] : []
         content {
@@ -67,14 +67,14 @@ resource "aws_launch_template" "machine" {
     }
   }
 
-  # Version 2 only, and not from inside the container, which is one hop further away.
+  # IMDSv2 only, and not from inside the container, which is one hop further away.
   metadata_options {
     http_endpoint               = "enabled"
     http_tokens                 = "required"
     http_put_response_hop_limit = 1
   }
 
-  # EC2 takes no subnet beside a template that describes the interface; Auto Scaling chooses the subnet itself.
+  # EC2 accepts no separate subnet if the template describes the interface; Auto Scaling chooses the subnet itself.
   network_interfaces {
     subnet_id                   = local.single ? local.subnet_ids[0] : null
     associate_public_ip_address = true
@@ -93,8 +93,8 @@ resource "aws_launch_template" "machine" {
 }
 
 resource "aws_cloudwatch_log_group" "machine" {
-  # checkov:skip=CKV_AWS_158:AWS's own key encrypts it; no prompt is logged, so a key of one's own would only add costs.
-  # checkov:skip=CKV_AWS_338:A month is enough for finding faults; nobody has to keep these logs for a year.
+  # checkov:skip=CKV_AWS_158:AWS's own key encrypts it; no prompt is logged, so a customer-managed key would only add costs.
+  # checkov:skip=CKV_AWS_338:A month is enough to find faults; nothing requires keeping these logs for a year.
   name              = local.log_group
   retention_in_days = 30
 }

@@ -1,4 +1,4 @@
-# Who may reach what.
+# Security groups: which traffic is allowed.
 
 resource "aws_security_group" "machine" {
   name_prefix = "${var.deployment_name}-machine-"
@@ -21,7 +21,7 @@ resource "aws_vpc_security_group_egress_rule" "machine_https" {
 
 resource "aws_vpc_security_group_egress_rule" "machine_updates" {
   security_group_id = aws_security_group.machine.id
-  description       = "Signed packages of the operating system, which its mirrors serve over HTTP"
+  description       = "Signed operating system packages, which mirrors serve over HTTP"
   ip_protocol       = "tcp"
   from_port         = 80
   to_port           = 80
@@ -32,7 +32,7 @@ resource "aws_vpc_security_group_ingress_rule" "machine" {
   for_each = toset(local.single ? var.allowed_cidrs : [])
 
   security_group_id = aws_security_group.machine.id
-  description       = "Picture server"
+  description       = "Image server"
   ip_protocol       = "tcp"
   from_port         = local.port
   to_port           = local.port
@@ -40,7 +40,7 @@ resource "aws_vpc_security_group_ingress_rule" "machine" {
 }
 
 resource "aws_vpc_security_group_ingress_rule" "machine_from_balancer" {
-  # checkov:skip=CKV_AWS_260:It admits the load balancer's security group, no addresses.
+  # checkov:skip=CKV_AWS_260:It admits only the load balancer's security group, no addresses.
   count = local.single ? 0 : 1
 
   security_group_id            = aws_security_group.machine.id
@@ -78,7 +78,7 @@ resource "aws_vpc_security_group_ingress_rule" "balancer" {
   for_each = toset(local.single ? [] : var.allowed_cidrs)
 
   security_group_id = aws_security_group.balancer[0].id
-  description       = "Picture server"
+  description       = "Image server"
   ip_protocol       = "tcp"
   from_port         = local.public_port
   to_port           = local.public_port

@@ -4,7 +4,7 @@ locals {
 }
 
 output "region" {
-  description = "Where the deployment is."
+  description = "Endpoint of the deployment."
   value       = var.region
 }
 
@@ -14,12 +14,12 @@ output "endpoint" {
 }
 
 output "swagger" {
-  description = "Page to try every endpoint in a browser."
+  description = "Page to try every endpoint in the browser."
   value       = "${local.url}/"
 }
 
 output "curl" {
-  description = "A first picture; KEY stands for an API key."
+  description = "Command that generates a first image; KEY stands for an API key."
   value       = "curl -X POST ${local.url}/txt2img${local.has_keys ? " -H 'X-API-Key: KEY'" : ""} -H 'Content-Type: application/json' -d '{\"prompt\":\"View of a cyberpunk city\"}' --output output.jpg"
 }
 
@@ -29,12 +29,12 @@ output "log_group" {
 }
 
 output "logs_command" {
-  description = "Follows the logs of all machines."
+  description = "Command that follows the logs of all machines."
   value       = "aws logs tail ${local.log_group} --follow --region ${var.region}"
 }
 
 output "session_command" {
-  description = "A shell on the machine, through SSM; with many machines, lists them first."
+  description = "Command that opens a shell on the machine through SSM; with several machines, it lists them first."
   value = local.single ? "aws ssm start-session --region ${var.region} --target ${aws_instance.machine[0].id}" : join("", [
     "aws autoscaling describe-auto-scaling-instances --region ${var.region} --query ",
     "\"AutoScalingInstances[?AutoScalingGroupName=='${var.deployment_name}'].InstanceId\" --output text",
@@ -43,7 +43,7 @@ output "session_command" {
 }
 
 output "tunnel_command" {
-  description = "The server of the machine on port 3000 of this computer, through SSM, for when allowed_cidrs is empty; null with many machines."
+  description = "Command that forwards port 3000 of this computer to the server through SSM, for an empty allowed_cidrs; null with several machines."
   value = local.single ? join(" ", [
     "aws ssm start-session --region ${var.region} --target ${aws_instance.machine[0].id}",
     "--document-name AWS-StartPortForwardingSession --parameters portNumber=${local.port},localPortNumber=3000",
@@ -51,12 +51,12 @@ output "tunnel_command" {
 }
 
 output "start_command" {
-  description = "Starts the machine again after it was stopped; the address stays. Null with many machines."
+  description = "Command that starts the stopped machine again, with the same address; null with several machines."
   value       = local.single ? "aws ec2 start-instances --region ${var.region} --instance-ids ${aws_instance.machine[0].id}" : null
 }
 
 output "stop_command" {
-  description = "Stops the machine, which then costs only its disk and its address. Null with many machines."
+  description = "Command that stops the machine, which then costs only its disk and its address; null with several machines."
   value       = local.single ? "aws ec2 stop-instances --region ${var.region} --instance-ids ${aws_instance.machine[0].id}" : null
 }
 

@@ -1,4 +1,4 @@
-# What the machine may do.
+# The machine's permissions.
 
 data "aws_iam_policy_document" "assume" {
   statement {
@@ -12,9 +12,9 @@ data "aws_iam_policy_document" "assume" {
 }
 
 data "aws_iam_policy_document" "machine" {
-  # checkov:skip=CKV_AWS_111:Sessions, logging in and metrics know no resources, see below.
-  # checkov:skip=CKV_AWS_356:Sessions, logging in and metrics know no resources, see below.
-  # GetAuthorizationToken, PutMetricData and sessions know no resources; a condition holds the metrics to one namespace.
+  # checkov:skip=CKV_AWS_111:Sessions, logins and metrics do not support resources, see below.
+  # checkov:skip=CKV_AWS_356:Sessions, logins and metrics do not support resources, see below.
+  # GetAuthorizationToken, PutMetricData and sessions do not support resources; a condition limits metrics to one namespace.
   statement {
     sid       = "LogInToRegistry"
     actions   = ["ecr:GetAuthorizationToken"]
@@ -33,8 +33,8 @@ data "aws_iam_policy_document" "machine" {
     resources = ["${aws_cloudwatch_log_group.machine.arn}:*"]
   }
 
-  # Sessions through SSM take the place of SSH: no key, no open port. AWS's own policy for it would let the machine read every parameter
-  # of the account as well.
+  # SSM sessions replace SSH: no key, no open port. AWS's own policy for them would also let the machine read every parameter of the
+  # account.
   statement {
     sid = "OpenSessions"
     actions = [

@@ -1,23 +1,23 @@
 # Without `instances`: one machine with a fixed address.
 
 resource "aws_instance" "machine" {
-  # checkov:skip=CKV2_AWS_41:The launch template gives the role.
+  # checkov:skip=CKV2_AWS_41:The launch template sets the role.
   count = local.single ? 1 : 0
 
   tags = { Name = var.deployment_name }
 
-  # A new version, that is a new image, AMI or setting, replaces the machine.
+  # A new version, from a new image, AMI or setting, replaces the machine.
   launch_template {
     id      = aws_launch_template.machine.id
     version = aws_launch_template.machine.latest_version
   }
 
-  # The new one is up, and the address is moved, before the old one goes.
+  # The new machine starts and takes over the address before the old one ends.
   lifecycle {
     create_before_destroy = true
   }
 
-  # Its rights and its way out must be there when it boots.
+  # Its permissions and its internet access must exist when it boots.
   depends_on = [
     aws_iam_role_policy.machine,
     aws_vpc_security_group_egress_rule.machine_https,

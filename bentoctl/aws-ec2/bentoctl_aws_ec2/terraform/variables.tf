@@ -1,7 +1,7 @@
 # Values come from bentoctl.tfvars, which `bentoctl generate` and `bentoctl build` write from deployment_config.yaml.
 
 variable "deployment_name" {
-  description = "Name of the deployment: prefix of everything that is made, and the name of its image repository."
+  description = "Name of the deployment: prefix of all resources, and name of its image repository."
   type        = string
 
   validation {
@@ -30,16 +30,16 @@ variable "image_tag" {
   }
   validation {
     condition     = var.image_tag == "" || can(regex("^[0-9]{12}\\.dkr\\.ecr\\.[a-z0-9-]+\\.amazonaws\\.com(\\.cn)?/[a-z0-9-]+:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$", var.image_tag))
-    error_message = "The image must be ACCOUNT.dkr.ecr.REGION.amazonaws.com/NAME:VERSION, without a port and without a nested name."
+    error_message = "The image must be ACCOUNT.dkr.ecr.REGION.amazonaws.com/NAME:VERSION, without a port or a nested name."
   }
   validation {
     condition     = var.image_tag == "" || strcontains(var.image_tag, ".ecr.${var.region}.")
-    error_message = "The image lies in another region than the deployment: run `bentoctl build` again."
+    error_message = "The image is in another region than the deployment: run `bentoctl build` again."
   }
 }
 
 variable "instance_type" {
-  description = "EC2 instance type with an x86_64 processor, and with NVIDIA GPUs where enable_gpus is true."
+  description = "EC2 instance type with an x86_64 processor, and with NVIDIA GPUs if enable_gpus is true."
   type        = string
 
   validation {
@@ -65,7 +65,7 @@ variable "ami_id" {
 }
 
 variable "disk_size_gb" {
-  description = "Size of the encrypted root disk in GiB: the AMI, the image unpacked, and what it is unpacked from."
+  description = "Size of the encrypted root disk in GiB, for the AMI and the image, packed and unpacked."
   type        = number
 
   validation {
@@ -75,7 +75,7 @@ variable "disk_size_gb" {
 }
 
 variable "spot" {
-  description = "Whether to use spot machines: cheaper, and AWS may stop them at two minutes' notice."
+  description = "Whether to use spot machines, which are cheaper but which AWS may stop at two minutes' notice."
   type        = bool
 }
 
@@ -89,12 +89,12 @@ variable "idle_stop_minutes" {
   }
   validation {
     condition     = var.idle_stop_minutes == 0 || (var.instances == null && !var.spot)
-    error_message = "idle_stop_minutes is for one machine that is not a spot machine."
+    error_message = "idle_stop_minutes works only for a single machine that is not a spot machine."
   }
 }
 
 variable "instances" {
-  description = "Fewest and most machines behind a load balancer; null: one machine with a fixed address and no load balancer."
+  description = "Minimum and maximum number of machines behind a load balancer; null: one machine with a fixed address and no load balancer."
   type        = object({ min = number, max = number })
   nullable    = true
 
@@ -105,7 +105,7 @@ variable "instances" {
 }
 
 variable "certificate_arn" {
-  description = "ACM certificate with which the load balancer speaks HTTPS; null: HTTP."
+  description = "ACM certificate of the load balancer's HTTPS; null: HTTP."
   type        = string
   nullable    = true
 
@@ -115,12 +115,12 @@ variable "certificate_arn" {
   }
   validation {
     condition     = var.certificate_arn == null || var.instances != null
-    error_message = "The load balancer holds the certificate, so it needs instances (min 1 and max 1 for one machine)."
+    error_message = "A certificate needs a load balancer, so set instances (min 1 and max 1 for one machine)."
   }
 }
 
 variable "allowed_cidrs" {
-  description = "Who may reach the server: IPv4 blocks; empty: nobody, other than through SSM."
+  description = "IPv4 blocks that may reach the server; empty: only SSM sessions can."
   type        = list(string)
 
   validation {
@@ -144,7 +144,7 @@ variable "subnet_ids" {
 }
 
 variable "api_key_arn" {
-  description = "Secrets Manager secret or SSM parameter that the machine reads at each start and gives the container as SD_API_KEYS; null: none."
+  description = "Secrets Manager secret or SSM parameter that the machine reads at each start and passes to the container as SD_API_KEYS; null: no keys."
   type        = string
   nullable    = true
 
@@ -160,6 +160,6 @@ variable "environment_variables" {
 
   validation {
     condition     = alltrue([for name, value in var.environment_variables : can(regex("^[A-Za-z_][A-Za-z0-9_]*$", name)) && !can(regex("[\\r\\n]", value))])
-    error_message = "Names must be letters, digits and _, values a single line."
+    error_message = "Names must consist of letters, digits and _; values must be a single line."
   }
 }

@@ -1,5 +1,5 @@
 terraform {
-  required_version = ">= 1.9" # validations that look at several variables
+  required_version = ">= 1.9" # for validations that use several variables
 
   required_providers {
     aws = {

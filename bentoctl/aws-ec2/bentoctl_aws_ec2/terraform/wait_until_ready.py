@@ -1,7 +1,7 @@
-"""Ends `terraform apply` when the new machines make pictures, or with the reason why they do not.
+"""Ends `terraform apply` when the new machines can generate images, or with the reason why they cannot.
 
-Follows what the machines say of their start in CloudWatch (stream INSTANCE/boot), so it works whoever may reach them.
-For a group it also asks the load balancer and the Auto Scaling group. Knows nothing of how the machines are made.
+Follows the machines' start in CloudWatch (stream INSTANCE/boot), so it needs no network access to them.
+For a group it also queries the load balancer and the Auto Scaling group. Does not know how the machines are created.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ try:
     import boto3
     from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 except ImportError:
-    sys.exit("wait_until_ready.py needs boto3: run terraform, or bentoctl, in the activated .venv of the project")
+    sys.exit("wait_until_ready.py needs boto3: run terraform or bentoctl in the project's activated .venv")
 
 POLL_S = 5.0
-# How long AWS may be out of reach, or refuse for being busy, before that is the end.
+# How long AWS may be unreachable, or refuse requests because it is busy, before the program gives up.
 PATIENCE_S = 120.0
 BUSY = {
     "Throttling",
@@ -32,23 +32,23 @@ BUSY = {
     "Unavailable",
 }
 CONTAINER_LINES = 10
-# Launches that fail with this will go on failing; AWS tries others (no capacity in a zone) again by itself.
-HOPELESS = ("vCPU limit", "Max spot instance count exceeded", "not authorized", "The image id")
+# Launches that fail with one of these will keep failing; AWS itself retries others (no capacity in a zone).
+PERMANENT_FAILURES = ("vCPU limit", "Max spot instance count exceeded", "not authorized", "The image id")
 
 
 class NotReady(Exception):
-    """Why the machines will not be ready; shown to the person who runs apply."""
+    """The reason why the machines will not become ready, for the person who runs apply."""
 
 
 @dataclass
 class Machine:
-    """What one machine has said so far."""
+    """The state of one machine, from its log so far."""
 
     instance_id: str
     next_token: str | None = None
     last_state: str = ""
     last_state_ms: int = 0
-    last_words: str = ""
+    last_line: str = ""
 
 
 @dataclass
@@ -59,17 +59,17 @@ class Watcher:
     machines: dict[str, Machine] = field(default_factory=dict)
 
     def follow(self, instance_id: str) -> Machine:
-        """Prints what a machine has said since the last call. Raises NotReady if it failed since this program began."""
+        """Prints the machine's log since the last call. Raises NotReady if the machine has failed since this program began."""
         machine = self.machines.setdefault(instance_id, Machine(instance_id))
         for event in self._new_events(machine):
-            words = event["message"]
-            print(f"{instance_id}: {words}", flush=True)
-            machine.last_words = words
-            if words.startswith(("READY", "FAILED")):
-                machine.last_state, machine.last_state_ms = words.partition(" ")[0].rstrip(":"), event["timestamp"]
-        # An older failure has been told by an earlier apply, and the machine has tried again since.
+            text = event["message"]
+            print(f"{instance_id}: {text}", flush=True)
+            machine.last_line = text
+            if text.startswith(("READY", "FAILED")):
+                machine.last_state, machine.last_state_ms = text.partition(" ")[0].rstrip(":"), event["timestamp"]
+        # An earlier apply has reported older failures, and the machine has retried since.
         if machine.last_state == "FAILED" and machine.last_state_ms >= self.began_ms:
-            raise NotReady(f"{instance_id}: {machine.last_words}\n{self.container_lines(instance_id)}")
+            raise NotReady(f"{instance_id}: {machine.last_line}\n{self.container_lines(instance_id)}")
         return machine
 
     def container_lines(self, instance_id: str) -> str:
@@ -86,11 +86,11 @@ class Watcher:
         if machine.next_token:
             page["nextToken"] = machine.next_token
         try:
-            answer = self.logs.get_log_events(**page)
+            response = self.logs.get_log_events(**page)
         except self.logs.exceptions.ResourceNotFoundException:
-            return []  # it has not said anything yet
-        machine.next_token = answer["nextForwardToken"]
-        return list(answer["events"])
+            return []  # it has not logged anything yet
+        machine.next_token = response["nextForwardToken"]
+        return list(response["events"])
 
 
 def one_machine_is_ready(watcher: Watcher, ec2: Any, instance_id: str) -> bool:
@@ -115,8 +115,8 @@ class Group:
 
 
 def group_is_ready(watcher: Watcher, autoscaling: Any, balancer: Any, group: Group) -> bool:
-    """True when enough machines with the new version have joined the group and answer the load balancer's health check."""
-    _refuse_hopeless_launches(watcher, autoscaling, group.name)
+    """True when enough machines with the new version have joined the group and pass the load balancer's health check."""
+    _fail_on_permanent_launch_failure(watcher, autoscaling, group.name)
     members = autoscaling.describe_auto_scaling_groups(AutoScalingGroupNames=[group.name])["AutoScalingGroups"][0]["Instances"]
     new = [member for member in members if member.get("LaunchTemplate", {}).get("Version") == group.template_version]
     for member in new:
@@ -127,19 +127,19 @@ def group_is_ready(watcher: Watcher, autoscaling: Any, balancer: Any, group: Gro
     healthy = {target["Target"]["Id"] for target in health if target["TargetHealth"]["State"] == "healthy"}
     if len(joined & healthy) >= group.machines:
         return True
-    _refuse_failed_replacement(watcher, autoscaling, group.name)
+    _fail_on_failed_replacement(watcher, autoscaling, group.name)
     return False
 
 
-def _refuse_hopeless_launches(watcher: Watcher, autoscaling: Any, group: str) -> None:
+def _fail_on_permanent_launch_failure(watcher: Watcher, autoscaling: Any, group: str) -> None:
     for activity in autoscaling.describe_scaling_activities(AutoScalingGroupName=group, MaxRecords=10)["Activities"]:
         message = activity.get("StatusMessage", "")
         recent = activity["StartTime"].timestamp() * 1000 >= watcher.began_ms - 60_000
-        if recent and activity["StatusCode"] == "Failed" and any(words in message for words in HOPELESS):
+        if recent and activity["StatusCode"] == "Failed" and any(text in message for text in PERMANENT_FAILURES):
             raise NotReady(f"a machine could not be started: {message}")
 
 
-def _refuse_failed_replacement(watcher: Watcher, autoscaling: Any, group: str) -> None:
+def _fail_on_failed_replacement(watcher: Watcher, autoscaling: Any, group: str) -> None:
     for refresh in autoscaling.describe_instance_refreshes(AutoScalingGroupName=group, MaxRecords=1)["InstanceRefreshes"]:
         recent = refresh["StartTime"].timestamp() * 1000 >= watcher.began_ms - 300_000
         if recent and refresh["Status"] in ("Failed", "Cancelled", "RollbackFailed", "RollbackSuccessful"):
@@ -158,38 +158,40 @@ def wait(arguments: argparse.Namespace) -> None:
             return one_machine_is_ready(watcher, ec2, arguments.instance)
         return group_is_ready(watcher, autoscaling, balancer, group)
 
-    began = answered = time.monotonic()
-    print("waiting until the server answers /readyz; its machine downloads the image first, which takes minutes", flush=True)
+    began = last_response = time.monotonic()
+    print("waiting until the server is ready; its machine downloads the image first, which takes minutes", flush=True)
     while time.monotonic() - began < arguments.timeout_s:
         try:
             if is_ready():
                 print(f"ready after {time.monotonic() - began:.0f} s", flush=True)
                 return
-            answered = time.monotonic()
+            last_response = time.monotonic()
         except (HTTPClientError, ClientError) as reason:
-            passing = isinstance(reason, HTTPClientError) or reason.response["Error"]["Code"] in BUSY
-            if not passing or time.monotonic() - answered > PATIENCE_S:
+            is_temporary = isinstance(reason, HTTPClientError) or reason.response["Error"]["Code"] in BUSY
+            if not is_temporary or time.monotonic() - last_response > PATIENCE_S:
                 raise
-            print(f"(AWS does not answer, trying again: {reason})", flush=True)
+            print(f"(AWS does not respond, trying again: {reason})", flush=True)
         time.sleep(POLL_S)
     raise NotReady(timed_out(watcher, arguments))
 
 
 def aws_clock_ms(session: boto3.Session) -> float:
-    """The time at AWS, which the machines have too; this computer's clock may be wrong."""
+    """The time at AWS, which the machines share; this computer's clock may be wrong."""
     headers = session.client("sts").get_caller_identity()["ResponseMetadata"]["HTTPHeaders"]
     return parsedate_to_datetime(headers["date"]).timestamp() * 1000
 
 
 def timed_out(watcher: Watcher, arguments: argparse.Namespace) -> str:
-    said = [f"  {machine.instance_id}: {machine.last_words or 'nothing'}" for machine in watcher.machines.values()]
+    last_lines = [f"  {machine.instance_id}: {machine.last_line or 'nothing'}" for machine in watcher.machines.values()]
     lines = [watcher.container_lines(instance_id) for instance_id in watcher.machines]
     hint = (
-        "A machine that says nothing does not reach CloudWatch: its subnet needs a way to the internet. "
-        "What it printed while booting: "
+        "A machine that logs nothing cannot reach CloudWatch: its subnet needs internet access. "
+        "To see its boot messages: "
         f"aws ec2 get-console-output --latest --region {arguments.region} --instance-id INSTANCE --output text"
     )
-    return "\n".join([f"not ready after {arguments.timeout_s:.0f} s. Last words:", *(said or ["  (there is no machine)"]), *lines, hint])
+    return "\n".join(
+        [f"not ready after {arguments.timeout_s:.0f} s. Last log lines:", *(last_lines or ["  (there is no machine)"]), *lines, hint]
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -210,7 +212,7 @@ def fail(reason: object, arguments: argparse.Namespace) -> NoReturn:
     print(f"\nThe server is not ready: {reason}", file=sys.stderr)
     if arguments.instance:
         print(
-            "This machine is kept for a look, tries again, and costs. Before the next apply, end it: "
+            "The machine keeps running, retrying and costing money, so that you can inspect it. Before the next apply, terminate it: "
             f"aws ec2 terminate-instances --region {arguments.region} --instance-ids {arguments.instance}",
             file=sys.stderr,
         )

@@ -94,7 +94,7 @@ def test_the_model_process_is_asked_once_however_many_ask_at_a_time_and_again_la
         assert await asyncio.gather(*(readiness.is_ready() for _ in range(50))) == [True] * 50
         assert await readiness.is_ready()
         assert asked == [5]
-        monkeypatch.setattr(readiness_module, "_ASKED_AGAIN_S", 0.0)
+        monkeypatch.setattr(readiness_module, "_ASK_INTERVAL_S", 0.0)
         assert not await readiness.is_ready()
         assert asked == [5, 5]
 

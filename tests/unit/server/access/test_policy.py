@@ -1,4 +1,4 @@
-"""What the operator may decide about who comes in, and with which of it a server starts where."""
+"""The operator's access policy, and at which addresses a server starts with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KEY = "correct-horse-battery-staple"
 KEYED = Access(read_keys({"SD_API_KEYS": f"alice:{KEY}"}))
 
 
-def test_nothing_is_set_nothing_is_open_and_nobody_is_limited() -> None:
+def test_without_settings_there_are_no_keys_and_no_limits() -> None:
     assert read_access({}) == Access()
 
 
@@ -35,37 +35,37 @@ def test_every_variable_is_read() -> None:
         ("SD_RATE_LIMIT", "9" * 5000, "SD_RATE_LIMIT: must be a whole number"),
     ],
 )
-def test_a_bad_value_is_refused_by_the_name_of_its_variable(name: str, value: str, words: str) -> None:
+def test_an_error_names_the_variable_and_the_allowed_values(name: str, value: str, words: str) -> None:
     with pytest.raises(SettingError) as refused:
         read_access({name: value})
     assert words in str(refused.value)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "::ffff:127.0.0.1"])
-def test_these_addresses_are_reached_from_this_machine_only(host: str) -> None:
+def test_loopback_addresses_are_recognised(host: str) -> None:
     assert is_loopback(host)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "::ffff:10.0.0.1", "localhost", ""])
-def test_these_addresses_are_not(host: str) -> None:
+def test_other_addresses_are_not_loopback(host: str) -> None:
     assert not is_loopback(host)
 
 
 @pytest.mark.parametrize("in_bento", [True, False])
-def test_at_a_loopback_address_a_server_without_keys_starts_quietly(in_bento: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_without_keys_starts_quietly_on_a_loopback_address(in_bento: bool, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
         check_exposure(Access(), "127.0.0.1", in_bento=in_bento)
     assert caplog.text == ""
 
 
-def test_elsewhere_a_source_checkout_without_keys_starts_with_a_loud_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_source_checkout_without_keys_starts_on_other_addresses_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     check_exposure(Access(), "0.0.0.0", in_bento=False)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage().startswith("NO API KEY IS SET, AND THE SERVER LISTENS ON 0.0.0.0: everybody who reaches")
+    assert record.getMessage().startswith("NO API KEY IS SET, AND THE SERVER LISTENS ON 0.0.0.0: everyone who reaches")
 
 
-def test_elsewhere_a_bento_without_keys_does_not_start_unless_it_is_told_to(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bento_without_keys_starts_on_other_addresses_only_on_request(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(SettingError) as refused:
         check_exposure(Access(), "0.0.0.0", in_bento=True)
     assert all(words in str(refused.value) for words in ("SD_API_KEYS", "python -m stable_diffusion.keys", "SD_WITHOUT_KEYS=1"))
@@ -74,10 +74,10 @@ def test_elsewhere_a_bento_without_keys_does_not_start_unless_it_is_told_to(capl
     assert "NO API KEY IS SET" in caplog.text
 
 
-def test_with_keys_a_server_starts_anywhere_and_the_log_has_their_names_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_with_keys_starts_on_any_address_and_logs_only_their_names(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         check_exposure(KEYED, "0.0.0.0", in_bento=True)
-    assert "There are keys of: alice" in caplog.text
+    assert "Keys: alice" in caplog.text
     assert KEY not in caplog.text
     assert KEYED.keys[0].digest.hex() not in caplog.text
 
@@ -93,5 +93,5 @@ def test_with_keys_a_server_starts_anywhere_and_the_log_has_their_names_alone(ca
         ("testclient", "", False),
     ],
 )
-def test_who_has_a_network_of_ipv6_addresses_is_one_caller(address: str, another: str, is_the_same: bool) -> None:
+def test_all_addresses_of_an_ipv6_network_are_one_caller(address: str, another: str, is_the_same: bool) -> None:
     assert (caller_at(address) == caller_at(another)) is is_the_same

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# What the units of the picture server do on the machine: prepare, run, wait, stop, report, watch.
-# Its settings are in /etc/stable-diffusion. What it says goes to the journal and to CloudWatch, stream INSTANCE/boot,
-# where `bentoctl apply` reads it: a line that begins with READY or FAILED decides.
+# The commands of the image server's systemd units: prepare, run, wait, stop, report, watch.
+# Its settings are in /etc/stable-diffusion. It logs to the journal and to CloudWatch, stream INSTANCE/boot. `bentoctl apply`
+# follows that stream until a line begins with READY or FAILED.
 set -euo pipefail
 
 CONTAINER=stable-diffusion
-# systemd sets these two: ConfigurationDirectory=, RuntimeDirectory=.
+# systemd sets both, from ConfigurationDirectory= and RuntimeDirectory=.
 : "${CONFIGURATION_DIRECTORY:?}" "${RUNTIME_DIRECTORY:?}"
-# The registry's password is kept in memory only.
+# In memory only: docker stores the registry's password here.
 export DOCKER_CONFIG=$RUNTIME_DIRECTORY/docker
 
 # shellcheck source=/dev/null
@@ -17,37 +17,37 @@ source "$CONFIGURATION_DIRECTORY/settings"
 : "${READY_TIMEOUT_S:?}" "${KEEP_ALIVE_S:?}"
 export AWS_REGION=$REGION AWS_DEFAULT_REGION=$REGION AWS_RETRY_MODE=standard AWS_MAX_ATTEMPTS=3
 INSTANCE=$(cloud-init query instance_id)
-# A machine without a way out must not spend its time on telling nobody.
+# A machine without internet access must not waste time on logging to CloudWatch.
 QUICKLY=(--cli-connect-timeout 5 --cli-read-timeout 10)
 
 say() {
   local message
-  # JSON takes neither control characters nor half of a letter.
+  # JSON allows neither control characters nor incomplete UTF-8 sequences.
   message=$(printf '%s' "$*" | tr '\000-\037\177' ' ' | iconv -c -f utf-8 -t utf-8)
   echo "$message"
   message=${message//\\/\\\\}
   message=${message//\"/\\\"}
-  aws logs create-log-stream "${QUICKLY[@]}" --log-group-name "$LOG_GROUP" --log-stream-name "$INSTANCE/boot" >/dev/null 2>&1 || true # there already
+  aws logs create-log-stream "${QUICKLY[@]}" --log-group-name "$LOG_GROUP" --log-stream-name "$INSTANCE/boot" >/dev/null 2>&1 || true # exists already
   aws logs put-log-events "${QUICKLY[@]}" --log-group-name "$LOG_GROUP" --log-stream-name "$INSTANCE/boot" \
     --log-events "[{\"timestamp\": $(date +%s%3N), \"message\": \"$message\"}]" >/dev/null ||
-    echo "(CloudWatch did not take that line)"
+    echo "(CloudWatch did not accept that line)"
 }
 
 fail() {
   say "FAILED: $*"
-  # `report` need not say it again.
+  # Tells `report` not to log it again.
   touch "$RUNTIME_DIRECTORY/reported"
   exit 1
 }
 
-# retry TIMES COMMAND...: with 5, 10, 20, ... seconds between the tries.
+# retry TIMES COMMAND...: run the command up to TIMES times, with pauses of 5, 10, 20, ... seconds.
 retry() {
   local times=$1 try pause=5
   shift
   for ((try = 1; try <= times; try++)); do
     "$@" && return
     if ((try < times)); then
-      echo "try $try of $times failed: $*" >&2
+      echo "attempt $try of $times failed: $*" >&2
       sleep "$pause"
       pause=$((pause * 2))
     fi
@@ -61,7 +61,7 @@ prepare() {
   date +%s >"$RUNTIME_DIRECTORY/began"
   say "starting on $INSTANCE: $IMAGE"
   if [[ $ENABLE_GPUS == true ]]; then check_driver; fi
-  docker rm --force "$CONTAINER" >/dev/null 2>&1 || true # there is none after a clean stop
+  docker rm --force "$CONTAINER" >/dev/null 2>&1 || true # none exists after a clean stop
   if ! docker image inspect "$IMAGE" >/dev/null 2>&1; then pull; fi
   if [[ $ENABLE_GPUS == true ]]; then check_runtime; fi
   fetch_api_key
@@ -70,10 +70,10 @@ prepare() {
 check_driver() {
   local found driver
   found=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>&1) ||
-    fail "no NVIDIA GPU, or no driver for it: nvidia-smi says: ${found:-nothing}. The instance type needs an NVIDIA GPU and the AMI its driver"
+    fail "no NVIDIA GPU, or no driver for it: nvidia-smi printed: ${found:-nothing}. Use an instance type with an NVIDIA GPU and an AMI with its driver"
   driver=$(head -n 1 <<<"$found" | sed 's/.*, *//')
   if ((${driver%%.*} < MINIMUM_DRIVER_MAJOR)); then
-    fail "the AMI's NVIDIA driver is $driver and torch's CUDA needs $MINIMUM_DRIVER_MAJOR or newer: use a newer ami_id, or none"
+    fail "the AMI's NVIDIA driver is $driver, but torch's CUDA needs $MINIMUM_DRIVER_MAJOR or newer: use a newer ami_id, or leave it out"
   fi
   say "GPU: $(paste -sd ';' <<<"$found")"
 }
@@ -84,8 +84,8 @@ log_in() {
 
 pull() {
   local began=$SECONDS
-  say "pulling the image; that takes minutes"
-  retry 5 log_in || fail "no login to ${IMAGE%%/*}: check that spec.region is the image's region, and the machine's way to the internet"
+  say "pulling the image, which takes minutes"
+  retry 5 log_in || fail "login to ${IMAGE%%/*} failed: check that spec.region is the image's region and that the machine has internet access"
   retry 5 docker pull --quiet "$IMAGE" || fail "the image $IMAGE could not be pulled: is it in the repository, and is the disk large enough? $(df -h / | tail -n 1)"
   say "pulled in $((SECONDS - began)) s"
 }
@@ -96,7 +96,7 @@ check_runtime() {
     fail "the container sees no GPU (NVIDIA container toolkit): $(tail -n 3 <<<"$answer")"
 }
 
-# From the key's own region.
+# Reads the key in the region that its ARN names.
 read_api_key() {
   local region
   region=$(cut -d : -f 4 <<<"$API_KEY_ARN")
@@ -129,15 +129,15 @@ run() {
     "$IMAGE" serve --timeout-keep-alive "$KEEP_ALIVE_S"
 }
 
-# Ends with 1 when the container has ended: systemd does not end this by itself. `report` then says what happened.
+# Exits with 1 when the container has ended, because systemd does not stop this command then. `report` logs the reason.
 wait_until_ready() {
   local began
-  : "${MAINPID:?}" # systemd's, of docker run
+  : "${MAINPID:?}" # set by systemd: the process id of docker run
   began=$(<"$RUNTIME_DIRECTORY/began")
   until curl --silent --fail --max-time 5 "http://127.0.0.1:$PORT/readyz" >/dev/null; do
     kill -0 "$MAINPID" 2>/dev/null || exit 1
     if (($(date +%s) - began > READY_TIMEOUT_S)); then
-      fail "the server does not answer /readyz after $READY_TIMEOUT_S s; its last lines: $(last_lines)"
+      fail "the server is not ready after $READY_TIMEOUT_S s; its last lines: $(last_lines)"
     fi
     sleep 2
   done
@@ -145,7 +145,7 @@ wait_until_ready() {
   if [[ -n $AUTO_SCALING_GROUP ]]; then join_group; fi
 }
 
-# The group holds a new machine back until this. After a reboot there is nothing to complete, and AWS says so.
+# Lets a new machine join its group. After a reboot AWS refuses this, because there is no launch to complete; that is not an error.
 join_group() {
   local answer
   answer=$(retry 5 complete_launch 2>&1) || say "the machine could not join its group: $(tail -n 2 <<<"$answer")"
@@ -167,7 +167,7 @@ stop() {
 # systemd sets SERVICE_RESULT: success, exit-code, timeout, signal, ...
 report() {
   if [[ ${SERVICE_RESULT:-success} != success && ! -e $RUNTIME_DIRECTORY/reported ]]; then
-    say "FAILED: the picture server ended (${SERVICE_RESULT}, ${EXIT_STATUS:-no status}); its last lines: $(last_lines)"
+    say "FAILED: the image server ended (${SERVICE_RESULT}, ${EXIT_STATUS:-no status}); its last lines: $(last_lines)"
   fi
 }
 
@@ -175,15 +175,16 @@ last_lines() {
   docker logs --tail 5 "$CONTAINER" 2>&1 | tail -c 1500
 }
 
-# metric NAME: of a metric of the runner, how much of it was drawing, as a whole number. Health checks reach the runner too.
+# metric NAME: the sum of a runner metric over the methods that generate, as a whole number. The runner also counts health checks.
 metric() {
-  awk -v name="$1" 'index($0, name "{") == 1 && index($0, "endpoint=\"/draw\"") { sum += $NF } END { printf "%d\n", sum }' <<<"$metrics"
+  awk -v name="$1" 'index($0, name "{") == 1 && /endpoint="\/(txt2img|img2img|inpaint)"/ { sum += $NF } END { printf "%d\n", sum }' \
+    <<<"$metrics"
 }
 
 watch() {
   local metrics in_progress
   if ! metrics=$(curl --silent --fail --max-time 10 "http://127.0.0.1:$PORT/metrics"); then
-    # Loading, or down: a machine that never gets ready must not run for ever either, but a start may take its time.
+    # The server is loading or down. A machine that never becomes ready must stop too, but a start may take READY_TIMEOUT_S.
     if ((IDLE_STOP_MINUTES > 0)); then stop_when_idle 0 down $((IDLE_STOP_MINUTES * 60 + READY_TIMEOUT_S)); fi
     return
   fi
@@ -197,7 +198,7 @@ watch() {
   fi
 }
 
-# stop_when_idle IN_PROGRESS TOTAL LIMIT_S: remembers how many requests there had been and when that number last changed.
+# stop_when_idle IN_PROGRESS TOTAL LIMIT_S: power off if no request is in progress and TOTAL has not changed for LIMIT_S.
 stop_when_idle() {
   local total=$2 now seen since
   now=$(date +%s)
@@ -205,7 +206,7 @@ stop_when_idle() {
   if [[ $1 != 0 || $seen != "$total" ]]; then
     echo "$total $now" >"$RUNTIME_DIRECTORY/last_request"
   elif ((now - since >= $3)); then
-    say "stopping: no request for $(((now - since) / 60)) minutes; start it again with the command that \`terraform output start_command\` prints"
+    say "stopping: no request for $(((now - since) / 60)) minutes; to start it again, use the command that \`terraform output start_command\` prints"
     systemctl poweroff
   fi
 }

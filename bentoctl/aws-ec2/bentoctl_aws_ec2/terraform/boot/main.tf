@@ -1,12 +1,12 @@
-# What a machine does at its first start and at every later one, as cloud-init user data. Needs no provider.
+# The cloud-init user data of a machine: its first start and every later one. Needs no provider.
 
 variable "settings" {
-  description = "Settings of machine.sh by their names there."
+  description = "Settings of machine.sh by name."
   type        = map(string)
 
   validation {
     condition     = alltrue([for value in values(var.settings) : !can(regex("['\\r\\n]", value))])
-    error_message = "A setting must not hold a quote or a line break."
+    error_message = "A setting must not contain a quote or a line break."
   }
 }
 
@@ -16,7 +16,7 @@ variable "environment_variables" {
 }
 
 variable "stop_timeout_s" {
-  description = "How long a stopping container may take to finish the pictures it has accepted."
+  description = "How long a stopping container may take to finish the images it has accepted."
   type        = number
 }
 
@@ -45,7 +45,7 @@ locals {
     write_files = local.files
     runcmd = [
       ["systemctl", "daemon-reload"],
-      # Without waiting: cloud-init would otherwise not be done before the picture server is.
+      # Without waiting: otherwise cloud-init would not finish before the image server is ready.
       ["systemctl", "enable", "--now", "--no-block", "stable-diffusion.service", "stable-diffusion-watch.timer"],
     ]
   }
