@@ -55,3 +55,17 @@ def events_of(response: httpx.Response) -> Iterator[Event]:
 def cancelled(server: Server) -> int:
     """How many jobs were cancelled, by the log."""
     return len(re.findall(r"was cancelled after", server.log))
+
+
+def wait_until_idle(server: Server) -> None:
+    """Until the jobs that earlier tests have left, for which nobody waits, have ended."""
+    deadline = time.monotonic() + 60
+    while any(waiting_and_running := _waiting_and_running(server)):
+        assert time.monotonic() < deadline, f"jobs do not end: {waiting_and_running}"
+        time.sleep(0.1)
+
+
+def _waiting_and_running(server: Server) -> tuple[float, float]:
+    page = ask(server, "/metrics").text
+    waiting, running = (re.findall(rf"^stable_diffusion_{name}_jobs (\S+)$", page, re.MULTILINE) for name in ("queue", "running"))
+    return float(waiting[0]), float(running[0])
