@@ -54,7 +54,7 @@ class ServiceError(Exception):
     status = 500
     type = "internal_error"
     retry_after_s: int | None = None
-    closes_connection = False  # the rest of the body would be taken for the next request, or never ends
+    closes_connection = False  # True: the unread rest of the body would be taken for the next request, or never ends
 
     def __init__(
         self,
@@ -224,7 +224,7 @@ def as_service_error(error: BaseException, where: str) -> ServiceError:
     if isinstance(error, ServiceError):
         return error
     logger.error("%s failed.", where, exc_info=error)
-    return InternalError("an internal error, the server's log has the details")
+    return InternalError("internal error; the server's log has the details")
 
 
 class ModelFolderError(Exception):

@@ -1,7 +1,7 @@
 """The request log: a line of JSON for each POST and DELETE, each request without a valid API key, and each asynchronous job.
 
-A line is written at the end. It says who asked for how much, how long it took and how it ended. It contains no header, no body, no image
-and no secret, and prompts only if the operator asks for them. Code that generates adds its facts to the line of the current context.
+A line is written at the end. It records the caller, the amount of work, the duration and the outcome. It contains no header, body, image
+or secret, and prompts only if the operator asks for them. Code that generates adds its facts to the line of the current context.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger("stable_diffusion.requests")
 
 @dataclass
 class Line:
-    """What is known so far of a request, or of an asynchronous job, which has no `answer`."""
+    """What is known so far of a request, or of an asynchronous job, which has no response (`answer`)."""
 
     with_prompts: bool = False
     client: str | None = None  # its address
@@ -81,10 +81,10 @@ class Line:
             values |= {"prompt": task.prompt, "negative_prompt": task.negative_prompt}
         self.tasks[index] = values
 
-    def note_image(self, picture: GeneratedImage) -> None:
-        self.flags.append(picture.flagged)
-        if picture.waited_s is not None:
-            self.waits_s.append(picture.waited_s)
+    def note_image(self, image: GeneratedImage) -> None:
+        self.flags.append(image.flagged)
+        if image.waited_s is not None:
+            self.waits_s.append(image.waited_s)
 
     def note_end(self, error: ServiceError | None, flagged: bool | None) -> None:
         if error is None:
@@ -137,18 +137,18 @@ def note_accepted(tasks: Sequence[Task]) -> None:
             line.note_task(task, index)
 
 
-async def as_job(drawing: Coroutine[Any, Any, T], is_taken_on: Callable[[], bool]) -> T:
+async def as_job(generation: Coroutine[Any, Any, T], is_accepted: Callable[[], bool]) -> T:
     """Await an asynchronous job, which gets a line of its own when it ends, if the model process accepted it.
 
     Run this as a task of its own: it sets the context's current line.
     """
-    asked = current_line.get()
-    line = Line() if asked is None else Line(asked.with_prompts, asked.client, asked.context)
+    of_request = current_line.get()
+    line = Line() if of_request is None else Line(of_request.with_prompts, of_request.client, of_request.context)
     current_line.set(line)
     try:
-        return await drawing
+        return await generation
     finally:
-        if is_taken_on():
+        if is_accepted():
             write_line(line)
 
 

@@ -1,6 +1,6 @@
 """The prompt grammar of AUTOMATIC1111's web UI as plain data: weights, BREAK, AND, prompt editing, alternation, LoRA tags.
 
-It reads text and knows no tokens, embeddings or files: whether a LoRA exists, and how many chunks a text fills, is for others to say.
+It reads text and knows no tokens, embeddings or files: callers check whether a LoRA exists and how many chunks a text fills.
 Every function reads a prompt once, without recursion: its time grows with the length, whatever the brackets are.
 
 A prompt is read in this order: `without_lora_tags`, then `composed`, then `scheduled` on each part, then `emphasized` on each text.
@@ -24,7 +24,7 @@ Span = tuple[int, int]  # first character and the one after the last
 
 
 class PromptError(ValueError):
-    """A prompt that cannot be drawn. The message names the character, counted from 1, and what is wrong there."""
+    """An invalid prompt. The message names the character, counted from 1, and what is wrong there."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ def emphasized(text: str) -> tuple[tuple[Emphasis, ...], ...]:
 
     `(a)` multiplies the weight by 1.1, `[a]` divides it by 1.1, `(a:1.2)` multiplies it by 1.2; nested brackets multiply.
     Round and square brackets may overlap. An opening bracket without a closing one counts to the end; a closing one without
-    an opening one is text. A backslash takes the meaning from `\(`, `\)`, `\[`, `\]` and `\\`; before anything else it vanishes.
-    The word BREAK goes, with the white space around it, and splits wherever it stands. (A1111 takes a BREAK inside brackets for
-    text.) A part without text is one empty run of weight 1. Weights are rounded to 12 digits.
+    an opening one is text. `\(`, `\)`, `\[`, `\]` and `\\` stand for the character after the backslash; any other backslash is
+    removed.
+    The word BREAK splits the text wherever it stands, and is removed with the white space around it. (A1111 treats a BREAK inside
+    brackets as text.) A part without text is one empty run of weight 1. Weights are rounded to 12 digits.
 
     Raises PromptError for `(a:1.2.3)`, and for a weight, written or multiplied, that is not between -10 and 10.
     """
@@ -61,7 +62,7 @@ def emphasized(text: str) -> tuple[tuple[Emphasis, ...], ...]:
 def composed(prompt: str) -> tuple[tuple[str, float], ...]:
     """Split a prompt at the word AND into parts, each with its weight: `a AND b :1.2`.
 
-    Without a weight at its end a part has 1.0; white space before the weight and at the end is no part of the text.
+    Without a weight at its end a part has 1.0; white space before the weight and at the end is not part of the text.
     A prompt without AND is one part, and may have a weight too: `16:9` at its end is a weight of 9.
 
     Raises PromptError for a weight that is not between -10 and 10.
@@ -73,12 +74,12 @@ def scheduled(prompt: str, steps: int) -> tuple[tuple[int, str], ...]:
     """The texts that a prompt stands for in the course of `steps` (at least 1): (last step, text), in rising order.
 
     Steps count from 1. Step i uses the first entry with i <= last step, so the last entry's is `steps`. (A1111 compares with
-    a step counted from 0, and changes one step late; this is not repeated here.) Equal neighbours are one entry.
+    a step counted from 0, and changes one step late; this is not repeated here.) Equal neighbours are merged.
 
     `[a:b:when]` is a up to step `when` and b from then on; `[b:when]` and `[:b:when]` add, `[a::when]` removes.
     A number with a "." is a share of the steps, one without is a step. `[a|b]` alternates from step to step.
     They may be nested, and stand in ( ) and [ ]. Brackets that do not match are text, and so are those around them. A prompt with
-    a `|` outside an alternation, or with a backslash at the end of a line, is taken as it is: nothing in it changes.
+    a `|` outside an alternation, or with a backslash at the end of a line, is taken literally: nothing in it changes.
 
     Raises PromptError for a number of steps that is not finite.
     """
@@ -99,7 +100,7 @@ def without_lora_tags(prompt: str) -> tuple[str, tuple[LoraTag, ...]]:
 
 
 def check(prompt: str, steps: int) -> None:
-    """Raise the PromptError, with the place in `prompt`, that reading it for `steps` steps would end with."""
+    """Raise PromptError, with the place in `prompt`, if it cannot be read for `steps` steps."""
     text, _ = _without_lora_tags(_Text.of(prompt))
     for part, _ in _composed(text):
         _check_texts(part, steps)
@@ -262,7 +263,7 @@ def _emphasized(text: _Text) -> tuple[tuple[Emphasis, ...], ...]:
 
 
 def _between_breaks(characters: str, start: int, end: int) -> Iterator[Span]:
-    """What is between the BREAKs in a span, without the white space beside them."""
+    """The spans between the BREAKs in a span, without the white space beside the BREAKs."""
     after_break = False
     for word in _BREAK.finditer(characters, start, end):
         first = _after_space(characters, start, word.start()) if after_break else start
@@ -292,7 +293,7 @@ def _merged(runs: Iterable[tuple[str, float]]) -> tuple[Emphasis, ...]:
 
 
 def _rounded(weight: float) -> float:
-    """Without the last bits: (([a])) shall weigh what (a) weighs, in whichever order factors are multiplied."""
+    """Drop the last bits, so that (([a])) weighs the same as (a) in whichever order the factors are multiplied."""
     return float(f"{weight:.12g}") + 0.0  # -0.0 becomes 0.0
 
 
@@ -345,7 +346,7 @@ class _Edit:
 class _OpenBracket:
     start: int
     character: str
-    marks: list[int] = field(default_factory=list)  # where its own : or | are
+    marks: list[int] = field(default_factory=list)  # the places of its : or |
     alternates: bool = False  # has | among them
 
 
@@ -387,10 +388,10 @@ def _spans_at(step: int, edits: dict[int, _Edit], starts: list[int], length: int
 
 
 def _edits(prompt: _Text, steps: int) -> dict[int, _Edit]:
-    """The edits and alternations of a prompt by the place of their opening bracket; none if it is to be taken as it is.
+    """The edits and alternations of a prompt by the place of their opening bracket; none if the prompt is taken literally.
 
-    A bracket that cannot be what it looks like is text, and with it every bracket that is still open around it:
-    the edits that are complete inside stay. A | that no alternation takes makes the prompt one that is taken as it is.
+    A bracket that does not fit the grammar is text, and so is every bracket that is still open around it; complete edits inside stay.
+    A | outside an alternation makes the whole prompt literal.
     """
     complete: list[tuple[_OpenBracket, int]] = []
     open_brackets: list[_OpenBracket] = []
@@ -403,7 +404,7 @@ def _edits(prompt: _Text, steps: int) -> dict[int, _Edit]:
             continue
         if mark in "([":
             open_brackets.append(_OpenBracket(place, mark))
-        elif innermost and _takes(innermost, mark):
+        elif innermost and _accepts(innermost, mark):
             innermost.marks.append(place)
             innermost.alternates = mark == "|"
         elif innermost and _is_closed_by(innermost, mark, prompt.characters, place):
@@ -419,7 +420,7 @@ def _edits(prompt: _Text, steps: int) -> dict[int, _Edit]:
     return {bracket.start: _edit(prompt, bracket, place, steps) for bracket, place in complete}
 
 
-def _takes(bracket: _OpenBracket, mark: str) -> bool:
+def _accepts(bracket: _OpenBracket, mark: str) -> bool:
     """Whether the mark is a : or | that the bracket may have."""
     if mark == "|":
         return bracket.character == "[" and (bracket.alternates or not bracket.marks)
@@ -437,7 +438,7 @@ def _is_closed_by(bracket: _OpenBracket, mark: str, characters: str, place: int)
 
 
 def _edit(prompt: _Text, bracket: _OpenBracket, place: int, steps: int) -> _Edit:
-    """What a complete [ ] with marks in it, closed at `place`, says."""
+    """The edit that a complete [ ] with marks in it stands for. It is closed at `place`."""
     starts = [bracket.start + 1, *(mark + 1 for mark in bracket.marks)]
     parts = tuple(zip(starts, [*bracket.marks, place], strict=True))
     if bracket.alternates:
@@ -496,7 +497,7 @@ def _lora_tag(prompt: _Text, place: int, arguments: Span) -> LoraTag:
     values, named = _arguments(prompt.characters, arguments)
     for name, (start, _) in named.items():
         if name not in _NAMED_WEIGHTS:
-            raise prompt.error(start - len(name) - 1, f"a LoRA tag has no argument {_quoted(name)}; it has te= and unet=")
+            raise prompt.error(start - len(name) - 1, f"a LoRA tag has no argument {_quoted(name)}, allowed are te= and unet=")
     name = prompt.characters[slice(*values[0])] if values else ""
     if not name.strip():
         raise prompt.error(place, "the tag does not name a LoRA")

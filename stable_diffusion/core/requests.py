@@ -23,7 +23,7 @@ MAX_GUIDANCE_SCALE = 30.0
 MAX_PROMPT_CHARACTERS = 2000
 MAX_PROMPT_CHUNKS = 6  # of 75 tokens, in each prompt
 MAX_PARTS = 4  # of a prompt, joined with AND; each costs as much as half an image
-MAX_TEXTS = 32  # different ones that a prompt has while it changes with the steps; each is encoded
+MAX_TEXTS = 32  # different texts of a prompt that changes with the steps; each is encoded
 MAX_CLIP_SKIP = 12
 MAX_LORAS = 8
 MAX_LORA_BYTES = 2**30  # of all LoRAs of a request, as float32; the model process keeps no more on the device
@@ -78,12 +78,12 @@ class GenerationRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
     prompt: Annotated[Prompt, AfterValidator(_not_blank)] = Field(
-        description=f"What to draw. At most {MAX_PROMPT_CHUNKS * 75} of the model's tokens; about four characters are one.",
+        description=f"What to generate. At most {MAX_PROMPT_CHUNKS * 75} tokens of the model; a token is about four characters.",
         examples=["a small red circle on a blue background"],
     )
-    negative_prompt: Prompt = Field("", description="What to keep away from. Used when guidance_scale is above 1.")
-    height: Side = Field(None, description="Height in pixels. By default the model's native height, or as the input image asks for.")
-    width: Side = Field(None, description="Width in pixels. By default the model's native width, or as the input image asks for.")
+    negative_prompt: Prompt = Field("", description="What to avoid. Used when guidance_scale is above 1.")
+    height: Side = Field(None, description="Height in pixels. By default the model's native height, or derived from the input image.")
+    width: Side = Field(None, description="Width in pixels. By default the model's native width, or derived from the input image.")
     num_inference_steps: int | None = Field(
         None, ge=1, le=MAX_STEPS, description="Denoising steps. By default the model's own number (GET /capabilities), usually 50."
     )
@@ -92,25 +92,25 @@ class GenerationRequest(BaseModel):
         ge=0,
         le=MAX_GUIDANCE_SCALE,
         description="How closely to follow the prompt. Up to 1: no guidance, half the work. By default the model's own, usually 7.5; a "
-        "model may also allow less than this range (GET /capabilities).",
+        "model may allow a smaller range (GET /capabilities).",
     )
     guidance_end: float = Field(
         1.0,
         ge=0,
         le=1,
-        description="The share of the steps that are guided. After them a step is half the work; the picture is another one than with 1.",
+        description="The fraction of the steps that use guidance. Each later step takes half the work. The image differs from that of 1.",
     )
     preview_every_steps: int = Field(
         0,
         ge=0,
         le=MAX_STEPS,
-        description="With Accept: text/event-stream, send a coarse look at the picture every so many steps. 0: none.",
+        description="With Accept: text/event-stream, send a coarse preview after every so many steps. 0: none.",
     )
     seed: int | None = Field(
         None,
         ge=0,
         lt=SEED_LIMIT,
-        description="The same seed draws the same picture. By default random; the header `seed` says which.",
+        description="The same seed gives the same image. By default random; the response header `seed` has the value.",
     )
     scheduler: Annotated[str, AfterValidator(known_scheduler)] | None = Field(
         None,
@@ -120,7 +120,7 @@ class GenerationRequest(BaseModel):
         examples=[short_names[0] for short_names in SCHEDULERS.values()],
     )
     eta: float = Field(
-        0.0, ge=0, le=1, description="How much noise each step adds, from none to as much as in training. Only DDIM and TCD take it."
+        0.0, ge=0, le=1, description="How much noise each step adds. 0: none, 1: as much as in training. Only DDIM and TCD use it."
     )
     prompt_syntax: Literal["plain", "a1111"] = Field(
         "plain",
@@ -128,18 +128,20 @@ class GenerationRequest(BaseModel):
         "[one|other] and <lora:name:0.8>, as in A1111.",
     )
     clip_skip: int = Field(
-        1, ge=1, le=MAX_CLIP_SKIP, description="Which layer of the text encoder is used, counted from the last. 2: the last but one."
+        1, ge=1, le=MAX_CLIP_SKIP, description="The text encoder's layer to use, counted from the last. 2: the second to last."
     )
     loras: list[LoraRequest] = Field([], max_length=MAX_LORAS, description="LoRAs to apply, each with its weight.")
     safety_check: bool | None = Field(
         None,
-        description="Whether the safety checker looks at this picture, where the model has one. By default as the server's policy says "
-        "(GET /capabilities); where that is always, false is refused.",
+        description="Whether the safety checker checks this image, if the model has one. By default the server's policy decides "
+        "(GET /capabilities); if it is always, false is refused.",
     )
     output_format: Literal["jpeg", "png", "webp"] | None = Field(
-        None, description="Image format of the answer. By default what the Accept header prefers, else jpeg."
+        None, description="Image format of the response. By default the format that the Accept header prefers, else jpeg."
     )
-    metadata: bool = Field(True, description="Write into the image file how it was drawn, as A1111 does. POST /reproduce reads it.")
+    metadata: bool = Field(
+        True, description="Write the generation parameters into the image file, as A1111 does. POST /reproduce reads them."
+    )
 
 
 class TextToImageRequest(GenerationRequest):
@@ -150,7 +152,10 @@ class ImageToImageRequest(GenerationRequest):
     """The `data` part of POST /img2img and POST /inpaint."""
 
     strength: float = Field(
-        0.8, gt=0, le=1, description="How far to leave the input image: num_inference_steps * strength steps are run; there must be one."
+        0.8,
+        gt=0,
+        le=1,
+        description="How far to depart from the input image. num_inference_steps * strength steps are run, which must be at least one.",
     )
 
     @model_validator(mode="after")
@@ -171,11 +176,11 @@ class ReproductionRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    dry_run: bool = Field(False, description="Only say, as JSON, what would be drawn and what would differ.")
+    dry_run: bool = Field(False, description="Only report, as JSON, what would be generated and what would differ.")
     output_format: Literal["jpeg", "png", "webp"] | None = Field(
-        None, description="Image format of the answer. By default what the Accept header prefers, else jpeg."
+        None, description="Image format of the response. By default the format that the Accept header prefers, else jpeg."
     )
-    metadata: bool = Field(True, description="Write into the image file how it was drawn.")
+    metadata: bool = Field(True, description="Write the generation parameters into the image file.")
 
 
 Model = TypeVar("Model", bound=BaseModel)

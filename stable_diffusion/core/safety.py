@@ -1,4 +1,4 @@
-"""Which images the safety checker sees: the operator's policy, and what a request may change about it.
+"""Which images the safety checker checks: the operator's policy, and what a request may change about it.
 
 The variable that sets the policy is in `settings.py`; the checker itself belongs to the engine.
 """
@@ -13,10 +13,10 @@ SafetyPolicy = Literal["always", "default-on", "off"]
 
 
 def is_checked(asked: bool | None, policy: SafetyPolicy) -> bool:
-    """Whether the checker sees an image. `asked` is what the request says: True, False, or None if it says nothing.
+    """Whether the checker checks an image. `asked`: the request's field, None if it is absent.
 
     Raises InvalidRequest if the policy is always and the request asks for no check.
     """
     if policy == "always" and asked is False:
-        raise InvalidRequest("safety_check: must be true or left out, this server checks every picture", field="safety_check")
+        raise InvalidRequest("safety_check: must be true or omitted, this server checks every image", field="safety_check")
     return policy != "off" if asked is None else asked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# What may follow a class's name in the name of a scheduler -> the options with which the class is made from the model's configuration.
+# Words that may follow the class in a scheduler's name -> the options that they add to the model's configuration.
 SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {
     "3M": {"solver_order": 3},
     "SDE": {"algorithm_type": "sde-dpmsolver++"},
@@ -13,8 +13,8 @@ SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {
     "Exponential": {"use_karras_sigmas": False, "use_exponential_sigmas": True, "use_beta_sigmas": False},
     "Trailing": {"timestep_spacing": "trailing"},
 }
-# diffusers' class name, and its options -> the usual short names, A1111's first. Where A1111's clients name noise levels and no sampler,
-# they get the first that has them.
+# diffusers' class name and options -> the usual short names, A1111's first. If an A1111 client names noise levels and no sampler, it gets
+# the first scheduler with these levels.
 SCHEDULERS: dict[str, tuple[str, ...]] = {
     "PNDMScheduler": ("PNDM", "PLMS"),
     "DDIMScheduler": ("DDIM",),
@@ -63,7 +63,7 @@ def unet_calls_of_a_step(scheduler: str) -> int:
 
 
 def has_eta(scheduler: str) -> bool:
-    """Whether `eta` says how much noise its steps add."""
+    """Whether `eta` sets how much noise its steps add."""
     return class_and_options(scheduler)[0] in _WITH_ETA
 
 
@@ -84,8 +84,8 @@ def known_scheduler(name: str) -> str:
         raise ValueError(f"unknown scheduler {name[:60]!r}, allowed are {allowed} or diffusers' class names") from None
 
 
-# A1111's names of noise levels -> what they are called here; None stands for the sampler's own. A scheduler with other levels is a key of
-# SCHEDULERS that ends with them.
+# A1111's names of noise levels -> their names here; None: the sampler's own. A scheduler with other levels is a key of SCHEDULERS that ends
+# with their name.
 SCHEDULES: dict[str, str | None] = {
     "Automatic": None,
     "Normal": None,

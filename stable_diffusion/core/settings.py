@@ -24,14 +24,14 @@ KEYS_FILE_VARIABLE = "SD_API_KEYS_FILE"
 OPEN_VARIABLE = "SD_OPEN"
 WITHOUT_KEYS_VARIABLE = "SD_WITHOUT_KEYS"
 RATE_LIMIT_VARIABLE = "SD_RATE_LIMIT"
-# Set by the first process of a server for the others: what the operator has set about threads before BentoML overwrites it.
+# Set by a server's first process for the others: the operator's thread settings, before BentoML overwrites them.
 OPERATORS_THREADS_VARIABLE = "SD_OPERATORS_THREADS"
 
 MAX_TIMEOUT_S = 3600.0  # of a request; configuration.yaml of both services sets the same number for BentoML
 OPENABLE = ("docs", "metrics")
 
 _THREAD_PREFIXES = ("OMP_", "GOMP_", "MKL_NUM", "MKL_DYNAMIC", "KMP_")
-_TOLD_CHARACTERS = 60  # of a wrong value, in messages
+_QUOTED_CHARACTERS = 60  # of a wrong value, in messages
 _POLICIES: tuple[SafetyPolicy, ...] = get_args(SafetyPolicy)
 _ON = ("1", "true", "yes", "on")
 _OFF = ("0", "false", "no", "off", "")
@@ -39,11 +39,11 @@ _MAX_REQUESTS_PER_MINUTE = 100_000
 _DAY_S = 86_400.0
 # Each image holds one of the 800 connections that BentoML allows from an API worker to the model process. Owners' shares may double
 # the limit.
-_MOST_PICTURES = 400.0
+_MAX_QUEUED_IMAGES = 400.0
 # For each field of Limits: its variable and its maximum.
 LIMIT_VARIABLES = {
     "queue_s": ("SD_MAX_QUEUE_S", _DAY_S),
-    "queue_pictures": ("SD_MAX_QUEUE_PICTURES", _MOST_PICTURES),
+    "queue_pictures": ("SD_MAX_QUEUE_PICTURES", _MAX_QUEUED_IMAGES),
     "stuck_step_s": ("SD_STUCK_STEP_S", _DAY_S),
     "stop_grace_s": ("SD_STOP_GRACE_S", _DAY_S),
 }
@@ -123,27 +123,27 @@ def unquoted(environment: Mapping[str, str], name: str) -> str:
 
 
 def _flag(environment: Mapping[str, str], name: str) -> bool:
-    """The one rule for all variables that are on or off."""
+    """The value of a variable that is on or off. All such variables follow this rule."""
     text = unquoted(environment, name)
     if text.lower() in _ON:
         return True
     if text.lower() in _OFF:
         return False
-    raise SettingError(f"{name} must be 1, true, yes or on, or else 0, false, no, off or empty, not {_told(text)}")
+    raise SettingError(f"{name} must be 1, true, yes or on, or else 0, false, no, off or empty, not {_quoted(text)}")
 
 
 def _limits(environment: Mapping[str, str]) -> Limits:
-    given = {field: (name, most) for field, (name, most) in LIMIT_VARIABLES.items() if unquoted(environment, name)}
-    return Limits(**{field: _positive(unquoted(environment, name), name, most) for field, (name, most) in given.items()})
+    given = {field: (name, maximum) for field, (name, maximum) in LIMIT_VARIABLES.items() if unquoted(environment, name)}
+    return Limits(**{field: _positive(unquoted(environment, name), name, maximum) for field, (name, maximum) in given.items()})
 
 
-def _positive(text: str, name: str, most: float) -> float:
+def _positive(text: str, name: str, maximum: float) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 < value <= most:
-        raise SettingError(f"{name} must be a number above 0, at most {most:.0f}, not {_told(text)}")
+    if not 0 < value <= maximum:
+        raise SettingError(f"{name} must be a number above 0, at most {maximum:.0f}, not {_quoted(text)}")
     return value
 
 
@@ -152,13 +152,13 @@ def _safety(environment: Mapping[str, str]) -> SafetyPolicy:
     for policy in _POLICIES:
         if policy == asked_for:
             return policy
-    raise SettingError(f"{SAFETY_VARIABLE} is {_told(asked_for)}, allowed are {', '.join(_POLICIES)}")
+    raise SettingError(f"{SAFETY_VARIABLE} is {_quoted(asked_for)}, allowed are {', '.join(_POLICIES)}")
 
 
 def _open(environment: Mapping[str, str]) -> frozenset[str]:
     names = frozenset(name.strip() for name in unquoted(environment, OPEN_VARIABLE).split(",") if name.strip())
     if unknown := sorted(names - set(OPENABLE)):
-        raise SettingError(f"{OPEN_VARIABLE}: {_told(unknown[0])} cannot be opened, only {' and '.join(OPENABLE)}")
+        raise SettingError(f"{OPEN_VARIABLE}: {_quoted(unknown[0])} cannot be opened, only {' and '.join(OPENABLE)}")
     return names
 
 
@@ -168,20 +168,20 @@ def _requests_per_minute(environment: Mapping[str, str]) -> int | None:
         return None
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:7]) <= _MAX_REQUESTS_PER_MINUTE and len(text) <= 6):
         raise SettingError(
-            f"{RATE_LIMIT_VARIABLE}: must be a whole number from 1 to {_MAX_REQUESTS_PER_MINUTE}, drawing requests a minute, "
-            f"not {_told(text)}"
+            f"{RATE_LIMIT_VARIABLE}: must be a whole number from 1 to {_MAX_REQUESTS_PER_MINUTE}, generation requests per minute, "
+            f"not {_quoted(text)}"
         )
     return int(text)
 
 
-def _told(text: str) -> str:
-    return repr(text[:_TOLD_CHARACTERS])
+def _quoted(text: str) -> str:
+    return repr(text[:_QUOTED_CHARACTERS])
 
 
 def operators_threads(environment: Mapping[str, str]) -> str:
-    """What the operator has set about threads: "" if nothing, a number of threads if OMP_NUM_THREADS is one, else the names.
+    """The operator's thread settings: "" if there are none, the number in OMP_NUM_THREADS if there is one, else the variables' names.
 
-    In a model process BentoML has overwritten the operator's variables; the server's first process has kept what they said.
+    In a model process BentoML has overwritten the operator's variables; the server's first process has kept their values.
     """
     if (kept := environment.get(OPERATORS_THREADS_VARIABLE)) is not None:
         return kept

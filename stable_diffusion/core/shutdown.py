@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-_TIME_TO_TELL_S = 5.0  # to tell waiting clients that the grace period is over
+_NOTICE_TIME_S = 5.0  # to tell waiting clients that the grace period is over
 
 
 class Unfinished:
@@ -36,7 +36,7 @@ class Unfinished:
         self._stop = stop
         loop = asyncio.get_running_loop()
         loop.call_later(self._grace_s, self.grace_is_over.set)
-        loop.call_later(self._grace_s + _TIME_TO_TELL_S, self._stop_once)
+        loop.call_later(self._grace_s + _NOTICE_TIME_S, self._stop_once)
         self._stop_if_idle()
 
     def _stop_if_idle(self) -> None:

@@ -1,4 +1,4 @@
-"""The records that the engine emits about its work, to be counted: plain values, passed to a callback on the engine's thread.
+"""The records that the engine emits about its work, for metrics: plain values, passed to a callback on the engine's thread.
 
 They do not depend on metrics or torch. Times are those of `time.perf_counter`; taking them never waits for the device.
 """
@@ -63,11 +63,11 @@ class StartRecord:
 
 @dataclass(frozen=True)
 class EndRecord:
-    """A job has ended. `drawn_s`: since its first step, including decoding; None if it ended before that."""
+    """A job has ended. `generation_s`: since its first step, including decoding; None if it ended before that."""
 
     kind: Kind
     outcome: Outcome
-    drawn_s: float | None
+    generation_s: float | None
 
 
 @dataclass(frozen=True)

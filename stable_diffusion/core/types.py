@@ -54,7 +54,7 @@ class Task:
     parts: int = 1  # of the prompt, joined with AND
     clip_skip: int = 1  # 1: the text encoder's last layer
     loras: tuple[LoraChoice, ...] = ()
-    cut_prompts: bool = False  # drop what is too long, and say so, instead of failing
+    cut_prompts: bool = False  # drop excess tokens and report them, instead of failing
     image: Image.Image | None = None  # RGB; img2img and inpaint
     mask: Image.Image | None = None  # L, white is repainted; inpaint
     image_hash: str | None = None  # identifies the input image where the image itself is not kept
@@ -63,7 +63,7 @@ class Task:
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """The result of a job. `flagged` is None if no safety checker saw the image."""
+    """The result of a job. `flagged` is None if no safety check ran."""
 
     image: Image.Image
     flagged: bool | None

@@ -18,7 +18,7 @@ from stable_diffusion.engine.job import Job
 
 Size = tuple[int, int]  # height and width in pixels: a batch key
 
-# Of the newest value in the moving means. Some turns wait for a GPU with many queued steps, so single turns say little.
+# Of the newest value in the moving means. Some turns wait for a GPU with many queued steps, so a single turn means little.
 _WEIGHT_OF_THE_LAST = 0.05
 _MOST_SIZES = 64
 
@@ -28,7 +28,7 @@ class QueueLimits:
     """Limits in `seconds` of estimated work and in images. When they are reached, each owner still gets its share of them."""
 
     seconds: float
-    pictures: float
+    images: float
 
 
 NO_LIMITS = QueueLimits(math.inf, math.inf)
@@ -120,17 +120,17 @@ class Workload:
 
     def _require_room(self, job: Job, seconds: defaultdict[str, float]) -> None:
         total, count = sum(seconds.values()), len(self._jobs)
-        over_s, over = total - self._limits.seconds, count - self._limits.pictures + 1
+        over_s, over = total - self._limits.seconds, count - self._limits.images + 1
         if over_s <= 0 and over <= 0:
             return
         owners = len(seconds.keys() | {job.owner})
-        own_count = sum(other.owner == job.owner for other in self._jobs)
+        owned_count = sum(other.owner == job.owner for other in self._jobs)
         seconds_left = share_is_left(seconds[job.owner], total, owners, self._limits.seconds)
-        if seconds_left and share_is_left(own_count, count, owners, self._limits.pictures):
+        if seconds_left and share_is_left(owned_count, count, owners, self._limits.images):
             return
         retry_after_s = max(1, math.ceil(max(over_s, total / count * over)))
         raise QueueFull(
-            f"{count} pictures, about {total:.0f} s of work, are waiting or being drawn; more are not taken on",
+            f"the queue is full: {count} images, about {total:.0f} s of work, are waiting or running",
             retry_after_s=retry_after_s,
         )
 
@@ -141,13 +141,13 @@ class Workload:
         share_s = self._share_of_a_step(job.batch_key)
         # The owner's longer jobs do not run before it.
         before = [other for other in self._jobs if other.owner == job.owner and other.steps_left <= job.steps_left]
-        own = job.steps_left * job.cost * share_s
-        own += sum(other.steps_left * other.cost * self._share_of_a_step(other.batch_key) for other in before)
-        shared = own + sum(min(other, own) for owner, other in seconds.items() if owner != job.owner)
-        alone = job.steps_left * self._times.seconds(job.batch_key, 1)
-        expected_s = max(alone, shared)
+        owner_s = job.steps_left * job.cost * share_s
+        owner_s += sum(other.steps_left * other.cost * self._share_of_a_step(other.batch_key) for other in before)
+        shared_s = owner_s + sum(min(other, owner_s) for owner, other in seconds.items() if owner != job.owner)
+        alone_s = job.steps_left * self._times.seconds(job.batch_key, 1)
+        expected_s = max(alone_s, shared_s)
         if expected_s > timeout_s:
             raise DeadlineExceeded(
-                f"the picture would take about {expected_s:.1f} s and may take {max(0.0, timeout_s):.2f} s: "
-                "ask for fewer steps, a smaller picture or more time",
+                f"the image would take about {expected_s:.1f} s and may take {max(0.0, timeout_s):.2f} s: "
+                "request fewer steps, a smaller image or more time",
             )

@@ -22,6 +22,6 @@ def keep_freed_memory() -> bool:
     """Keep freed memory in this process from now on, up to half a gigabyte per computing thread. False without glibc."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None or not (mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX) and mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)):
-        logger.info("The C library's allocator cannot be told to keep memory; steps of many pictures are slower on a CPU.")
+        logger.info("The C library's allocator cannot keep freed memory; steps of many images are slower on a CPU.")
         return False
     return True

@@ -33,7 +33,7 @@ def choose_batch_limit(step_seconds: Callable[[int], float | None], max_batch_si
     if max_batch_size == 1:
         return BatchLimit(1, "max_batch_size is 1")
     measured: dict[int, float] = {}
-    in_vain = 0
+    without_gain = 0
     limit = f"max_batch_size is {max_batch_size}"
     for jobs in _sizes(max_batch_size):
         seconds = step_seconds(jobs)
@@ -44,8 +44,8 @@ def choose_batch_limit(step_seconds: Callable[[int], float | None], max_batch_si
         if jobs == 1 and seconds > FULL_WITH_ONE_S:
             return BatchLimit(1, f"a step of one job takes {seconds:.1f} s, so the device is full with one")
         best_before = max((_throughput(measured, size) for size in measured if size < jobs), default=0.0)
-        in_vain = in_vain + 1 if _throughput(measured, jobs) < STILL_GAINING * best_before else 0
-        if in_vain == 2:
+        without_gain = without_gain + 1 if _throughput(measured, jobs) < STILL_GAINING * best_before else 0
+        if without_gain == 2:
             limit = f"{jobs} jobs gain nothing more"
             break
     return replace(_knee(measured, limit), limited_by_memory=seconds is None)
@@ -61,7 +61,7 @@ def _knee(measured: dict[int, float], limit: str) -> BatchLimit:
         return BatchLimit(1, f"sharing a step gains {gain:.2f}x at most ({times}; {limit})")
     chosen = min(jobs for jobs in measured if _throughput(measured, jobs) >= NEAR_BEST * best)
     return BatchLimit(
-        chosen, f"{_throughput(measured, chosen) / _throughput(measured, 1):.1f}x the pictures of one at a time ({times}; {limit})"
+        chosen, f"{_throughput(measured, chosen) / _throughput(measured, 1):.1f}x the throughput of one at a time ({times}; {limit})"
     )
 
 

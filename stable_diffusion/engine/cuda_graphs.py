@@ -34,7 +34,7 @@ class RecordedCalls:
 
     @torch.inference_mode()
     def record(self, record: Recorder, row: RowInputs, rows: Sequence[int]) -> int:
-        """Record calls with each number of `rows`, made of the one given row. Returns the most rows that fitted into memory, or 0.
+        """Record calls with each number of `rows`, made of the single row `row`. Returns the most rows that fitted into memory, or 0.
 
         The largest is recorded first, so that the others can reuse its memory.
         """
@@ -55,9 +55,9 @@ class RecordedCalls:
         if recording is None or inputs.adapters:
             return self._call(inputs)
         # A surplus row keeps the values of an earlier call, and its result is ignored.
-        given = inputs.tensors()
+        tensors = inputs.tensors()
         for name, tensor in recording.inputs.tensors().items():
-            tensor[:rows].copy_(given[name])
+            tensor[:rows].copy_(tensors[name])
         recording.replay()
         return recording.result[:rows].clone()
 

@@ -140,9 +140,9 @@ class Denoiser:
     def prepare(self, task: Task, claim: Claim | None = None) -> Latents:
         """Encode the prompt and the image, draw the initial noise, set up the job's own noise scheduler.
 
-        `claim`: of a task with LoRAs, when `can_prepare` says so.
-        Raises InvalidRequest for a prompt that is too long, LoRAs that cannot be used, or a number of steps that the noise scheduler cannot
-        take.
+        `claim`: the claim of a task with LoRAs, once `can_prepare` returns True.
+        Raises InvalidRequest for a prompt that is too long, LoRAs that cannot be used, or a number of steps that the noise scheduler does
+        not support.
         """
         loras = () if claim is None else claim.adapters()
         scheduler = self._new_scheduler(task.scheduler)
@@ -179,7 +179,7 @@ class Denoiser:
         return latents
 
     def can_prepare(self, job: Job) -> bool:
-        """Whether the job's LoRAs are on the device; if not, this goes on loading them. An error in a file is left to `prepare`."""
+        """Whether the job's LoRAs are on the device; if not, this continues to load them. `prepare` raises an error in a file."""
         if job.claim is None:
             job.claim = claimed(job.task.loras)
         return self.loras.go_on(job.claim)
@@ -219,7 +219,7 @@ class Denoiser:
         dropped = " ".join(filter(None, (self._prompts.dropped(text) for schedule in schedules for _, text in schedule)))
         if dropped and not task.cut_prompts:
             tokens = MAX_PROMPT_CHUNKS * self._prompts.chunk_tokens
-            raise InvalidRequest(f"{field}: more than {tokens} tokens, what is too much begins with {dropped[:60]!r}", field=field)
+            raise InvalidRequest(f"{field}: more than {tokens} tokens; the excess begins with {dropped[:60]!r}", field=field)
         return dropped
 
     def _embed(self, state: Latents, job: Job) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -333,7 +333,7 @@ class Denoiser:
             for weight, part in zip(state.conditioning.weights, conditional, strict=True):
                 predicted = predicted + scale * weight * (part - unconditional)
         every = job.task.preview_every_steps
-        state.preview = self._look(state, timestep, predicted) if every and (state.step_index + 1) % every == 0 else None
+        state.preview = self._preview(state, timestep, predicted) if every and (state.step_index + 1) % every == 0 else None
         latents = state.scheduler.step(predicted, timestep, state.latents, **state.step_arguments, return_dict=False)[0]
         if state.inpainting_mask is not None:
             kept = state.image_latents
@@ -345,7 +345,7 @@ class Denoiser:
         state.latents = latents
         state.step_index += 1
 
-    def _look(self, state: Latents, timestep: torch.Tensor, predicted: torch.Tensor) -> Image.Image:
+    def _preview(self, state: Latents, timestep: torch.Tensor, predicted: torch.Tensor) -> Image.Image:
         expected = previews.expected_end(state.scheduler, state.latents, timestep, predicted)
         return previews.to_image(expected, self._parts.latent_to_rgb)
 
@@ -360,13 +360,13 @@ class Denoiser:
         """
         state = _tensors_of(job)
         if not torch.isfinite(state.latents).all():
-            raise GenerationFailed("the picture turned into values that are no numbers; try another seed or another scheduler")
+            raise GenerationFailed("generation produced NaN or infinity; try another seed or scheduler")
         pixels = self._to_pixels(self._parts.vae, state)
-        decoded_again = not _is_a_picture(pixels)
+        decoded_again = not _is_usable(pixels)
         if decoded_again:
             pixels = self._to_pixels(self._vae_in_float32(), state)
             if not torch.isfinite(pixels).all():
-                raise GenerationFailed("the picture could not be decoded, in float32 neither; try another seed or another scheduler")
+                raise GenerationFailed("the image could not be decoded, even in float32; try another seed or scheduler")
         flagged = None
         if job.task.safety_check and self._parts.safety_checker is not None:
             pixels, flagged = self._check_safety(pixels)
@@ -395,14 +395,14 @@ class Denoiser:
         """Run the safety checker, which blanks a flagged image itself."""
         assert self._parts.safety_checker is not None
         assert self._parts.feature_extractor is not None
-        looked_at = self._parts.feature_extractor(self._images.postprocess(pixels, output_type="pil"), return_tensors="pt")
-        clip_input = looked_at.pixel_values.to(device=self._parts.device, dtype=self._parts.dtype)
+        checker_inputs = self._parts.feature_extractor(self._images.postprocess(pixels, output_type="pil"), return_tensors="pt")
+        clip_input = checker_inputs.pixel_values.to(device=self._parts.device, dtype=self._parts.dtype)
         # The checker writes into its input, which inference tensors allow only for a copy.
         pixels, (flagged,) = self._parts.safety_checker(images=pixels.clone(), clip_input=clip_input)
         return pixels, bool(flagged)
 
 
-def _is_a_picture(pixels: torch.Tensor) -> bool:
+def _is_usable(pixels: torch.Tensor) -> bool:
     """Whether all values are finite and at least one is not black (-1; pixels are clamped later)."""
     return bool(torch.isfinite(pixels).all() and pixels.max() > _BLACK)
 
@@ -422,19 +422,20 @@ def guidance_embedding(guidance_scale: float, width: int) -> torch.Tensor:
 
 
 def _set_timesteps(scheduler: Any, task: Task) -> None:
-    """Raises InvalidRequest if the scheduler cannot take so many steps, or so few. What it can take depends on the model, too."""
-    if _takes(scheduler, task.num_inference_steps):
+    """Raises InvalidRequest if the scheduler does not support this number of steps, which also depends on the model."""
+    if _supports(scheduler, task.num_inference_steps):
         return
-    allowed = [steps for steps in range(1, MAX_STEPS + 1) if _takes(scheduler, steps)]
-    told = f"allowed are {allowed[0]} to {allowed[-1]}" if allowed else "nor any other number"
+    allowed = [steps for steps in range(1, MAX_STEPS + 1) if _supports(scheduler, steps)]
+    alternative = f"allowed are {allowed[0]} to {allowed[-1]}" if allowed else "or any other number"
     name = sampler_of(task.scheduler)[0]
     raise InvalidRequest(
-        f"num_inference_steps: the noise scheduler {name} cannot take {task.num_inference_steps} with this model, {told}",
+        f"num_inference_steps: the noise scheduler {name} does not support a step count of {task.num_inference_steps} with this model, "
+        f"{alternative}",
         field="num_inference_steps",
     )
 
 
-def _takes(scheduler: Any, steps: int) -> bool:
+def _supports(scheduler: Any, steps: int) -> bool:
     try:
         scheduler.set_timesteps(steps)
     except ValueError:

@@ -44,7 +44,7 @@ from stable_diffusion.engine.watchdog import Watchdog
 logger = logging.getLogger("stable_diffusion")
 
 
-_LOOK_AGAIN_S = 0.005
+_POLL_INTERVAL_S = 0.005
 
 
 class Steps(Protocol):
@@ -103,7 +103,7 @@ class Engine:
         self._loaded = threading.Event()
         self._load_error: BaseException | None = None
         self._stopping = False
-        self._is_waiting = False  # all jobs wait for what is being loaded
+        self._is_waiting = False  # all jobs wait for LoRAs that are being loaded
         self._turn_seconds: float | None = None
         self._loras_held = (0, 0)
         self._between_steps_s = 0.0  # of turns that took no step but decoded an image
@@ -135,12 +135,12 @@ class Engine:
         try:
             self._workload.take(job, timeout_s)
         except QueueFull:
-            self._tell(RefusalRecord("queue_full"))
+            self._emit(RefusalRecord("queue_full"))
             raise
         except DeadlineExceeded:
-            self._tell(RefusalRecord("deadline_exceeded"))
+            self._emit(RefusalRecord("deadline_exceeded"))
             raise
-        self._tell(SubmitRecord())
+        self._emit(SubmitRecord())
         self._inbox.put(_Submit(job))
         return job
 
@@ -157,7 +157,7 @@ class Engine:
         self._inbox.put(_Stop())
         self._thread.join()
 
-    def _tell(self, record: Record) -> None:
+    def _emit(self, record: Record) -> None:
         if self._on_record is not None:
             self._on_record(record)
 
@@ -175,15 +175,15 @@ class Engine:
             try:
                 self._turn()
             except torch.AcceleratorError:
-                logger.critical("The device has failed; it stays so until this process ends.", exc_info=True)
-                self._give_up(ModelUnavailable("the model process has failed and is started again, try again in a minute"))
+                logger.critical("The device has failed and does not recover until this process ends.", exc_info=True)
+                self._give_up(ModelUnavailable("the model process has failed and restarts; try again in a minute"))
                 if self._watchdog is not None:
                     self._watchdog.end_process()
             except Exception:
                 # A defect in the loop itself. Waiting clients get an error, and the engine still works for the next job.
-                logger.exception("The engine failed outside of any job; all jobs in it are given up.")
-                self._fail_all(GenerationFailed("the engine failed before this picture was finished"))
-        self._give_up(GenerationFailed("the engine was stopped before this picture was finished"))
+                logger.exception("The engine failed outside of any job; all its jobs fail.")
+                self._fail_all(GenerationFailed("the engine failed before this image was finished"))
+        self._give_up(GenerationFailed("the engine was stopped before this image was finished"))
 
     def _give_up(self, error: ServiceError) -> None:
         """Fail all jobs, including those submitted during the last turn and not yet read."""
@@ -195,7 +195,7 @@ class Engine:
         """Read the inbox, drop late jobs, decode at most one image, take one step."""
         self._read_inbox()
         began = time.perf_counter()
-        self._drop_the_late(began)
+        self._drop_late_jobs(began)
         jobs, batch_limit = self._batching.next_turn()
         with self._watching(jobs[:batch_limit]):
             if self._to_decode:
@@ -206,10 +206,10 @@ class Engine:
                 self._step(batch)
         self._note_turn(batch, time.perf_counter() - began)
         self._report_progress()
-        self._tell(WorkloadRecord(self._workload.seconds()))
+        self._emit(WorkloadRecord(self._workload.seconds()))
         if (held := self._denoiser.loras_held()) != self._loras_held:
             self._loras_held = held
-            self._tell(LorasRecord(*held))
+            self._emit(LorasRecord(*held))
 
     def _watching(self, batch: list[Job]) -> AbstractContextManager[None]:
         """Watch the decoding of an image and the step of `batch`. Decoding takes about as long as one or a few steps of its size."""
@@ -227,11 +227,11 @@ class Engine:
         seconds, self._between_steps_s = seconds + self._between_steps_s, 0.0
         self._workload.note_step(batch[0].batch_key, len(batch), seconds)
         self._turn_seconds = seconds if self._turn_seconds is None else 0.8 * self._turn_seconds + 0.2 * seconds
-        self._tell(TurnRecord(seconds))
+        self._emit(TurnRecord(seconds))
 
-    def _drop_the_late(self, now_s: float) -> None:
+    def _drop_late_jobs(self, now_s: float) -> None:
         for job in [job for job in (*self._to_decode, *self._batching) if job.deadline_s < now_s]:
-            self._fail(job, DeadlineExceeded("the picture was not finished in the time that the request allows"))
+            self._fail(job, DeadlineExceeded("the image was not finished within the time that the request allows"))
 
     def _report_progress(self) -> None:
         if self._turn_seconds is None or all(job.on_progress is None for job in self._batching):
@@ -253,7 +253,7 @@ class Engine:
     def _read_inbox(self) -> None:
         """Read all messages. Waits for one only if there is nothing else to do, or briefly while all jobs wait for their LoRAs."""
         is_idle = not self._to_decode and not len(self._batching)
-        timeout_s = None if is_idle else _LOOK_AGAIN_S
+        timeout_s = None if is_idle else _POLL_INTERVAL_S
         is_idle = is_idle or self._is_waiting
         while True:
             try:
@@ -303,7 +303,7 @@ class Engine:
             if job.started_s is None:
                 job.started_s = now
                 chunks = 1 if job.tensors is None else job.tensors.chunks
-                self._tell(StartRecord(now - job.submitted_s, chunks))
+                self._emit(StartRecord(now - job.submitted_s, chunks))
 
     def _step(self, batch: list[Job]) -> None:
         self._note_starts(batch)
@@ -321,7 +321,7 @@ class Engine:
     def _predict(self, batch: list[Job]) -> list[tuple[Job, torch.Tensor]]:
         """One UNet call or, if it fails, one for each half, so that finally only the job that cannot be computed fails.
 
-        A single job that does not fit into memory is tried again, after memory that others have left is freed.
+        A single job that does not fit into memory is tried again, after unused memory is freed.
         """
         predictions: list[tuple[Job, torch.Tensor]] = []
         calls = deque([batch])
@@ -347,11 +347,11 @@ class Engine:
                 self._fail(jobs[0], predicted)
                 continue
             if ran_out:
-                self._tell(OutOfMemoryRecord())
+                self._emit(OutOfMemoryRecord())
         if ran_out_together and largest_call:
             height, width = key = batch[0].batch_key
             self._batching.lower_batch_limit(key, largest_call)
-            self._tell(BatchLimitRecord(width, height, self._batching.batch_limit(key), len(batch)))
+            self._emit(BatchLimitRecord(width, height, self._batching.batch_limit(key), len(batch)))
             logger.warning("Out of memory with %d jobs in a step: at most %d of this size from now on.", len(batch), largest_call)
         return predictions
 
@@ -375,14 +375,14 @@ class Engine:
 
     def _decode(self, job: Job) -> None:
         try:
-            picture = self._denoiser.decode(job)
+            image = self._denoiser.decode(job)
         except Exception as error:
             self._fail(job, error)
         else:
-            if picture.decoded_again:
-                self._tell(DecodedAgainRecord())
+            if image.decoded_again:
+                self._emit(DecodedAgainRecord())
             waited_s = None if job.started_s is None else job.started_s - job.submitted_s
-            self._end(job, replace(picture, waited_s=waited_s), "flagged" if picture.flagged else "completed")
+            self._end(job, replace(image, waited_s=waited_s), "flagged" if image.flagged else "completed")
 
     def _fail(self, job: Job, error: Exception) -> None:
         """End a job with an error. Raises a device error, after which nothing can be computed."""
@@ -393,10 +393,10 @@ class Engine:
             logger.error("Job %d failed.", job.number, exc_info=error)
             if _is_out_of_memory(error):
                 outcome = "out_of_memory"
-                self._tell(OutOfMemoryRecord())
-                error = GenerationFailed("the device is out of memory for this picture; ask for a smaller one")
+                self._emit(OutOfMemoryRecord())
+                error = GenerationFailed("the device is out of memory for this image; request a smaller one")
             else:
-                error = GenerationFailed("the picture could not be computed")
+                error = GenerationFailed("the image could not be generated")
         self._end(job, error, outcome)
 
     def _drop(self, job: Job) -> None:
@@ -414,8 +414,8 @@ class Engine:
         self._workload.leave(job)
         job.is_ended = True
         job.tensors = job.claim = None
-        drawn_s = None if job.started_s is None else time.perf_counter() - job.started_s
-        self._tell(EndRecord(job.task.kind, outcome, drawn_s))
+        generation_s = None if job.started_s is None else time.perf_counter() - job.started_s
+        self._emit(EndRecord(job.task.kind, outcome, generation_s))
 
     def _end(self, job: Job, result: GeneratedImage | ServiceError, outcome: Outcome) -> None:
         self._leave(job, outcome)
@@ -428,7 +428,7 @@ class Engine:
     def _fail_all(self, error: ServiceError) -> None:
         for job in [*self._to_decode, *self._batching]:
             self._end(job, error, "failed")
-        self._tell(WorkloadRecord(self._workload.seconds()))
+        self._emit(WorkloadRecord(self._workload.seconds()))
 
 
 def _is_out_of_memory(error: Exception) -> bool:

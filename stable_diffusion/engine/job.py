@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from stable_diffusion.engine.prompts import Text
 
 
-# What a row is told: the texts that follow one another, each with the last step, counted from 1, for which it holds.
+# A row's successive texts, each with the last step, counted from 1, to which it applies.
 TextSchedule: TypeAlias = "tuple[tuple[int, Text], ...]"
 
 

@@ -43,7 +43,7 @@ class Parts:
     dtype: torch.dtype
     latent_to_rgb: torch.Tensor  # for previews
     inversions: Mapping[str, list[int]]  # tokens by a textual inversion's name
-    loras: Callable[[], Loras]  # the files that there are now
+    loras: Callable[[], Loras]  # returns the files that exist now
 
 
 def device_name(device: torch.device) -> str:
@@ -93,7 +93,7 @@ def _add_inversions(text_encoder: CLIPTextModel, model: ModelFolder) -> dict[str
     """Append the vectors of the model's textual inversions to the text encoder's tokens. Returns the new tokens by name."""
     found = read_embeddings(model)
     for name, reason in found.refused.items():
-        logger.warning("The textual inversion %s is left out: %s.", name, reason)
+        logger.warning("The textual inversion %s is ignored: %s.", name, reason)
     embedding = text_encoder.get_input_embeddings()
     weight = embedding.weight.data
     tokens: dict[str, list[int]] = {}
@@ -102,7 +102,7 @@ def _add_inversions(text_encoder: CLIPTextModel, model: ModelFolder) -> dict[str
     for name, file in found.files.items():
         vectors = safetensors.torch.load_file(file.path)[file.tensor].reshape(file.vectors, file.width)
         if not torch.isfinite(vectors).all():
-            logger.warning("The textual inversion %s is left out: it holds values that are no numbers.", name)
+            logger.warning("The textual inversion %s is ignored: it contains NaN or infinity.", name)
             continue
         rows.append(vectors.to(weight))
         tokens[name] = list(range(count, count + file.vectors))

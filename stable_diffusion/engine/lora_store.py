@@ -1,4 +1,4 @@
-"""The LoRA adapters on the device: loads them without holding up steps, and lets go of those that no job uses.
+"""The LoRA adapters on the device: loads them without delaying steps, and removes those that no job uses.
 
 A thread reads files; the engine's thread turns their bytes into tensors, a little at a time. Does not know how adapters are applied.
 """
@@ -35,7 +35,7 @@ Identity = tuple[str, str]  # name and hash
 
 @dataclass(eq=False)
 class _Loading:
-    """An adapter on its way: first its file's bytes, read by a thread, then its layers one by one. It ends when no claim wants it."""
+    """An adapter being loaded: first its file's bytes, read by a thread, then its layers one by one. It ends when no claim wants it."""
 
     size_bytes: int  # on the device
     tensors: dict[str, torch.Tensor] | None = None  # as they are in the file
@@ -47,7 +47,7 @@ class _Loading:
 
 @dataclass(eq=False)
 class Claim:
-    """A job's hold on its adapters. Drop it when the job ends: they leave the device when nothing holds them any more."""
+    """A job's hold on its adapters. Drop it when the job ends; adapters that nothing holds leave the device."""
 
     choices: tuple[LoraChoice, ...]
     is_granted: bool = False  # there is room for all of them
@@ -56,7 +56,7 @@ class Claim:
     fault: str | None = None  # why one of them cannot be loaded
 
     def adapters(self) -> tuple[Lora, ...]:
-        """The adapters in the order of `choices`. Raises InvalidRequest, which says what kept one from being loaded."""
+        """The adapters in the order of `choices`. Raises InvalidRequest, which says why one could not be loaded."""
         if self.fault is not None:
             raise InvalidRequest(f"loras: {self.fault}", field="loras")
         return tuple(self.loras[_identity(choice)] for choice in self.choices)
@@ -66,7 +66,7 @@ class LoraStore:
     """Adapters by name and hash. Use it on the engine's thread."""
 
     def __init__(self, look: Callable[[], Loras], device: torch.device, dtype: torch.dtype, max_bytes: int = MAX_LORA_BYTES) -> None:
-        """`look` returns the files that there are; it is called on other threads. No claim may need more than `max_bytes`."""
+        """`look` returns the files that exist now; it is called on other threads. No claim may need more than `max_bytes`."""
         self._look = look
         self._device = device
         self._dtype = dtype
@@ -75,7 +75,7 @@ class LoraStore:
         # Also those that only jobs hold.
         self._alive: weakref.WeakValueDictionary[Identity, Lora] = weakref.WeakValueDictionary()
         self._loading: weakref.WeakValueDictionary[Identity, _Loading] = weakref.WeakValueDictionary()
-        self._faults: OrderedDict[Identity, str] = OrderedDict()  # the content is the same again, so it is not read again
+        self._faults: OrderedDict[Identity, str] = OrderedDict()  # by content, so that a faulty file is not read again
         self._next_in_line: Callable[[], Claim | None] = lambda: None  # the first claim for which there was no room
         self._rest_until_s = 0.0
 
@@ -87,10 +87,10 @@ class LoraStore:
         return len(self._alive)
 
     def go_on(self, claim: Claim) -> bool:
-        """Whether a claim's adapters are there, or one of them never will be. If not, this loads some more: ask again at the next turn.
+        """Whether a claim's adapters are loaded, or one of them cannot be. Otherwise loads some more: call this again at the next turn.
 
-        Room is granted for all adapters of a claim at once, and to claims in the order in which they came: none holds what another one
-        waits for, and none waits for ever.
+        Room is granted for all adapters of a claim at once, and to claims in their order of arrival, so that claims neither deadlock nor
+        wait for ever.
         """
         claim.fault = claim.fault or self._known_fault(claim)
         if claim.fault is None and not claim.is_granted:
@@ -110,7 +110,7 @@ class LoraStore:
         return next((self._faults[_identity(choice)] for choice in claim.choices if _identity(choice) in self._faults), None)
 
     def _grant(self, claim: Claim) -> bool:
-        """Make room by letting go of adapters that no job uses, the longest unused first. False if there is too little of it."""
+        """Make room by removing adapters that no job uses, the longest unused first. False if there is too little room."""
         first = self._next_in_line()
         if first is not None and first is not claim:
             return False
@@ -151,7 +151,7 @@ class LoraStore:
     def _convert(self, identity: Identity, loading: _Loading) -> Lora | None:
         """Convert some more layers. Returns the adapter when it is complete.
 
-        In company of steps this takes at most half of the time: after each bout it rests for as long.
+        While steps run, this takes at most half of the time: after each call it rests for as long as the call took.
         """
         began_s = time.perf_counter()
         if loading.fault is not None:
@@ -182,7 +182,7 @@ class LoraStore:
         return lora
 
     def _end(self, identity: Identity, loading: _Loading) -> None:
-        """Whoever asks for the adapter from now on finds it, or reads its file again."""
+        """Remove the entry: later claims find the adapter, or read its file again."""
         if self._loading.get(identity) is loading:
             del self._loading[identity]
 
@@ -192,15 +192,15 @@ class LoraStore:
             component, layer, change = loading.left[-1]
             low_rank = self._converted(change, tensors)
             if low_rank is None:
-                loading.fault = f"{name}: it holds values that are no numbers"
+                loading.fault = f"{name}: it contains NaN or infinity"
                 return
             loading.done[component][layer] = low_rank
             loading.left.pop()
             converted += low_rank.size_bytes
 
     def _converted(self, change: LayerChange, tensors: dict[str, torch.Tensor]) -> LowRank | None:
-        """The change on the device; None if not all of its values are numbers."""
-        # Copies: the bytes of the file are let go of.
+        """The change on the device; None if a value is not finite."""
+        # Copies, so that the file's bytes can be freed.
         down = tensors[change.down].reshape(change.down_shape).to(self._dtype, copy=True)
         up = tensors[change.up].reshape(change.up_shape).to(self._dtype, copy=True)
         alpha = float(len(down)) if change.alpha is None else float(tensors[change.alpha])
@@ -219,13 +219,13 @@ def _identity(choice: LoraChoice) -> Identity:
 
 
 def _read(identity: Identity, loading: _Loading, look: Callable[[], Loras]) -> None:
-    """On a thread of its own: reads bytes and computes nothing, since a second thread with OpenMP would slow every step down."""
+    """Runs on a separate thread. Reads bytes and computes nothing, since a second thread with OpenMP would slow down every step."""
     name, content_hash = identity
     try:
         file = look().files.get(name)
         tensors = None if file is None else _read_tensors(file, content_hash)
     except Exception:
-        # Whatever it is, the jobs that wait for the adapter must learn of it.
+        # Jobs that wait for the adapter must learn of every error.
         logger.exception("The LoRA %s could not be read.", name)
         loading.fault = f"{name}: its file cannot be read"
         return

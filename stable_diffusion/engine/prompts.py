@@ -19,7 +19,7 @@ from stable_diffusion.engine.adapters import AdaptedLayers, Lora
 
 # Embeddings of a chunk take a quarter of a megabyte in Stable Diffusion.
 _KEPT_TEXTS = 64
-_BACK_TO_A_COMMA = 20  # tokens: a chunk that is full ends behind its last comma, if that is no further back
+_BACK_TO_A_COMMA = 20  # tokens: a full chunk ends after its last comma, if that comma is at most so far back
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Text:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for equal embeddings. Holds no adapter, so that what is kept by it keeps none on the device."""
+        """Equal for equal embeddings. Holds no adapter, so that a kept embedding keeps none on the device."""
         return self.sections, self.clip_skip, tuple((lora.name, lora.hash, weight) for lora, weight in self.adapters)
 
 
@@ -50,7 +50,7 @@ class _Chunk:
 
 
 class PromptEncoder:
-    """The tokenizer and the text encoder of a model. Keeps the embeddings of the last texts."""
+    """The tokenizer and the text encoder of a model. Keeps the embeddings of the most recent texts."""
 
     def __init__(
         self,
@@ -73,11 +73,11 @@ class PromptEncoder:
         self._kept: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()  # the last used one at the end
 
     def dropped(self, text: Text) -> str:
-        """What does not fit into the most chunks that there may be; "" if all does."""
+        """The text beyond MAX_PROMPT_CHUNKS chunks; "" if there is none."""
         return " ".join(self._tokenizer.decode(chunk.tokens) for chunk in self._chunks(text)[MAX_PROMPT_CHUNKS:]).strip()
 
     def count_chunks(self, text: Text) -> int:
-        """How many of the chunks that there may be the text fills, at least 1."""
+        """How many chunks the text fills, from 1 to MAX_PROMPT_CHUNKS."""
         return min(len(self._chunks(text)), MAX_PROMPT_CHUNKS)
 
     def encode(self, text: Text) -> torch.Tensor:
@@ -106,7 +106,7 @@ class PromptEncoder:
         return embeddings.reshape(1, -1, embeddings.shape[-1]).to(dtype=self._dtype)
 
     def _layer_output(self, tokens: torch.Tensor, mask: torch.Tensor | None, clip_skip: int) -> torch.Tensor:
-        """What the text encoder says of each token, (chunks, 77, width): its last layer, or with `clip_skip` n the nth from the end."""
+        """The text encoder's output for each token, (chunks, 77, width): its last layer, or with `clip_skip` n the nth from the end."""
         if clip_skip == 1:
             last: torch.Tensor = self._text_encoder(tokens, attention_mask=mask)[0]
             return last
@@ -131,7 +131,7 @@ class PromptEncoder:
         return chunks
 
     def _after_comma(self, full: _Chunk) -> _Chunk:
-        """The next chunk after a full one. It begins with what stands behind the full one's last comma, if that is little."""
+        """The next chunk after a full one. It begins with the tokens after the full one's last comma, if they are few."""
         following = _Chunk()
         if full.last_comma >= 0 and len(full.tokens) - full.last_comma <= _BACK_TO_A_COMMA:
             start = full.last_comma + 1

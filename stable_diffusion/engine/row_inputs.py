@@ -1,6 +1,6 @@
-"""What goes into one UNet call: tensors with one row for each prediction, and the adapters of the rows.
+"""The inputs of one UNet call: tensors with one row for each prediction, and the adapters of the rows.
 
-The one place that knows which inputs there are. Does not know what the rows are for.
+The only module that lists the inputs. Does not know the purpose of a row.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RowInputs:
         return len(self.latents)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors by field. Those that a call does not have are missing."""
+        """The tensors by field. Fields that are None are missing."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 

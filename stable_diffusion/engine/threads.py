@@ -20,23 +20,23 @@ _MOST_KINDS = 256
 
 
 def of_process(
-    environment: Mapping[str, str], threads: int, set_threads: Callable[[int], None], say: Callable[[str], None]
+    environment: Mapping[str, str], threads: int, set_threads: Callable[[int], None], log: Callable[[str], None]
 ) -> ThreadCount | None:
     """None if there is nothing to decide: there is one thread, or the operator has decided."""
-    said = operators_threads(environment)
-    if said.isdigit() and int(said) > 0:
-        set_threads(int(said))
-    return ThreadCount(threads, set_threads, say) if threads > 1 and not said else None
+    setting = operators_threads(environment)
+    if setting.isdigit() and int(setting) > 0:
+        set_threads(int(setting))
+    return ThreadCount(threads, set_threads, log) if threads > 1 and not setting else None
 
 
 class ThreadCount:
     """Halves the number of threads when steps are delayed, and tries twice as many after a while."""
 
-    def __init__(self, threads: int, set_threads: Callable[[int], None], say: Callable[[str], None]) -> None:
-        """`threads`: the maximum. `set_threads` sets the number from the next step on. `say` writes to the log."""
+    def __init__(self, threads: int, set_threads: Callable[[int], None], log: Callable[[str], None]) -> None:
+        """`threads`: the maximum. `set_threads` sets the number from the next step on. `log` writes a line to the log."""
         self._all = threads
         self._set_threads = set_threads
-        self._say = say
+        self._log = log
         self.threads = threads
         self._best_s: dict[Hashable, float] = {}  # the shortest step of a kind with all threads
         self._steps: dict[Hashable, int] = {}
@@ -74,7 +74,7 @@ class ThreadCount:
             self._wait_s = _TRY_MORE_AFTER_S
             self._last_s.clear()
             if self.threads == self._all:
-                self._say(f"Steps are computed with {self.threads} threads again.")
+                self._log(f"Steps are computed with {self.threads} threads again.")
         else:
             return
         self._before_trial = None
@@ -84,7 +84,7 @@ class ThreadCount:
         if self.threads == 1:
             return
         if self.threads == self._all:
-            self._say("Steps take far longer than before: other programs use the processor too. Fewer threads compute for a while.")
+            self._log("Steps take far longer than before: other programs use the processor too. Fewer threads compute for a while.")
         self._slow_in_a_row = 0
         self._last_s.clear()
         self._change(max(1, self.threads // 2))

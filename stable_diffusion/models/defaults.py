@@ -1,6 +1,6 @@
-"""What a model generates with where a request says nothing: from its defaults.json, else from what its configuration shows.
+"""A model's values for fields that a request omits: from its defaults.json, else from its configuration.
 
-Reads JSON that others have parsed; does not know requests.
+Takes parsed JSON; does not know requests.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _GuidanceScale = Annotated[float, Field(ge=0, le=MAX_GUIDANCE_SCALE)]
 
 
 class DefaultsFile(BaseModel):
-    """The content of defaults.json. Everything in it may be missing."""
+    """The content of defaults.json. Every field may be missing."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
@@ -34,8 +34,8 @@ class DefaultsFile(BaseModel):
         None,
         min_length=2,
         max_length=2,
-        description="The least and the greatest guidance scale that the model is for. Requests beyond it are refused; at A1111's API the "
-        "nearest one is used, and `info` says so.",
+        description="The lowest and the highest guidance scale that the model supports. Requests outside are refused; A1111's API uses "
+        "the nearest value and says so in `info`.",
     )
     scheduler: Annotated[str, AfterValidator(known_scheduler)] | None = Field(None, description="Noise scheduler, by any of its names.")
     width: Side = Field(None, description="Native width in pixels.")
@@ -44,7 +44,7 @@ class DefaultsFile(BaseModel):
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request leaves open. The scale is in the range, which is as wide as requests allow where nobody stated one."""
+    """Values for omitted fields. The scale is in the range; without a stated range, that is the range of all requests."""
 
     num_inference_steps: int = _USUAL_STEPS
     guidance_scale: float = _USUAL_GUIDANCE_SCALE
@@ -57,7 +57,7 @@ class Defaults:
 
 
 def read_defaults(file: Path, content: dict[str, Any]) -> DefaultsFile:
-    """Check the content of defaults.json. Raises ModelFolderError, which names `file` and what in it is wrong."""
+    """Check the content of defaults.json. Raises ModelFolderError, which names `file` and the fault in it."""
     try:
         stated = validated(DefaultsFile, content)
     except InvalidRequest as error:
@@ -65,14 +65,14 @@ def read_defaults(file: Path, content: dict[str, Any]) -> DefaultsFile:
     if stated.guidance_scale_range is not None:
         low, high = stated.guidance_scale_range
         if low > high:
-            raise ModelFolderError(f"{file}: guidance_scale_range: must begin with the least, got {low:g} and {high:g}")
+            raise ModelFolderError(f"{file}: guidance_scale_range: the first value must not exceed the second, got {low:g} and {high:g}")
         if stated.guidance_scale is not None and not low <= stated.guidance_scale <= high:
             raise ModelFolderError(f"{file}: guidance_scale: must be in the guidance_scale_range, {low:g} to {high:g}")
     return stated
 
 
 def defaults_of(stated: DefaultsFile, scheduler: str, unet: dict[str, Any], scheduler_config: dict[str, Any]) -> Defaults:
-    """What the file states, and for the rest what the configurations show. `scheduler` is the one that is used by default."""
+    """The file's values, and for the rest those that the configurations show. `scheduler` is the one that is used by default."""
     steps, guidance_scale = _shown_by(scheduler, unet, scheduler_config)
     allowed = tuple(stated.guidance_scale_range or (0.0, MAX_GUIDANCE_SCALE))
     defaults = Defaults(steps if stated.steps is None else stated.steps, guidance_scale, (allowed[0], allowed[1]))
@@ -81,7 +81,7 @@ def defaults_of(stated: DefaultsFile, scheduler: str, unet: dict[str, Any], sche
 
 
 def _shown_by(scheduler: str, unet: dict[str, Any], config: dict[str, Any]) -> tuple[int, float]:
-    """Steps and guidance scale. Only three signs are sure; a model's name is none."""
+    """Steps and guidance scale. Only three signs are reliable; a model's name is not."""
     if unet.get("time_cond_proj_dim") is not None:
         return _FEW_STEPS, _LCM_GUIDANCE_SCALE
     if class_and_options(scheduler)[0] == "LCMScheduler":

@@ -62,7 +62,7 @@ def _fetch(sibling: RepoSibling, file: Path) -> None:
         http_get(url, stream, resume_size=fetched, expected_size=sibling.size, headers=build_hf_headers())
     if not _is_the_hubs(part, sibling):
         part.unlink()
-        raise ModelFolderError(f"{file}: what came is not what the hub has; run the command again")
+        raise ModelFolderError(f"{file}: the downloaded file differs from the hub's; run the command again")
     part.replace(file)
 
 
@@ -88,11 +88,11 @@ def main() -> None:
     try:
         download(arguments.precision, arguments.folder)
     except GatedRepoError:
-        sys.exit(f"The hub asks for an account: accept the license at https://huggingface.co/{REPOSITORY} and set HF_TOKEN.")
+        sys.exit(f"The hub requires an account: accept the license at https://huggingface.co/{REPOSITORY} and set HF_TOKEN.")
     except ModelFolderError as error:
         sys.exit(f"The download is not usable: {error}")
     except Exception as error:  # includes errors of the hub client's HTTP library, which differs between versions
-        sys.exit(f"The download stopped: {type(error).__name__}: {error}\nRun the command again, it goes on where it stopped.")
+        sys.exit(f"The download stopped: {type(error).__name__}: {error}\nRun the command again; it resumes where it stopped.")
     print(f"Ready: {arguments.folder}")
 
 

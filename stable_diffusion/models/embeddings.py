@@ -1,4 +1,4 @@
-"""The textual inversions that a server offers: which lie in its folder, and whether each fits the model's text encoder.
+"""The textual inversions that a server offers: which files its folder has, and whether each fits the model's text encoder.
 
 Reads file headers only, without torch. `engine/loading.py` loads the vectors, once, at start.
 """
@@ -37,7 +37,7 @@ class TextualInversions:
 
 
 def read_embeddings(model: ModelFolder) -> TextualInversions:
-    """What lies in the model's folder of textual inversions, which need not exist."""
+    """Read the model's folder of textual inversions, which need not exist."""
     found: dict[str, TextualInversion] = {}
     refused: dict[str, str] = {}
     width = int(model.config("text_encoder").get("hidden_size", 0))
@@ -70,7 +70,7 @@ def _checked(file: Path, width: int) -> TextualInversion:
     names = ["emb_params"] if "emb_params" in tensors else list(tensors)
     shape = tensors[names[0]]["shape"] if len(names) == 1 else []
     if not 1 <= len(shape) <= 2:
-        raise ValueError("it is no textual inversion")
+        raise ValueError("it is not a textual inversion")
     vectors = shape[0] if len(shape) == 2 else 1
     if shape[-1] != width:
         raise ValueError(f"its vectors have {shape[-1]} values, the model's text encoder has {width}: it is for another kind of model")

@@ -63,7 +63,7 @@ class ModelFolder:
 
     @functools.cached_property
     def hash(self) -> str:
-        """Ten hexadecimal digits that identify the model as far as it determines images. Computed on first use.
+        """Ten hexadecimal digits that identify everything in the model that determines images. Computed on first use.
 
         A SHA-256 over name, dtype, shape and the middle 4 KiB of every tensor, and over the noise scheduler's configuration. The safety
         checker is left out: it generates nothing. Training changes all values of a tensor that it trains, so a sample reveals it without
@@ -121,7 +121,7 @@ def _chosen(asked_for: str, weights: Path, *, in_bento: bool) -> ModelFolder:
     if in_bento:
         raise ModelFolderError(
             f"this bento holds no weights in models/{weights.name}: run 'make model' before 'bentoml build', set {MODEL_VARIABLE} "
-            f"to a model folder, or set {MODEL_VARIABLE}={DEMO_NAME} to serve the demo model, which draws coloured shapes only"
+            f"to a model folder, or set {MODEL_VARIABLE}={DEMO_NAME} to serve the demo model, which generates coloured shapes only"
         )
     return _demo()
 
@@ -144,7 +144,7 @@ def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False)
     pipeline = index.get("_class_name")
     if pipeline not in _PIPELINES:
         raise ModelFolderError(
-            f"{folder / 'model_index.json'}: a {pipeline} is no Stable Diffusion 1.x or 2.x model, expected {' or '.join(_PIPELINES)}"
+            f"{folder / 'model_index.json'}: a {pipeline} is not a Stable Diffusion 1.x or 2.x model, expected {' or '.join(_PIPELINES)}"
         )
     has_checker = (index.get("safety_checker") or [None])[0] is not None
     variants = {
@@ -155,7 +155,7 @@ def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False)
     if len(variants) > 1:
         raise ModelFolderError(f"{folder}: some components have only half-precision files, others only full-precision ones")
     if has_checker:
-        _read_json(folder / "feature_extractor" / "preprocessor_config.json", "what the safety checker looks at")
+        _read_json(folder / "feature_extractor" / "preprocessor_config.json", "the preprocessing for the safety checker")
     _check_tokenizer(folder / "tokenizer")
     unet = _read_json(folder / "unet" / "config.json", "the UNet's configuration")
     vae = _read_json(folder / "vae" / "config.json", "the autoencoder's configuration")
@@ -213,7 +213,7 @@ def _refuse_pickles(folder: Path) -> None:
 
 
 def _check_tokenizer(folder: Path) -> None:
-    _read_json(folder / "tokenizer_config.json", "how many tokens the text encoder takes")
+    _read_json(folder / "tokenizer_config.json", "the tokenizer's configuration")
     for names in _TOKENIZER_FILES:
         if all((folder / name).is_file() for name in names):
             _read_json(folder / names[0], "the tokenizer's vocabulary")

@@ -48,14 +48,14 @@ _KIND_BY_MARK = {
 
 @dataclass(frozen=True)
 class UNetShape:
-    """What the layer names of kohya's second spelling depend on."""
+    """The facts on which layer names in kohya's second spelling depend."""
 
     layers_per_block: int
     up_blocks_with_attention: frozenset[int]
 
 
 def kind_of_other(names: list[str]) -> str | None:
-    """What a file with tensors of these `names` is, if it is known not to be a LoRA that can be served."""
+    """The kind of a file with tensors of these `names`, if it is known and not a LoRA that can be served."""
     joined = "\n".join(names)
     return next((kind for mark, kind in _KIND_BY_MARK.items() if mark in joined), None)
 
@@ -116,7 +116,7 @@ _IN_MIDDLE = re.compile(r"mid_block\.(?P<kind>resnets|attentions)\.(?P<index>\d+
 
 
 def _original_name(layer: str, shape: UNetShape) -> str | None:
-    """The layer's name in CompVis' UNet (openaimodel.py of latent-diffusion), where blocks are numbered through."""
+    """The layer's name in CompVis' UNet (openaimodel.py of latent-diffusion), which numbers its blocks consecutively."""
     if layer in _OUTSIDE_BLOCKS:
         return _OUTSIDE_BLOCKS[layer]
     if middle := _IN_MIDDLE.fullmatch(layer):

@@ -1,4 +1,4 @@
-"""The LoRA files that a server offers: which lie in its folder, whether each fits the model, and which tensors change which layer.
+"""The LoRA files that a server offers: which files its folder has, whether each fits the model, and which tensors change which layer.
 
 Reads file headers only, without torch. `engine/lora_store.py` loads the tensors.
 """
@@ -84,7 +84,7 @@ class Loras:
 
 
 class LoraFolder:
-    """The folder of a server's LoRAs. It need not exist. Files may come and go: each look notices it."""
+    """The folder of a server's LoRAs. It need not exist. Files may come and go; each call of `look` notices it."""
 
     def __init__(self, path: Path, model: ModelFolder) -> None:
         self._path = path
@@ -93,7 +93,7 @@ class LoraFolder:
         self._loras = Loras({}, {})
 
     def look(self) -> Loras:
-        """What lies in the folder now. Headers are read again only if a file has changed."""
+        """The files that are in the folder now. Headers are read again only if a file has changed."""
         files = sorted(file for file in self._path.rglob("*") if file.suffix.lower() in (".safetensors", *_PICKLES))
         seen = tuple((file, *_state(file)) for file in files)
         if seen != self._seen:
@@ -117,7 +117,7 @@ class LoraFolder:
 
 
 def _state(file: Path) -> tuple[int, ...]:
-    """What changes with a file's content; nothing if it has just gone."""
+    """Values that change with the file's content; empty if the file has just been deleted."""
     try:
         stat = file.stat()
     except OSError:
@@ -126,7 +126,7 @@ def _state(file: Path) -> tuple[int, ...]:
 
 
 def check_lora(file: Path, model: ModelFolder) -> LoraFile:
-    """Hold a file's header against the layers of `model`. Raises LoraError, which says what the file is instead."""
+    """Compare a file's header with the layers of `model`. Raises LoraError, which says why the file cannot be served."""
     if file.suffix.lower() in _PICKLES:
         raise LoraError("a pickle can run code when it is loaded, only safetensors are served")
     try:
@@ -169,10 +169,10 @@ def _by_layer(tensors: Mapping[str, Any], known: Mapping[str, Layer]) -> dict[La
     for name in tensors:
         parts = split(name)
         if parts is None:
-            raise LoraError(f"it holds {name[:80]!r}, which is no part of a LoRA")
+            raise LoraError(f"it holds {name[:80]!r}, which is not part of a LoRA")
         layer = known.get(parts[0])
         if layer is None:
-            raise LoraError(f"{parts[0][:80]!r} is no layer of the model: it is for another kind of model")
+            raise LoraError(f"{parts[0][:80]!r} is not a layer of the model: it is for another kind of model")
         if parts[1] in found.setdefault(layer, {}):
             raise LoraError(f"it changes {layer[1]} twice, by {found[layer][parts[1]][:80]!r} and {name[:80]!r}")
         found[layer][parts[1]] = name
@@ -183,7 +183,7 @@ def _require_fitting(layer: str, down: list[int], up: list[int], weight: list[in
     """Shapes: down (rank, in, ...) with the layer's kernel, up (out, rank, 1, ...). A 1x1 convolution may be written as a linear layer."""
     rank = down[0] if down else 0
     if not (1 <= rank <= _MAX_RANK and len(up) > 1 and up[1] == rank):
-        raise LoraError(f"{layer}: shapes {down} and {up} do not belong together")
+        raise LoraError(f"{layer}: shapes {down} and {up} do not match")
     expected = [rank, *weight[1:]]
     if _squeezed(down) != _squeezed(expected) or up[0] != weight[0] or any(side != 1 for side in up[2:]):
         raise LoraError(

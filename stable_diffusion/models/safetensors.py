@@ -37,20 +37,20 @@ def read_tensor_list(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def parse_tensor_list(prefix: bytes) -> tuple[dict[str, Any], int]:
-    """The same of the first bytes of a file, up to the header's end."""
+    """As `read_tensor_list`, from a file's first bytes up to the header's end."""
     (header_size,) = struct.unpack("<Q", prefix[:8])
     return _without_metadata(json.loads(prefix[8 : 8 + header_size])), header_size
 
 
 def fault_of(tensor: Any) -> str | None:
-    """What is wrong with what a header says of a tensor; it may say anything. None if the tensor can be read and holds real numbers."""
+    """The fault in a header's description of a tensor, which may be any JSON. None if the tensor can be read and holds real numbers."""
     shape, dtype, offsets = (tensor.get(field) for field in ("shape", "dtype", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in VALUE_BYTES:
         return f"holds {str(dtype)[:20]}, expected {', '.join(VALUE_BYTES)}"
     if not (_are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2 and 0 not in shape):
-        return "has no sound shape and place in the file"
+        return "has no valid shape and data_offsets"
     if offsets[1] - offsets[0] != math.prod(shape) * VALUE_BYTES[dtype]:
-        return f"has {offsets[1] - offsets[0]} bytes, which do not make the shape {shape} of {dtype}"
+        return f"has {offsets[1] - offsets[0]} bytes, which do not match the shape {shape} of {dtype}"
     return None
 
 

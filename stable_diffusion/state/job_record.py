@@ -1,4 +1,4 @@
-"""What the job store says of a job: one record per image. Also how it tells whether two requests are the same.
+"""A job's records in the job store, one per image, and the fingerprint that tells whether two requests are the same.
 
 Does not know how records are stored.
 """
@@ -61,9 +61,9 @@ class JobRecord:
         if self.error is not None:
             raise self.error
         if not self.asynchronous:
-            raise PictureNotKept("the picture of this job was sent to the client that asked for it and is not kept")
+            raise PictureNotKept("this job's image was sent in the response and is not kept")
         if self.picture is None:
-            raise PictureExpired(f"the picture is gone: the last {PICTURES_KEPT} are kept, for {PICTURES_KEPT_S // 60} minutes")
+            raise PictureExpired(f"the image has been deleted: the last {PICTURES_KEPT} are kept, for {PICTURES_KEPT_S // 60} minutes")
         return GeneratedImage(from_png(self.picture), **self.outcome)
 
 

@@ -1,4 +1,4 @@
-"""The job store: one SQLite file in the server's shared folder, which says how far every job is.
+"""The job store: one SQLite file in the server's shared folder, with the state of every job.
 
 The model process writes what happens to a job. API workers read it, accept asynchronous jobs and request cancellations. Every call may
 wait for the disk: do not call it on an event loop. It does not depend on how images are generated or how jobs are presented.
@@ -80,8 +80,8 @@ class Jobs:
             with transaction(file, _SCHEMA, last_table="idempotency_keys", busy_timeout_s=_BUSY_TIMEOUT_S) as database:
                 yield database
         except (OSError, sqlite3.Error) as error:
-            logger.error("Where jobs stand cannot be read or written: %s", error)
-            raise JobsUnavailable("where jobs stand cannot be read or written; pictures can be drawn while somebody waits") from None
+            logger.error("The job store cannot be read or written: %s", error)
+            raise JobsUnavailable("the job store cannot be read or written; images can still be generated synchronously") from None
 
     # --- the model process ---------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ class Jobs:
             if (unfinished := _too_many_asynchronous(database, ticket.owner)) is not None:
                 (soonest,) = database.execute("SELECT min(seconds_left) FROM jobs WHERE ended_at IS NULL AND asynchronous = 1").fetchone()
                 raise TooManyJobs(
-                    f"{unfinished} jobs with Prefer: respond-async or an Idempotency-Key are not finished, more are not accepted",
+                    f"{unfinished} jobs with Prefer: respond-async or an Idempotency-Key are unfinished, no more are accepted",
                     retry_after_s=max(1, round(soonest or 1)),
                 )
             for index, task in enumerate(tasks):
@@ -197,7 +197,7 @@ class Jobs:
                 _fail(database, _UNCLAIMED, (now - _HELD_FOR_S,))
                 rows = database.execute(find, (job_id,)).fetchall()
         if not rows or (owner is not None and any(row["owner"] != owner for row in rows)):
-            raise UnknownJob("no such job; a finished one is forgotten after a day, and another server knows nothing of it")
+            raise UnknownJob("no such job; finished jobs are deleted after a day, and servers do not share jobs")
         return [_record(row, now) for row in rows]
 
     def cancel(self, job_id: str) -> None:
@@ -269,7 +269,7 @@ _UNCLAIMED = "runner IS NULL AND held_at < ?"
 
 
 def _fail(database: sqlite3.Connection, which: str, values: tuple[object, ...], error: ServiceError | None = None) -> None:
-    error = error or GenerationFailed("the model process stopped before the picture was finished")
+    error = error or GenerationFailed("the model process stopped before the image was finished")
     database.execute(
         "UPDATE jobs SET state = ?, outcome = ?, ended_at = ?, cancel = 1, position = 0, seconds_left = 0, preview = NULL"
         f" WHERE {which} AND ended_at IS NULL",

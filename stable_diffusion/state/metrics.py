@@ -65,40 +65,40 @@ class _Series:
 def _series() -> _Series:
     # Created late and in runners only: BentoML names the folder of the files after it has imported the service.
     series = _Series(
-        queue_jobs=Gauge("stable_diffusion_queue_jobs", "Pictures that wait for their first step.", multiprocess_mode="livesum"),
-        running_jobs=Gauge("stable_diffusion_running_jobs", "Pictures that are being drawn.", multiprocess_mode="livesum"),
+        queue_jobs=Gauge("stable_diffusion_queue_jobs", "Images that wait for their first step.", multiprocess_mode="livesum"),
+        running_jobs=Gauge("stable_diffusion_running_jobs", "Images that are being generated.", multiprocess_mode="livesum"),
         workload_seconds=Gauge(
             "stable_diffusion_workload_seconds",
-            "Work that has been taken on and is left, in estimated seconds of the device.",
+            "Remaining accepted work, in estimated seconds of the device.",
             multiprocess_mode="livesum",
         ),
-        refused=Counter("stable_diffusion_refused", "Pictures that were not taken on, and why.", labelnames=["reason"]),
+        refused=Counter("stable_diffusion_refused", "Images that were refused, by reason.", labelnames=["reason"]),
         queue_wait_seconds=Histogram(
-            "stable_diffusion_queue_wait_seconds", "From the arrival of a picture's task to its first step.", buckets=_SECONDS
+            "stable_diffusion_queue_wait_seconds", "From the arrival of an image's task to its first step.", buckets=_SECONDS
         ),
         unet_rows=Histogram(
-            "stable_diffusion_unet_rows", "Rows of a UNet call: two for a picture with guidance, one without.", buckets=_ROWS
+            "stable_diffusion_unet_rows", "Rows of a UNet call: two for an image with guidance, one without.", buckets=_ROWS
         ),
         unet_rows_with_loras=Counter("stable_diffusion_unet_rows_with_loras", "Rows of UNet calls that had LoRAs."),
         prompt_chunks=Histogram(
             "stable_diffusion_prompt_chunks",
-            "Chunks of 75 tokens of a picture's longest prompt.",
+            "Chunks of 75 tokens of an image's longest prompt.",
             buckets=tuple(range(1, MAX_PROMPT_CHUNKS + 1)),
         ),
         loras=Gauge("stable_diffusion_loras", "LoRAs on the device, in use or kept.", multiprocess_mode="livesum"),
-        lora_bytes=Gauge("stable_diffusion_lora_bytes", "Bytes of the device that LoRAs take.", multiprocess_mode="livesum"),
+        lora_bytes=Gauge("stable_diffusion_lora_bytes", "Bytes of device memory that LoRAs use.", multiprocess_mode="livesum"),
         step_seconds=Histogram(
             "stable_diffusion_step_seconds",
-            "Turns of the loop: a step, preparing newcomers, decoding at most one picture. On a GPU only the mean of many says something.",
+            "Turns of the loop: a step, preparing new jobs, decoding at most one image. On a GPU only the mean of many is meaningful.",
             buckets=_SECONDS,
         ),
         image_seconds=Histogram(
-            "stable_diffusion_image_seconds", "From a picture's first step to the picture.", labelnames=["kind"], buckets=_SECONDS
+            "stable_diffusion_image_seconds", "From an image's first step to the finished image.", labelnames=["kind"], buckets=_SECONDS
         ),
-        images=Counter("stable_diffusion_images", "Pictures that have ended, and how.", labelnames=["kind", "outcome"]),
-        out_of_memory=Counter("stable_diffusion_out_of_memory", "How often the device had no room for a call, retried or not."),
+        images=Counter("stable_diffusion_images", "Images that have ended, by outcome.", labelnames=["kind", "outcome"]),
+        out_of_memory=Counter("stable_diffusion_out_of_memory", "Calls that did not fit into the device's memory, retried or not."),
         decoded_again=Counter(
-            "stable_diffusion_decoded_again", "Pictures that came out black or as no numbers and were decoded again in float32."
+            "stable_diffusion_decoded_again", "Images that came out black or not finite and were decoded again in float32."
         ),
     )
     # Create the series at zero, so that the first image already counts as an increase.
@@ -136,11 +136,11 @@ def _count(record: Record | StepRecord) -> None:
             series.queue_jobs.dec()
             series.running_jobs.inc()
             series.queue_wait_seconds.observe(waited_s)
-        case EndRecord(kind, outcome, drawn_s):
-            (series.queue_jobs if drawn_s is None else series.running_jobs).dec()
+        case EndRecord(kind, outcome, generation_s):
+            (series.queue_jobs if generation_s is None else series.running_jobs).dec()
             series.images.labels(kind, outcome).inc()
-            if drawn_s is not None and outcome in ("completed", "flagged"):
-                series.image_seconds.labels(kind).observe(drawn_s)
+            if generation_s is not None and outcome in ("completed", "flagged"):
+                series.image_seconds.labels(kind).observe(generation_s)
         case LorasRecord(count, size_bytes):
             series.loras.set(count)
             series.lora_bytes.set(size_bytes)
@@ -179,7 +179,7 @@ class _Runners:
 def _caps(runners: list[RunnerState]) -> GaugeMetricFamily:
     family = GaugeMetricFamily(
         "stable_diffusion_step_cap_pictures",
-        "How many pictures of a size may share a step, and why: the model's native size, and those that ran out of memory.",
+        "How many images of a size may share a step, and why: the model's native size, and sizes that ran out of memory.",
         labels=["runner", "width", "height", "reason"],
     )
     for runner in runners:
@@ -193,7 +193,7 @@ def _caps(runners: list[RunnerState]) -> GaugeMetricFamily:
 def _models(runners: list[RunnerState]) -> GaugeMetricFamily:
     family = GaugeMetricFamily(
         "stable_diffusion_model_info",
-        "Always 1: the model that a runner has loaded, the precision that was asked for, and what it is computed on and in.",
+        "Always 1: the model that a runner has loaded, the requested precision, and the device and dtype of the computation.",
         labels=["runner", "model", "precision", "device", "dtype"],
     )
     for runner in runners:

@@ -73,7 +73,7 @@ def test_where_every_picture_is_checked_no_door_draws_one_unchecked(tmp_path: Pa
         }
         drawn = client.post("/txt2img", json=REQUEST)
     assert {name: answer.status_code for name, answer in refused.items()} == dict.fromkeys(refused, 400)
-    told = "safety_check: must be true or left out, this server checks every picture"
+    told = "safety_check: must be true or omitted, this server checks every image"
     assert {name: answer.json()["error"]["message"] for name, answer in refused.items()} == dict.fromkeys(refused, told)
     assert refused["plain"].json()["error"]["problems"][0]["field"] == "safety_check"
     assert refused["openai"].json()["error"]["param"] == "safety_check"

@@ -172,7 +172,7 @@ def test_every_scheduler_can_take_very_few_steps(recording_engine: RecordingEngi
 
 
 def test_what_lcm_cannot_take_is_refused_with_what_it_can(recording_engine: RecordingEngine) -> None:
-    told = "num_inference_steps: the noise scheduler LCM cannot take 51 with this model, allowed are 1 to 50"
+    told = "num_inference_steps: the noise scheduler LCM does not support a step count of 51 with this model, allowed are 1 to 50"
     with pytest.raises(InvalidRequest, match=told) as caught:
         recording_engine.draw([make_task(scheduler="LCMScheduler", num_inference_steps=51)])
     assert caught.value.problems[0].field == "num_inference_steps"
@@ -182,7 +182,9 @@ def test_where_pndm_begins_with_runge_kutta_too_few_steps_are_refused(demo_parts
     """As a model's configuration may ask for; Stable Diffusion's own does not."""
     scheduler = PNDMScheduler.from_config(demo_parts.scheduler.config, skip_prk_steps=False)
     denoiser = Denoiser(replace(demo_parts, scheduler=scheduler))
-    with pytest.raises(InvalidRequest, match="the noise scheduler PNDM cannot take 1 with this model, allowed are 4 to 150"):
+    with pytest.raises(
+        InvalidRequest, match="the noise scheduler PNDM does not support a step count of 1 with this model, allowed are 4 to 150"
+    ):
         denoiser.prepare(make_task(num_inference_steps=1))
     assert len(denoiser.prepare(make_task(num_inference_steps=4)).timesteps) == 13
 
@@ -233,8 +235,8 @@ def test_what_does_not_fit_into_450_tokens_is_refused(recording_engine: Recordin
     long_prompt = words + ", very nice" * 160
     tasks = {"prompt": make_task(prompt=long_prompt), "negative_prompt": make_task(prompt=words, negative_prompt=long_prompt)}
     for field, task in tasks.items():
-        told = f"^{field}: more than 450 tokens, what is too much begins with 'very nice"
-        with pytest.raises(InvalidRequest, match=told) as caught:
+        message = f"^{field}: more than 450 tokens; the excess begins with 'very nice"
+        with pytest.raises(InvalidRequest, match=message) as caught:
             recording_engine.draw([task])
         assert caught.value.problems[0].field == field
     unguided = make_task(prompt=words, negative_prompt=long_prompt, guidance_scale=1.0)

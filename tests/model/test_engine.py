@@ -151,7 +151,7 @@ def test_a_nan_says_what_to_do(demo_parts: Parts) -> None:
     with bench(demo_parts) as made:
         made.submit("broken", prompt="turns NaN")
         error = made.wait(1)["broken"]
-    assert str(error) == "the picture turned into values that are no numbers; try another seed or another scheduler"
+    assert str(error) == "generation produced NaN or infinity; try another seed or scheduler"
 
 
 def test_newcomers_that_are_not_ready_leave_their_places_to_those_that_are(demo_parts: Parts, input_picture: Image.Image) -> None:

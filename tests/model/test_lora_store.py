@@ -238,7 +238,7 @@ def test_values_that_are_no_numbers_are_refused_and_not_read_again(folder: LoraF
     store = LoraStore(look, CPU, torch.float32)  # type: ignore[arg-type]
     for _ in range(2):
         claim = claimed([LoraChoice("broken", 1.0, 1.0, file.hash, file.size_bytes)])
-        assert_refused(store, claim, "loras: broken: it holds values that are no numbers")
+        assert_refused(store, claim, "loras: broken: it contains NaN or infinity")
     assert len(looks) == 1
 
 

@@ -141,7 +141,7 @@ def test_a_cancelled_job_ends_within_a_second_and_its_neighbour_is_drawn(engine:
 
 
 def test_a_task_that_is_not_taken_on_is_refused_in_its_first_line_and_leaves_nothing(demo_parts: Parts, jobs: Jobs) -> None:
-    engine = Engine(lambda: Denoiser(demo_parts), 4, limits=QueueLimits(seconds=600, pictures=1))
+    engine = Engine(lambda: Denoiser(demo_parts), 4, limits=QueueLimits(seconds=600, images=1))
 
     async def fill() -> list[str]:
         runner_jobs = ModelProcess(engine, jobs, 0)
@@ -167,7 +167,7 @@ def test_pictures_are_drawn_where_nothing_can_be_noted(engine: Engine, tmp_path:
     with caplog.at_level(logging.ERROR, logger="stable_diffusion"):
         (line,) = asyncio.run(lines(ModelProcess(engine, unwritable, 0), make_task(num_inference_steps=2)))
     assert isinstance(unpack_update(line), GeneratedImage)
-    assert "Where jobs stand cannot be read or written" in caplog.text
+    assert "The job store cannot be read or written" in caplog.text
 
 
 class _Failing(Jobs):

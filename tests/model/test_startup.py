@@ -21,7 +21,7 @@ def test_the_engine_of_the_runner_measures_how_many_pictures_share_a_step_and_sa
         engine = start_engine(check_model(DEMO_FOLDER), "fp32", max_batch_size=10)
     engine.close()
     [said] = [record.getMessage() for record in caplog.records if "share a step" in record.getMessage()]
-    found = re.match(r"Up to (\d+) images of 64x64 share a step: ([\d.]+)x the pictures of one at a time \(1: \d+ ms, 2: ", said)
+    found = re.match(r"Up to (\d+) images of 64x64 share a step: ([\d.]+)x the throughput of one at a time \(1: \d+ ms, 2: ", said)
     assert found, said
     # The demo model is launch-bound on every machine that it was tried on.
     assert int(found[1]) >= 2

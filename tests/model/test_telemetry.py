@@ -101,8 +101,8 @@ def test_a_job_is_submitted_starts_and_ends_with_its_kind_and_outcome(prompt: st
     assert isinstance(started, StartRecord)
     assert isinstance(ended, EndRecord)
     assert started.waited_s >= 0
-    assert ended.drawn_s is not None
-    assert ended.drawn_s >= 0
+    assert ended.generation_s is not None
+    assert ended.generation_s >= 0
     assert counted.endings() == [("inpaint", outcome)]
     assert len(counted.of(TurnRecord)) == 3, "one for each step"
 
@@ -131,7 +131,7 @@ def test_cancelled_jobs_end_as_cancelled_whether_they_had_started_or_not() -> No
     jobs.append(counted.submit())
     counted.finish(1)
     endings = [record for record in counted.records if isinstance(record, EndRecord)]
-    assert [(record.outcome, record.drawn_s is None) for record in endings] == [
+    assert [(record.outcome, record.generation_s is None) for record in endings] == [
         ("cancelled", False),
         ("cancelled", True),
         ("completed", False),

@@ -358,7 +358,7 @@ REFUSED: list[tuple[str, str]] = [
     ("a <lora::1>", "character 3: the tag does not name a LoRA"),
     ("a <lora:te=1>", "character 3: the tag does not name a LoRA"),
     ("<lora:x:1:1:8>", "character 13: a LoRA tag has at most two weights, for the text encoder and for the UNet"),
-    ("<lora:x:dyn=8>", "character 9: a LoRA tag has no argument 'dyn'; it has te= and unet="),
+    ("<lora:x:dyn=8>", "character 9: a LoRA tag has no argument 'dyn', allowed are te= and unet="),
     ("a <hypernet:x:1>", "character 3: '<hypernet:x:1>' is not supported; tags are <lora:name> and <lora:name:weight>"),
     # the place in the whole prompt
     ("<lora:x:1> a AND [b:(c:1.2.3):2] :1.1", "character 24: '1.2.3' is not a weight"),

@@ -72,7 +72,7 @@ def of_a1111(fields: dict[str, Any]) -> TextToImageRequest:
 def test_where_every_picture_is_checked_a_request_that_asks_not_to_be_is_refused(
     door: Callable[[dict[str, Any]], TextToImageRequest],
 ) -> None:
-    with pytest.raises(InvalidRequest, match="safety_check: must be true or left out") as caught:
+    with pytest.raises(InvalidRequest, match="safety_check: must be true or omitted") as caught:
         text_task(door({"prompt": "x", "safety_check": False}), served(WITH_CHECKER, "always"))
     assert [problem.field for problem in caught.value.problems] == ["safety_check"]
 

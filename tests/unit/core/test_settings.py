@@ -84,7 +84,7 @@ def test_what_cannot_be_is_refused_by_name(name: str, value: str) -> None:
     [
         ("SD_SAFETY", "on", "SD_SAFETY is 'on', allowed are always, default-on, off"),
         ("SD_OPEN", "docs,ui", "SD_OPEN: 'ui' cannot be opened, only docs and metrics"),
-        ("SD_RATE_LIMIT", "0", "SD_RATE_LIMIT: must be a whole number from 1 to 100000, drawing requests a minute, not '0'"),
+        ("SD_RATE_LIMIT", "0", "SD_RATE_LIMIT: must be a whole number from 1 to 100000, generation requests per minute, not '0'"),
         ("SD_STUCK_STEP_S", "soon", "SD_STUCK_STEP_S must be a number above 0, at most 86400, not 'soon'"),
     ],
 )

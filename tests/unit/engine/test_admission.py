@@ -19,8 +19,8 @@ def job(owner: str = "somebody", steps: int = 50, side: int = 64, scheduler: str
     return Job(make_task(num_inference_steps=steps, width=side, height=side, scheduler=scheduler), lambda outcome: None, owner=owner)
 
 
-def workload(seconds: float = math.inf, pictures: float = math.inf, batch_limit: int = 1) -> Workload:
-    made = Workload(QueueLimits(seconds, pictures), lambda size: batch_limit)
+def workload(seconds: float = math.inf, images: float = math.inf, batch_limit: int = 1) -> Workload:
+    made = Workload(QueueLimits(seconds, images), lambda size: batch_limit)
     made.note_step(NATIVE, 1, STEP_S)
     made.note_step(NATIVE, batch_limit, STEP_S)
     return made
@@ -59,7 +59,7 @@ def test_a_picture_that_alone_is_more_than_the_limit_is_taken_on_when_nothing_wa
 
 
 def test_pictures_are_counted_too() -> None:
-    full = workload(pictures=3)
+    full = workload(images=3)
     assert fill(full, steps=1) == 3
 
 
@@ -67,17 +67,17 @@ def test_who_is_refused_is_told_when_the_device_will_have_done_enough() -> None:
     full = workload(seconds=20)
     fill(full)
     assert refusal(full).retry_after_s == 5, "of 25 s"
-    assert "5 pictures, about 25 s of work" in refusal(full).message
+    assert "5 images, about 25 s of work" in refusal(full).message
 
 
 def test_who_is_refused_for_the_number_is_told_when_the_next_should_be_done() -> None:
-    full = workload(pictures=4)
+    full = workload(images=4)
     fill(full)
     assert refusal(full).retry_after_s == 5, "four pictures in 20 s"
 
 
 def test_time_to_retry_is_at_least_a_second() -> None:
-    full = workload(pictures=1)
+    full = workload(images=1)
     full.take(job(steps=1), 3600)
     assert refusal(full).retry_after_s == 1
 
@@ -94,14 +94,14 @@ def test_many_owners_do_not_make_the_queue_endless() -> None:
     for number in range(100):
         fill(full, f"{number}")
     assert full.seconds() <= 2 * 20 + 5
-    full = workload(pictures=10)
+    full = workload(images=10)
     for number in range(100):
         fill(full, f"{number}")
     assert full.seconds() <= 20 * 5
 
 
 def test_what_has_ended_makes_room() -> None:
-    full = workload(pictures=1)
+    full = workload(images=1)
     first = job()
     full.take(first, 3600)
     refusal(full)

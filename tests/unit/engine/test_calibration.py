@@ -30,7 +30,7 @@ def test_a_launch_bound_device_gets_the_knee_and_not_the_largest_batch() -> None
     assert batch_limit.jobs == 32
     saturating = choose_batch_limit(lambda jobs: 0.04 if jobs <= 4 else 0.01 * jobs, 32)
     assert saturating.jobs == 4
-    assert "4.0x the pictures of one at a time" in saturating.reason
+    assert "4.0x the throughput of one at a time" in saturating.reason
 
 
 def test_one_unlucky_measurement_does_not_end_the_search() -> None:

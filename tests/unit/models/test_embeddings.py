@@ -41,11 +41,11 @@ def test_both_formats_are_read(tmp_path: Path, tensors: dict[str, tuple[int, ...
         ({"emb_params": (3, 768)}, "its vectors have 768 values, the model's text encoder has 96: it is for another kind of model"),
         ({"clip_l": (1, 768), "clip_g": (1, 1280)}, "it is for Stable Diffusion XL"),
         ({"emb_params": (76, WIDTH)}, "it has 76 vectors, at most 75 fit into a prompt"),
-        ({"a": (1, WIDTH), "b": (1, WIDTH)}, "it is no textual inversion"),
-        ({"emb_params": (1, 1, WIDTH)}, "it is no textual inversion"),
-        ({"emb_params": ()}, "it is no textual inversion"),
-        ({"unet.conv_in.lora_A.weight": (4, 4, 3, 3)}, "it is no textual inversion"),
-        ({}, "it is no textual inversion"),
+        ({"a": (1, WIDTH), "b": (1, WIDTH)}, "it is not a textual inversion"),
+        ({"emb_params": (1, 1, WIDTH)}, "it is not a textual inversion"),
+        ({"emb_params": ()}, "it is not a textual inversion"),
+        ({"unet.conv_in.lora_A.weight": (4, 4, 3, 3)}, "it is not a textual inversion"),
+        ({}, "it is not a textual inversion"),
     ],
     ids=str,
 )
@@ -63,9 +63,9 @@ def test_a_pickle_is_refused_by_name(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"shape": None}, "'emb_params' has no sound shape and place in the file"),
+        ({"shape": None}, "'emb_params' has no valid shape and data_offsets"),
         ({"dtype": "I64"}, "'emb_params' holds I64, expected F16, BF16, F32, F64"),
-        ({"shape": [2, WIDTH]}, "'emb_params' has 384 bytes, which do not make the shape [2, 96] of F32"),
+        ({"shape": [2, WIDTH]}, "'emb_params' has 384 bytes, which do not match the shape [2, 96] of F32"),
     ],
 )
 def test_a_header_that_describes_what_cannot_be_is_refused(tmp_path: Path, change: dict[str, object], told: str) -> None:
