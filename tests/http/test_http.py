@@ -102,7 +102,7 @@ def test_a_prompt_of_several_chunks_is_drawn_whole_and_one_that_is_too_long_is_r
     assert unquote(response.headers["prompt"]) == long_prompt
     assert "prompt_dropped" not in response.headers
     too_long = draw(server, prompt=f"{PROMPT}{', very nice' * 160}", num_inference_steps=2)
-    assert "prompt: more than 450 tokens, what is too much begins with 'very nice" in refused(too_long, 400, "prompt")
+    assert "prompt: more than 450 tokens; the excess begins with 'very nice" in refused(too_long, 400, "prompt")
 
 
 @pytest.mark.parametrize("scheduler", [short_names[0] for short_names in SCHEDULERS.values()])

@@ -204,7 +204,7 @@ def test_a_prompt_is_used_to_its_450th_token_and_refused_beyond(server: Server) 
     assert apart(pixels(with_end), pixels(native(server, prompt=f"{long_prompt}, blue"))) > 0
     for field in ("prompt", "negative_prompt"):
         told = refused(native(server, **{field: PROMPT + ", very nice" * 160}), 400, field)
-        assert told.startswith(f"{field}: more than 450 tokens, what is too much begins with 'very nice")
+        assert told.startswith(f"{field}: more than 450 tokens; the excess begins with 'very nice")
 
 
 # -- OpenAI's API ------------------------------------------------------------------------------------------------------------------------

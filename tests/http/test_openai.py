@@ -100,7 +100,7 @@ def test_a_prompt_of_several_chunks_is_drawn_whole_and_one_that_is_too_long_is_r
     answer = client.images.generate(prompt=f"{PROMPT}{', very nice' * 60}", extra_body=extras(num_inference_steps=1))
     assert answer.data
     assert not hasattr(answer.data[0], "prompt_dropped")
-    with pytest.raises(openai.BadRequestError, match="more than 450 tokens, what is too much begins with 'very nice") as caught:
+    with pytest.raises(openai.BadRequestError, match="more than 450 tokens; the excess begins with 'very nice") as caught:
         client.images.generate(prompt=f"{PROMPT}{', very nice' * 160}", extra_body=extras(num_inference_steps=1))
     assert caught.value.param == "prompt"
 
