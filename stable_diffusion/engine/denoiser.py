@@ -176,6 +176,7 @@ class Denoiser:
             steps = math.ceil(len(latents.timesteps) / order)
             latents.guided_steps = min(order * round(task.guidance_end * steps), len(latents.timesteps))
         latents.unet_timesteps = latents.timesteps.to(device=self._parts.device, dtype=torch.float32)
+        self._embed(latents)
         return latents
 
     def can_prepare(self, job: Job) -> bool:
@@ -189,7 +190,7 @@ class Denoiser:
         return len(self.loras), self.loras.held_bytes
 
     def _condition(self, task: Task, latents: Latents, loras: tuple[Lora, ...]) -> None:
-        """Read the prompts and encode the texts of the first step."""
+        """Read the prompts: which texts each row is told, and what of them is dropped."""
         steps = math.ceil(len(latents.timesteps) / latents.scheduler.order)
         of_text = [(lora, choice.text_encoder_weight) for lora, choice in zip(loras, task.loras, strict=True) if lora.text_encoder]
 
@@ -222,10 +223,10 @@ class Denoiser:
             raise InvalidRequest(f"{field}: more than {tokens} tokens; the excess begins with {dropped[:60]!r}", field=field)
         return dropped
 
-    def _embed(self, state: Latents, job: Job) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _embed(self, state: Latents) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The embeddings (rows, tokens, width) of a job's next step, and their mask where rows differ in length."""
         step = state.step_index // state.scheduler.order + 1
-        texts = state.conditioning.at(step)[-job.rows :]
+        texts = state.conditioning.at(step)[-state.rows :]
         if texts != state.texts or state.embeddings is None:
             state.embeddings, state.mask = stacked([self._prompts.encode(text) for text in texts])
             state.texts = texts
@@ -313,7 +314,7 @@ class Denoiser:
             scaled = state.scheduler.scale_model_input(state.latents, timestep)
             if state.extra_channels is not None:
                 scaled = torch.cat([scaled, state.extra_channels], dim=1)
-            embeddings, mask = self._embed(state, job)
+            embeddings, mask = self._embed(state)
             timesteps = state.unet_timesteps[state.step_index].expand(job.rows)
             guidance = None if state.guidance_embedding is None else state.guidance_embedding.expand(job.rows, -1)
             adapters = (state.adapters,) * job.rows if state.adapters else ()

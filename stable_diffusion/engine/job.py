@@ -70,6 +70,19 @@ class Latents:
     # Inpainting on a 9-channel UNet: mask and masked image, appended to the latents in every step.
     extra_channels: torch.Tensor | None = None
 
+    @property
+    def is_guided(self) -> bool:
+        """Whether the next UNet call has rows of both prompts."""
+        return self.step_index < self.guided_steps or len(self.conditioning.weights) > 1
+
+    @property
+    def rows(self) -> int:
+        """Rows of the next UNet call. A guided step has one without and one with the prompt (Ho and Salimans 2022).
+
+        A prompt of several parts has a row for each and is guided in every step (Liu et al. 2022, composable diffusion).
+        """
+        return len(self.conditioning.rows) if self.is_guided else 1
+
 
 _numbers = itertools.count(1)
 
@@ -97,16 +110,12 @@ class Job:
     @property
     def is_guided(self) -> bool:
         """Whether the next UNet call has rows of both prompts."""
-        state = self.tensors
-        return state is not None and (state.step_index < state.guided_steps or len(state.conditioning.weights) > 1)
+        return self.tensors is not None and self.tensors.is_guided
 
     @property
     def rows(self) -> int:
-        """Rows of the next UNet call. A guided step has one without and one with the prompt (Ho and Salimans 2022).
-
-        A prompt of several parts has a row for each and is guided in every step (Liu et al. 2022, composable diffusion).
-        """
-        return len(self.tensors.conditioning.rows) if self.tensors is not None and self.is_guided else 1
+        """Rows of the next UNet call."""
+        return 1 if self.tensors is None else self.tensors.rows
 
     @property
     def cost(self) -> float:

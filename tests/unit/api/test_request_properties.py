@@ -238,8 +238,9 @@ def test_a_request_is_refused_by_name_or_lies_within_the_limits_and_can_be_drawn
 def assert_within_limits(parameters: GenerationRequest, count: int) -> None:
     """The numbers that docs/api.md names."""
     assert len(parameters.prompt) <= 2000 * 18  # one character of a ligature may become several letters
-    assert 1 <= parameters.num_inference_steps <= 150
-    assert 0 <= parameters.guidance_scale <= 30
+    assert parameters.num_inference_steps is None or 1 <= parameters.num_inference_steps <= 150
+    assert parameters.guidance_scale is None or 0 <= parameters.guidance_scale <= 30
+    assert 0 <= parameters.eta <= 1
     assert 0 <= parameters.guidance_end <= 1
     assert 0 <= parameters.preview_every_steps <= 150
     assert parameters.seed is None or 0 <= parameters.seed <= 4294967295

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
-from stable_diffusion.api.tasks import consecutive_tasks, text_task, with_previews
+import pytest
+from PIL import Image
+
+from stable_diffusion.api.tasks import consecutive_tasks, image_task, text_task, with_previews
 from stable_diffusion.core.errors import InvalidRequest
-from stable_diffusion.core.requests import SEED_LIMIT, parse_text_to_image
+from stable_diffusion.core.requests import SEED_LIMIT, parse_image_to_image, parse_text_to_image
+from stable_diffusion.models.defaults import Defaults
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
 from tests.tasks import make_task, served
 
@@ -43,3 +47,39 @@ def test_a_request_for_previews_is_refused_where_every_image_is_checked() -> Non
     assert text_task(parameters, served(model)).preview_every_steps == 2
     with pytest.raises(InvalidRequest, match="sends no previews"):
         text_task(parameters, served(model, "always"))
+
+
+FEW_STEPS = replace(check_model(DEMO_FOLDER), defaults=Defaults(4, 1.0, (0.5, 2.0)), scheduler="LCMScheduler")
+
+
+def test_what_a_request_leaves_open_is_the_models() -> None:
+    open_task = text_task(parse_text_to_image({"prompt": "x"}), served(FEW_STEPS))
+    assert (open_task.num_inference_steps, open_task.guidance_scale, open_task.scheduler) == (4, 1.0, "LCMScheduler")
+    fields = {"prompt": "x", "num_inference_steps": 7, "guidance_scale": 2.0, "scheduler": "TCD"}
+    task = text_task(parse_text_to_image(fields), served(FEW_STEPS))
+    assert (task.num_inference_steps, task.guidance_scale, task.scheduler) == (7, 2.0, "TCDScheduler")
+
+
+@pytest.mark.parametrize("scale", [0.4, 2.1, 7.5])
+def test_a_guidance_scale_that_the_model_is_not_for_is_refused_with_the_range(scale: float) -> None:
+    with pytest.raises(InvalidRequest, match=f"guidance_scale: must be from 0.5 to 2 with the model model, got {scale}") as caught:
+        text_task(parse_text_to_image({"prompt": "x", "guidance_scale": scale}), served(FEW_STEPS))
+    assert caught.value.problems[0].field == "guidance_scale"
+
+
+def test_a_strength_that_leaves_none_of_the_models_steps_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="strength 0.2 leaves no step to run out of 4") as caught:
+        image_task(parse_image_to_image({"prompt": "x", "strength": 0.2}), served(FEW_STEPS), Image.new("RGB", (64, 64)))
+    assert caught.value.problems[0].field == "strength"
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "takes_it"), [("DDIM", True), ("DDIM trailing", True), ("TCD", True), ("Euler a", False), (None, False)]
+)
+def test_eta_is_refused_where_it_would_have_no_effect(scheduler: str | None, takes_it: bool) -> None:
+    parameters = parse_text_to_image({"prompt": "x", "scheduler": scheduler, "eta": 0.5})
+    if takes_it:
+        assert text_task(parameters, served(check_model(DEMO_FOLDER))).eta == 0.5
+    else:
+        with pytest.raises(InvalidRequest, match="eta: only DDIM and TCD take it, (Euler a|PNDM) does not"):
+            text_task(parameters, served(check_model(DEMO_FOLDER)))

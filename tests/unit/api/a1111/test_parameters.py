@@ -12,10 +12,12 @@ from stable_diffusion.api.a1111.parameters import (
     read_options,
     read_text_to_image,
     scheduler_asked_for,
+    with_allowed_guidance,
     without_pictures,
 )
 from stable_diffusion.core.errors import InvalidRequest, NotFound
 from stable_diffusion.core.schedulers import SCHEDULERS
+from stable_diffusion.models.defaults import Defaults
 from stable_diffusion.server.openapi import document
 
 DRAWN = {"prompt": "a red circle"}
@@ -41,7 +43,18 @@ DRAWN = {"prompt": "a red circle"}
         ("UniPC", "", "UniPCMultistepScheduler"),
         ("LMS", "", "LMSDiscreteScheduler"),
         ("Heun", "", "HeunDiscreteScheduler"),
+        ("DPM2 a", "", "KDPM2AncestralDiscreteScheduler"),
+        ("DPM2 a", "Karras", "KDPM2AncestralDiscreteScheduler Karras"),
+        ("DPM++ SDE Karras", "", "DPMSolverSinglestepScheduler SDE Karras"),
+        ("DPM++ 2M SDE", "exponential", "DPMSolverMultistepScheduler SDE Exponential"),
+        ("DPM++ 2M SDE Heun", "Karras", "DPMSolverMultistepScheduler SDE Heun Karras"),
+        ("DPM++ 3M SDE", "Automatic", "DPMSolverMultistepScheduler 3M SDE"),
+        ("LCM", "", "LCMScheduler"),
+        ("DDIM", "sgm_uniform", "DDIMScheduler Trailing"),
+        ("Euler a", "SGM Uniform", "EulerAncestralDiscreteScheduler Trailing"),
+        ("", "SGM Uniform", "DDIMScheduler Trailing"),
         ("Euler", "Karras", "EulerDiscreteScheduler"),
+        ("DPM++ 2M", "Exponential", "DPMSolverMultistepScheduler"),
         ("Euler a", "karras", "EulerAncestralDiscreteScheduler"),
         ("", "Karras", "DPMSolverMultistepScheduler Karras"),
     ],
@@ -59,17 +72,19 @@ def test_an_unknown_sampler_is_a_404_that_lists_the_known_ones() -> None:
     assert caught.value.status == 404
 
 
-@pytest.mark.parametrize(("sampler", "schedule"), [("", "Exponential"), ("DPM++ 2M", "Exponential"), ("DDIM", "DDIM"), ("Euler", "a")])
+@pytest.mark.parametrize(("sampler", "schedule"), [("", "Polyexponential"), ("DPM++ 2M", "Beta"), ("DDIM", "DDIM"), ("Euler", "a")])
 def test_unknown_noise_levels_are_refused(sampler: str, schedule: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"^scheduler: unknown noise levels .* allowed are Automatic, Normal, Uniform, Karras$"):
+    with pytest.raises(
+        InvalidRequest, match=r"^scheduler: unknown noise levels .* allowed are Automatic, .*, Karras, Exponential, SGM Uniform$"
+    ):
         scheduler_asked_for(sampler, schedule)
 
 
-def test_a_missing_field_has_a1111s_default_but_the_size_is_the_models() -> None:
+def test_a_missing_field_has_a1111s_default_but_what_depends_on_the_model_is_the_models() -> None:
     asked = read_text_to_image(DRAWN)
     assert asked.count == 1
     parameters = asked.parameters
-    assert (parameters.num_inference_steps, parameters.guidance_scale, parameters.seed, parameters.scheduler) == (50, 7.0, None, None)
+    assert (parameters.num_inference_steps, parameters.guidance_scale, parameters.seed, parameters.scheduler) == (None, None, None, None)
     assert (parameters.width, parameters.height) == (None, None)
     assert read_image_to_image({**DRAWN, "init_images": ["x"]}).parameters.strength == 0.75
 
@@ -101,6 +116,18 @@ def test_prompts_are_read_in_a1111s_syntax() -> None:
     assert read_text_to_image(DRAWN).parameters.prompt_syntax == "a1111"
 
 
+@pytest.mark.parametrize(("sampler", "eta"), [("DDIM", 1.0), ("TCD", 1.0), ("Euler a", 0.0), ("", 0.0)])
+def test_eta_which_clients_always_send_is_taken_where_the_sampler_has_it(sampler: str, eta: float) -> None:
+    assert read_text_to_image({**DRAWN, "sampler_name": sampler, "eta": 1.0}).parameters.eta == eta
+
+
+@pytest.mark.parametrize(("sent", "used"), [(7, 2.0), (2, 2.0), (1.5, 1.5), (0, 0.5), (None, None)])
+def test_a_guidance_scale_that_the_model_is_not_for_becomes_the_nearest_that_it_is_for(sent: float | None, used: float | None) -> None:
+    asked = read_text_to_image({**DRAWN, "cfg_scale": sent})
+    assert with_allowed_guidance(asked, Defaults(4, 1.0, (0.5, 2.0))).parameters.guidance_scale == used
+    assert with_allowed_guidance(asked, Defaults()).parameters.guidance_scale == sent
+
+
 def test_seed_minus_one_is_random() -> None:
     assert read_text_to_image({**DRAWN, "seed": -1}).parameters.seed is None
     assert read_text_to_image({**DRAWN, "seed": 0}).parameters.seed == 0
@@ -120,7 +147,8 @@ def test_as_many_pictures_as_both_counts_say() -> None:
         ({"cfg_scale": 31}, "cfg_scale: must be less than or equal to 30"),
         ({"width": 63}, "width: must be greater than or equal to 64"),
         ({"height": 2048}, "height: must be less than or equal to 1024"),
-        ({"sampler_name": "Euler", "scheduler": "SGM Uniform"}, "scheduler: unknown noise levels 'SGM Uniform', allowed are"),
+        ({"sampler_name": "Euler", "scheduler": "KL Optimal"}, "scheduler: unknown noise levels 'KL Optimal', allowed are"),
+        ({"sampler_name": "DDIM", "eta": 1.5}, "eta: must be less than or equal to 1"),
         ({"batch_size": 0}, "batch_size: must be greater than or equal to 1"),
         ({"batch_size": 11}, "batch_size: must be less than or equal to 10"),
         ({"batch_size": 4, "n_iter": 3}, "batch_size: batch_size * n_iter must be at most 10, not 12"),

@@ -84,6 +84,22 @@ def test_of_a_flagged_picture_nothing_is_told() -> None:
     assert "Steps: " in answered({}, replace(make_task(), metadata=False), flagged=False)["infotexts"][0], "only the file has none"
 
 
+@pytest.mark.parametrize(
+    ("sent", "used", "comments"),
+    [(7, 2.0, ["cfg_scale: the model is not made for 7, 2 was used"]), (2, 2.0, []), (None, 1.0, [])],
+)
+def test_info_says_where_another_guidance_scale_was_used(sent: float | None, used: float, comments: list[str]) -> None:
+    answer = answered({"cfg_scale": sent}, make_task(guidance_scale=used))
+    assert (answer["cfg_scale"], answer["comments"]) == (used, comments)
+
+
+def test_the_answer_repeats_the_fields_with_the_values_that_the_model_gave_them() -> None:
+    picture = GeneratedImage(Image.new("RGB", (64, 64)), None, "", "")
+    body = TextToImageBody.model_validate({"cfg_scale": 7})
+    echo = images_response(body, [make_task(num_inference_steps=4, guidance_scale=2.0)], [picture], MODEL)["parameters"]
+    assert (echo["steps"], echo["cfg_scale"]) == (4, 7)
+
+
 def answered(fields: dict[str, object], task: Task, flagged: bool | None = None) -> dict[str, Any]:
     picture = GeneratedImage(Image.new("RGB", (64, 64)), flagged, "", "")
     info: dict[str, Any] = json.loads(images_response(TextToImageBody.model_validate(fields), [task], [picture], MODEL)["info"])

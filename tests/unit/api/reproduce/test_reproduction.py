@@ -36,6 +36,13 @@ def test_the_request_gives_the_same_task(scheduler: str | None) -> None:
     assert text_task(parse_text_to_image(again.fields), served(MODEL)) == task
 
 
+def test_eta_is_told_and_taken_again() -> None:
+    task = text_task(parse_text_to_image({"prompt": "x", "seed": 7, "scheduler": "TCD", "eta": 0.3}), served(MODEL))
+    again = reproduction_of(infotext.read(infotext.write(task, DRAWN, MODEL)), MODEL)
+    assert again.differs == []
+    assert text_task(parse_text_to_image(again.fields), served(MODEL)) == task
+
+
 @pytest.mark.parametrize(("policy", "checked"), [("always", True), ("default-on", True), ("off", False)])
 def test_a_picture_that_was_drawn_unchecked_is_drawn_again_as_the_policy_says(policy: SafetyPolicy, checked: bool) -> None:
     unchecked = text_task(parse_text_to_image({"prompt": "x", "seed": 7, "safety_check": False}), served(MODEL, "off"))
@@ -79,7 +86,10 @@ def test_a_scheduler_of_the_model_that_has_no_short_name_is_found_again() -> Non
         ("DPM++ 2M, Schedule type: Automatic", "DPMSolverMultistepScheduler", None),
         ("PLMS", "PNDMScheduler", None),
         ("Euler, Schedule type: Exponential", "EulerDiscreteScheduler", "Schedule type: Exponential is not known here"),
-        ("DPM++ 3M SDE, Schedule type: Karras", None, "Sampler: DPM++ 3M SDE Karras is not known here, PNDMScheduler is used"),
+        ("DPM++ 3M SDE, Schedule type: Karras", "DPMSolverMultistepScheduler 3M SDE Karras", None),
+        ("DPM2 a Karras", "KDPM2AncestralDiscreteScheduler Karras", None),
+        ("Euler, Schedule type: SGM Uniform", "EulerDiscreteScheduler Trailing", None),
+        ("DPM++ 2S a, Schedule type: Karras", None, "Sampler: DPM++ 2S a Karras is not known here, PNDMScheduler is used"),
     ],
 )
 def test_samplers_of_a1111_are_mapped_or_said_to_be_unknown(sampler: str, scheduler: str | None, told: str | None) -> None:

@@ -15,6 +15,7 @@ from starlette.testclient import TestClient
 from stable_diffusion.api.context import Context
 from stable_diffusion.api.status.routes import make_routes
 from stable_diffusion.core.shutdown import Unfinished
+from stable_diffusion.models.defaults import Defaults
 from stable_diffusion.models.folder import DEMO_FOLDER, ModelFolder, check_model
 from stable_diffusion.runner import readiness as readiness_module
 from stable_diffusion.runner.client import RunnerClient
@@ -124,6 +125,17 @@ def test_whoever_asks_is_told_what_is_checked_and_how_much_one_request_may_ask_f
     capabilities = ask("/capabilities")
     assert capabilities["safety"] == {"policy": "default-on", "has_checker": False}
     assert capabilities["max_pixel_steps"] == 400_000_000
+
+
+def test_the_models_own_defaults_and_limits_are_told() -> None:
+    fields = ask("/capabilities")["fields"]
+    assert fields["num_inference_steps"] == {"default": 50, "minimum": 1, "maximum": 150}
+    assert fields["guidance_scale"] == {"default": 7.5, "minimum": 0, "maximum": 30}
+    model = dataclasses.replace(check_model(DEMO_FOLDER), defaults=Defaults(4, 1.0, (0.5, 2.0)), scheduler="LCMScheduler")
+    capabilities = ask("/capabilities", model=model)
+    assert capabilities["default_scheduler"] == "LCMScheduler"
+    assert capabilities["fields"]["num_inference_steps"]["default"] == 4
+    assert capabilities["fields"]["guidance_scale"] == {"default": 1.0, "minimum": 0.5, "maximum": 2.0}
 
 
 def test_a_model_that_only_inpaints_says_so() -> None:
