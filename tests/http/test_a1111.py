@@ -314,7 +314,7 @@ def test_a_bad_mask_names_the_mask(server: Server, input_picture: Image.Image) -
     picture = in_base64(input_picture)
     for mask, status, told in (
         ("!", 400, "mask: not base64"),
-        (in_base64(Image.new("L", (64, 32))), 422, "mask: 64 x 32 has other proportions than the picture"),
+        (in_base64(Image.new("L", (64, 32))), 422, "mask: 64 x 32 does not have the proportions of the image"),
     ):
         response = post(server, "img2img", {"prompt": PROMPT, "init_images": [picture], "mask": mask})
         assert told in refused(response, status)

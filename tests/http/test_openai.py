@@ -154,7 +154,7 @@ def test_what_is_wrong_with_an_edit_is_named_too(client: openai.OpenAI, input_pi
     wrong: list[tuple[dict[str, Any], str, str]] = [
         ({"image": [picture, picture]}, "image", "exactly one"),
         ({"image": b"hello"}, "image", "not a PNG, JPEG or WebP"),
-        ({"mask": as_file(right_half_mask)}, "mask", "nothing in it is transparent"),
+        ({"mask": as_file(right_half_mask)}, "mask", "no pixel is transparent"),
         ({"mask": wide}, "mask", "128 x 64, it must have the image's size, 64 x 64"),
         ({"extra_body": {"n": "two"}}, "n", "valid integer"),
         ({"extra_body": {"strength": 0}}, "strength", "greater than 0"),

@@ -176,7 +176,7 @@ def test_wrong_pictures_are_refused_by_name(server: Server, input_picture: Image
     told = {
         b"hello": "picture: not a PNG, JPEG or WebP image",
         as_file(input_picture): "picture: its file does not say how it was drawn",
-        with_description("a comment"): "picture: no infotext",
+        with_description("a comment"): "picture: not an infotext",
         too_long: "picture: it cannot be drawn here: num_inference_steps: must be",
     }
     for picture, message in told.items():

@@ -111,7 +111,7 @@ def test_there_is_no_mask_where_none_was_sent() -> None:
 def test_a_smaller_mask_is_scaled_and_one_of_other_proportions_refused() -> None:
     small = encoded(half_white((32, 32)))
     assert masked(mask=small).shape == (64, 64)
-    with pytest.raises(InvalidRequest, match="mask: 64 x 32 has other proportions than the picture, 64 x 64"):
+    with pytest.raises(InvalidRequest, match="mask: 64 x 32 does not have the proportions of the image, 64 x 64"):
         masked(mask=encoded(half_white((64, 32))))
 
 
