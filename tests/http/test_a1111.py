@@ -295,7 +295,7 @@ def test_a_mask_is_repainted_where_it_is_white_or_inverted_where_it_is_black(
         ("txt2img", {"batch_size": 6, "n_iter": 2}, 422, "batch_size * n_iter must be at most 10"),
         ("txt2img", {"enable_hr": True}, 422, "enable_hr: "),
         ("txt2img", {"override_settings": {"sd_model_checkpoint": "sdxl"}}, 404, "there is no model 'sdxl', this server has only 'demo'"),
-        ("img2img", {}, 404, "init_images: the picture is missing"),
+        ("img2img", {}, 404, "init_images: the image is missing"),
         ("img2img", {"init_images": ["not base64!"]}, 400, "init_images: not base64"),
         ("img2img", {"init_images": [base64.b64encode(b"GIF89a").decode()]}, 400, "init_images: not a PNG, JPEG or WebP image"),
         ("img2img", {"init_images": ["\ud800"]}, 400, "init_images: not base64"),
