@@ -20,11 +20,11 @@ from stable_diffusion.web.upload_budget import Uploads
 
 @dataclass(frozen=True)
 class Served:
-    """What requests are resolved against."""
+    """The model, safety policy and LoRAs that a request is resolved against."""
 
     model: ModelFolder
     policy: SafetyPolicy
-    loras: Callable[[], Loras]  # looks into their folder
+    loras: Callable[[], Loras]  # reads their folder
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,12 @@ from stable_diffusion.web import sse
 from stable_diffusion.web.disconnect import while_connected
 from stable_diffusion.web.headers import delivery_of, rename_job, ticket_of
 
-_ASK_AGAIN_S = 1
+_RETRY_AFTER_S = 1
 
 
 def accepted_response(records: Sequence[JobRecord]) -> Response:
-    """202: the job is running; the response says where to ask for it."""
-    headers = {"Location": f"/jobs/{records[0].id}", "Retry-After": str(_ASK_AGAIN_S)}
+    """202: the job is running; the response names its address."""
+    headers = {"Location": f"/jobs/{records[0].id}", "Retry-After": str(_RETRY_AFTER_S)}
     return JSONResponse(description(records), 202, headers | followed_headers())
 
 
@@ -66,18 +66,18 @@ async def note_fetched(context: Context, record: JobRecord) -> None:
         await run_in_threadpool(context.jobs.note_fetched, record.id)
 
 
-def _nobody_notes(error: ServiceError | None, flagged: bool | None) -> None:
+def _ignore_end(error: ServiceError | None, flagged: bool | None) -> None:
     """Used for requests that only query a job: their log line does not show the job's end."""
 
 
 async def events_of(
-    context: Context, job_id: str, image_format: ImageFormat, note_end: journal.NoteEnd = _nobody_notes
+    context: Context, job_id: str, image_format: ImageFormat, note_end: journal.NoteEnd = _ignore_end
 ) -> AsyncGenerator[bytes, None]:
     """The events of a job from now on. The event `completed` contains the image only if it is kept.
 
     `note_end` is called before the last event is sent, because the client may then close the connection.
     """
-    told: tuple[object, ...] = ()
+    sent: tuple[object, ...] = ()
     preview = None
     try:
         async with aclosing(follow(context.client, job_id)) as standings:
@@ -86,9 +86,9 @@ async def events_of(
                     progress = progress_of(records)
                     if not is_estimated(records):
                         continue
-                    if (now := (progress.position, progress.step)) != told:
+                    if (now := (progress.position, progress.step)) != sent:
                         yield progress_event(progress)
-                        told = now
+                        sent = now
                     if records[0].preview_png is not None and records[0].preview_png != preview:
                         preview = records[0].preview_png
                         yield await run_in_threadpool(_preview_event, records[0])
@@ -103,7 +103,7 @@ async def events_of(
                     yield completed
                     await note_fetched(context, records[0])
     except Exception as error:
-        where = "The stream of events of a job"
+        where = "The event stream of a job"
         known = known_error(error, where)
         note_end(known, None)
         yield error_event(known, where)
@@ -162,8 +162,8 @@ async def respond(
         updates = await while_connected(request, begin(context.client, task, ticket, follow=True))
         return event_stream(_events(updates, context, task, image_format or "jpeg", remarks))
     assert image_format is not None
-    picture = await while_connected(request, generate(context.client, task, ticket))
-    return await run_in_threadpool(image_response, task, picture, context.model(), image_format, remarks(picture))
+    image = await while_connected(request, generate(context.client, task, ticket))
+    return await run_in_threadpool(image_response, task, image, context.model(), image_format, remarks(image))
 
 
 async def _accept(
@@ -171,8 +171,8 @@ async def _accept(
 ) -> str:
     """Start an asynchronous job and return its id; with an idempotency key that was used before, the id of the earlier job."""
     ticket = replace(ticket_of(request), asynchronous=True)
-    what = await run_in_threadpool(fingerprint, request.url.path, tasks, seed)
-    job_id = await run_in_threadpool(context.jobs.accept, ticket, tasks, key, what, image_format)
+    request_fingerprint = await run_in_threadpool(fingerprint, request.url.path, tasks, seed)
+    job_id = await run_in_threadpool(context.jobs.accept, ticket, tasks, key, request_fingerprint, image_format)
     if job_id == ticket.job_id:
         await generate_asynchronously(context.client, tasks, ticket)
     rename_job(request, job_id)
@@ -206,7 +206,7 @@ def waiting_key(request: Request) -> str | None:
     if delivery.asynchronous:
         raise InvalidRequest(
             "Prefer: respond-async is offered by /txt2img, /img2img, /inpaint and /reproduce; this API responds when the images are "
-            "finished, leave the header out",
+            "finished, omit the header",
             field="Prefer",
         )
     return delivery.idempotency_key
@@ -246,4 +246,4 @@ async def _events(
                 elif isinstance(one, GeneratedImage):
                     yield await run_in_threadpool(completed_event, task, one, context.model(), image_format, remarks(one))
     except Exception as error:
-        yield error_event(error, f"The stream of events of a {task.kind}")
+        yield error_event(error, f"The event stream of a {task.kind}")

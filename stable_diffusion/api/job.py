@@ -1,4 +1,4 @@
-"""A job as JSON: what /jobs and the response 202 say of it, read from the records of its images."""
+"""A job as JSON, as /jobs and the response 202 describe it, built from the records of its images."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ class Job(TypedDict):
     id: str
     state: State
     kind: Kind
-    images: Annotated[int, Field(ge=1, description="Pictures of the job; steps are those of all of them.")]
+    images: Annotated[int, Field(ge=1, description="Images of the job; `step` and `steps` count all of them.")]
     position: Annotated[
         NonNegativeInt | None,
-        Field(description="Its place among those that wait for their first step, 0 for all others; null before it is known."),
+        Field(description="Place among the jobs that wait for their first step, 0 for all others; null until known."),
     ]
     step: NonNegativeInt
     steps: NonNegativeInt
     seconds_left: Annotated[
-        float | None, Field(ge=0, description="Estimated from measured steps, if nobody else comes; null before it is known.")
+        float | None, Field(ge=0, description="Estimated from measured steps, without further requests; null until known.")
     ]
     created_at: Time
     ended_at: Time | None
-    picture: Annotated[str | None, Field(description="Where it can be fetched.")]
+    picture: Annotated[str | None, Field(description="The path of the image; null if none is kept.")]
     picture_kept_until: Time | None
     error: NotRequired[ErrorDetails]
 
 
 class CompletedJobEvent(TypedDict):
-    """The event `completed` of a job whose picture is not kept."""
+    """The event `completed` of a job whose image is not kept."""
 
     job: Job
 

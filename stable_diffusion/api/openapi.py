@@ -49,76 +49,76 @@ def event_content(events: dict[str, Any]) -> dict[str, Any]:
 TIMEOUT_PARAMETER: dict[str, Any] = {
     "name": TIMEOUT_HEADER,
     "in": "header",
-    "description": f"Seconds until the answer has to be there, above 0, at most {MAX_TIMEOUT_S:.0f}, which is the default. A request that "
-    "cannot be met is refused at once, one that is late is dropped: 504.",
+    "description": f"Time limit for the response in seconds: above 0, at most {MAX_TIMEOUT_S:.0f}, which is the default. A request that "
+    "cannot meet it is refused at once, and one that exceeds it is dropped, both with 504.",
     "schema": {"type": "string", "pattern": r"^[0-9]{1,4}(\.[0-9]{1,3})?$"},
 }
 LOAD_ERRORS = {
-    "429": "As much work as is allowed has been taken on (`queue_full`). The header Retry-After says when there should be room.",
-    "503": "The model process is being started (`model_loading`: the message says how far it is), has ended or cannot be reached "
-    "(`model_unavailable`), or the server is being stopped (`shutting_down`). The header Retry-After says when to try again.",
-    "504": f"The time that {TIMEOUT_HEADER} allows cannot be enough, or was not (`deadline_exceeded`).",
+    "429": "The queue is full (`queue_full`). The header Retry-After estimates when there is room.",
+    "503": "The model process is starting (`model_loading`; the message says how far it is), has ended or cannot be reached "
+    "(`model_unavailable`), or the server is stopping (`shutting_down`). The header Retry-After says when to try again.",
+    "504": f"The time limit in {TIMEOUT_HEADER} cannot be met or was exceeded (`deadline_exceeded`).",
 }
 
 # Of the native API and /reproduce.
 IDEMPOTENCY_KEY: dict[str, Any] = {
     "name": "Idempotency-Key",
     "in": "header",
-    "description": "A second request with the same key gets the first one's job, running or done, instead of another. Such a job is "
-    "generated to its end even if the client leaves.",
+    "description": "A second request with the same key gets the job of the first, running or finished, instead of a new one. Such a job "
+    "runs to its end even if the client disconnects.",
     "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
 }
 REQUEST_HEADERS: list[dict[str, Any]] = [
     {
         "name": "Prefer",
         "in": "header",
-        "description": "`respond-async`: answer at once with 202 and the job's address; the picture is fetched later.",
+        "description": "`respond-async`: respond at once with 202 and the job's address; the image is fetched later.",
         "schema": {"type": "string"},
     },
     IDEMPOTENCY_KEY,
 ]
 EVENTS = {"queued": QueuedEvent, "progress": ProgressEvent, "preview": PreviewEvent, "completed": CompletedEvent, "error": Error}
 _ACCEPTED = {
-    **json_response(f"The job is being drawn. Its picture is kept for {PICTURES_KEPT_S // 60} minutes, the last {PICTURES_KEPT} are.", Job),
+    **json_response(f"The job was accepted. The server keeps the last {PICTURES_KEPT} images, for {PICTURES_KEPT_S // 60} minutes.", Job),
     "headers": {"Location": {"description": "The job's address.", "schema": {"type": "string"}}},
 }
-_ANSWER_HEADERS = {
-    "prompt": "The prompt as it was used. Text in headers is percent-encoded UTF-8, cut after 1024 characters.",
-    "negative_prompt": "The negative prompt as it was used.",
-    "prompt_dropped": "Only there if the prompt was too long: the end of it that was not used.",
-    "negative_prompt_dropped": "Only there if the negative prompt was too long: the end of it that was not used.",
+_RESPONSE_HEADERS = {
+    "prompt": "The prompt as used. Text in headers is percent-encoded UTF-8, cut after 1024 characters.",
+    "negative_prompt": "The negative prompt as used.",
+    "prompt_dropped": "Present only if the prompt was too long: the end that was not used.",
+    "negative_prompt_dropped": "Present only if the negative prompt was too long: the end that was not used.",
     "height": "Height in pixels.",
     "width": "Width in pixels.",
     "num_inference_steps": "Denoising steps.",
     "guidance_scale": "Guidance scale.",
-    "guidance_end": "The share of the steps that were guided.",
-    "eta": "Only there if it was above 0: how much noise each step added.",
-    "seed": "The seed: send it again to get the same picture.",
+    "guidance_end": "The share of the steps that used guidance.",
+    "eta": "Present only if above 0: how much noise each step added.",
+    "seed": "The seed: send it again to get the same image.",
     "scheduler": "Noise scheduler.",
     "strength": "Strength (img2img and inpaint only).",
-    "prompt_syntax": "How the prompts were read.",
+    "prompt_syntax": "The syntax in which the prompts were read.",
     "clip_skip": "Which layer of the text encoder was used, counted from the last.",
-    "loras": "Only there if LoRAs were used: a JSON list of their names and weights.",
-    "safety_check": "Whether the safety checker was to look at the picture, where the model has one.",
-    "safety_flagged": "true: the picture was flagged and is blank. false: it was not. unchecked: nobody looked.",
-    "decoded_again": "Only there if the picture was black or broken and was decoded a second time: float32.",
+    "loras": "Present only if LoRAs were used: a JSON list of their names and weights.",
+    "safety_check": "Whether a safety check was requested. It runs only if the model has a safety checker.",
+    "safety_flagged": "true: the image was flagged and is blank. false: it was not. unchecked: no safety check ran.",
+    "decoded_again": "Present only if the image was black or broken and was decoded a second time: float32.",
     "model": "The model; `demo` is the embedded demo model.",
     "Job-Id": "The id of this request's job.",
 }
 _ERRORS = {
     "400": "A field or a part is missing, malformed or out of range.",
-    "403": "A page of another site sent it, in a browser.",
+    "403": "A browser sent the request from a page of another site.",
     "406": "The Accept header allows none of the image types.",
-    "408": "The body stalled or came too slowly; the connection is closed.",
+    "408": "The body stalled or arrived too slowly; the connection is closed.",
     "413": "The body or an image is too large.",
     "415": "The body is not of the type that the endpoint takes.",
-    "422": "The Idempotency-Key was used for another request, or the server has no LoRA of a name that is asked for (`lora_not_found`).",
+    "422": "The Idempotency-Key was used for another request, or a requested LoRA does not exist (`lora_not_found`).",
     "499": "The job was cancelled.",
-    "500": "The picture could not be computed.",
+    "500": "Generation failed.",
     **LOAD_ERRORS,
-    "429": f"{LOAD_ERRORS['429']} Or {MAX_ASYNCHRONOUS_JOBS} jobs that nobody waits for are not finished (`too_many_jobs`).",
+    "429": f"{LOAD_ERRORS['429']} Or {MAX_ASYNCHRONOUS_JOBS} asynchronous jobs are unfinished (`too_many_jobs`).",
 }
-IMAGES_TAG = {"name": "images", "description": "Draw"}
+IMAGES_TAG = {"name": "images", "description": "Generate images"}
 EXAMPLE = {"prompt": "a small red circle on a blue background", "num_inference_steps": 50, "guidance_scale": 7.5, "seed": 1}
 
 
@@ -147,19 +147,19 @@ def generates(
     **more: Any,
 ) -> dict[str, Any]:
     """The path item of an operation that responds with an image; `more` and `more_headers` are further content and headers of it."""
-    headers = _ANSWER_HEADERS | (more_headers or {})
+    headers = _RESPONSE_HEADERS | (more_headers or {})
     if name == "txt2img":
         headers.pop("strength")
-    answers: dict[str, Any] = {
+    responses: dict[str, Any] = {
         "200": {
-            "description": "The picture. Or, where Accept asks for text/event-stream, what happens until it is there: the events "
-            "queued, progress, preview, completed and error, each with JSON.",
+            "description": "The image. Or, if Accept asks for text/event-stream, events until the image is ready: queued, progress, "
+            "preview, completed and error, each with JSON.",
             "headers": {header: {"description": text, "schema": {"type": "string"}} for header, text in headers.items()},
             "content": {**{media_type: {} for media_type in MEDIA_TYPES.values()}, **event_content(EVENTS), **more},
         },
         "202": _ACCEPTED,
         **errors(_ERRORS),
     }
-    answers["429"]["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+    responses["429"]["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
     parameters, body = [*REQUEST_HEADERS, TIMEOUT_PARAMETER], {"required": True, "content": content}
-    return {"post": operation(tag, name, summary, answers, parameters=parameters, requestBody=body)}
+    return {"post": operation(tag, name, summary, responses, parameters=parameters, requestBody=body)}

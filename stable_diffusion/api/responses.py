@@ -1,4 +1,4 @@
-"""Images and errors as responses of the native API: bytes, headers, JSON, events. APIs without a form of their own use it too.
+"""Images and errors as responses of the native API: bytes, headers, JSON, events. APIs without an error form of their own use it too.
 
 `api/deliver.py` decides which of these a client gets.
 """
@@ -69,7 +69,7 @@ class PreviewEvent(EncodedImage):
 
 
 class CompletedEvent(EncodedImage):
-    parameters: Annotated[dict[str, Any], Field(description="What the headers of a picture say.")]
+    parameters: Annotated[dict[str, Any], Field(description="The values of an image's headers.")]
 
 
 def error_response(error: ServiceError) -> Response:
@@ -82,22 +82,22 @@ def retry_after(error: ServiceError) -> dict[str, str]:
 
 
 def with_error_responses(
-    endpoint: Callable[[Request], Awaitable[Response]], answer_of: Callable[[ServiceError], Response] = error_response
+    endpoint: Callable[[Request], Awaitable[Response]], response_of: Callable[[ServiceError], Response] = error_response
 ) -> Callable[[Request], Awaitable[Response]]:
-    """Turn an endpoint's errors into responses. APIs with another form of errors pass their own `answer_of`."""
+    """Turn an endpoint's errors into responses. APIs with another form of errors pass their own `response_of`."""
 
     @functools.wraps(endpoint)
-    async def answer(request: Request) -> Response:
+    async def respond(request: Request) -> Response:
         try:
             return await endpoint(request)
         except Exception as error:
             known = known_error(error, request.url.path)
-            response = answer_of(known)
+            response = response_of(known)
             if known.closes_connection:
                 response.headers["Connection"] = "close"
             return response
 
-    return answer
+    return respond
 
 
 def known_error(error: BaseException, where: str) -> ServiceError:
@@ -125,19 +125,19 @@ def sendable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def image_file(task: Task, picture: GeneratedImage, model: ModelFolder, image_format: ImageFormat, quality: int | None = None) -> bytes:
+def image_file(task: Task, image: GeneratedImage, model: ModelFolder, image_format: ImageFormat, quality: int | None = None) -> bytes:
     """Encode the image, with its description if the task asks for it. A flagged image, which is blank, gets no description."""
-    description = infotext.write(task, picture, model) if task.metadata and not picture.flagged else None
-    return encode(picture.image, image_format, description, quality)
+    description = infotext.write(task, image, model) if task.metadata and not image.flagged else None
+    return encode(image.image, image_format, description, quality)
 
 
 def image_response(
-    task: Task, picture: GeneratedImage, model: ModelFolder, image_format: ImageFormat, remarks: Mapping[str, Any] | None = None
+    task: Task, image: GeneratedImage, model: ModelFolder, image_format: ImageFormat, remarks: Mapping[str, Any] | None = None
 ) -> Response:
     """The image as the body, its parameters and `remarks` as headers. Encoding takes up to a second."""
-    headers = parameter_headers(task, picture, model) | as_headers(remarks or {})
+    headers = parameter_headers(task, image, model) | as_headers(remarks or {})
     headers["content-disposition"] = f'inline; filename="{task.kind}-{task.seed}.{image_format}"'
-    return Response(image_file(task, picture, model, image_format), media_type=MEDIA_TYPES[image_format], headers=headers)
+    return Response(image_file(task, image, model, image_format), media_type=MEDIA_TYPES[image_format], headers=headers)
 
 
 def event_stream(pieces: AsyncGenerator[bytes, None]) -> Response:
@@ -164,11 +164,11 @@ def preview_event(step: int, preview: Image.Image, task: Task) -> bytes:
 
 
 def completed_event(
-    task: Task, picture: GeneratedImage, model: ModelFolder, image_format: ImageFormat, remarks: Mapping[str, Any] | None = None
+    task: Task, image: GeneratedImage, model: ModelFolder, image_format: ImageFormat, remarks: Mapping[str, Any] | None = None
 ) -> bytes:
     """The event `completed`, with `remarks` among the parameters. Encodes an image: do not call it on an event loop."""
-    parameters = {**parameters_of(task, picture, model), **(remarks or {})}
-    content = image_file(task, picture, model, image_format)
+    parameters = {**parameters_of(task, image, model), **(remarks or {})}
+    content = image_file(task, image, model, image_format)
     data: CompletedEvent = {**_as_data(content, image_format), "parameters": parameters}
     return sse.event("completed", data)
 
@@ -186,13 +186,13 @@ def as_base64(content: bytes) -> str:
     return base64.b64encode(content).decode("ascii")
 
 
-def parameters_of(task: Task, picture: GeneratedImage, model: ModelFolder) -> dict[str, Any]:
+def parameters_of(task: Task, image: GeneratedImage, model: ModelFolder) -> dict[str, Any]:
     """Every resolved parameter under its name in the request."""
     parameters = {
         "prompt": task.prompt,
         "negative_prompt": task.negative_prompt,
-        "prompt_dropped": picture.dropped_prompt or None,
-        "negative_prompt_dropped": picture.dropped_negative_prompt or None,
+        "prompt_dropped": image.dropped_prompt or None,
+        "negative_prompt_dropped": image.dropped_negative_prompt or None,
         "height": task.height,
         "width": task.width,
         "num_inference_steps": task.num_inference_steps,
@@ -206,15 +206,15 @@ def parameters_of(task: Task, picture: GeneratedImage, model: ModelFolder) -> di
         "clip_skip": task.clip_skip,
         "loras": [{"name": one.name, "weight": one.unet_weight} for one in task.loras] or None,
         "safety_check": task.safety_check,
-        "safety_flagged": "unchecked" if picture.flagged is None else picture.flagged,
-        "decoded_again": "float32" if picture.decoded_again else None,
+        "safety_flagged": "unchecked" if image.flagged is None else image.flagged,
+        "decoded_again": "float32" if image.decoded_again else None,
         "model": model.name,
     }
     return {name: value for name, value in parameters.items() if value is not None}
 
 
-def parameter_headers(task: Task, picture: GeneratedImage, model: ModelFolder) -> dict[str, str]:
-    return as_headers(parameters_of(task, picture, model))
+def parameter_headers(task: Task, image: GeneratedImage, model: ModelFolder) -> dict[str, str]:
+    return as_headers(parameters_of(task, image, model))
 
 
 def as_headers(values: Mapping[str, Any]) -> dict[str, str]:

@@ -44,24 +44,24 @@ def text_task(parameters: TextToImageRequest, served: Served) -> Task:
 
     Raises InvalidRequest if the model only inpaints, if the policy forbids the request, or if a prompt has wrong syntax; LoraNotFound.
     """
-    _require_whole_pictures(served.model)
+    _refuse_model_that_only_inpaints(served.model)
     size = parameters.width or served.model.native_width, parameters.height or served.model.native_height
     return _task("txt2img", parameters, served, *size)
 
 
-def image_task(parameters: ImageToImageRequest, served: Served, picture: Image.Image, mask: Image.Image | None = None) -> Task:
+def image_task(parameters: ImageToImageRequest, served: Served, image: Image.Image, mask: Image.Image | None = None) -> Task:
     """The task of an img2img request or, with a mask (L, white is repainted), of an inpaint request. Takes up to a second.
 
-    The image and the mask are scaled to the output size. Raises what `text_task` raises, and InvalidRequest if the mask has other
-    proportions than the image, or if the model only inpaints and there is no mask.
+    The image and the mask are scaled to the output size. Raises what `text_task` raises, and InvalidRequest if the mask does not
+    have the proportions of the image, or if the model only inpaints and there is no mask.
     """
     native = served.model.native_width, served.model.native_height
-    size = output_size(picture.size, native, parameters.width, parameters.height)
+    size = output_size(image.size, native, parameters.width, parameters.height)
     if mask is None:
-        _require_whole_pictures(served.model)
-        return _task("img2img", parameters, served, *size, fit(picture, *size))
-    mask = fit(scale_mask(mask, picture.size, "mask"), *size)
-    return _task("inpaint", parameters, served, *size, fit(picture, *size), mask)
+        _refuse_model_that_only_inpaints(served.model)
+        return _task("img2img", parameters, served, *size, fit(image, *size))
+    mask = fit(scale_mask(mask, image.size, "mask"), *size)
+    return _task("inpaint", parameters, served, *size, fit(image, *size), mask)
 
 
 def consecutive_tasks(task: Task, count: int) -> list[Task]:
@@ -76,7 +76,7 @@ def consecutive_tasks(task: Task, count: int) -> list[Task]:
 def with_previews(task: Task, every_steps: int, policy: SafetyPolicy) -> Task:
     """The same task with previews. Raises InvalidRequest if `policy` checks every image, since nothing checks a preview."""
     if every_steps and policy == "always":
-        raise InvalidRequest("this server checks every picture, so it sends no previews of what has not been checked")
+        raise InvalidRequest("this server checks every image, so it sends no previews, which are unchecked")
     return replace(task, preview_every_steps=every_steps)
 
 
@@ -85,13 +85,13 @@ def _require_bounded_work(width: int, height: int, steps: int, count: int) -> No
     if pixel_steps > MAX_PIXEL_STEPS:
         raise InvalidRequest(
             f"{count} x {width} x {height} pixels x {steps} steps are {pixel_steps} pixel steps, at most {MAX_PIXEL_STEPS} are allowed: "
-            "ask for fewer pictures, fewer steps or a smaller size"
+            "request fewer images, fewer steps or a smaller size"
         )
 
 
-def _require_whole_pictures(model: ModelFolder) -> None:
+def _refuse_model_that_only_inpaints(model: ModelFolder) -> None:
     if model.only_inpaints:
-        raise InvalidRequest(f"the model {model.name} only inpaints: it needs a picture and a mask")
+        raise InvalidRequest(f"the model {model.name} only inpaints: it needs an image and a mask")
 
 
 def _task(
@@ -202,7 +202,8 @@ def _require_few_texts(prompt: str, steps: int) -> None:
 def _require_layers(clip_skip: int, model: ModelFolder) -> None:
     if clip_skip > model.text_layers:
         raise InvalidRequest(
-            f"clip_skip: must be at most {model.text_layers}, as the model's text encoder has layers, got {clip_skip}", field="clip_skip"
+            f"clip_skip: must be at most {model.text_layers}, the number of layers of the model's text encoder, got {clip_skip}",
+            field="clip_skip",
         )
 
 
@@ -213,7 +214,7 @@ def _chosen_loras(parameters: GenerationRequest, tags: Sequence[LoraTag], served
     if not asked:
         return ()
     if len(asked) > MAX_LORAS:
-        raise InvalidRequest(f"loras: {len(asked)} are asked for, at most {MAX_LORAS} are allowed", field="loras")
+        raise InvalidRequest(f"loras: {len(asked)} are requested, at most {MAX_LORAS} are allowed", field="loras")
     loras = served.loras()
     chosen = [(loras.named(name), unet, text_encoder) for name, unet, text_encoder in asked if unet or text_encoder]
     size_bytes = sum(file.size_bytes for file in {file.name: file for file, *_ in chosen}.values())

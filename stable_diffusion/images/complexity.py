@@ -1,7 +1,7 @@
 """Counts the pieces of a PNG or JPEG file before Pillow reads it, and refuses files with too many.
 
-Pillow reads the pieces one by one in Python, and goes through the whole image again for each scan of a progressive JPEG, of which 20 MiB
-have room for half a million. WebP needs no count: its pieces are read in C, and once.
+Pillow reads the pieces one by one in Python, and goes through the whole image again for each scan of a progressive JPEG; a file of
+20 MiB can hold half a million scans. WebP needs no count: C code reads its pieces, once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _READ_AT_ONCE = {*range(0xC0, 0xC8), *range(0xC9, 0xF0), 0xFE}
 
 
 def too_many_pieces(content: bytes) -> str | None:
-    """Says what the file has too many of. None if it is acceptable, or neither PNG nor JPEG."""
+    """Say what the file has too many of. None if it is acceptable, or neither PNG nor JPEG."""
     if content.startswith(_PNG):
         return _too_many_chunks(content)
     if content.startswith(_JPEG):
@@ -47,7 +47,7 @@ def _too_many_chunks(content: bytes) -> str | None:
 
 
 def _too_many_segments(content: bytes) -> str | None:
-    # The bound allows one extra: a thumbnail within the block may contain the marker once more.
+    # This allows one extra: a thumbnail within the block may contain the marker once more.
     if content.count(_EXIF) > _MAX_EXIF_SEGMENTS:
         return f"EXIF in more than {_MAX_EXIF_SEGMENTS} segments"
     position, count, scans, between = 2, 0, 0, 0

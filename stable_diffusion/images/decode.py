@@ -30,7 +30,7 @@ MAX_UPLOAD_PIXELS = 4096 * 4096
 MAX_UPLOAD_SIDE = 2**14  # scaling needs 48 bytes per pixel of a side
 UPLOADS_IN_WORDS = (
     f"PNG, JPEG or WebP of at most {MAX_UPLOAD_BYTES // 2**20} MiB and {MAX_UPLOAD_PIXELS // 10**6} million pixels, "
-    f"{MAX_UPLOAD_SIDE} a side."
+    f"{MAX_UPLOAD_SIDE} per side."
 )
 
 
@@ -39,27 +39,27 @@ def read_image(content: bytes, field: str) -> Image.Image:
 
     Raises InvalidRequest or TooLarge, naming `field`.
     """
-    return _decode(content, field, lambda picture, profile: _flatten(to_srgb(picture, profile), "white").convert("RGB"))
+    return _decode(content, field, lambda image, profile: _flatten(to_srgb(image, profile), "white").convert("RGB"))
 
 
 def read_mask(content: bytes, field: str) -> Image.Image:
     """Decode a mask to upright greyscale: white is repainted, black is kept. Transparent areas count as black.
 
-    Like the other readers of masks it ignores a colour profile: a mask's levels are no colours.
+    Like the other mask readers, it ignores colour profiles: the levels of a mask are not colours.
     """
-    return _decode(content, field, lambda picture, _: _flatten(picture, "black").convert("L"))
+    return _decode(content, field, lambda image, _: _flatten(image, "black").convert("L"))
 
 
 def read_transparency_as_mask(content: bytes, field: str) -> Image.Image:
-    """Decode a mask whose transparent areas are repainted, to upright greyscale like that of `read_mask`.
+    """Decode a mask whose transparent areas are repainted. Returns upright greyscale, like `read_mask`.
 
     Raises InvalidRequest if nothing is transparent: a black-and-white mask would silently repaint nothing.
     """
 
-    def transparency(picture: Image.Image, _: bytes | None) -> Image.Image:
-        alpha = picture.convert("RGBA").getchannel("A")
+    def transparency(image: Image.Image, _: bytes | None) -> Image.Image:
+        alpha = image.convert("RGBA").getchannel("A")
         if alpha.getextrema() == (255, 255):
-            raise InvalidRequest(f"{field}: nothing in it is transparent; what is to be repainted must have alpha 0", field=field)
+            raise InvalidRequest(f"{field}: no pixel is transparent; areas to repaint must have alpha 0", field=field)
         return ImageChops.invert(alpha)
 
     return _decode(content, field, transparency)
@@ -68,9 +68,9 @@ def read_transparency_as_mask(content: bytes, field: str) -> Image.Image:
 def read_mask_or_opacity(content: bytes, field: str) -> Image.Image:
     """Decode a mask like `read_mask`. If it has transparent areas, its opacity is the mask, whatever its colours."""
 
-    def opacity(picture: Image.Image, _: bytes | None) -> Image.Image:
-        alpha = picture.getchannel("A") if picture.has_transparency_data else None
-        return picture.convert("L") if alpha is None or alpha.getextrema() == (255, 255) else alpha
+    def opacity(image: Image.Image, _: bytes | None) -> Image.Image:
+        alpha = image.getchannel("A") if image.has_transparency_data else None
+        return image.convert("L") if alpha is None or alpha.getextrema() == (255, 255) else alpha
 
     return _decode(content, field, opacity)
 
@@ -78,8 +78,8 @@ def read_mask_or_opacity(content: bytes, field: str) -> Image.Image:
 def read_description(content: bytes, field: str) -> str | None:
     """The description in an image file: A1111's PNG text "parameters", else the EXIF comment. None if there is neither.
 
-    Reads no pixels. Raises InvalidRequest or TooLarge, naming `field`: in the cases in which `read_image` does before it decodes, and
-    for a text or a comment that is damaged or too long.
+    Reads no pixels. Raises InvalidRequest or TooLarge, naming `field`, where `read_image` does before it decodes, and for a text or a
+    comment that is damaged or too long.
     """
     upload = _open(content, field)
     text = None if upload.png is None else upload.png.text(PNG_TEXT, field)
@@ -92,7 +92,7 @@ def read_description(content: bytes, field: str) -> str | None:
 
 
 def names_of_texts(content: bytes, field: str) -> list[str]:
-    """The names of a PNG file's texts; none of other files. Raises what `read_description` does before it looks for one."""
+    """The names of a PNG file's texts; empty for other files. Raises what `read_description` raises before it looks for a text."""
     upload = _open(content, field)
     return [] if upload.png is None else upload.png.names_of_texts
 
@@ -101,7 +101,7 @@ def names_of_texts(content: bytes, field: str) -> list[str]:
 class _Upload:
     """A file whose header was read. `png` is None if it is a JPEG or WebP."""
 
-    picture: Image.Image
+    image: Image.Image
     png: Png | None
     exif: bytes | None
     profile: bytes | None
@@ -116,25 +116,25 @@ def _open(content: bytes, field: str) -> _Upload:
     if reason := too_many_pieces(content):
         raise TooLarge(f"{field}: the file has {reason}", field=field)
     png = split(content, field) if content.startswith(PNG_SIGNATURE) else None
-    picture = _opened(content if png is None else png.pixels, field)
-    if picture.width * picture.height > MAX_UPLOAD_PIXELS:
+    image = _opened(content if png is None else png.pixels, field)
+    if image.width * image.height > MAX_UPLOAD_PIXELS:
         raise TooLarge(
-            f"{field}: the image has {picture.width} x {picture.height} pixels, at most {MAX_UPLOAD_PIXELS} in all are allowed",
+            f"{field}: the image has {image.width} x {image.height} pixels, at most {MAX_UPLOAD_PIXELS} in total are allowed",
             field=field,
         )
-    if max(picture.size) > MAX_UPLOAD_SIDE:
+    if max(image.size) > MAX_UPLOAD_SIDE:
         raise TooLarge(
-            f"{field}: the image has {picture.width} x {picture.height} pixels, at most {MAX_UPLOAD_SIDE} a side are allowed", field=field
+            f"{field}: the image has {image.width} x {image.height} pixels, at most {MAX_UPLOAD_SIDE} per side are allowed", field=field
         )
     if png is not None:
-        # Where `Image.getexif` finds the orientation.
+        # `Image.getexif` looks here for the orientation.
         beside = {"exif": png.exif, "xmp": png.xmp}
-        picture.info.update({name: value for name, value in beside.items() if value})
-        return _Upload(picture, png, png.exif, png.profile)
-    exif, profile = picture.info.get("exif"), picture.info.get("icc_profile")
+        image.info.update({name: value for name, value in beside.items() if value})
+        return _Upload(image, png, png.exif, png.profile)
+    exif, profile = image.info.get("exif"), image.info.get("icc_profile")
     if exif is not None and len(exif) > MAX_EXIF_BYTES:
         raise too_large_exif(f"{len(exif)}", field)
-    return _Upload(picture, None, exif, profile if profile is not None and len(profile) <= MAX_PROFILE_BYTES else None)
+    return _Upload(image, None, exif, profile if profile is not None and len(profile) <= MAX_PROFILE_BYTES else None)
 
 
 def _opened(content: bytes, field: str) -> Image.Image:
@@ -159,8 +159,8 @@ def _decode(content: bytes, field: str, convert: Callable[[Image.Image, bytes | 
     """`convert` gets the image in L, LA, RGB, RGBA or CMYK, and its profile."""
     upload = _open(content, field)
     try:
-        upload.picture.load()
-        turn = _turn(upload.picture)
+        upload.image.load()
+        turn = _turn(upload.image)
         converted = convert(_to_8_bit(upload), upload.profile)
         return converted if turn is None else converted.transpose(turn)
     except _BROKEN_DATA:
@@ -194,29 +194,29 @@ _TURNS = {
 }
 
 
-def _turn(picture: Image.Image) -> Image.Transpose | None:
-    """The transposition that turns the image upright. Many cameras write slightly invalid EXIF; such an image stays as it is.
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """The transposition that turns the image upright. Many cameras write slightly invalid EXIF; such an image is not turned.
 
     ImageOps.exif_transpose would write the whole EXIF block again, and fail on values that it cannot write.
     """
     try:
-        return _TURNS.get(picture.getexif().get(_ORIENTATION, 1))
+        return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except _BROKEN_DATA:
         return None
 
 
 def _to_8_bit(upload: _Upload) -> Image.Image:
-    """Palettes as colours, black and white and 16-bit greyscale as greyscale, a colour key as alpha."""
-    picture = upload.picture
+    """Convert a palette to colours, 1-bit and 16-bit greyscale to 8-bit greyscale, and a colour key to alpha."""
+    image = upload.image
     if upload.png is not None and upload.png.colour_key is not None:
-        return with_alpha_of_key(picture, upload.png)
-    if picture.mode == "P":
-        return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-    return grey_of_16_bit(picture) if picture.mode.startswith("I") else picture.convert("L") if picture.mode == "1" else picture
+        return with_alpha_of_key(image, upload.png)
+    if image.mode == "P":
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    return grey_of_16_bit(image) if image.mode.startswith("I") else image.convert("L") if image.mode == "1" else image
 
 
-def _flatten(picture: Image.Image, backdrop: str) -> Image.Image:
-    if not picture.has_transparency_data:
-        return picture
-    layer = picture.convert("RGBA")
+def _flatten(image: Image.Image, backdrop: str) -> Image.Image:
+    if not image.has_transparency_data:
+        return image
+    layer = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", layer.size, backdrop), layer)

@@ -20,15 +20,15 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 def exif_comment(block: bytes) -> str | None:
-    """The UserComment of an EXIF block, in whatever encoding its writer took. None if there is none, or an empty one.
+    """The UserComment of an EXIF block, whichever encoding its writer used. None if it is missing or empty.
 
-    Raises ValueError, whose text says what was found, if the block is damaged or the comment is no text.
+    Raises ValueError, which says what is wrong, if the block is damaged or the comment is not text.
     """
     while block.startswith(b"Exif\0\0"):
         block = block[6:]
     order = _BYTE_ORDERS.get(block[:4])
     if order is None:
-        raise ValueError("its EXIF block is damaged: it does not begin as TIFF does")
+        raise ValueError("its EXIF block is damaged: it has no TIFF header")
     try:
         comment = _user_comment(block, order)
     except struct.error:
@@ -37,14 +37,14 @@ def exif_comment(block: bytes) -> str | None:
 
 
 def _user_comment(block: bytes, order: str) -> bytes:
-    """Its bytes, none if there is no comment."""
+    """The bytes of the comment; empty if there is none."""
     folder = _entry(block, order, struct.unpack_from(f"{order}I", block, 4)[0], _EXIF_FOLDER)
     entry = None if folder is None else _entry(block, order, struct.unpack_from(f"{order}I", block, folder + 8)[0], _USER_COMMENT)
     if entry is None:
         return b""
     kind, length, value = struct.unpack_from(f"{order}HII", block, entry + 2)
     if kind not in _TEXT_TYPES:
-        raise ValueError(f"its EXIF comment is no text: it is of TIFF's type {kind}")
+        raise ValueError(f"its EXIF comment is not text: its TIFF type is {kind}")
     start = entry + 8 if length <= 4 else value
     if start + length > len(block):
         raise ValueError(f"its EXIF comment is cut short: it should have {length} bytes")
@@ -52,7 +52,7 @@ def _user_comment(block: bytes, order: str) -> bytes:
 
 
 def _entry(block: bytes, order: str, folder: int, tag: int) -> int | None:
-    """Where a TIFF folder's entry for `tag` begins."""
+    """The offset of a TIFF folder's entry for `tag`; None if there is none."""
     (count,) = struct.unpack_from(f"{order}H", block, folder)
     for entry in range(folder + 2, folder + 2 + count * _ENTRY_BYTES, _ENTRY_BYTES):
         if struct.unpack_from(f"{order}H", block, entry)[0] == tag:
@@ -63,12 +63,12 @@ def _entry(block: bytes, order: str, folder: int, tag: int) -> int | None:
 def _text_of(comment: bytes, order: str) -> str:
     """EXIF 2.32, 4.6.5, UserComment: eight bytes that name the character code, then the text, in UTF-16 in the block's byte order.
 
-    Programs write UTF-16 in the other order or with a byte order mark, UTF-8 behind "UNICODE" (as Exif 3.0 allows) or "ASCII", and no
-    code at all. So the text says what it is: only UTF-16 has zeros within.
+    Programs write UTF-16 in the other order or with a byte order mark, write UTF-8 after "UNICODE" (as Exif 3.0 allows) or "ASCII", or
+    omit the code. So the text itself decides: only UTF-16 has zero bytes within.
     """
     code = comment[:8].rstrip(b"\0 ")
     if code == b"JIS":
-        raise ValueError("its EXIF comment is in JIS, which is not read here")
+        raise ValueError("its EXIF comment is in JIS, which is not supported")
     text = comment[8:] if code in (b"", b"ASCII", b"UNICODE") else comment
     marked = [encoding for mark, encoding in _MARKS.items() if text.startswith(mark)]
     has_zeros = b"\0" in text.rstrip(b"\0")
@@ -80,7 +80,7 @@ def _text_of(comment: bytes, order: str) -> str:
     else:
         if has_zeros and _pairs_in(wide := _decoded(text, utf_16) or ""):
             return wide
-        text = text.partition(b"\0")[0]  # behind it, some have what was in their memory
+        text = text.partition(b"\0")[0]  # some programs write leftover memory after it
         encodings = ["utf-8", "latin-1"]
     decoded = _decoded(text, encodings)
     if decoded is None:
@@ -89,10 +89,10 @@ def _text_of(comment: bytes, order: str) -> str:
 
 
 def _decoded(text: bytes, encodings: list[str]) -> str | None:
-    """Decode with the encoding that finds most of what an infotext has, the first of equals. None if there is none."""
+    """Decode with the encoding that yields the most pairs of an infotext; on a tie, the first. None if no encoding fits."""
     found: list[str] = []
     for encoding in encodings:
-        whole = text[: len(text) & ~1] if encoding.startswith("utf-16") else text  # behind it, some have one more zero
+        whole = text[: len(text) & ~1] if encoding.startswith("utf-16") else text  # some files have one extra zero byte
         try:
             found.append(whole.decode(encoding))
         except UnicodeDecodeError:
@@ -101,7 +101,7 @@ def _decoded(text: bytes, encodings: list[str]) -> str | None:
 
 
 def _pairs_in(text: str) -> int:
-    """How many names with a value the text has at most; UTF-16 in the wrong order has none."""
+    """An upper bound on the pairs of a name and a value; UTF-16 decoded in the wrong order has none."""
     return text.count(": ")
 
 

@@ -13,28 +13,28 @@ from stable_diffusion.images.description import as_exif, as_png_text
 
 MEDIA_TYPES: dict[ImageFormat, str] = {"jpeg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 _QUALITY = 95
-_PERCEPTUAL = b"\0"  # the rendering intent that an `sRGB` chunk has to name
+_PERCEPTUAL = b"\0"  # the rendering intent, which an `sRGB` chunk must name
 
 
-def encode(picture: Image.Image, image_format: ImageFormat, description: str | None = None, quality: int | None = None) -> bytes:
-    """Encode RGB in sRGB: JPEG and WebP with a quality of 0 to 100 (None: 95), PNG without loss.
+def encode(image: Image.Image, image_format: ImageFormat, description: str | None = None, quality: int | None = None) -> bytes:
+    """Encode RGB in sRGB: JPEG and WebP with a quality of 0 to 100 (None: 95), PNG lossless.
 
     The description is stored where A1111 stores it and does not change the pixels. The file says that it is sRGB: PNG by its `sRGB`
-    chunk of 13 bytes, which browsers and libpng know longer than `cICP`; JPEG and WebP by a profile of 588 bytes, since few programs look
-    at EXIF's ColorSpace.
+    chunk of 13 bytes, which browsers and libpng have supported longer than `cICP`; JPEG and WebP by a profile of 588 bytes, since few
+    programs look at EXIF's ColorSpace.
     """
     quality = _QUALITY if quality is None else quality
     buffer = io.BytesIO()
     if image_format == "png":
         chunks = PngImagePlugin.PngInfo() if description is None else as_png_text(description)
         chunks.add(b"sRGB", _PERCEPTUAL)
-        picture.save(buffer, "PNG", compress_level=4, pnginfo=chunks)
+        image.save(buffer, "PNG", compress_level=4, pnginfo=chunks)
         return buffer.getvalue()
     beside: dict[str, Any] = {"icc_profile": SRGB_PROFILE} | ({} if description is None else {"exif": as_exif(description)})
     if image_format == "jpeg":
-        picture.save(buffer, "JPEG", quality=quality, subsampling=0, **beside)
+        image.save(buffer, "JPEG", quality=quality, subsampling=0, **beside)
     else:
-        picture.save(buffer, "WEBP", quality=quality, **beside)
+        image.save(buffer, "WEBP", quality=quality, **beside)
     return buffer.getvalue()
 
 

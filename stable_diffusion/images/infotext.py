@@ -24,9 +24,9 @@ PROGRAM = "stable-diffusion-bentoml"  # followed by the version; A1111 takes a b
 LIBRARIES = ("torch", "diffusers")  # whose versions may change an image
 MAX_CHARACTERS = 2**16  # of an infotext; two prompts of maximum length, written twice, take half of it
 _NEGATIVE = "Negative prompt:"
-_FEWEST_PAIRS = 3  # on the last line; A1111 takes a line with fewer for a part of the prompt
-_STEPS = "Steps"  # the first of the last line
-_TEMPLATES = ("Template:", "Negative Template:")  # of dynamic prompts, behind the last line: what the prompt was made from
+_FEWEST_PAIRS = 3  # on the last line; A1111 treats a line with fewer as part of the prompt
+_STEPS = "Steps"  # the first name on the last line
+_TEMPLATES = ("Template:", "Negative Template:")  # lines after the last one, with the templates of dynamic prompts
 _MAX_SHOWN_CHARACTERS = 60
 # A name, and a value that is a JSON string or extends to the next comma. Equivalent to A1111's own expression.
 _PAIR = re.compile(r'\s*(?P<name>\w[\w \-/]+):\s*(?P<value>"(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
@@ -41,12 +41,12 @@ class Infotext:
     values: Mapping[str, str]
 
 
-def write(task: Task, picture: GeneratedImage, model: ModelFolder) -> str:
+def write(task: Task, image: GeneratedImage, model: ModelFolder) -> str:
     """Everything that determines the image of `task`. An input image and a mask appear only as hashes of their scaled versions.
 
     Values that A1111's readers assume by default are left out.
     """
-    values = _values(task, picture, model)
+    values = _values(task, image, model)
     prompts = f"{task.prompt}\n{_NEGATIVE} {task.negative_prompt}" if task.negative_prompt else task.prompt
     if _prompts_of(_without_mark(prompts).lstrip()) != (task.prompt, task.negative_prompt):
         # A line looks like the start of another section, or readers would drop white space.
@@ -57,9 +57,9 @@ def write(task: Task, picture: GeneratedImage, model: ModelFolder) -> str:
     return f"{prompts}\n{last_line}".strip()
 
 
-def _values(task: Task, picture: GeneratedImage, model: ModelFolder) -> dict[str, str]:
+def _values(task: Task, image: GeneratedImage, model: ModelFolder) -> dict[str, str]:
     sampler, schedule = sampler_of(task.scheduler)
-    drawn_on = {"Precision": picture.dtype, "Device": picture.device}
+    computed_on = {"Precision": image.dtype, "Device": image.device}
     values = {
         _STEPS: str(task.num_inference_steps),
         "Sampler": sampler,
@@ -80,7 +80,7 @@ def _values(task: Task, picture: GeneratedImage, model: ModelFolder) -> dict[str
         "Input hash": task.image_hash,
         "Mask hash": task.mask_hash,
         "Safety check": None if task.safety_check else "false",
-        **{name: value or None for name, value in drawn_on.items()},
+        **{name: value or None for name, value in computed_on.items()},
         **library_versions(),
         "Version": program_version(),
     }
@@ -93,21 +93,21 @@ def lora_hashes(task: Task) -> str:
 
 
 def _loras_of_field(task: Task) -> str:
-    """The LoRAs that stand in no tag of the prompt, with their weights."""
+    """The LoRAs that have no tag in the prompt, with their weights."""
     tags = without_lora_tags(task.prompt)[1] if task.prompt_syntax == "a1111" else ()
     in_tags = sum(1 for tag in tags if tag.unet_weight or tag.text_encoder_weight)  # others are not in the task either
     return ", ".join(f"{one.name}: {_number(one.unet_weight)}" for one in task.loras[: len(task.loras) - in_tags])
 
 
 def read(text: str, field: str = "infotext") -> Infotext:
-    """Parse an infotext by `write` or A1111. Raises InvalidRequest, naming `field`, if the text is none."""
+    """Parse an infotext by `write` or A1111. Raises InvalidRequest, naming `field`, if the text is not one."""
     if len(text) > MAX_CHARACTERS:
-        raise InvalidRequest(f"{field}: an infotext of {len(text)} characters, at most {MAX_CHARACTERS} are allowed", field=field)
+        raise InvalidRequest(f"{field}: the infotext has {len(text)} characters, at most {MAX_CHARACTERS} are allowed", field=field)
     prompts, values = _prompts_and_values(_without_mark(text).strip())
     if len(values) < _FEWEST_PAIRS:
         raise InvalidRequest(
-            f"{field}: no infotext: its last line must say how the picture was drawn (Steps: 20, Sampler: Euler a, ...), "
-            f"and is {_shown(text)}",
+            f"{field}: not an infotext: the last line must hold the generation parameters (Steps: 20, Sampler: Euler a, ...), "
+            f"got {_shown(text)}",
             field=field,
         )
     prompt, negative_prompt = _prompts_of(prompts)
@@ -132,7 +132,7 @@ def _prompts_and_values(text: str) -> tuple[str, dict[str, str]]:
 
 
 def _without_mark(text: str) -> str:
-    """Without the byte order mark with which some programs begin a text."""
+    """Remove the byte order mark with which some programs begin a text."""
     return text.lstrip(BYTE_ORDER_MARK)
 
 

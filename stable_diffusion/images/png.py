@@ -1,7 +1,7 @@
-"""Splits a PNG file into the chunks that its pixels need and what stands beside them: EXIF, XMP, profile, texts.
+"""Splits a PNG file into the chunks that its pixels need and the rest: EXIF, XMP, profile, texts.
 
-Pillow refuses a whole file for a damaged or large chunk that no pixel needs; libpng, browsers and editors read it. So Pillow gets the
-former only. Does not know Pillow, and decodes no pixels.
+Pillow refuses a whole file for a damaged or large chunk that no pixel needs; libpng, browsers and editors read it. So Pillow gets only
+the chunks that the pixels need. Does not depend on Pillow, and decodes no pixels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _PIXELS = b"IDAT"
 _NEEDED = (b"IHDR", b"PLTE", b"tRNS", _PIXELS)
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _END = struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND"))
-_EXIF_TEXT, _XMP_TEXT = "Raw profile type exif", "XML:com.adobe.xmp"  # the first by ImageMagick, in hexadecimal
+_EXIF_TEXT, _XMP_TEXT = "Raw profile type exif", "XML:com.adobe.xmp"  # ImageMagick writes the first one, in hexadecimal
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class _Chunk:
     is_cut_short: bool
 
     def is_intact(self) -> bool:
-        """Whether it is whole and its checksum right."""
+        """Whether it is complete and its checksum correct."""
         return not self.is_cut_short and zlib.crc32(self.data, zlib.crc32(self.kind)) == struct.unpack(">I", self.whole[-4:])[0]
 
 
@@ -45,7 +45,7 @@ class Png:
     """The parts of a file. `pixels` is a PNG file of its own.
 
     `colour_key` is the one colour that is transparent, as samples of `depth` bits: one of grey, or red, green and blue.
-    Texts are decompressed when they are asked for.
+    Texts are decompressed on access.
     """
 
     pixels: bytes
@@ -61,7 +61,7 @@ class Png:
 
     @property
     def xmp(self) -> bytes | None:
-        """None also if it is damaged or longer than a text may be: it holds an orientation at most."""
+        """None if it is missing, damaged or longer than a text may be. Only its orientation is used."""
         try:
             return _bytes_of(self._texts[_XMP_TEXT], MAX_TEXT_BYTES) if _XMP_TEXT in self._texts else None
         except (ValueError, OverflowError):
@@ -77,9 +77,7 @@ class Png:
         try:
             return _bytes_of(chunk, MAX_TEXT_BYTES).decode("utf-8" if chunk.kind == b"iTXt" else "latin-1")
         except OverflowError:
-            raise InvalidRequest(
-                f"{part}: its text {name} holds too much text, at most {MAX_TEXT_BYTES} bytes of it are read", field=part
-            ) from None
+            raise InvalidRequest(f"{part}: its text {name} is too long, at most {MAX_TEXT_BYTES} bytes are allowed", field=part) from None
         except ValueError:
             raise InvalidRequest(f"{part}: its text {name} is damaged", field=part) from None
 
@@ -87,15 +85,15 @@ class Png:
 def split(content: bytes, part: str) -> Png:
     """Split a PNG file. Raises InvalidRequest, naming the request's `part`, if a chunk that the pixels need is missing or damaged.
 
-    Raises TooLarge for an EXIF block of more than MAX_EXIF_BYTES. Other chunks that are damaged or too large count as missing. Of chunks
-    of one kind, texts with one name included, the last one counts; of those that the pixels need the first one.
+    Raises TooLarge for an EXIF block of more than MAX_EXIF_BYTES. Other chunks that are damaged or too large count as missing. Of several
+    chunks of one kind, or texts of one name, the last one counts; of chunks that the pixels need, the first one.
     """
     needed, beside, texts = _sorted(content, part)
     header = needed.get(b"IHDR", [None])[0]
     if header is None or len(header.data) < _HEADER_BYTES:
         raise _damaged(part, "its header, the IHDR chunk, is missing or cut short")
     if _PIXELS not in needed:
-        raise _damaged(part, "it is cut short before its pixels, or has none: there is no IDAT chunk")
+        raise _damaged(part, "it has no pixels or is cut short before them: there is no IDAT chunk")
     depth, colour_type = header.data[8:10]
     key = _colour_key(needed, colour_type, depth, part)
     if colour_type != _PALETTE:
@@ -115,7 +113,7 @@ def _sorted(content: bytes, part: str) -> tuple[dict[bytes, list[_Chunk]], dict[
         if chunk.kind == _PIXELS:
             needed.setdefault(_PIXELS, []).append(chunk)
         elif chunk.kind in _NEEDED:
-            # Behind the pixels, or for the second time, they have no meaning.
+            # After the pixels, or repeated, they have no meaning.
             if _PIXELS in needed or chunk.kind in needed:
                 continue
             if not chunk.is_intact():
@@ -129,7 +127,7 @@ def _sorted(content: bytes, part: str) -> tuple[dict[bytes, list[_Chunk]], dict[
 
 
 def _chunks(content: bytes) -> Iterator[_Chunk]:
-    """In the file's order, to its IEND or to where no chunk begins. The last one may be cut short."""
+    """In the file's order, up to IEND or to the first position where no chunk begins. The last one may be cut short."""
     view, position = memoryview(content), len(SIGNATURE)
     while position + 8 <= len(content):
         (length,) = struct.unpack_from(">I", content, position)
@@ -146,8 +144,8 @@ def _colour_key(needed: Mapping[bytes, list[_Chunk]], colour_type: int, depth: i
         return None
     count, data = _SAMPLES_OF_KEY[colour_type], needed[b"tRNS"][0].data
     if len(data) < 2 * count:
-        raise _damaged(part, "its tRNS chunk, which says what is transparent, is too short")
-    # Of a sample with fewer than 16 bits, only so many count.
+        raise _damaged(part, "its tRNS chunk, which defines transparency, is too short")
+    # Only the lowest `depth` bits of a sample count.
     return tuple(sample & (2**depth - 1) for sample in struct.unpack_from(f">{count}H", data))
 
 
@@ -164,7 +162,7 @@ def _exif(chunk: _Chunk | None, text: _Chunk | None, part: str) -> bytes | None:
 
 
 def too_large_exif(size: str, part: str) -> TooLarge:
-    """`size` in words of bytes."""
+    """`size`: the number of bytes, in words."""
     return TooLarge(f"{part}: its EXIF block has {size} bytes, at most {MAX_EXIF_BYTES} are allowed", field=part)
 
 
@@ -191,19 +189,19 @@ def _profile(chunk: _Chunk | None) -> bytes | None:
 
 
 def _bytes_of(chunk: _Chunk, limit: int) -> bytes:
-    """A text behind its name, decompressed. Raises ValueError if it is damaged, OverflowError if it has more than `limit` bytes."""
-    _, _, behind = bytes(chunk.data).partition(b"\0")
+    """A text without its name, decompressed. Raises ValueError if it is damaged, OverflowError if it has more than `limit` bytes."""
+    _, _, rest = bytes(chunk.data).partition(b"\0")
     if chunk.kind == b"zTXt":
-        return _inflated(behind[1:], limit)
+        return _inflated(rest[1:], limit)
     is_compressed = False
     if chunk.kind == b"iTXt":
-        is_compressed = behind[:1] == b"\1"
-        _, _, behind = behind[2:].split(b"\0", 2)  # behind the language and the name in that language
+        is_compressed = rest[:1] == b"\1"
+        _, _, rest = rest[2:].split(b"\0", 2)  # after the language and the name in that language
     if is_compressed:
-        return _inflated(behind, limit)
-    if len(behind) > limit:
+        return _inflated(rest, limit)
+    if len(rest) > limit:
         raise OverflowError
-    return behind
+    return rest
 
 
 def _inflated(compressed: bytes, limit: int) -> bytes:

@@ -10,18 +10,18 @@ from PIL import Image, ImageOps
 from stable_diffusion.core.errors import InvalidRequest
 from stable_diffusion.core.requests import MAX_SIDE, MIN_SIDE, SIDE_MULTIPLE
 
-_SAME_PROPORTIONS = 0.02  # a mask drawn on a scaled-down image may be off by a pixel
+_SAME_PROPORTIONS = 0.02  # a mask painted on a scaled-down image may be off by a pixel
 
 
-def output_size(picture_size: tuple[int, int], native_size: tuple[int, int], width: int | None, height: int | None) -> tuple[int, int]:
+def output_size(image_size: tuple[int, int], native_size: tuple[int, int], width: int | None, height: int | None) -> tuple[int, int]:
     """The (width, height) of the output for an input image.
 
-    Requested sides are taken as they are; a missing one follows from the image's proportions. With neither,
-    the image is fitted to the model's native area. Sides are multiples of 8 and within the limits.
+    Requested sides are kept; a missing one follows from the image's proportions. With neither, the image is fitted
+    to the model's native area. Sides are multiples of 8 and within the limits.
     """
     if width is not None and height is not None:
         return width, height
-    proportion = picture_size[0] / picture_size[1]
+    proportion = image_size[0] / image_size[1]
     if width is not None:
         return width, _allowed_side(width / proportion)
     if height is not None:
@@ -34,23 +34,23 @@ def _allowed_side(side: float) -> int:
     return min(MAX_SIDE, max(MIN_SIDE, round(side / SIDE_MULTIPLE) * SIDE_MULTIPLE))
 
 
-def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """Scale to cover `width` x `height` and crop the rest. Proportions are kept."""
-    return ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Scale to cover `width` x `height` and crop the rest. Keeps proportions."""
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
 def scale_mask(mask: Image.Image, size: tuple[int, int], field: str) -> Image.Image:
     """Scale a mask to its image's size. Raises InvalidRequest if their proportions differ: the mask would cover other areas."""
     if abs(mask.width * size[1] - mask.height * size[0]) > _SAME_PROPORTIONS * mask.width * size[1]:
         raise InvalidRequest(
-            f"{field}: {mask.width} x {mask.height} has other proportions than the picture, {size[0]} x {size[1]}", field=field
+            f"{field}: {mask.width} x {mask.height} does not have the proportions of the image, {size[0]} x {size[1]}", field=field
         )
     return mask.resize(size, Image.Resampling.BILINEAR)
 
 
-def digest(picture: Image.Image) -> str:
+def digest(image: Image.Image) -> str:
     """Ten hexadecimal digits that identify an image by its pixels."""
-    return hashlib.sha256(f"{picture.mode} {picture.width}x{picture.height} ".encode() + picture.tobytes()).hexdigest()[:10]
+    return hashlib.sha256(f"{image.mode} {image.width}x{image.height} ".encode() + image.tobytes()).hexdigest()[:10]
 
 
 def keep_outside_mask(repainted: Image.Image, original: Image.Image, mask: Image.Image) -> Image.Image:

@@ -295,7 +295,7 @@ def test_a_mask_is_repainted_where_it_is_white_or_inverted_where_it_is_black(
         ("txt2img", {"batch_size": 6, "n_iter": 2}, 422, "batch_size * n_iter must be at most 10"),
         ("txt2img", {"enable_hr": True}, 422, "enable_hr: "),
         ("txt2img", {"override_settings": {"sd_model_checkpoint": "sdxl"}}, 404, "there is no model 'sdxl', this server has only 'demo'"),
-        ("img2img", {}, 404, "init_images: the picture is missing"),
+        ("img2img", {}, 404, "init_images: the image is missing"),
         ("img2img", {"init_images": ["not base64!"]}, 400, "init_images: not base64"),
         ("img2img", {"init_images": [base64.b64encode(b"GIF89a").decode()]}, 400, "init_images: not a PNG, JPEG or WebP image"),
         ("img2img", {"init_images": ["\ud800"]}, 400, "init_images: not base64"),
@@ -314,7 +314,7 @@ def test_a_bad_mask_names_the_mask(server: Server, input_picture: Image.Image) -
     picture = in_base64(input_picture)
     for mask, status, told in (
         ("!", 400, "mask: not base64"),
-        (in_base64(Image.new("L", (64, 32))), 422, "mask: 64 x 32 has other proportions than the picture"),
+        (in_base64(Image.new("L", (64, 32))), 422, "mask: 64 x 32 does not have the proportions of the image"),
     ):
         response = post(server, "img2img", {"prompt": PROMPT, "init_images": [picture], "mask": mask})
         assert told in refused(response, status)

@@ -308,7 +308,7 @@ def test_a_client_that_leaves_during_its_upload_is_no_error_of_ours(server: Serv
 
 def test_a_mask_of_other_proportions_is_refused(server: Server, input_picture: Image.Image) -> None:
     files = {"img": as_file(input_picture), "mask": as_file(Image.new("L", (64, 32)))}
-    assert "mask: 64 x 32 has other proportions than the picture, 64 x 64" in refused(redraw(server, "/inpaint", files), 400, "mask")
+    assert "mask: 64 x 32 does not have the proportions of the image, 64 x 64" in refused(redraw(server, "/inpaint", files), 400, "mask")
 
 
 def test_a_client_that_leaves_stops_its_job(server: Server) -> None:

@@ -123,7 +123,7 @@ def test_the_served_model_is_listed_and_no_other_is_found(client: openai.OpenAI)
     (model,) = client.models.list().data
     assert (model.id, model.object) == ("demo", "model")
     assert 0 < model.created <= time.time()
-    with pytest.raises(openai.NotFoundError, match="this server has 'demo'") as caught:
+    with pytest.raises(openai.NotFoundError, match="this server has only 'demo'") as caught:
         client.images.generate(model="gpt-image-1", prompt=PROMPT)
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
 
@@ -157,8 +157,8 @@ def test_what_is_wrong_with_an_edit_is_named_too(client: openai.OpenAI, input_pi
     wrong: list[tuple[dict[str, Any], str, str]] = [
         ({"image": [picture, picture]}, "image", "exactly one"),
         ({"image": b"hello"}, "image", "not a PNG, JPEG or WebP"),
-        ({"mask": as_file(right_half_mask)}, "mask", "nothing in it is transparent"),
-        ({"mask": wide}, "mask", "128 x 64, it must have the image's size, 64 x 64"),
+        ({"mask": as_file(right_half_mask)}, "mask", "no pixel is transparent"),
+        ({"mask": wide}, "mask", "must have the image's size, 64 x 64, got 128 x 64"),
         ({"extra_body": {"n": "two"}}, "n", "valid integer"),
         ({"extra_body": {"strength": 0}}, "strength", "greater than 0"),
         ({"extra_body": {"sampler": "x"}}, "sampler", "not a known parameter"),
@@ -269,5 +269,5 @@ def test_a_seed_of_minus_1_is_random(client: openai.OpenAI) -> None:
 
 def test_a_model_is_found_by_its_name(client: openai.OpenAI) -> None:
     assert client.models.retrieve("demo") == client.models.list().data[0]
-    with pytest.raises(openai.NotFoundError, match="there is no 'other' here"):
+    with pytest.raises(openai.NotFoundError, match="there is no model 'other', this server has only"):
         client.models.retrieve("other")

@@ -103,7 +103,7 @@ def test_a_text_bomb_is_refused_only_by_endpoints_that_read_the_text(server: Ser
         client.timeout = httpx.Timeout(MAX_TAKEN_S)
         assert through_reproduce(client, bomb) == (
             400,
-            "picture picture: its text parameters holds too much text, at most 1048576 bytes of it are read",
+            "picture picture: its text parameters is too long, at most 1048576 bytes are allowed",
         )
         response = client.post("/img2img", files={"img": bomb}, data={"data": json.dumps({"prompt": PROMPT, "num_inference_steps": 2})})
         assert response.status_code == 200, response.text

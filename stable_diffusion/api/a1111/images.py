@@ -23,7 +23,7 @@ _WHITE_SPACE = b" \t\r\n\v\f"
 
 
 class UnreadablePicture(InvalidRequest):
-    """An image that cannot be decoded: status 400, while other errors in a body are 422."""
+    """An image that cannot be decoded: status 400, while other errors in a body are 422. Clients see this class's name as `error`."""
 
 
 def read_initial_image(body: ImageToImageBody) -> Image.Image:
@@ -32,20 +32,20 @@ def read_initial_image(body: ImageToImageBody) -> Image.Image:
 
 
 def read_infotext(body: PngInfoBody) -> str:
-    """What an image's file says of how it was generated; "" if nothing. Raises UnreadablePicture or TooLarge."""
+    """The description in an image's file; "" if there is none. Raises UnreadablePicture or TooLarge."""
     return _decoded(body.image, "image", read_description) or ""
 
 
 def unchanged_image(task: Task) -> GeneratedImage:
-    """The result of an img2img task of strength 0: its input, on which nothing was generated and nothing was checked."""
+    """The result of an img2img task of strength 0: its input. Nothing was generated, so nothing was checked."""
     assert task.image is not None
     return GeneratedImage(task.image, flagged=None, dropped_prompt="", dropped_negative_prompt="")
 
 
-def read_inpainting_mask(body: ImageToImageBody, picture_size: tuple[int, int]) -> Image.Image | None:
+def read_inpainting_mask(body: ImageToImageBody, image_size: tuple[int, int]) -> Image.Image | None:
     """The body's mask, inverted and blurred as requested and scaled to its image's size; None if there is none.
 
-    Raises UnreadablePicture, TooLarge, or InvalidRequest if it has other proportions than the image or repaints nothing.
+    Raises UnreadablePicture, TooLarge, or InvalidRequest if its proportions differ from the image's or it repaints nothing.
     """
     if not body.mask:
         return None
@@ -54,30 +54,32 @@ def read_inpainting_mask(body: ImageToImageBody, picture_size: tuple[int, int]) 
         mask = ImageOps.invert(mask)
     if body.mask_blur:
         mask = mask.filter(ImageFilter.GaussianBlur(body.mask_blur))
-    mask = scale_mask(mask, picture_size, "mask")
+    mask = scale_mask(mask, image_size, "mask")
     if mask.getextrema() == (0, 0):
         repainted = "black" if body.inpainting_mask_invert else "white"
-        raise InvalidRequest(f"mask: it repaints nothing: none of it is {repainted} (inpainting_mask_invert turns it around)", field="mask")
+        raise InvalidRequest(
+            f"mask: no pixel is {repainted}, so nothing is repainted (inpainting_mask_invert swaps the colours)", field="mask"
+        )
     return mask
 
 
-def resize(picture: Image.Image, width: int, height: int, resize_mode: int) -> Image.Image:
+def resize(image: Image.Image, width: int, height: int, resize_mode: int) -> Image.Image:
     """Resize to `width` x `height` in A1111's mode. 0: stretch, 1: scale to cover and crop, 2: scale to fit and continue the edges."""
     if resize_mode == 0:
-        return picture.resize((width, height), Image.Resampling.LANCZOS)
+        return image.resize((width, height), Image.Resampling.LANCZOS)
     if resize_mode == 1:
-        return fit(picture, width, height)
-    scale = min(width / picture.width, height / picture.height)
-    within = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    return _with_edges_continued(picture.resize(within, Image.Resampling.LANCZOS), width, height)
+        return fit(image, width, height)
+    scale = min(width / image.width, height / image.height)
+    within = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    return _with_edges_continued(image.resize(within, Image.Resampling.LANCZOS), width, height)
 
 
-def _with_edges_continued(picture: Image.Image, width: int, height: int) -> Image.Image:
+def _with_edges_continued(image: Image.Image, width: int, height: int) -> Image.Image:
     """Centre an image in `width` x `height` and repeat its outermost rows or columns up to the border."""
-    left, top = (width - picture.width) // 2, (height - picture.height) // 2
-    right, bottom = left + picture.width, top + picture.height
-    canvas = Image.new(picture.mode, (width, height))
-    canvas.paste(picture, (left, top))
+    left, top = (width - image.width) // 2, (height - image.height) // 2
+    right, bottom = left + image.width, top + image.height
+    canvas = Image.new(image.mode, (width, height))
+    canvas.paste(image, (left, top))
     if top or bottom < height:
         canvas.paste(canvas.crop((0, top, width, top + 1)).resize((width, max(top, 1))), (0, 0))
         canvas.paste(canvas.crop((0, bottom - 1, width, bottom)).resize((width, max(height - bottom, 1))), (0, bottom))
@@ -95,7 +97,7 @@ def _decoded(text: str, field: str, read: Callable[[bytes, str], T]) -> T:
 
 
 def _bytes_of(text: str, field: str) -> bytes:
-    """Decode base64, which may have line breaks and may be in a data URL."""
+    """Decode base64, with or without line breaks, or a data URL."""
     if text.startswith("data:"):
         text = text.partition(",")[2]
     try:
@@ -104,4 +106,4 @@ def _bytes_of(text: str, field: str) -> bytes:
             raise TooLarge(f"{field}: the file has more than {MAX_UPLOAD_BYTES} bytes", field=field)
         return base64.b64decode(encoded, validate=True)
     except ValueError:
-        raise InvalidRequest(f"{field}: not base64 (nothing is fetched from addresses)", field=field) from None
+        raise InvalidRequest(f"{field}: not base64 (the server fetches no URLs)", field=field) from None

@@ -25,47 +25,47 @@ from stable_diffusion.api.a1111.responses import (
 from stable_diffusion.api.openapi import IDEMPOTENCY_KEY, LOAD_ERRORS, TIMEOUT_PARAMETER, errors, json_content, json_response, operation
 from stable_diffusion.core.requests import ImageToImageRequest
 
-TAG = {"name": "a1111", "description": "A1111's API, for its clients. Unknown fields are ignored, null is as good as a missing field."}
+TAG = {"name": "a1111", "description": "A1111's API, for its clients. Unknown fields are ignored; null counts as a missing field."}
 _REFERENCES = "#/components/schemas/A1111{model}"
 _EXAMPLE = {"prompt": "a small red circle on a blue background", "steps": 20, "sampler_name": "Euler a", "seed": 1, "batch_size": 2}
 # A grey image of 8 x 8 pixels.
-_EXAMPLE_PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mNsaGhgwAaYGHCAwSkBADAXAZDUexXGAAAAAElFTkSuQmCC"
+_EXAMPLE_IMAGE = "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAFUlEQVR42mNsaGhgwAaYGHCAwSkBADAXAZDUexXGAAAAAElFTkSuQmCC"
 _READING_ERRORS = {
-    "403": "A page of another site sent it, in a browser.",
-    "404": "No such sampler or model, or the picture is missing.",
-    "408": "The body stalled or came too slowly; the connection is closed.",
-    "413": "The body or a picture is too large.",
+    "403": "A browser sent the request from a page of another site.",
+    "404": "The sampler or model is unknown, or the image is missing.",
+    "408": "The body stalled or arrived too slowly; the connection is closed.",
+    "413": "The body or an image is too large.",
     "415": "The body is not JSON.",
-    "422": "A field is malformed, out of range or asks for what is not supported, or the Idempotency-Key was used for another request.",
+    "422": "A field is malformed, out of range or not supported, or the Idempotency-Key was used for another request.",
 }
-_DRAWING_ERRORS = {
+_GENERATION_ERRORS = {
     **_READING_ERRORS,
     "499": "The job was cancelled, by /sdapi/v1/interrupt for example.",
-    "500": "The picture could not be computed.",
+    "500": "Generation failed.",
     **LOAD_ERRORS,
 }
-_DEFECT = "A defect of the server."
-_ASKING_ERRORS = {"500": _DEFECT, "503": "Where jobs stand cannot be read."}
+_DEFECT = "An internal error."
+_JOB_ERRORS = {"500": _DEFECT, "503": "The state of the jobs cannot be read."}
 
 
 def paths() -> dict[str, Any]:
-    with_picture = {**_EXAMPLE, "init_images": [_EXAMPLE_PICTURE], "denoising_strength": 0.75}
-    unreadable = {"400": "A picture is no base64, damaged or no PNG, JPEG or WebP."}
+    with_image = {**_EXAMPLE, "init_images": [_EXAMPLE_IMAGE], "denoising_strength": 0.75}
+    unreadable = {"400": "An image is not base64, is damaged, or is not PNG, JPEG or WebP."}
     set_options = json_response("Accepted.", type(None))
-    progress = json_response("Idle is exactly progress 0 and job_count 0.", A1111Progress)
-    interrupted = json_response("They are ended before their next step.", dict[str, Any])
+    progress = json_response("An idle server reports exactly progress 0 and job_count 0.", A1111Progress)
+    interrupted = json_response("The jobs end before their next step.", dict[str, Any])
     return {
-        "/sdapi/v1/txt2img": {"post": _draws("Txt2img", "Draw pictures from text", _body(TextToImageBody, _EXAMPLE), {})},
+        "/sdapi/v1/txt2img": {"post": _generates("Txt2img", "Generate images from text", _body(TextToImageBody, _EXAMPLE), {})},
         "/sdapi/v1/img2img": {
-            "post": _draws(
-                "Img2img", "Redraw a picture, or with a mask repaint a part of it", _body(ImageToImageBody, with_picture), unreadable
+            "post": _generates(
+                "Img2img", "Generate from an image, or repaint its masked area", _body(ImageToImageBody, with_image), unreadable
             )
         },
         "/sdapi/v1/options": {
-            "get": _gets("Options", "The options: which model is served", "The options.", A1111ServedOptions),
+            "get": _gets("Options", "The options, which name the served model", "The options.", A1111ServedOptions),
             "post": _operation(
                 "SetOptions",
-                "Ask for a model: accepted if it is the served one",
+                "Select a model: accepted only if it is the served one",
                 set_options,
                 _READING_ERRORS,
                 requestBody=_body(Options, {"sd_model_checkpoint": "demo"}),
@@ -77,21 +77,21 @@ def paths() -> dict[str, Any]:
             "get": _gets("Schedulers", "The noise levels", "The noise levels.", list[A1111Scheduler], schedules_response())
         },
         "/sdapi/v1/upscalers": {"get": _gets("Upscalers", "No upscalers", "None.", list[A1111Upscaler], UPSCALERS)},
-        "/sdapi/v1/progress": {"get": _operation("Progress", "How far the caller's own jobs are", progress, _ASKING_ERRORS)},
-        "/sdapi/v1/interrupt": {"post": _operation("Interrupt", "Cancel the caller's own jobs", interrupted, _ASKING_ERRORS)},
-        "/sdapi/v1/skip": {"post": _operation("Skip", "Cancel the caller's oldest job", interrupted, _ASKING_ERRORS)},
+        "/sdapi/v1/progress": {"get": _operation("Progress", "Progress of the caller's own jobs", progress, _JOB_ERRORS)},
+        "/sdapi/v1/interrupt": {"post": _operation("Interrupt", "Cancel the caller's own jobs", interrupted, _JOB_ERRORS)},
+        "/sdapi/v1/skip": {"post": _operation("Skip", "Cancel the caller's oldest job", interrupted, _JOB_ERRORS)},
         "/sdapi/v1/refresh-checkpoints": {"post": _gets("RefreshCheckpoints", "Does nothing: one model is served", "null.", type(None))},
         "/sdapi/v1/png-info": {
             "post": _operation(
                 "PngInfo",
-                "What an image's file says of how it was generated",
+                "The infotext in an image's file",
                 json_response("The infotext.", A1111PngInfo),
                 {**unreadable, **_READING_ERRORS},
-                requestBody=_body(PngInfoBody, {"image": _EXAMPLE_PICTURE}),
+                requestBody=_body(PngInfoBody, {"image": _EXAMPLE_IMAGE}),
             )
         },
         **{
-            path: {"get": _gets(_last_words(path), "Empty, for clients that ask at start", "Nothing.", _kind(content))}
+            path: {"get": _gets(_last_words(path), "Empty, for clients that request it at start", "Empty.", _kind(content))}
             for path, content in EMPTY_LISTS.items()
         },
     }
@@ -129,18 +129,18 @@ _LIMIT_KEYS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _LIMITS = _limits()
 
 
-def _draws(name: str, summary: str, body: dict[str, Any], failures: dict[str, str]) -> dict[str, Any]:
-    answer, failures = json_response("The pictures.", A1111Pictures), {**failures, **_DRAWING_ERRORS}
-    return _operation(name, summary, answer, failures, parameters=[IDEMPOTENCY_KEY, TIMEOUT_PARAMETER], requestBody=body)
+def _generates(name: str, summary: str, body: dict[str, Any], failures: dict[str, str]) -> dict[str, Any]:
+    response, failures = json_response("The images.", A1111Pictures), {**failures, **_GENERATION_ERRORS}
+    return _operation(name, summary, response, failures, parameters=[IDEMPOTENCY_KEY, TIMEOUT_PARAMETER], requestBody=body)
 
 
 def _gets(name: str, summary: str, description: str, model: Any, example: Any = None) -> dict[str, Any]:
-    answer = json_response(description, model, **({} if example is None else {"example": example}))
-    return _operation(name, summary, answer, {"500": _DEFECT})
+    response = json_response(description, model, **({} if example is None else {"example": example}))
+    return _operation(name, summary, response, {"500": _DEFECT})
 
 
-def _operation(name: str, summary: str, answer: dict[str, Any], failures: dict[str, str], **more: Any) -> dict[str, Any]:
-    return operation(TAG, f"a1111{name}", summary, {"200": answer, **errors(failures, A1111Error)}, **more)
+def _operation(name: str, summary: str, response: dict[str, Any], failures: dict[str, str], **more: Any) -> dict[str, Any]:
+    return operation(TAG, f"a1111{name}", summary, {"200": response, **errors(failures, A1111Error)}, **more)
 
 
 def _body(model: type[BaseModel], example: dict[str, Any]) -> dict[str, Any]:

@@ -51,57 +51,61 @@ _Texts = Annotated[list[str], FailFast()]
 
 
 class Options(BaseModel):
-    """What of A1111's options means something here."""
+    """The A1111 options that this server reads."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    sd_model_checkpoint: str | None = Field(None, description="The title or model_name of the served model; another one is refused.")
-    enable_pnginfo: bool | None = Field(None, description="In override_settings, false: the file does not say how it was drawn.")
-    CLIP_stop_at_last_layers: int | None = Field(None, description="In override_settings: clip_skip of this request. By default 1.")
+    sd_model_checkpoint: str | None = Field(None, description="The title or model_name of the served model; any other is refused.")
+    enable_pnginfo: bool | None = Field(None, description="In override_settings, false: the file gets no infotext.")
+    CLIP_stop_at_last_layers: int | None = Field(None, description="In override_settings: the clip_skip of this request. By default 1.")
 
 
 _NO_OPTIONS = Options(sd_model_checkpoint=None, enable_pnginfo=None, CLIP_stop_at_last_layers=None)
 
 
 class GenerationBody(BaseModel):
-    """What both kinds of body have in common. Unknown fields are ignored, null is as good as a missing field."""
+    """The fields of both bodies. Unknown fields are ignored; null counts as a missing field."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, frozen=True)
 
-    prompt: str = Field("", description="What to draw.")
-    negative_prompt: str = Field("", description="What to keep away from.")
+    prompt: str = Field("", description="What to generate.")
+    negative_prompt: str = Field("", description="What to avoid.")
     seed: int = Field(-1, description="-1: random. Image i is generated with seed + i, modulo 2^32; `info` says which seeds were used.")
     sampler_name: str = Field("", description="A name from /sdapi/v1/samplers. By default the model's own.")
-    sampler_index: str = Field("", description="Another name of sampler_name.")
+    sampler_index: str = Field("", description="Alias of sampler_name.")
     scheduler: str = Field(
         "",
-        description="Noise levels, a name or label from /sdapi/v1/schedulers; the sampler's own where it does not have them.",
+        description="Noise levels: a name or label from /sdapi/v1/schedulers. A sampler without them uses its own.",
     )
     steps: int | None = Field(None, description=f"Denoising steps, 1 to {MAX_STEPS}. By default the model's own number, usually 50.")
     cfg_scale: float | None = Field(
         None,
-        description="How closely to follow the prompt, 0 to 30. By default the model's own, usually 7.5. Beyond what the model is for, the "
-        "nearest that it is for.",
+        description="How closely to follow the prompt, 0 to 30. By default the model's own, usually 7.5. A value that the model does "
+        "not support becomes the nearest one that it does.",
     )
-    eta: float = Field(0.0, description="How much noise each step adds, 0 to 1. Used where sampler_name is DDIM or TCD.")
-    width: int | None = Field(None, description=f"{_SIDE} By default the model's native width, or as the picture asks for.")
-    height: int | None = Field(None, description=f"{_SIDE} By default the model's native height, or as the picture asks for.")
+    eta: float = Field(0.0, description="How much noise each step adds, 0 to 1. Only the samplers DDIM and TCD use it.")
+    width: int | None = Field(None, description=f"{_SIDE} By default the model's native width, or one that follows from the input image.")
+    height: int | None = Field(None, description=f"{_SIDE} By default the model's native height, or one that follows from the input image.")
     batch_size: int = Field(
         1,
         ge=1,
         le=MAX_IMAGES,
-        description=f"batch_size * n_iter pictures are drawn, at most {MAX_IMAGES}, and together at most "
-        f"{MAX_PIXEL_STEPS // 10**6} million pixel steps: width * height * steps * pictures.",
+        description=f"batch_size * n_iter images are generated, at most {MAX_IMAGES}, and in total at most "
+        f"{MAX_PIXEL_STEPS // 10**6} million pixel steps: width * height * steps * images.",
     )
     n_iter: int = Field(1, ge=1, le=MAX_IMAGES, description="See batch_size.")
-    override_settings: Options = Field(_NO_OPTIONS, description="Of these only two are looked at.")
-    send_images: bool = Field(True, description="false: the answer has no pictures.")
-    alwayson_scripts: dict[str, Any] = Field({}, description="There are no scripts: a name is refused, unless its args are empty.")
-    script_name: str = Field("", description="There are no scripts: any name is refused.")
-    infotext: str = Field("", description="Refused: POST /reproduce draws a picture again.")
+    override_settings: Options = Field(
+        _NO_OPTIONS, description="Only sd_model_checkpoint, enable_pnginfo and CLIP_stop_at_last_layers are read."
+    )
+    send_images: bool = Field(True, description="false: the response has no images.")
+    alwayson_scripts: dict[str, Any] = Field(
+        {}, description="Scripts are not supported: a name is refused unless its args are empty or disabled."
+    )
+    script_name: str = Field("", description="Scripts are not supported: any name is refused.")
+    infotext: str = Field("", description="Refused: use POST /reproduce to generate an image again.")
     restore_faces: bool = Field(False, description=_WITHOUT_EFFECT)
     tiling: bool = Field(False, description=_WITHOUT_EFFECT)
-    save_images: bool = Field(False, description="Has no effect: nothing is kept on the server.")
+    save_images: bool = Field(False, description="Has no effect: nothing is saved on the server.")
     styles: _Texts = Field([], description=_WITHOUT_EFFECT)
 
 
@@ -114,23 +118,25 @@ class TextToImageBody(GenerationBody):
 class ImageToImageBody(GenerationBody):
     """The body of POST /sdapi/v1/img2img."""
 
-    init_images: _Texts = Field([], description="One PNG, JPEG or WebP in base64, with or without data:...,")
+    init_images: _Texts = Field([], description="One PNG, JPEG or WebP in base64, with or without the prefix of a data URL.")
     mask: str = Field(
         "",
-        description="A picture in base64: white is repainted, black is kept, grey blends. Where something in it is transparent, what is "
-        "opaque is repainted. Of the picture's proportions.",
+        description="A mask in base64 with the image's proportions: white is repainted, black is kept, grey blends. If it has "
+        "transparency, the opaque area is repainted instead.",
     )
-    mask_blur: float = Field(4, ge=0, le=MAX_MASK_BLUR, description="How far the mask's edge is blurred: the deviation, in its pixels.")
-    inpainting_mask_invert: int = Field(0, description="1: black is repainted instead.")
+    mask_blur: float = Field(
+        4, ge=0, le=MAX_MASK_BLUR, description="Blur of the mask's edge: the standard deviation in pixels of the mask."
+    )
+    inpainting_mask_invert: int = Field(0, description="1: black is repainted instead of white.")
     inpainting_fill: int = Field(
-        0, ge=0, le=3, description="What the repainted part starts from. Always the picture itself, as with 1, original."
+        0, ge=0, le=3, description="Initial content of the repainted area. Every value acts as 1, original: the image itself."
     )
-    inpaint_full_res: bool = Field(True, description="Has no effect: the whole picture is drawn.")
+    inpaint_full_res: bool = Field(True, description="Has no effect: the whole image is generated.")
     resize_mode: int = Field(
-        0, ge=0, le=3, description="0: stretch, 1: scale and cut, 2: scale and continue the edges. 3, in latent space, is refused."
+        0, ge=0, le=3, description="0: stretch, 1: scale and crop, 2: scale and continue the edges. 3, in latent space, is refused."
     )
-    denoising_strength: float = Field(0.75, description="How far to leave the image, 0 to 1. 0: the image itself, resized.")
-    include_init_images: bool = Field(False, description="true: `parameters` of the answer has the pictures that were sent.")
+    denoising_strength: float = Field(0.75, description="How far to depart from the image, 0 to 1. 0: the image itself, resized.")
+    include_init_images: bool = Field(False, description="true: `parameters` in the response contains the images that were sent.")
 
 
 class PngInfoBody(BaseModel):
@@ -138,7 +144,7 @@ class PngInfoBody(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    image: str = Field(description="One PNG, JPEG or WebP in base64, with or without data:...,")
+    image: str = Field(description="One PNG, JPEG or WebP in base64, with or without the prefix of a data URL.")
 
 
 Body = TypeVar("Body", bound=GenerationBody)
@@ -168,17 +174,17 @@ def read_image_to_image(document: dict[str, Any]) -> Asked[ImageToImageBody, Ima
     """Parse the body of img2img. Raises InvalidRequest, or NotFound for an unknown sampler or a missing image."""
     body = _typed(ImageToImageBody, document)
     if not body.init_images:
-        raise NotFound("init_images: the picture is missing, send one in base64", field="init_images")
+        raise NotFound("init_images: the image is missing, send one in base64", field="init_images")
     if len(body.init_images) > 1:
-        raise InvalidRequest(f"init_images: {len(body.init_images)} pictures, send one", field="init_images")
+        raise InvalidRequest(f"init_images: must hold one image, got {len(body.init_images)}", field="init_images")
     if body.resize_mode == 3:
-        raise InvalidRequest("resize_mode: 3, resizing in latent space, is not supported, allowed are 0, 1 and 2", field="resize_mode")
+        raise InvalidRequest("resize_mode: must be 0, 1 or 2, got 3 (resizing in latent space is not supported)", field="resize_mode")
     # At strength 0 nothing is generated, so the field's own limit does not apply.
     fields = {**_fields(body), "strength": body.denoising_strength or 1.0}
     return Asked(body, in_a1111_words(lambda: parse_image_to_image(fields, blank_prompts=True)), _count(body))
 
 
-def without_pictures(body: ImageToImageBody) -> ImageToImageBody:
+def without_images(body: ImageToImageBody) -> ImageToImageBody:
     """The body without its images, unless the response repeats them. This frees tens of megabytes."""
     return body if body.include_init_images else body.model_copy(update={"init_images": [], "mask": ""})
 
@@ -196,17 +202,17 @@ def read_png_info(document: dict[str, Any]) -> PngInfoBody:
 def _typed(model: type[Body], document: dict[str, Any]) -> Body:
     body = validated(model, {name: value for name, value in document.items() if value is not None})
     if body.infotext:
-        raise InvalidRequest("infotext: not read here, use POST /reproduce", field="infotext")
+        raise InvalidRequest("infotext: is not supported, use POST /reproduce", field="infotext")
     if body.script_name:
-        raise InvalidRequest(f"script_name: there is no script {body.script_name[:60]!r}, nor any other", field="script_name")
+        raise InvalidRequest(f"script_name: scripts are not supported, got {body.script_name[:60]!r}", field="script_name")
     for name, script in body.alwayson_scripts.items():
         if not _does_nothing(script):
-            raise InvalidRequest(f"alwayson_scripts: there is no script {name[:60]!r}, nor any other", field="alwayson_scripts")
+            raise InvalidRequest(f"alwayson_scripts: scripts are not supported, got {name[:60]!r}", field="alwayson_scripts")
     return body
 
 
 def _does_nothing(script: Any) -> bool:
-    """Whether a script was sent without work for it, as clients do with every request: no units, or only disabled ones."""
+    """Whether a script has no units, or only disabled ones. Clients send such scripts with every request."""
     units = script.get("args", []) if isinstance(script, dict) else script
     return isinstance(units, list) and all(not unit or (isinstance(unit, dict) and unit.get("enabled") is False) for unit in units)
 
@@ -214,7 +220,7 @@ def _does_nothing(script: Any) -> bool:
 def _count(body: GenerationBody) -> int:
     count = body.batch_size * body.n_iter
     if count > MAX_IMAGES:
-        raise InvalidRequest(f"batch_size: batch_size * n_iter must be at most {MAX_IMAGES}, not {count}", field="batch_size")
+        raise InvalidRequest(f"batch_size: batch_size * n_iter must be at most {MAX_IMAGES}, got {count}", field="batch_size")
     return count
 
 
@@ -264,7 +270,7 @@ def scheduler_asked_for(sampler: str, schedule: str) -> str | None:
 
 
 def with_allowed_guidance(asked: Asked[Body, Parameters], defaults: Defaults) -> Asked[Body, Parameters]:
-    """The same request with the nearest guidance scale that the model is for: A1111's clients send 7, whatever the model."""
+    """The same request with the nearest guidance scale that the model supports: A1111's clients send 7 to every model."""
     scale = asked.parameters.guidance_scale
     if scale is None:
         return asked

@@ -36,7 +36,7 @@ _LEAST_PROGRESS, _MOST_PROGRESS = 0.01, 0.99  # 0 means an idle server, 1 a fini
 class A1111Pictures(TypedDict):
     images: Annotated[list[str], Field(description="PNG in base64, with the infotext as `parameters`.")]
     parameters: Annotated[dict[str, Any], Field(description="The request's known fields with their defaults.")]
-    info: Annotated[str, Field(description="JSON of what was drawn: all_seeds, width, height, infotexts, ...")]
+    info: Annotated[str, Field(description="What was generated, as JSON: all_seeds, width, height, infotexts, ...")]
 
 
 class A1111ServedOptions(TypedDict):
@@ -57,9 +57,9 @@ class A1111Model(TypedDict):
 
 class A1111Lora(TypedDict):
     name: str
-    alias: Annotated[str, Field(description="As its training named it. Prompts may use it, too.")]
+    alias: Annotated[str, Field(description="The name that its training gave it. Prompts may use it, too.")]
     path: str
-    metadata: Annotated[dict[str, str], Field(description="What its file says of its training.")]
+    metadata: Annotated[dict[str, str], Field(description="Training metadata from its file.")]
 
 
 class A1111Embedding(TypedDict):
@@ -71,7 +71,7 @@ class A1111Embedding(TypedDict):
 
 
 class A1111Embeddings(TypedDict):
-    loaded: Annotated[dict[str, A1111Embedding], Field(description="By the name with which prompts refer to them.")]
+    loaded: Annotated[dict[str, A1111Embedding], Field(description="By the name that prompts use.")]
     skipped: Annotated[dict[str, A1111Embedding], Field(description="Files that cannot be used.")]
 
 
@@ -132,16 +132,16 @@ class A1111Error(TypedDict):
 ERROR = A1111Error
 
 
-def images_response(body: GenerationBody, tasks: Sequence[Task], pictures: Sequence[GeneratedImage], model: ModelFolder) -> A1111Pictures:
+def images_response(body: GenerationBody, tasks: Sequence[Task], images: Sequence[GeneratedImage], model: ModelFolder) -> A1111Pictures:
     """The response of txt2img and img2img. Encodes the images, which takes a while."""
-    drawn = list(zip(tasks, pictures, strict=True))
+    results = list(zip(tasks, images, strict=True))
     # A flagged image gets no infotext, as in its file.
-    infotexts = ["" if picture.flagged else infotext.write(task, picture, model) for task, picture in drawn]
-    files = (image_file(task, picture, model, "png") for task, picture in drawn)
+    infotexts = ["" if image.flagged else infotext.write(task, image, model) for task, image in results]
+    files = (image_file(task, image, model, "png") for task, image in results)
     return {
         "images": [base64.b64encode(file).decode("ascii") for file in files] if body.send_images else [],
         "parameters": _echo(body, tasks[0]),
-        "info": json.dumps(_info(body, tasks, pictures, model, infotexts)),
+        "info": json.dumps(_info(body, tasks, images, model, infotexts)),
     }
 
 
@@ -155,7 +155,7 @@ def _echo(body: GenerationBody, task: Task) -> dict[str, Any]:
 
 
 def _info(
-    body: GenerationBody, tasks: Sequence[Task], pictures: Sequence[GeneratedImage], model: ModelFolder, infotexts: list[str]
+    body: GenerationBody, tasks: Sequence[Task], images: Sequence[GeneratedImage], model: ModelFolder, infotexts: list[str]
 ) -> dict[str, Any]:
     """What was generated. The last fields are not A1111's, except for `comments`."""
     first, count = tasks[0], len(tasks)
@@ -193,26 +193,26 @@ def _info(
         "clip_skip": first.clip_skip,
         "is_using_inpainting_conditioning": model.only_inpaints,
         "version": f"{infotext.PROGRAM} {__version__}",
-        "all_flagged": [picture.flagged for picture in pictures],
-        "prompt_dropped": pictures[0].dropped_prompt or None,
-        "negative_prompt_dropped": pictures[0].dropped_negative_prompt or None,
-        "comments": _comments(body, first, pictures[0]),
+        "all_flagged": [image.flagged for image in images],
+        "prompt_dropped": images[0].dropped_prompt or None,
+        "negative_prompt_dropped": images[0].dropped_negative_prompt or None,
+        "comments": _comments(body, first, images[0]),
     }
 
 
-def _comments(body: GenerationBody, task: Task, picture: GeneratedImage) -> list[str]:
+def _comments(body: GenerationBody, task: Task, image: GeneratedImage) -> list[str]:
     """Remarks for people, one a line, as A1111's page shows them."""
     comments = []
     if body.cfg_scale is not None and body.cfg_scale != task.guidance_scale:
-        comments.append(f"cfg_scale: the model is not made for {body.cfg_scale:g}, {task.guidance_scale:g} was used")
-    dropped = {"prompt": picture.dropped_prompt, "negative_prompt": picture.dropped_negative_prompt}
+        comments.append(f"cfg_scale: the model does not support {body.cfg_scale:g}, {task.guidance_scale:g} was used")
+    dropped = {"prompt": image.dropped_prompt, "negative_prompt": image.dropped_negative_prompt}
     return comments + [f"{name}: too long, these last words were not used: {text}" for name, text in dropped.items() if text]
 
 
 def _extra_parameters(body: GenerationBody, task: Task, schedule: str | None) -> dict[str, Any]:
     extra: dict[str, Any] = {"Schedule type": schedule} if schedule else {}
     if missing := missing_schedule(body, task.scheduler):
-        extra["Schedule type"] = f"Automatic ({missing} is not there for {sampler_of(task.scheduler)[0]})"
+        extra["Schedule type"] = f"Automatic ({missing} is not available for {sampler_of(task.scheduler)[0]})"
     if task.loras:
         extra["Lora hashes"] = infotext.lora_hashes(task)
     if task.kind == "inpaint" and isinstance(body, ImageToImageBody):
@@ -235,7 +235,7 @@ def loras_response(loras: Loras) -> list[A1111Lora]:
 
 
 def embeddings_response(model: ModelFolder) -> A1111Embeddings:
-    """The textual inversions that prompts may name, and those that are in the folder and cannot be used."""
+    """The textual inversions that prompts may name, and the files in the folder that cannot be used."""
     found = read_embeddings(model)
     loaded: dict[str, A1111Embedding] = {
         name: {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None, "shape": one.width, "vectors": one.vectors}
@@ -258,7 +258,7 @@ def schedules_response() -> list[A1111Scheduler]:
 
 
 UPSCALERS: list[A1111Upscaler] = [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 1}]
-# Other paths that clients request at start. Nothing of it exists here.
+# Other paths that clients request at start. This server has nothing to list there.
 EMPTY_LISTS: dict[str, Any] = {
     "/sdapi/v1/latent-upscale-modes": [],
     "/sdapi/v1/sd-vae": [],
@@ -276,12 +276,12 @@ EMPTY_LISTS: dict[str, Any] = {
 
 
 def png_info_response(text: str) -> A1111PngInfo:
-    """What an image's file says: as it is, and by name as far as it is an infotext."""
+    """The text in an image's file: unchanged and, if it is an infotext, as values by name."""
     try:
-        said = infotext.read(text)
+        parsed = infotext.read(text)
     except InvalidRequest:
         return {"info": text, "items": {}, "parameters": {}}
-    values = {"Prompt": said.prompt, "Negative prompt": said.negative_prompt, **said.values}
+    values = {"Prompt": parsed.prompt, "Negative prompt": parsed.negative_prompt, **parsed.values}
     width, _, height = values.get("Size", "").partition("x")
     sides = {"Size-1": width, "Size-2": height} if height else {}
     return {"info": text, "items": {"parameters": text}, "parameters": values | sides}
@@ -289,12 +289,12 @@ def png_info_response(text: str) -> A1111PngInfo:
 
 def progress_response(jobs: Sequence[JobRecord]) -> A1111Progress:
     """The progress of one caller's unfinished images. Idle is exactly progress 0 and job_count 0, for which clients wait."""
-    stands = [job.progress for job in jobs]
-    done, steps = sum(stand.step for stand in stands), sum(stand.steps for stand in stands)
-    furthest = max(stands, key=lambda stand: stand.step, default=None)
+    standings = [job.progress for job in jobs]
+    done, steps = sum(standing.step for standing in standings), sum(standing.steps for standing in standings)
+    furthest = max(standings, key=lambda standing: standing.step, default=None)
     return {
         "progress": min(max(done / max(steps, 1), _LEAST_PROGRESS), _MOST_PROGRESS) if jobs else 0.0,
-        "eta_relative": max((stand.seconds_left for stand in stands), default=0.0),
+        "eta_relative": max((standing.seconds_left for standing in standings), default=0.0),
         "state": {
             "skipped": False,
             "interrupted": False,

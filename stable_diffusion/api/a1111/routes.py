@@ -25,7 +25,7 @@ from stable_diffusion.api.a1111.parameters import (
     read_png_info,
     read_text_to_image,
     with_allowed_guidance,
-    without_pictures,
+    without_images,
 )
 from stable_diffusion.api.a1111.responses import (
     EMPTY_LISTS,
@@ -58,7 +58,7 @@ from stable_diffusion.web.headers import owner_of
 from stable_diffusion.web.upload_budget import UNCOUNTED_BYTES
 
 # An image and a mask in base64 with line breaks, plus the other fields.
-_MAX_PICTURES_BYTES = 2 * MAX_UPLOAD_BYTES * 3 // 2 + MAX_JSON_BYTES
+_MAX_IMAGES_BYTES = 2 * MAX_UPLOAD_BYTES * 3 // 2 + MAX_JSON_BYTES
 _MAX_OPTIONS_BYTES = UNCOUNTED_BYTES
 
 
@@ -95,7 +95,7 @@ def make_routes(context: Context) -> list[Route]:
 
     async def png_info(request: Request) -> Response:
         with within_upload_budget(request, context.uploads) as uploading:
-            asked = read_png_info(parse_json(await json_content(uploading, _MAX_PICTURES_BYTES), "body", MAX_NAMES))
+            asked = read_png_info(parse_json(await json_content(uploading, _MAX_IMAGES_BYTES), "body", MAX_NAMES))
             return json_response(await run_in_threadpool(lambda: png_info_response(read_infotext(asked))))
 
     async def interrupt(request: Request) -> Response:
@@ -141,20 +141,20 @@ def make_routes(context: Context) -> list[Route]:
 
 
 async def _respond(request: Request, context: Context, body: GenerationBody, task: Task, count: int) -> Response:
-    # A1111's clients send prompts of any length; what does not fit is named in `info`.
+    # A1111's clients send prompts of any length; `info` reports the words that did not fit.
     tasks: Sequence[Task] = consecutive_tasks(replace(task, cut_prompts=True), count)
     if isinstance(body, ImageToImageBody) and body.denoising_strength == 0:
         tasks = [replace(one, strength=0.0) for one in tasks]
-        pictures: Sequence[GeneratedImage] = [unchanged_image(one) for one in tasks]
+        images: Sequence[GeneratedImage] = [unchanged_image(one) for one in tasks]
     else:
-        tasks, pictures = await generate_once(request, context, tasks, asked_seed(body))
-    return await run_in_threadpool(lambda: json_response(images_response(body, tasks, pictures, context.model())))
+        tasks, images = await generate_once(request, context, tasks, asked_seed(body))
+    return await run_in_threadpool(lambda: json_response(images_response(body, tasks, images, context.model())))
 
 
 async def _read_image_tasks(request: Request, context: Context) -> tuple[GenerationBody, Task, int]:
     """Read the upload, which is released on return: nothing holds it while the images wait and are generated."""
     with within_upload_budget(request, context.uploads) as uploading:
-        content = await json_content(uploading, _MAX_PICTURES_BYTES)
+        content = await json_content(uploading, _MAX_IMAGES_BYTES)
         return await decoded(request, context.decoding, partial(_read_image_task, content, context.served()))
 
 
@@ -162,19 +162,19 @@ def _read_image_task(content: bytes, served: Served) -> tuple[GenerationBody, Ta
     """The body, the first image's task and the number of images. Inputs are resized in A1111's mode, so `image_task` fits nothing."""
     asked = with_allowed_guidance(read_image_to_image(parse_json(content, "body", MAX_NAMES)), served.model.defaults)
     _require_served(asked.body.override_settings, served.model)
-    picture = read_initial_image(asked.body)
-    mask = read_inpainting_mask(asked.body, picture.size)
+    image = read_initial_image(asked.body)
+    mask = read_inpainting_mask(asked.body, image.size)
     native = served.model.native_width, served.model.native_height
-    width, height = output_size(picture.size, native, asked.parameters.width, asked.parameters.height)
+    width, height = output_size(image.size, native, asked.parameters.width, asked.parameters.height)
     parameters = asked.parameters.model_copy(update={"width": width, "height": height})
-    picture = resize(picture, width, height, asked.body.resize_mode)
+    image = resize(image, width, height, asked.body.resize_mode)
     mask = None if mask is None else resize(mask, width, height, asked.body.resize_mode)
-    task = in_a1111_words(lambda: image_task(parameters, served, picture, mask))
-    return without_pictures(asked.body), task, asked.count
+    task = in_a1111_words(lambda: image_task(parameters, served, image, mask))
+    return without_images(asked.body), task, asked.count
 
 
 def _require_served(options: Options, model: ModelFolder) -> None:
-    """Refuse another model than the served one. The name may end with the hash, as in A1111's titles, whose first use takes a moment."""
+    """Refuse any model but the served one. The name may end with the hash, as in A1111's titles; its first use takes a moment."""
     name = options.sd_model_checkpoint
     if name and name != model.name and name != f"{model.name} [{model.hash}]":
         raise NotFound(
@@ -183,14 +183,14 @@ def _require_served(options: Options, model: ModelFolder) -> None:
 
 
 def _cancel_oldest(jobs: Jobs, owner: str) -> None:
-    """Cancel the caller's job that was asked for first, for A1111's `skip`."""
+    """Cancel the caller's oldest job, for A1111's `skip`."""
     unfinished = jobs.of_owner(owner)
     if unfinished:
         jobs.cancel(unfinished[0].id)
 
 
 def _always(content: Any) -> Callable[[Request], Awaitable[Response]]:
-    async def answer(request: Request) -> Response:
+    async def respond(request: Request) -> Response:
         return json_response(content)
 
-    return answer
+    return respond

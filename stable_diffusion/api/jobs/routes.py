@@ -44,10 +44,10 @@ def make_routes(context: Context) -> list[Route]:
             raise NotAcceptable(f"Accept allows none of {', '.join(MEDIA_TYPES.values())}", field="Accept")
         if not is_ended(records):
             return accepted_response(records)
-        answer = await run_in_threadpool(kept_image_response, context, records[0], image_format)
+        response = await run_in_threadpool(kept_image_response, context, records[0], image_format)
         if request.method != "HEAD":
             await note_fetched(context, records[0])
-        return answer
+        return response
 
     follow_events = Route("/jobs/{job_id}/events", with_error_responses(events), methods=["GET"])
     follow_events.methods = {"GET"}  # without HEAD, which would wait silently for the job's end

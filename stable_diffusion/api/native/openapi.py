@@ -14,15 +14,15 @@ _EXAMPLE = {**EXAMPLE, "strength": 0.8}
 
 def paths() -> dict[str, Any]:
     from_text = json_content(TextToImageRequest, example=EXAMPLE)
-    start = {"img": f"The picture to start from: {UPLOADS_IN_WORDS}"}
+    start = {"img": f"The initial image: {UPLOADS_IN_WORDS}"}
     masked = {
-        "img": f"The picture to repaint: {UPLOADS_IN_WORDS}",
-        "mask": f"White is repainted, black is kept, grey blends. Of the picture's proportions. {UPLOADS_IN_WORDS}",
+        "img": f"The image to repaint: {UPLOADS_IN_WORDS}",
+        "mask": f"White is repainted, black is kept, grey blends. Must have the image's proportions. {UPLOADS_IN_WORDS}",
     }
-    from_picture = multipart(start, ("img", "data"), ImageToImageRequest, _EXAMPLE)
+    from_image = multipart(start, ("img", "data"), ImageToImageRequest, _EXAMPLE)
     from_both = multipart(masked, ("img", "mask", "data"), ImageToImageRequest, _EXAMPLE)
     return {
-        "/txt2img": generates("txt2img", "Draw a picture from text", from_text),
-        "/img2img": generates("img2img", "Redraw a picture as a text says", from_picture),
-        "/inpaint": generates("inpaint", "Repaint a part of a picture", from_both),
+        "/txt2img": generates("txt2img", "Generate an image from text", from_text),
+        "/img2img": generates("img2img", "Generate an image from an image and text", from_image),
+        "/inpaint": generates("inpaint", "Repaint a part of an image", from_both),
     }

@@ -43,9 +43,9 @@ async def _read_image_task(request: Request, context: Context, *names: str) -> t
         served = context.served()
 
         def work() -> Task:
-            picture = read_image(files["img"], "img")
+            image = read_image(files["img"], "img")
             mask = read_mask(files["mask"], "mask") if "mask" in files else None
-            return image_task(parameters, served, picture, mask)
+            return image_task(parameters, served, image, mask)
 
         return await decoded(request, context.decoding, work), parameters
 

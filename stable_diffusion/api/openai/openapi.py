@@ -24,14 +24,14 @@ _EXAMPLE = {"prompt": "a small red circle on a blue background", "n": 2, "size":
 _LORAS = '[{"name": "...", "weight": 0.8}]'
 _ERRORS = {
     "400": "A parameter is missing, unknown, malformed or out of range; `param` names it.",
-    "403": "A page of another site sent it, in a browser.",
-    "404": "Another model is served (code `model_not_found`).",
-    "408": "The body stalled or came too slowly; the connection is closed.",
+    "403": "A browser sent the request from a page of another site.",
+    "404": "The requested model is not the served one (code `model_not_found`).",
+    "408": "The body stalled or arrived too slowly; the connection is closed.",
     "413": "The body or an image is too large.",
     "415": "The body is not of the type that the endpoint takes.",
-    "422": "The Idempotency-Key was used for another request, or the server has no LoRA of a name that is asked for (`lora_not_found`).",
+    "422": "The Idempotency-Key was used for another request, or a requested LoRA does not exist (`lora_not_found`).",
     "499": "The job was cancelled.",
-    "500": "The picture could not be computed. The header x-should-retry is false.",
+    "500": "Generation failed. The header x-should-retry is false.",
     **LOAD_ERRORS,
 }
 _MODEL_ID = {"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}, "example": "demo"}
@@ -40,12 +40,12 @@ _MODEL_ID = {"name": "model_id", "in": "path", "required": True, "schema": {"typ
 def paths() -> dict[str, Any]:
     generation = json_content({"$ref": "#/components/schemas/OpenaiGeneration"}, example=_EXAMPLE)
     edit = {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/OpenaiEdit"}}}
-    models = {"200": json_response("The model.", OpenaiModels), **errors({"500": "A defect of the server."}, OpenaiError)}
-    not_served = {"404": _ERRORS["404"], "500": "A defect of the server."}
+    models = {"200": json_response("The model.", OpenaiModels), **errors({"500": "An internal error."}, OpenaiError)}
+    not_served = {"404": _ERRORS["404"], "500": "An internal error."}
     one_model = {"200": json_response("The model.", OpenaiModel), **errors(not_served, OpenaiError)}
     return {
-        "/v1/images/generations": _draws("createImage", "Draw pictures from text", generation, "image_generation"),
-        "/v1/images/edits": _draws("createImageEdit", "Redraw a picture, or repaint a part of it", edit, "image_edit"),
+        "/v1/images/generations": _generates("createImage", "Generate images from text", generation, "image_generation"),
+        "/v1/images/edits": _generates("createImageEdit", "Generate from an image, or repaint a part of it", edit, "image_edit"),
         "/v1/models": {"get": operation(TAG, "listModels", "The one model that is served", models)},
         "/v1/models/{model_id}": {"get": operation(TAG, "retrieveModel", "A model by name", one_model, parameters=[_MODEL_ID])},
     }
@@ -56,13 +56,13 @@ def schemas() -> dict[str, Any]:
         "image": {
             "type": "string",
             "format": "binary",
-            "description": f"The picture to edit, exactly one; `image[]` is the same. {UPLOADS_IN_WORDS}",
+            "description": f"The image to edit, exactly one; `image[]` is an alias. {UPLOADS_IN_WORDS}",
         },
         "mask": {
             "type": "string",
             "format": "binary",
             "description": "A PNG of the image's size: where its alpha is 0 the image is repainted, where it is 255 the image is kept. "
-            "Without a mask the whole image is redrawn.",
+            "Without a mask the whole image is regenerated.",
         },
     }
     edit = _parameters(ImageToImageRequest)
@@ -75,12 +75,12 @@ def schemas() -> dict[str, Any]:
 def _parameters(model: type[GenerationRequest]) -> dict[str, Any]:
     ours = model.model_json_schema(ref_template="#/components/schemas/{model}")["properties"]
     ours["seed"]["anyOf"][0]["minimum"] = -1  # random, as without a seed
-    drawing = {name: ours[name] for name in drawing_fields(model)}
-    aliases = {alias: ours[name] | {"description": f"Another name of {name}."} for alias, name in ALIASES.items()}
+    shared = {name: ours[name] for name in drawing_fields(model)}
+    aliases = {alias: ours[name] | {"description": f"Alias of {name}."} for alias, name in ALIASES.items()}
     return {
         "type": "object",
         "required": ["prompt"],
-        "properties": drawing | OpenaiParameters.model_json_schema()["properties"] | aliases,
+        "properties": shared | OpenaiParameters.model_json_schema()["properties"] | aliases,
         "additionalProperties": False,
     }
 
@@ -92,10 +92,10 @@ def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
     return {**kept, **kinds[0]} if len(kinds) == 1 else schema
 
 
-def _draws(name: str, summary: str, content: dict[str, Any], event: str) -> dict[str, Any]:
+def _generates(name: str, summary: str, content: dict[str, Any], event: str) -> dict[str, Any]:
     events = {name.format(event): model for name, model in EVENTS.items()}
-    told = f"The pictures. With `stream` server-sent events: `{event}.partial_image` and `{event}.completed`, or `error`."
-    answer = {"description": told, "content": json_content(OpenaiImages) | event_content(events)}
-    answers = {"200": answer, **errors(_ERRORS, OpenaiError)}
+    described = f"The images. With `stream`, server-sent events: `{event}.partial_image` and `{event}.completed`, or `error`."
+    response = {"description": described, "content": json_content(OpenaiImages) | event_content(events)}
+    responses = {"200": response, **errors(_ERRORS, OpenaiError)}
     body = {"required": True, "content": content}
-    return {"post": operation(TAG, name, summary, answers, parameters=[IDEMPOTENCY_KEY, TIMEOUT_PARAMETER], requestBody=body)}
+    return {"post": operation(TAG, name, summary, responses, parameters=[IDEMPOTENCY_KEY, TIMEOUT_PARAMETER], requestBody=body)}

@@ -62,22 +62,26 @@ class OpenaiParameters(BaseModel):
         1,
         ge=1,
         le=MAX_IMAGES,
-        description="How many pictures; number i is drawn with seed + i. Together at most "
+        description="How many images; image i is generated with seed + i. In total at most "
         f"{MAX_PIXEL_STEPS // 10**6} million pixel steps: width x height x num_inference_steps x n.",
     )
     size: Annotated[str, AfterValidator(_known_size)] = Field(
         "auto",
-        description="WIDTHxHEIGHT, multiples of 8 from 64 to 1024; auto is the model's native size, or as the input image asks for.",
+        description="WIDTHxHEIGHT, multiples of 8 from 64 to 1024; auto: the native size, or a size with the input image's proportions.",
         examples=["auto"],
         json_schema_extra={"pattern": f"^(auto|{_SIZE.pattern})$"},
     )
-    response_format: Literal["b64_json"] = Field("b64_json", description="Pictures are sent in the answer; there are no URLs.")
+    response_format: Literal["b64_json"] = Field("b64_json", description="Images are sent in the response; there are no URLs.")
     output_format: Annotated[ImageFormat, BeforeValidator(_format_of_still_images)] = Field("png", description="Image format.")
     output_compression: int | None = Field(None, ge=0, le=100, description="The quality of jpeg and webp. By default 95.")
-    background: Literal["auto", "opaque"] = Field("auto", description="Pictures are opaque.")
-    frame_count: Annotated[int, AfterValidator(_one_frame)] = Field(1, description="Pictures are still.", json_schema_extra={"const": 1})
-    stream: bool = Field(False, description="Answer with server-sent events. For one picture only.")
-    partial_images: int = Field(0, ge=0, le=MAX_PARTIAL_IMAGES, description="With stream: how many coarse looks at the unfinished picture.")
+    background: Literal["auto", "opaque"] = Field("auto", description="Images are opaque.")
+    frame_count: Annotated[int, AfterValidator(_one_frame)] = Field(
+        1, description="Only still images are supported.", json_schema_extra={"const": 1}
+    )
+    stream: bool = Field(False, description="Respond with server-sent events. For one image only.")
+    partial_images: int = Field(
+        0, ge=0, le=MAX_PARTIAL_IMAGES, description="With stream: how many previews of the unfinished image to send."
+    )
     # The following parameters have no effect. They are accepted because clients send them.
     quality: Any = Field("auto", description="Ignored.")
     style: Any = Field(None, description="Ignored.")
@@ -88,7 +92,7 @@ class OpenaiParameters(BaseModel):
     safety_identifier: Any = Field(None, description="Ignored.")
 
 
-Drawn = TypeVar("Drawn", bound=GenerationRequest)
+Parameters = TypeVar("Parameters", bound=GenerationRequest)
 
 
 def parse_generation(document: dict[str, Any]) -> tuple[OpenaiParameters, TextToImageRequest]:
@@ -106,7 +110,7 @@ def drawing_fields(model: type[GenerationRequest]) -> list[str]:
     return [name for name in model.model_fields if name not in _RENAMED]
 
 
-def _parsed(document: dict[str, Any], model: type[Drawn]) -> tuple[OpenaiParameters, Drawn]:
+def _parsed(document: dict[str, Any], model: type[Parameters]) -> tuple[OpenaiParameters, Parameters]:
     allowed = [*OpenaiParameters.model_fields, *drawing_fields(model), *ALIASES]
     for name, value in document.items():
         if name in _NOT_OF_STILL_IMAGES:
@@ -118,8 +122,8 @@ def _parsed(document: dict[str, Any], model: type[Drawn]) -> tuple[OpenaiParamet
     _check_together(asked)
     if given.get("seed") == _RANDOM_SEED:
         del given["seed"]
-    drawing = {name: value for name, value in given.items() if name not in OpenaiParameters.model_fields}
-    return asked, validated(model, drawing | _sides(asked.size))
+    shared = {name: value for name, value in given.items() if name not in OpenaiParameters.model_fields}
+    return asked, validated(model, shared | _sides(asked.size))
 
 
 def _refuse_unless_null(name: str, value: Any) -> None:
@@ -136,11 +140,11 @@ def _by_our_names(given: dict[str, Any]) -> dict[str, Any]:
 
 def _check_together(asked: OpenaiParameters) -> None:
     if asked.stream and asked.n > 1:
-        raise InvalidRequest(f"n: a stream tells of one picture only, {asked.n} were asked for", field="n")
+        raise InvalidRequest(f"n: must be 1 with stream: true, got {asked.n}", field="n")
     if asked.partial_images and not asked.stream:
-        raise InvalidRequest("partial_images: partial images need stream: true", field="partial_images")
+        raise InvalidRequest("partial_images: must be 0 without stream: true", field="partial_images")
     if asked.output_format == "png" and asked.output_compression not in (None, 100):
-        raise InvalidRequest("output_compression: png is without loss, only jpeg and webp take less than 100", field="output_compression")
+        raise InvalidRequest("output_compression: png is lossless, values below 100 need jpeg or webp", field="output_compression")
 
 
 def _sides(size: str) -> dict[str, int]:
@@ -160,7 +164,7 @@ def _value(name: str, text: str) -> Any:
 
 
 def _loras(text: str) -> Any:
-    """A form has no lists: JSON in text. What is none stays text, which validation then refuses by name."""
+    """Parse a list that a form holds as JSON. Text that is not JSON stays text, which validation then refuses by name."""
     try:
         return json.loads(text) if len(text) <= _MAX_LORAS_CHARACTERS else text
     except (ValueError, RecursionError):

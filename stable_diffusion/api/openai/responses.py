@@ -39,12 +39,12 @@ class OpenaiImage(TypedDict):
     """A finished image. All fields but the first are additional ones, which OpenAI's clients keep."""
 
     b64_json: _Base64
-    seed: Annotated[int, Field(description="Send it again to get the same picture.")]
+    seed: Annotated[int, Field(description="Send it again to get the same image.")]
     safety_flagged: Annotated[
-        bool | None, Field(description="true: the picture was flagged and is blank. false: it was not. null: nobody looked.")
+        bool | None, Field(description="true: the image was flagged and is blank. false: it was not. null: no safety check ran.")
     ]
-    prompt_dropped: NotRequired[Annotated[str, Field(description="Only there if the prompt was too long: the end that was not used.")]]
-    negative_prompt_dropped: NotRequired[Annotated[str, Field(description="The same of the negative prompt.")]]
+    prompt_dropped: NotRequired[Annotated[str, Field(description="Present only if the prompt was too long: the end that was not used.")]]
+    negative_prompt_dropped: NotRequired[Annotated[str, Field(description="The same for the negative prompt.")]]
 
 
 class OpenaiImages(_Look):
@@ -117,9 +117,9 @@ _NO_TOKENS: OpenaiInputTokens = {"text_tokens": 0, "image_tokens": 0}
 _NO_USAGE: OpenaiUsage = {"total_tokens": 0, "input_tokens": 0, "output_tokens": 0, "input_tokens_details": _NO_TOKENS}
 
 
-def images_response(tasks: Sequence[Task], pictures: Sequence[GeneratedImage], model: ModelFolder, asked: OpenaiParameters) -> OpenaiImages:
+def images_response(tasks: Sequence[Task], images: Sequence[GeneratedImage], model: ModelFolder, asked: OpenaiParameters) -> OpenaiImages:
     """Encodes images: do not call it on an event loop."""
-    data = [_described(one, picture, model, asked) for one, picture in zip(tasks, pictures, strict=True)]
+    data = [_described(one, image, model, asked) for one, image in zip(tasks, images, strict=True)]
     return {"created": int(time.time()), "data": data, **_look(tasks[0], asked)}
 
 
@@ -130,9 +130,9 @@ def partial_image_event(name: str, task: Task, preview: Image.Image, index: int,
     return sse.event(name, data)
 
 
-def completed_event(name: str, task: Task, picture: GeneratedImage, model: ModelFolder, asked: OpenaiParameters) -> bytes:
+def completed_event(name: str, task: Task, image: GeneratedImage, model: ModelFolder, asked: OpenaiParameters) -> bytes:
     """Encodes an image: do not call it on an event loop."""
-    data: OpenaiCompleted = {**_event(name, task, asked), **_described(task, picture, model, asked), "usage": _NO_USAGE}
+    data: OpenaiCompleted = {**_event(name, task, asked), **_described(task, image, model, asked), "usage": _NO_USAGE}
     return sse.event(name, data)
 
 
@@ -144,13 +144,13 @@ def _look(task: Task, asked: OpenaiParameters) -> _Look:
     return {"size": f"{task.width}x{task.height}", "output_format": asked.output_format, "background": "opaque"}
 
 
-def _described(task: Task, picture: GeneratedImage, model: ModelFolder, asked: OpenaiParameters) -> OpenaiImage:
-    content = image_file(task, picture, model, asked.output_format, asked.output_compression)
-    described: OpenaiImage = {"b64_json": as_base64(content), "seed": task.seed, "safety_flagged": picture.flagged}
-    if picture.dropped_prompt:
-        described["prompt_dropped"] = picture.dropped_prompt
-    if picture.dropped_negative_prompt:
-        described["negative_prompt_dropped"] = picture.dropped_negative_prompt
+def _described(task: Task, image: GeneratedImage, model: ModelFolder, asked: OpenaiParameters) -> OpenaiImage:
+    content = image_file(task, image, model, asked.output_format, asked.output_compression)
+    described: OpenaiImage = {"b64_json": as_base64(content), "seed": task.seed, "safety_flagged": image.flagged}
+    if image.dropped_prompt:
+        described["prompt_dropped"] = image.dropped_prompt
+    if image.dropped_negative_prompt:
+        described["negative_prompt_dropped"] = image.dropped_negative_prompt
     return described
 
 

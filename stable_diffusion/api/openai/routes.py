@@ -75,9 +75,9 @@ async def _read_edit_task(request: Request, context: Context) -> tuple[Task, Ope
         _require_served(context, asked)
 
         def work() -> Task:
-            picture = read_image(content, "image")
-            mask = None if mask_content is None else _mask_for(picture, mask_content)
-            return image_task(parameters, context.served(), picture, mask)
+            image = read_image(content, "image")
+            mask = None if mask_content is None else _mask_for(image, mask_content)
+            return image_task(parameters, context.served(), image, mask)
 
         return await decoded(request, context.decoding, work), asked, parameters.seed
 
@@ -87,7 +87,7 @@ async def _read_edit(request: Request) -> tuple[dict[str, str], bytes, bytes | N
     async with opened_form(request, max_pictures=2, max_parts=64) as form:
         count = len(form.getlist("image")) + len(form.getlist("image[]"))
         if count > 1:
-            raise InvalidRequest(f"image: {count} were sent, exactly one can be edited", field="image")
+            raise InvalidRequest(f"image: exactly one can be edited, got {count}", field="image")
         content = await file_part(form, "image[]" if "image[]" in form else "image")
         if len(form.getlist("mask")) > 1:
             raise InvalidRequest("mask: is given more than once", field="mask")
@@ -108,11 +108,11 @@ def _texts(form: FormData) -> dict[str, str]:
     return texts
 
 
-def _mask_for(picture: Image.Image, content: bytes) -> Image.Image:
+def _mask_for(image: Image.Image, content: bytes) -> Image.Image:
     mask = read_transparency_as_mask(content, "mask")
-    if mask.size != picture.size:
+    if mask.size != image.size:
         raise InvalidRequest(
-            f"mask: {mask.width} x {mask.height}, it must have the image's size, {picture.width} x {picture.height}", field="mask"
+            f"mask: must have the image's size, {image.width} x {image.height}, got {mask.width} x {mask.height}", field="mask"
         )
     return mask
 
@@ -125,18 +125,18 @@ def _require_served(context: Context, asked: OpenaiParameters) -> None:
 def _require_model(context: Context, name: str) -> None:
     served = context.model().name
     if name != served:
-        raise ModelNotFound(f"model: there is no {name[:60]!r} here, this server has {served!r}", field="model")
+        raise ModelNotFound(f"model: there is no model {name[:60]!r}, this server has only {served!r}", field="model")
 
 
 async def _respond(request: Request, context: Context, event: Event, task: Task, asked: OpenaiParameters, seed: int | None) -> Response:
     if asked.stream:
         if waiting_key(request) is not None:
-            raise InvalidRequest("Idempotency-Key: cannot be combined with stream: true, leave one of them out", field="Idempotency-Key")
+            raise InvalidRequest("Idempotency-Key: cannot be combined with stream: true, omit one of them", field="Idempotency-Key")
         task = with_previews(task, _steps_between(asked.partial_images, task), context.policy())
         updates = await while_connected(request, begin(context.client, task, ticket_of(request), follow=asked.partial_images > 0))
         return event_stream(_events(updates, context, event, task, asked))
-    tasks, pictures = await generate_once(request, context, consecutive_tasks(task, asked.n), seed)
-    return await run_in_threadpool(lambda: JSONResponse(images_response(tasks, pictures, context.model(), asked)))
+    tasks, images = await generate_once(request, context, consecutive_tasks(task, asked.n), seed)
+    return await run_in_threadpool(lambda: JSONResponse(images_response(tasks, images, context.model(), asked)))
 
 
 async def _events(updates: Updates, context: Context, event: Event, task: Task, asked: OpenaiParameters) -> AsyncGenerator[bytes, None]:
@@ -152,7 +152,7 @@ async def _events(updates: Updates, context: Context, event: Event, task: Task, 
                 elif isinstance(one, GeneratedImage):
                     yield await run_in_threadpool(completed_event, f"{event}.completed", task, one, context.model(), asked)
     except Exception as error:
-        yield error_event(known_error(error, f"The stream of events of an {event}"))
+        yield error_event(known_error(error, f"The event stream of an {event}"))
 
 
 def _steps_between(partial_images: int, task: Task) -> int:

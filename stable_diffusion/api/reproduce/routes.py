@@ -59,13 +59,13 @@ def make_routes(context: Context) -> list[Route]:
         if asked.dry_run:
             return _description(reproduction, [], differs)
 
-        def remarks(picture: GeneratedImage) -> dict[str, Any]:
-            return {"differs": _as_text([*differs, *differs_in_computing(reproduction.infotext, picture)])}
+        def remarks(image: GeneratedImage) -> dict[str, Any]:
+            return {"differs": _as_text([*differs, *differs_in_computing(reproduction.infotext, image)])}
 
-        answered = await respond(request, context, task, asked.parameters, remarks)
+        response = await respond(request, context, task, asked.parameters, remarks)
         # For an asynchronous job or a stream, the differences that are known now.
-        answered.headers.setdefault("differs", as_headers({"differs": _as_text(differs)})["differs"])
-        return answered
+        response.headers.setdefault("differs", as_headers({"differs": _as_text(differs)})["differs"])
+        return response
 
     return [Route("/reproduce", with_error_responses(reproduce), methods=["POST"])]
 
@@ -102,7 +102,7 @@ def _read(content: bytes, model: ModelFolder) -> Reproduction:
     if text is None:
         others = ", ".join(map(repr, names_of_texts(content, "picture")[:_MAX_SHOWN_NAMES]))
         raise InvalidRequest(
-            f"picture: its file does not say how it was drawn: no PNG text named parameters{f' (there are: {others})' if others else ''}, "
+            f"picture: the file has no infotext: no PNG text named parameters{f' (there are: {others})' if others else ''}, "
             "no EXIF comment. Many programs drop them.",
             field="picture",
         )
@@ -115,7 +115,7 @@ def _parameters(reproduction: Reproduction, options: ReproductionRequest) -> Tex
         text_only = reproduction.kind == "txt2img"
         parsed: TextToImageRequest | ImageToImageRequest = parse_text_to_image(fields) if text_only else parse_image_to_image(fields)
     except InvalidRequest as error:
-        raise InvalidRequest(f"picture: it cannot be drawn here: {error.message}", field="picture") from None
+        raise InvalidRequest(f"picture: cannot be generated here: {error.message}", field="picture") from None
     if not reproduction.is_ours:
         return parsed
     # Our own prompts are already cleaned; cleaning them again could change them.
@@ -126,13 +126,15 @@ def _missing(kind: Kind, files: dict[str, bytes]) -> list[str]:
     """The missing inputs. Raises InvalidRequest for an input that the image's kind does not use."""
     for name in files:
         if name not in ("picture", *_INPUTS[kind]):
-            raise InvalidRequest(f"{name}: the picture is a {kind}, which starts from no such part", field=name)
+            raise InvalidRequest(f"{name}: must be omitted, the picture is from {kind}, which does not use this part", field=name)
     return [name for name in _INPUTS[kind] if name not in files]
 
 
 def _missing_input(name: str, kind: Kind) -> InvalidRequest:
-    what = "the picture that it was drawn from" if name == "img" else "the mask under which it was drawn"
-    return InvalidRequest(f"{name}: the part is missing; an {kind} does not hold {what} (curl: -F {name}=@input.jpg)", field=name)
+    what = "input image" if name == "img" else "mask"
+    return InvalidRequest(
+        f"{name}: the part is missing; the file of an {kind} image does not contain its {what} (curl: -F {name}=@input.jpg)", field=name
+    )
 
 
 def _task(
@@ -143,38 +145,38 @@ def _task(
 ) -> Task:
     if isinstance(parameters, TextToImageRequest):
         return text_task(parameters, served)
-    picture = read_image(files["img"], "img")
+    image = read_image(files["img"], "img")
     if "mask" not in files:
-        return image_task(parameters, served, picture)
-    task = image_task(parameters, served, picture, read_mask(files["mask"], "mask"))
+        return image_task(parameters, served, image)
+    task = image_task(parameters, served, image, read_mask(files["mask"], "mask"))
     if has_its_mask(said, task):
         return task
     # Perhaps the image comes from OpenAI's API, which reads the transparency of a mask.
     try:
-        by_transparency = image_task(parameters, served, picture, read_transparency_as_mask(files["mask"], "mask"))
+        by_transparency = image_task(parameters, served, image, read_transparency_as_mask(files["mask"], "mask"))
     except InvalidRequest:  # nothing in it is transparent
         return task
     return by_transparency if has_its_mask(said, by_transparency) else task
 
 
 class DryRun(TypedDict):
-    """The response where nothing is generated: `dry_run` was asked for, or parts are missing."""
+    """The response to a dry run, which generates nothing."""
 
     kind: Kind
-    parameters: Annotated[dict[str, Any], Field(description="The fields of a request that draws it again.")]
-    missing: Annotated[list[str], Field(description="Parts that drawing it needs and that were not sent.")]
+    parameters: Annotated[dict[str, Any], Field(description="The fields of a request that generates it again.")]
+    missing: Annotated[list[str], Field(description="Parts that the generation needs and that were not sent.")]
     differs: Annotated[
         list[str],
         Field(
-            description="What would differ, as far as it is known before drawing.",
+            description="Differences that are known before generation.",
             examples=[["Model: v1_4 (d3f0a1b2c3), here demo (b7503e29ef)", "torch: 2.12.0, here 2.13.0"]],
         ),
     ]
 
 
 def _description(reproduction: Reproduction, missing: list[str], differs: list[str]) -> Response:
-    answer: DryRun = {"kind": reproduction.kind, "parameters": reproduction.fields, "missing": missing, "differs": differs}
-    return JSONResponse(answer)
+    response: DryRun = {"kind": reproduction.kind, "parameters": reproduction.fields, "missing": missing, "differs": differs}
+    return JSONResponse(response)
 
 
 def _as_text(differs: list[str]) -> str:

@@ -45,19 +45,23 @@ class RunnerStatus(TypedDict):
     stage: Stage
     since: Annotated[Time, Field(description="When the stage began.")]
     uptime_s: float
-    precision: Annotated[str, Field(description="The one that was asked for.")]
+    precision: Annotated[str, Field(description="The precision that was requested.")]
     device: Annotated[str | None, Field(description="null until the weights are loaded.")]
-    dtype: Annotated[str | None, Field(description="What is computed in; null until the weights are loaded.")]
-    caps: Annotated[list[BatchLimit], Field(description="How many pictures may share a step, and why. The native size comes first.")]
+    dtype: Annotated[str | None, Field(description="The type that is used for computation; null until the weights are loaded.")]
+    caps: Annotated[
+        list[BatchLimit], Field(description="The batch limits: how many images may share a step, and why. The native size comes first.")
+    ]
     versions: dict[str, str]
 
 
 class Status(TypedDict):
-    ready: Annotated[bool, Field(description="Whether a picture can be drawn now, as /readyz says.")]
-    stage: Annotated[str, Field(description="Of the runner that is furthest.", json_schema_extra={"enum": [*STAGES, NOT_ANSWERING]})]
+    ready: Annotated[bool, Field(description="Whether an image can be generated now, as /readyz reports.")]
+    stage: Annotated[
+        str, Field(description="The stage of the runner that is furthest.", json_schema_extra={"enum": [*STAGES, NOT_ANSWERING]})
+    ]
     model: ServedModel
-    version: Annotated[str, Field(description="Of this service's API.")]
-    runners: Annotated[list[RunnerStatus], Field(description="The model processes. One that has just been started may not be listed yet.")]
+    version: Annotated[str, Field(description="The version of this service's API.")]
+    runners: Annotated[list[RunnerStatus], Field(description="The model processes. One that has just started may not be listed yet.")]
 
 
 class Size(TypedDict):
@@ -75,8 +79,8 @@ class Safety(TypedDict):
     policy: Annotated[
         SafetyPolicy,
         Field(
-            description="always: every picture is checked. default-on: those whose request does not say safety_check: false. "
-            "off: those whose request says safety_check: true."
+            description="always: every image is checked. default-on: all but those requested with safety_check: false. "
+            "off: only those requested with safety_check: true."
         ),
     ]
     has_checker: Annotated[bool, Field(description="Whether the model has a safety checker.")]
@@ -98,16 +102,16 @@ class Capabilities(TypedDict):
     native_size: Size
     fields: Annotated[
         dict[str, dict[str, Any]],
-        Field(description="The limits and the default of each field that has them with this model, in the words of JSON Schema."),
+        Field(description="The limits and the default of each field with this model, in the terms of JSON Schema."),
     ]
     upload: UploadLimits
-    max_images: Annotated[NonNegativeInt, Field(description="Of one request, where a request may ask for several.")]
+    max_images: Annotated[NonNegativeInt, Field(description="Per request, in APIs that allow several images.")]
     max_pixel_steps: Annotated[
-        NonNegativeInt, Field(description="Of one request: width x height x num_inference_steps, summed over its pictures.")
+        NonNegativeInt, Field(description="Per request: width x height x num_inference_steps, summed over its images.")
     ]
     safety: Safety
     schedulers: Annotated[
-        list[Scheduler], Field(description="Noise schedulers: what answers call them, and the names that requests may use as well.")
+        list[Scheduler], Field(description="Noise schedulers: the name in responses, and other names that requests may use.")
     ]
     default_scheduler: str
     loras: Annotated[list[LoraName], Field(description="The LoRAs that requests may name, by name or alias.")]

@@ -1,4 +1,4 @@
-"""How far the server is, what it can do, and its metrics: /status, /capabilities, /readyz and /metrics.
+"""The state of the server, its capabilities and its metrics: /status, /capabilities, /readyz and /metrics.
 
 These run in API workers. Facts that only a runner knows come from the status file that it writes.
 """

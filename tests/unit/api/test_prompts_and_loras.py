@@ -107,7 +107,7 @@ def test_a_file_that_is_refused_is_told_with_the_reason() -> None:
 def test_too_many_loras_are_refused_together_with_the_tags() -> None:
     tags = "<lora:hollow:1>" * 5
     assert len(task_of({"prompt": f"x {tags}", "prompt_syntax": "a1111", "loras": [{"name": "v2"}] * 3}).loras) == 8
-    with pytest.raises(InvalidRequest, match="loras: 9 are asked for, at most 8 are allowed"):
+    with pytest.raises(InvalidRequest, match="loras: 9 are requested, at most 8 are allowed"):
         task_of({"prompt": f"x {tags}", "prompt_syntax": "a1111", "loras": [{"name": "v2"}] * 4})
     with pytest.raises(InvalidRequest, match="loras"):
         task_of({"loras": [{"name": "v2"}] * 9})
@@ -186,7 +186,7 @@ def test_a_text_may_change_up_to_32_times() -> None:
 def test_clip_skip_goes_as_far_as_the_text_encoder_has_layers() -> None:
     assert MODEL.text_layers == 3
     assert [task_of({"clip_skip": layers}).clip_skip for layers in (1, 2, 3)] == [1, 2, 3]
-    with pytest.raises(InvalidRequest, match="clip_skip: must be at most 3, as the model's text encoder has layers, got 4"):
+    with pytest.raises(InvalidRequest, match="clip_skip: must be at most 3, the number of layers of the model's text encoder, got 4"):
         task_of({"clip_skip": 4})
     for wrong in (0, 13, 1.5, "2", True):
         with pytest.raises(InvalidRequest, match="clip_skip"):

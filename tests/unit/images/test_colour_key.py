@@ -82,6 +82,6 @@ def test_interlaced_16_bit_colours_are_compared_in_full() -> None:
 
 def test_a_colour_that_no_pixel_has_makes_nothing_transparent() -> None:
     content = png(2, 1, 16, RGB, struct.pack(">6H", *[257] * 6), before=chunk(b"tRNS", struct.pack(">3H", 257, 257, 256)))
-    with pytest.raises(InvalidRequest, match="^mask: nothing in it is transparent"):
+    with pytest.raises(InvalidRequest, match="^mask: no pixel is transparent"):
         read_transparency_as_mask(content, "mask")
     assert read_image(content, "img").getcolors() == [(2, (1, 1, 1))]

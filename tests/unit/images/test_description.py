@@ -93,14 +93,14 @@ def test_an_empty_comment_is_none(comment: bytes) -> None:
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"no block", "its EXIF block is damaged: it does not begin as TIFF does"),
+        (b"no block", "its EXIF block is damaged: it has no TIFF header"),
         (b"II*\0", "its EXIF block is damaged or cut short"),
         (block(b"", "<")[:30], "its EXIF block is damaged or cut short"),
         (block(b"ASCII\0\0\0" + b"x" * 100, "<")[:-50], "its EXIF comment is cut short: it should have 108 bytes"),
-        (block(b"JIS\0\0\0\0\0" + b"x" * 100, ">"), "its EXIF comment is in JIS, which is not read here"),
+        (block(b"JIS\0\0\0\0\0" + b"x" * 100, ">"), "its EXIF comment is in JIS, which is not supported"),
         (block(b"UNICODE\0\xff\xfe\0\xd8a\0", ">"), "its EXIF comment is damaged: 6 bytes that are not UTF-16-LE"),
         (block(b"UNICODE\0\xd8\0\0\xd8\0", ">"), "its EXIF comment is damaged: 5 bytes that are not UTF-16-BE or UTF-16-LE"),
-        (block(bytes(40), ">", 3), "its EXIF comment is no text: it is of TIFF's type 3"),
+        (block(bytes(40), ">", 3), "its EXIF comment is not text: its TIFF type is 3"),
     ],
 )
 def test_what_is_wrong_with_a_comment_is_said(content: bytes, told: str) -> None:
@@ -172,7 +172,7 @@ def test_a_byte_order_mark_never_becomes_part_of_the_prompt() -> None:
 
 
 def test_a_text_that_is_no_infotext_is_shown() -> None:
-    with pytest.raises(InvalidRequest, match=r"no infotext: .*, and is '\{\"prompt\": \"a red circle\"\}'$"):
+    with pytest.raises(InvalidRequest, match=r"not an infotext: .*, got '\{\"prompt\": \"a red circle\"\}'$"):
         infotext.read('{"prompt": "a red circle"}')
-    with pytest.raises(InvalidRequest, match=r", and is 'x{60}\.\.\.'$"):
+    with pytest.raises(InvalidRequest, match=r", got 'x{60}\.\.\.'$"):
         infotext.read("a\n" + "x" * 100)

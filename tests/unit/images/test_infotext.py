@@ -136,7 +136,7 @@ def test_half_a_surrogate_pair_is_replaced() -> None:
 
 @pytest.mark.parametrize("text", ["", "a red circle", "Steps: 1, Seed: 2", "a\n\n\n", "Comment: made, with: care", ",,,,:::"])
 def test_another_text_is_refused_by_name(text: str) -> None:
-    with pytest.raises(InvalidRequest, match="picture: no infotext") as caught:
+    with pytest.raises(InvalidRequest, match="picture: not an infotext") as caught:
         infotext.read(text, "picture")
     assert caught.value.problems[0].field == "picture"
 

@@ -93,7 +93,7 @@ def test_a_large_text_or_profile_of_another_program_is_skipped_or_used(tmp_path:
     for content in (by_imagemagick, by_exiftool):
         text = split(content, "img").text
         assert "Description" in names_of_texts(content, "img")
-        with pytest.raises(InvalidRequest, match="img: its text Description holds too much text"):
+        with pytest.raises(InvalidRequest, match="img: its text Description is too long"):
             text("Description", "img")
         assert (np.asarray(read_image(content, "img")) == pixels_by_imagemagick(plain)).all()
         assert read_description(content, "picture") is None
@@ -150,8 +150,8 @@ def test_exif_as_hexadecimal_text_turns_the_picture_and_is_bounded() -> None:
     [
         (b"\x89PNG\r\n\x1a\n", "its header, the IHDR chunk, is missing or cut short"),
         (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", bytes(12)), "its header, the IHDR chunk, is missing or cut short"),
-        (flat_png(8, 8, 8, RGB)[:33], "it is cut short before its pixels, or has none: there is no IDAT chunk"),
-        (flat_png(8, 8, 8, GREY, before=chunk(b"tRNS", b"\0")), "its tRNS chunk, which says what is transparent, is too short"),
+        (flat_png(8, 8, 8, RGB)[:33], "it has no pixels or is cut short before them: there is no IDAT chunk"),
+        (flat_png(8, 8, 8, GREY, before=chunk(b"tRNS", b"\0")), "its tRNS chunk, which defines transparency, is too short"),
     ],
 )
 def test_what_is_damaged_is_said(content: bytes, told: str) -> None:

@@ -50,7 +50,7 @@ def test_a_picture_may_be_in_lines_and_in_a_data_url(written: str, input_picture
     [
         ("!!!!", "init_images: not base64"),
         ("abc", "init_images: not base64"),
-        ("https://example.org/picture.png", "nothing is fetched from addresses"),
+        ("https://example.org/picture.png", "the server fetches no URLs"),
         ("\u00e9\ud800", "init_images: not base64"),
         ("", "init_images: the file is empty"),
         ("data:image/png;base64", "init_images: the file is empty"),
@@ -82,7 +82,7 @@ def test_of_a_mask_with_transparency_the_opaque_is_repainted_whatever_its_colour
 
 def test_a_mask_that_repaints_nothing_is_refused() -> None:
     for colour, invert, missing in ((0, 0, "white"), (255, 1, "black")):
-        with pytest.raises(InvalidRequest, match=f"mask: it repaints nothing: none of it is {missing}") as caught:
+        with pytest.raises(InvalidRequest, match=f"mask: no pixel is {missing}, so nothing is repainted") as caught:
             masked(mask=encoded(Image.new("L", (64, 64), colour)), inpainting_mask_invert=invert)
         assert not isinstance(caught.value, UnreadablePicture)
 
@@ -111,7 +111,7 @@ def test_there_is_no_mask_where_none_was_sent() -> None:
 def test_a_smaller_mask_is_scaled_and_one_of_other_proportions_refused() -> None:
     small = encoded(half_white((32, 32)))
     assert masked(mask=small).shape == (64, 64)
-    with pytest.raises(InvalidRequest, match="mask: 64 x 32 has other proportions than the picture, 64 x 64"):
+    with pytest.raises(InvalidRequest, match="mask: 64 x 32 does not have the proportions of the image, 64 x 64"):
         masked(mask=encoded(half_white((64, 32))))
 
 

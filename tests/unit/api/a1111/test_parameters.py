@@ -13,7 +13,7 @@ from stable_diffusion.api.a1111.parameters import (
     read_text_to_image,
     scheduler_asked_for,
     with_allowed_guidance,
-    without_pictures,
+    without_images,
 )
 from stable_diffusion.core.errors import InvalidRequest, NotFound
 from stable_diffusion.core.schedulers import SCHEDULERS
@@ -151,18 +151,21 @@ def test_as_many_pictures_as_both_counts_say() -> None:
         ({"sampler_name": "DDIM", "eta": 1.5}, "eta: must be less than or equal to 1"),
         ({"batch_size": 0}, "batch_size: must be greater than or equal to 1"),
         ({"batch_size": 11}, "batch_size: must be less than or equal to 10"),
-        ({"batch_size": 4, "n_iter": 3}, "batch_size: batch_size * n_iter must be at most 10, not 12"),
+        ({"batch_size": 4, "n_iter": 3}, "batch_size: batch_size * n_iter must be at most 10, got 12"),
         ({"enable_hr": True}, "enable_hr: a second pass at a larger size is not supported, send false"),
-        ({"script_name": "X/Y/Z plot"}, "script_name: there is no script 'X/Y/Z plot', nor any other"),
+        ({"script_name": "X/Y/Z plot"}, "script_name: scripts are not supported, got 'X/Y/Z plot'"),
         (
             {"alwayson_scripts": {"ADetailer": {"args": [{"ad_model": "x"}]}}},
-            "alwayson_scripts: there is no script 'ADetailer', nor any other",
+            "alwayson_scripts: scripts are not supported, got 'ADetailer'",
         ),
-        ({"alwayson_scripts": {"ControlNet": {"args": [{"enabled": True}]}}}, "alwayson_scripts: there is no script 'ControlNet'"),
-        ({"infotext": "Steps: 20"}, "infotext: not read here, use POST /reproduce"),
+        (
+            {"alwayson_scripts": {"ControlNet": {"args": [{"enabled": True}]}}},
+            "alwayson_scripts: scripts are not supported, got 'ControlNet'",
+        ),
+        ({"infotext": "Steps: 20"}, "infotext: is not supported, use POST /reproduce"),
         ({"override_settings": {"sd_model_checkpoint": 5}}, "override_settings: must be a valid string"),
-        ({"init_images": ["x", "y"]}, "init_images: 2 pictures, send one"),
-        ({"resize_mode": 3}, "resize_mode: 3, resizing in latent space, is not supported, allowed are 0, 1 and 2"),
+        ({"init_images": ["x", "y"]}, "init_images: must hold one image, got 2"),
+        ({"resize_mode": 3}, "resize_mode: must be 0, 1 or 2, got 3 (resizing in latent space is not supported)"),
         ({"resize_mode": 4}, "resize_mode: must be less than or equal to 3"),
         ({"mask_blur": 65}, "mask_blur: must be less than or equal to 64"),
         ({"denoising_strength": -0.1}, "denoising_strength: must be greater than 0"),
@@ -184,7 +187,7 @@ def test_what_is_wrong_is_told_in_a1111s_words(changes: dict[str, object], told:
 
 @pytest.mark.parametrize("changes", [{}, {"init_images": None}, {"init_images": []}])
 def test_a_missing_picture_is_a_404(changes: dict[str, object]) -> None:
-    with pytest.raises(NotFound, match="init_images: the picture is missing"):
+    with pytest.raises(NotFound, match="init_images: the image is missing"):
         read_image_to_image({**DRAWN, **changes})
 
 
@@ -198,7 +201,7 @@ def test_a_list_of_wrong_items_is_refused_at_the_first() -> None:
 def test_pictures_are_kept_no_longer_than_they_are_needed() -> None:
     for wanted, init_images, mask in ((False, [], ""), (True, ["x"], "y")):
         asked = read_image_to_image({**DRAWN, "init_images": ["x"], "mask": "y", "include_init_images": wanted})
-        kept = without_pictures(asked.body)
+        kept = without_images(asked.body)
         assert (kept.init_images, kept.mask) == (init_images, mask)
 
 

@@ -72,7 +72,10 @@ def test_progress_is_over_all_pictures_and_never_that_of_an_idle_server() -> Non
 
 @pytest.mark.parametrize(
     ("scheduler", "told"),
-    [("EulerAncestralDiscreteScheduler", "Automatic (Karras is not there for Euler a)"), ("DPMSolverMultistepScheduler Karras", "Karras")],
+    [
+        ("EulerAncestralDiscreteScheduler", "Automatic (Karras is not available for Euler a)"),
+        ("DPMSolverMultistepScheduler Karras", "Karras"),
+    ],
 )
 def test_info_says_with_which_noise_levels_it_was_drawn(scheduler: str, told: str) -> None:
     answer = answered({"scheduler": "karras"}, replace(make_task(), scheduler=scheduler))

@@ -63,7 +63,7 @@ def test_an_input_picture_is_compared_as_it_was_scaled() -> None:
     other = image_task(parse_image_to_image(again.fields), served(MODEL), Image.new("RGB", (100, 50)))
     (told,) = differs_in_input(again.infotext, other)
     assert told.startswith(
-        f"Input hash: {task.image_hash}, here {other.image_hash} (another one, or prepared as other programs do: blurred"
+        f"Input hash: {task.image_hash}, here {other.image_hash} (another image, or prepared as other programs do: blurred"
     )
 
 
@@ -138,7 +138,7 @@ def test_another_model_version_precision_and_device_are_told() -> None:
     [
         (("Steps: 25", "Steps: many"), "picture: its infotext says Steps: many, which cannot be read"),
         (("Size: 512x768", "Size: 512"), "picture: its infotext says Size: 512, which cannot be read"),
-        (("Seed: 5, ", ""), "picture: its infotext does not say Seed"),
+        (("Seed: 5, ", ""), "picture: its infotext has no Seed"),
         (("Version", "Kind: dream, Version"), "picture: its infotext says Kind: dream, which cannot be read"),
     ],
 )
