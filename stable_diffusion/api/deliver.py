@@ -17,9 +17,9 @@ from starlette.responses import JSONResponse, Response
 from stable_diffusion.api.context import Context
 from stable_diffusion.api.job import CompletedJobEvent, description, is_ended, is_estimated, progress_of
 from stable_diffusion.api.responses import (
+    EventStream,
     completed_event,
     error_event,
-    event_stream,
     followed_headers,
     image_response,
     known_error,
@@ -155,12 +155,12 @@ async def respond(
             accepted_job.headers["Preference-Applied"] = "respond-async"
             return accepted_job
         if delivery.events:
-            return event_stream(_events_of_job(context, job_id, image_format or "jpeg"))
+            return EventStream(_events_of_job(context, job_id, image_format or "jpeg"))
         assert image_format is not None
         return await while_connected(request, _image_of_job(context, job_id, image_format))
     if delivery.events:
         updates = await while_connected(request, begin(context.client, task, ticket, follow=True))
-        return event_stream(_events(updates, context, task, image_format or "jpeg", remarks))
+        return EventStream(_events(updates, context, task, image_format or "jpeg", remarks))
     assert image_format is not None
     image = await while_connected(request, generate(context.client, task, ticket))
     return await run_in_threadpool(image_response, task, image, context.model(), image_format, remarks(image))

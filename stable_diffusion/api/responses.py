@@ -16,6 +16,7 @@ from PIL import Image
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 from typing_extensions import TypedDict
 
 from stable_diffusion.core.errors import ClientGone, FieldError, ServiceError, as_service_error
@@ -140,8 +141,21 @@ def image_response(
     return Response(image_file(task, image, model, image_format), media_type=MEDIA_TYPES[image_format], headers=headers)
 
 
-def event_stream(pieces: AsyncGenerator[bytes, None]) -> Response:
-    return StreamingResponse(sse.kept_alive(pieces), media_type=sse.MEDIA_TYPE, headers=sse.HEADERS | followed_headers())
+class EventStream(StreamingResponse):
+    """Server-sent events, which are closed when the client leaves.
+
+    Starlette leaves that to the garbage collector, which closes all nested generators at the same moment.
+    """
+
+    def __init__(self, pieces: AsyncGenerator[bytes, None]) -> None:
+        self._pieces = sse.kept_alive(pieces)
+        super().__init__(self._pieces, media_type=sse.MEDIA_TYPE, headers=sse.HEADERS | followed_headers())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._pieces.aclose()
 
 
 def followed_headers() -> dict[str, str]:

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from stable_diffusion.api.context import Context
 from stable_diffusion.api.deliver import accepted_response, events_of, kept_image_response, note_fetched
 from stable_diffusion.api.job import description, is_ended
-from stable_diffusion.api.responses import event_stream, followed_headers, with_error_responses
+from stable_diffusion.api.responses import EventStream, followed_headers, with_error_responses
 from stable_diffusion.core.errors import NotAcceptable
 from stable_diffusion.images.encode import MEDIA_TYPES
 from stable_diffusion.state.job_record import JobRecord
@@ -35,7 +35,7 @@ def make_routes(context: Context) -> list[Route]:
 
     async def events(request: Request) -> Response:
         records = await _records(request, context)
-        return event_stream(events_of(context, records[0].id, records[0].image_format or accepted_types(request).image_format or "jpeg"))
+        return EventStream(events_of(context, records[0].id, records[0].image_format or accepted_types(request).image_format or "jpeg"))
 
     async def picture(request: Request) -> Response:
         records = await _records(request, context)

@@ -27,7 +27,7 @@ from stable_diffusion.api.openai.responses import (
     models_response,
     partial_image_event,
 )
-from stable_diffusion.api.responses import event_stream, known_error, with_error_responses
+from stable_diffusion.api.responses import EventStream, known_error, with_error_responses
 from stable_diffusion.api.tasks import consecutive_tasks, image_task, text_task, with_previews
 from stable_diffusion.core.errors import InvalidRequest, ModelNotFound
 from stable_diffusion.core.types import GeneratedImage, Progress, Task
@@ -134,7 +134,7 @@ async def _respond(request: Request, context: Context, event: Event, task: Task,
             raise InvalidRequest("Idempotency-Key: cannot be combined with stream: true, omit one of them", field="Idempotency-Key")
         task = with_previews(task, _steps_between(asked.partial_images, task), context.policy())
         updates = await while_connected(request, begin(context.client, task, ticket_of(request), follow=asked.partial_images > 0))
-        return event_stream(_events(updates, context, event, task, asked))
+        return EventStream(_events(updates, context, event, task, asked))
     tasks, images = await generate_once(request, context, consecutive_tasks(task, asked.n), seed)
     return await run_in_threadpool(lambda: JSONResponse(images_response(tasks, images, context.model(), asked)))
 

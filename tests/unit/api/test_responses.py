@@ -1,12 +1,17 @@
-"""Pictures as answers."""
+"""Images and events as responses."""
 
 from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from pathlib import Path
 
 import h11
 import pytest
 from PIL import Image
+from starlette.types import Message
 
-from stable_diffusion.api.responses import as_headers, image_file
+from stable_diffusion.api.responses import EventStream, as_headers, image_file
 from stable_diffusion.core.requests import MAX_PROMPT_CHARACTERS
 from stable_diffusion.core.types import GeneratedImage, ImageFormat
 from stable_diffusion.images import infotext
@@ -46,3 +51,30 @@ def test_a_text_that_is_cut_between_words_is_a_header_that_can_be_sent() -> None
         header = as_headers({"prompt_dropped": words})["prompt_dropped"]
         h11.Response(status_code=200, headers=[("prompt_dropped", header)])
         assert header == words[:1024].strip()
+
+
+def test_events_are_closed_when_the_client_leaves_in_the_middle_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SD_SHARED_FOLDER", str(tmp_path))
+    closed: list[str] = []
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        try:
+            yield b"event: one\n\n"
+            yield b"event: two\n\n"
+        finally:
+            closed.append("events")
+
+    async def leaves() -> Message:
+        await asyncio.sleep(0.05)
+        return {"type": "http.disconnect"}
+
+    async def is_never_read(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(60)
+
+    async def respond() -> None:
+        response = EventStream(events())
+        await asyncio.wait_for(response({"type": "http", "asgi": {"spec_version": "2.3"}}, leaves, is_never_read), 5)
+        assert closed == ["events"], "before the garbage collector comes"
+
+    asyncio.run(respond())

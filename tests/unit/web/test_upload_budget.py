@@ -198,7 +198,7 @@ def test_one_caller_leaves_room_for_others() -> None:
 
 
 def test_a_caller_may_upload_two_of_the_largest_bodies() -> None:
-    assert 2 * a1111_routes._MAX_PICTURES_BYTES <= upload_budget.MAX_BYTES_OF_CALLER
+    assert 2 * a1111_routes._MAX_IMAGES_BYTES <= upload_budget.MAX_BYTES_OF_CALLER
 
 
 def test_a_body_over_the_size_limit_gets_413_rather_than_429() -> None:
