@@ -89,7 +89,7 @@ def test_of_a_flagged_picture_nothing_is_told() -> None:
 
 @pytest.mark.parametrize(
     ("sent", "used", "comments"),
-    [(7, 2.0, ["cfg_scale: the model is not made for 7, 2 was used"]), (2, 2.0, []), (None, 1.0, [])],
+    [(7, 2.0, ["cfg_scale: the model does not support 7, 2 was used"]), (2, 2.0, []), (None, 1.0, [])],
 )
 def test_info_says_where_another_guidance_scale_was_used(sent: float | None, used: float, comments: list[str]) -> None:
     answer = answered({"cfg_scale": sent}, make_task(guidance_scale=used))
