@@ -14,7 +14,6 @@ from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffu
 from PIL import Image
 
 from benchmarks.setup import Setup
-from stable_diffusion.core.schedulers import class_and_options
 from stable_diffusion.core.types import Task
 from stable_diffusion.engine.loading import Parts, placement
 

@@ -450,7 +450,7 @@ def test_a_bad_file_is_refused_by_name_and_the_server_goes_on(offering: Offering
     told = {
         "cut": (422, "loras: 'bad' cannot be used: has "),
         "shapes": (422, "it is for another kind of model"),
-        "numbers": (400, "loras: bad: it holds values that are no numbers"),
+        "numbers": (400, "loras: bad: it contains NaN or infinity"),
     }
     status, message = told[fault]
     for _ in range(2):

@@ -83,7 +83,7 @@ def test_one_job_gives_the_picture_of_diffusers(
         {"scheduler": "LCMScheduler", "num_inference_steps": 4, "guidance_scale": 1.0},
         {"scheduler": "DPMSolverSinglestepScheduler SDE", "num_inference_steps": 7},
         {"num_inference_steps": 50},
-        {"prompt": "red circle " * 60},
+        {"prompt": "red circle " * 37 + "red"},
         {"kind": "img2img", "strength": 1.0},
         {"kind": "img2img", "strength": 0.7, "guidance_scale": 1.0},
         {"kind": "inpaint", "strength": 1.0},
