@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffu
 from PIL import Image
 
 from benchmarks.setup import Setup
+from stable_diffusion.core.schedulers import class_and_options
 from stable_diffusion.core.types import Task
 from stable_diffusion.engine.loading import Parts, placement
 
@@ -41,8 +42,7 @@ class Plain:
 
     def generate_with(self, scheduler: str, task: Task) -> Image.Image:
         """One task with the noise scheduler of that name."""
-        name, _, karras = scheduler.partition(" ")
-        options = {"use_karras_sigmas": True} if karras else {}
+        name, options = class_and_options(scheduler)
         pipeline = self._pipelines[task.kind]
         usual = pipeline.scheduler
         pipeline.scheduler = getattr(diffusers, name).from_config(self._configuration, **options)
