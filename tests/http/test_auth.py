@@ -63,7 +63,10 @@ TABLE = {
     **{("GET", f"/sdapi/v1/{name}"): 200 for name in ("latent-upscale-modes", "sd-vae", "loras", "prompt-styles", "embeddings", "scripts")},
     **{("GET", f"/sdapi/v1/{name}"): 200 for name in ("cmd-flags", "memory", "hypernetworks", "face-restorers", "realesrgan-models")},
     **{("GET", f"/sdapi/v1/{name}"): 200 for name in ("script-info", "extensions")},
-    **{("POST", f"/sdapi/v1/{name}"): status for name, status in (("skip", 200), ("refresh-checkpoints", 200), ("png-info", 415))},
+    **{
+        ("POST", f"/sdapi/v1/{name}"): status
+        for name, status in (("skip", 200), ("refresh-loras", 200), ("refresh-checkpoints", 200), ("png-info", 415))
+    },
     ("GET", "/v1/models/{model_id}"): 404,
     ("GET", "/internal/ping"): 200,
     ("POST", "/sdapi/v1/options"): 415,
@@ -124,7 +127,7 @@ def test_the_table_has_every_route_that_is_served() -> None:
 
 
 def test_every_route_that_draws_is_limited() -> None:
-    not_drawing = {f"/sdapi/v1/{name}" for name in ("options", "interrupt", "skip", "refresh-checkpoints", "png-info")}
+    not_drawing = {f"/sdapi/v1/{name}" for name in ("options", "interrupt", "skip", "refresh-loras", "refresh-checkpoints", "png-info")}
     assert {path for method, path in TABLE if method == "POST"} - not_drawing == set(LIMITED_PATHS)
 
 

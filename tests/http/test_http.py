@@ -220,7 +220,7 @@ def test_bad_input_is_refused_before_anything_is_computed(server: Server) -> Non
         (b'["x"]', "application/json", 400, "must be a JSON object"),
         (b'{"prompt": "x"}', "text/plain", 415, "Content-Type must be application/json, got text/plain"),
         (b'{"prompt": "x"}', "", 415, "Content-Type must be application/json, but it is missing"),
-        (b'{"prompt": "' + b"x" * 2**20 + b'"}', "application/json", 413, "at most 1048576 are allowed"),
+        (b'{"prompt": "' + b"x" * 2**20 + b'"}', "application/json", 413, "must have at most 1048576 bytes"),
     ],
     ids=["cut short", "a list", "plain text", "no type", "too long"],
 )

@@ -193,7 +193,7 @@ def test_a_picture_that_cannot_be_finished_is_an_error_and_nobody_waits_for_ever
     def broken(task: Task, outcome: GeneratedImage) -> GeneratedImage:
         raise MemoryError
 
-    monkeypatch.setattr(process, "_finished", broken)
+    monkeypatch.setattr(process, "_with_original_outside_mask", broken)
     (line,) = asyncio.run(lines(ModelProcess(engine, jobs, 0), make_task(num_inference_steps=2)))
     with pytest.raises(GenerationFailed, match="could not be finished"):
         unpack_update(line)

@@ -33,6 +33,7 @@ from stable_diffusion.models.defaults import Defaults
 
 MAX_NAMES = 1024  # of an object; the complete options of A1111 have about 400
 MAX_MASK_BLUR = 64
+_GUIDANCE_SCALE = 7.0  # A1111's default
 
 # Our field names, which errors contain -> A1111's.
 A1111_NAMES = {
@@ -80,7 +81,7 @@ class GenerationBody(BaseModel):
     steps: int | None = Field(None, description=f"Denoising steps, 1 to {MAX_STEPS}. By default the model's own number, usually 50.")
     cfg_scale: float | None = Field(
         None,
-        description="How closely to follow the prompt, 0 to 30. By default the model's own, usually 7.5. A value that the model does "
+        description="How closely to follow the prompt, 0 to 30. By default 7, or the model's own default. A value that the model does "
         "not support becomes the nearest one that it does.",
     )
     eta: float = Field(0.0, description="How much noise each step adds, 0 to 1. Only the samplers DDIM and TCD use it.")
@@ -270,10 +271,15 @@ def scheduler_asked_for(sampler: str, schedule: str) -> str | None:
 
 
 def with_allowed_guidance(asked: Asked[Body, Parameters], defaults: Defaults) -> Asked[Body, Parameters]:
-    """The same request with the nearest guidance scale that the model supports: A1111's clients send 7 to every model."""
+    """The same request with the nearest guidance scale that the model supports: A1111's clients send 7 to every model.
+
+    A request without one gets A1111's default, 7, unless the model has a default of its own.
+    """
     scale = asked.parameters.guidance_scale
     if scale is None:
-        return asked
+        if defaults.guidance_scale != Defaults.guidance_scale:
+            return asked
+        scale = _GUIDANCE_SCALE
     return replace(asked, parameters=asked.parameters.model_copy(update={"guidance_scale": defaults.allowed_guidance_scale(scale)}))
 
 
