@@ -91,7 +91,7 @@ def test_img2img_works_with_a_dropped_image(visit: Visit, input_picture: Image.I
 def test_a_file_in_an_unsupported_format_is_converted_before_sending(visit: Visit) -> None:
     wide = Image.new("RGB", (5000, 2500), "white")
     visit.control("img").set_input_files({"name": "a.gif", "mimeType": "image/gif", "buffer": as_file(wide, "GIF")})
-    expect(visit.page.get_by_role("img", name="The picture to start from")).to_be_visible()
+    expect(visit.page.get_by_role("img", name="The image to start from")).to_be_visible()
     visit.fill(prompt=PROMPT, num_inference_steps=2)
     visit.draw.click()
     (picture,) = visit.pictures()

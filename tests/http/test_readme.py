@@ -45,7 +45,7 @@ def test_ci_runs_the_readmes_test_command_and_brings_only_programs_whose_tests_w
 def test_make_refuses_a_precision_that_does_not_exist() -> None:
     finished = subprocess.run(["make", "serve", "PRECISION=fp8"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
     assert finished.returncode == 2
-    assert "PRECISION is fp32 or fp16, not fp8" in finished.stderr
+    assert "PRECISION must be fp32 or fp16, got fp8" in finished.stderr
 
 
 def test_every_package_is_in_the_architecture_page_and_every_file_that_it_names_is_there() -> None:
