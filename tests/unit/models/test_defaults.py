@@ -81,7 +81,7 @@ def test_what_the_file_leaves_open_is_what_the_configuration_shows(folder: Path)
         ({"guidance_scale": 31}, "guidance_scale: must be less than or equal to 30"),
         ({"guidance_scale_range": [0]}, "guidance_scale_range: "),
         ({"guidance_scale_range": [0, 31]}, "guidance_scale_range: must be less than or equal to 30"),
-        ({"guidance_scale_range": [2, 1]}, "guidance_scale_range: must begin with the least, got 2 and 1"),
+        ({"guidance_scale_range": [2, 1]}, "guidance_scale_range: the first value must not exceed the second, got 2 and 1"),
         ({"guidance_scale_range": [0, 2], "guidance_scale": 3}, "guidance_scale: must be in the guidance_scale_range, 0 to 2"),
         ({"scheduler": "Magic"}, "scheduler: unknown scheduler 'Magic', allowed are PNDM"),
         ({"width": 100}, "width: must be a multiple of 8"),
