@@ -79,7 +79,7 @@ def test_polling_clients_are_served_and_do_not_delay_the_shutdown(path: str) -> 
 
 
 def test_the_shutdown_does_not_wait_long_after_the_grace_period(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutdown, "_TIME_TO_TELL_S", 0.2)
+    monkeypatch.setattr(shutdown, "_NOTICE_TIME_S", 0.2)
 
     async def stop() -> None:
         unfinished = Unfinished(grace_s=0.2)
