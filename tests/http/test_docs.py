@@ -38,7 +38,7 @@ NOT_RUN = {
     ("README.md", "make model                     # Stable Diffusion v1.4 into fp32/models/v1_4, about 5.4 GB"): DOWNLOAD,
     ("README.md", "SD_MODEL=/path/to/folder make serve"): STARTS,
     ("README.md", "source .venv/bin/activate && export BENTOML_DO_NOT_TRACK=True"): AWS,
-    ("README.md", "make quick                     # lint, types, import rules and unit tests: about a minute"): ITSELF,
+    ("README.md", "make quick                     # lint, types, import rules and unit tests: about two minutes"): ITSELF,
     ("CONTRIBUTING.md", "make serve"): STARTS,
     ("CONTRIBUTING.md", "make quick"): ITSELF,
     ("bentoctl/README.md", "source .venv/bin/activate && export BENTOML_DO_NOT_TRACK=True"): AWS,
