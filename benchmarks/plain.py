@@ -75,8 +75,8 @@ class Plain:
 def _of_parts(parts: Parts) -> Any:
     return StableDiffusionPipeline(
         vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
+        text_encoder=parts.text_encoders[0].model,
+        tokenizer=parts.text_encoders[0].tokenizer,
         unet=parts.unet,
         scheduler=parts.scheduler,
         safety_checker=None,

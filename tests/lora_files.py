@@ -61,9 +61,10 @@ def save_as_diffusers(
     file: Path,
     unet: Factors,
     text_encoder: Factors | None = None,
+    text_encoder_2: Factors | None = None,
 ) -> Path:
     tensors: dict[str, torch.Tensor] = {}
-    for prefix, layers in (("unet", unet), ("text_encoder", text_encoder or {})):
+    for prefix, layers in (("unet", unet), ("text_encoder", text_encoder or {}), ("text_encoder_2", text_encoder_2 or {})):
         for name, (down, up) in layers.items():
             tensors[f"{prefix}.{name}.lora_A.weight"] = down
             tensors[f"{prefix}.{name}.lora_B.weight"] = up
@@ -76,12 +77,14 @@ def save_as_kohya(
     file: Path,
     unet: Factors,
     text_encoder: Factors | None = None,
+    text_encoder_2: Factors | None = None,
     *,
     alpha: float | None = 2.0,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
     tensors: dict[str, torch.Tensor] = {}
-    for prefix, layers in (("lora_unet", unet), ("lora_te", text_encoder or {})):
+    first = "lora_te" if text_encoder_2 is None else "lora_te1"
+    for prefix, layers in (("lora_unet", unet), (first, text_encoder or {}), ("lora_te2", text_encoder_2 or {})):
         for name, (down, up) in layers.items():
             key = f"{prefix}_{name.replace('.', '_')}"
             tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}

@@ -133,7 +133,9 @@ class Proof:
             self._parts,
             unet=copy.deepcopy(self._parts.unet).to(cpu, torch.float32),
             vae=copy.deepcopy(self._parts.vae).to(cpu, torch.float32),
-            text_encoder=copy.deepcopy(self._parts.text_encoder).to(cpu, torch.float32),
+            text_encoders=tuple(
+                replace(encoder, model=copy.deepcopy(encoder.model).to(cpu, torch.float32)) for encoder in self._parts.text_encoders
+            ),
             safety_checker=None,
             device=cpu,
             dtype=torch.float32,

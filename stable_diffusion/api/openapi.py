@@ -101,7 +101,7 @@ _RESPONSE_HEADERS = {
     "loras": "Present only if LoRAs were used: a JSON list of their names and weights.",
     "safety_check": "Whether a safety check was requested. It runs only if the model has a safety checker.",
     "safety_flagged": "true: the image was flagged and is blank. false: it was not. unchecked: no safety check ran.",
-    "decoded_again": "Present only if the image was black or broken and was decoded a second time: float32.",
+    "decoded_again": "Present only if decoding failed at first. float32: the image was black or broken; tiles: it did not fit into memory.",
     "model": "The model; `demo` is the embedded demo model.",
     "Job-Id": "The id of this request's job.",
 }

@@ -221,7 +221,7 @@ def parameters_of(task: Task, image: GeneratedImage, model: ModelFolder) -> dict
         "loras": [{"name": one.name, "weight": one.unet_weight} for one in task.loras] or None,
         "safety_check": task.safety_check,
         "safety_flagged": "unchecked" if image.flagged is None else image.flagged,
-        "decoded_again": "float32" if image.decoded_again else None,
+        "decoded_again": ", ".join(["float32"] * image.decoded_again + ["tiles"] * image.tiled) or None,
         "model": model.name,
     }
     return {name: value for name, value in parameters.items() if value is not None}

@@ -18,7 +18,6 @@ from stable_diffusion.core.requests import (
     MAX_LORA_BYTES,
     MAX_LORAS,
     MAX_PARTS,
-    MAX_PIXEL_STEPS,
     MAX_TEXTS,
     SEED_LIMIT,
     GenerationRequest,
@@ -45,6 +44,7 @@ def text_task(parameters: TextToImageRequest, served: Served) -> Task:
     Raises InvalidRequest if the model only inpaints, if the policy forbids the request, or if a prompt has wrong syntax; LoraNotFound.
     """
     _refuse_model_that_only_inpaints(served.model)
+    _require_sides(parameters.width, parameters.height, served.model)
     size = parameters.width or served.model.native_width, parameters.height or served.model.native_height
     return _task("txt2img", parameters, served, *size)
 
@@ -56,7 +56,8 @@ def image_task(parameters: ImageToImageRequest, served: Served, image: Image.Ima
     have the proportions of the image, or if the model only inpaints and there is no mask.
     """
     native = served.model.native_width, served.model.native_height
-    size = output_size(image.size, native, parameters.width, parameters.height)
+    _require_sides(parameters.width, parameters.height, served.model)
+    size = output_size(image.size, native, parameters.width, parameters.height, served.model.max_side)
     if mask is None:
         _refuse_model_that_only_inpaints(served.model)
         return _task("img2img", parameters, served, *size, fit(image, *size))
@@ -64,12 +65,12 @@ def image_task(parameters: ImageToImageRequest, served: Served, image: Image.Ima
     return _task("inpaint", parameters, served, *size, fit(image, *size), mask)
 
 
-def consecutive_tasks(task: Task, count: int) -> list[Task]:
+def consecutive_tasks(task: Task, count: int, model: ModelFolder) -> list[Task]:
     """The tasks of a request for `count` images: image i equals that of a request for one image with the seed increased by i.
 
     Raises InvalidRequest if they are too much work in total.
     """
-    _require_bounded_work(task.width, task.height, task.num_inference_steps, count)
+    _require_bounded_work(task.width, task.height, task.num_inference_steps, count, model)
     return [replace(task, seed=(task.seed + index) % SEED_LIMIT) for index in range(count)]
 
 
@@ -80,13 +81,20 @@ def with_previews(task: Task, every_steps: int, policy: SafetyPolicy) -> Task:
     return replace(task, preview_every_steps=every_steps)
 
 
-def _require_bounded_work(width: int, height: int, steps: int, count: int) -> None:
+def _require_bounded_work(width: int, height: int, steps: int, count: int, model: ModelFolder) -> None:
     pixel_steps = width * height * steps * count
-    if pixel_steps > MAX_PIXEL_STEPS:
+    if pixel_steps > model.max_pixel_steps:
         raise InvalidRequest(
-            f"{count} x {width} x {height} pixels x {steps} steps are {pixel_steps} pixel steps, at most {MAX_PIXEL_STEPS} are allowed: "
-            "request fewer images, fewer steps or a smaller size"
+            f"{count} x {width} x {height} pixels x {steps} steps are {pixel_steps} pixel steps, at most {model.max_pixel_steps} are "
+            "allowed: request fewer images, fewer steps or a smaller size"
         )
+
+
+def _require_sides(width: int | None, height: int | None, model: ModelFolder) -> None:
+    """Raises InvalidRequest if the model does not go that far; the request model allows what any model does."""
+    for field, side in (("width", width), ("height", height)):
+        if side is not None and side > model.max_side:
+            raise InvalidRequest(f"{field}: must be at most {model.max_side} with the model {model.name}, got {side}", field=field)
 
 
 def _refuse_model_that_only_inpaints(model: ModelFolder) -> None:
@@ -106,7 +114,7 @@ def _task(
     steps = parameters.num_inference_steps or served.model.defaults.num_inference_steps
     scheduler = parameters.scheduler or served.model.scheduler
     strength = parameters.strength if isinstance(parameters, ImageToImageRequest) else 1.0
-    _require_bounded_work(width, height, steps, 1)
+    _require_bounded_work(width, height, steps, 1, served.model)
     _require_a_step(steps, strength)
     _require_eta(parameters.eta, scheduler)
     prompt = _read_prompts(parameters, int(steps * strength))
@@ -202,7 +210,7 @@ def _require_few_texts(prompt: str, steps: int) -> None:
 def _require_layers(clip_skip: int, model: ModelFolder) -> None:
     if clip_skip > model.text_layers:
         raise InvalidRequest(
-            f"clip_skip: must be at most {model.text_layers}, the number of layers of the model's text encoder, got {clip_skip}",
+            f"clip_skip: must be at most {model.text_layers} with the model {model.name}, got {clip_skip}",
             field="clip_skip",
         )
 

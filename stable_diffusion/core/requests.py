@@ -16,7 +16,7 @@ from stable_diffusion.core.errors import FieldError, InvalidRequest
 from stable_diffusion.core.schedulers import SCHEDULERS, known_scheduler
 
 MIN_SIDE = 64
-MAX_SIDE = 1024
+MAX_SIDE = 2048  # of any model; most allow less (models/folder.py)
 SIDE_MULTIPLE = 8
 MAX_STEPS = 150
 MAX_GUIDANCE_SCALE = 30.0
@@ -29,7 +29,8 @@ MAX_LORAS = 8
 MAX_LORA_BYTES = 2**30  # of all LoRAs of a request, as float32; the model process keeps no more on the device
 MAX_LORA_WEIGHT = 10.0
 MAX_IMAGES = 10  # per request, in APIs that generate several images
-# Per request: pixels x steps, summed over its images. Allows ten images of 512x512 in 150 steps, but not three of 1024x1024.
+# Per request: pixels x steps, summed over its images, for a native size of 512x512. Allows ten such images in 150 steps, but not three of
+# 1024x1024.
 MAX_PIXEL_STEPS = 400_000_000
 SEED_LIMIT = 2**32  # every client's language represents such a number exactly
 

@@ -72,6 +72,7 @@ class GeneratedImage:
     device: str = ""  # "cpu" or the GPU's name; "" if unknown
     dtype: str = ""  # of the computation, such as "float32"; "" if unknown
     decoded_again: bool = False  # in float32, because the first result was black or not finite
+    tiled: bool = False  # encoded or decoded in overlapping tiles, because the whole did not fit into memory
     waited_s: float | None = None  # until its first step; None if unknown
 
     def facts(self) -> dict[str, Any]:

@@ -37,16 +37,21 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """An adapter's changes by module name, of the UNet and of the text encoder."""
+    """An adapter's changes by module name, of the UNet and of the text encoders."""
 
     name: str
     hash: str
     unet: Mapping[str, LowRank]
     text_encoder: Mapping[str, LowRank]
+    text_encoder_2: Mapping[str, LowRank]
+
+    @property
+    def changes_text(self) -> bool:
+        return bool(self.text_encoder or self.text_encoder_2)
 
     @functools.cached_property
     def size_bytes(self) -> int:
-        return sum(change.size_bytes for part in (self.unet, self.text_encoder) for change in part.values())
+        return sum(change.size_bytes for part in (self.unet, self.text_encoder, self.text_encoder_2) for change in part.values())
 
 
 # The changes of one row, with their weights, in the order in which they are added.

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.engine import previews, threads
 from stable_diffusion.engine.adapters import AdaptedLayers, Lora
 from stable_diffusion.engine.cuda_graphs import RecordedCalls, Recorder
-from stable_diffusion.engine.job import Conditioning, Job, Latents, TextSchedule
+from stable_diffusion.engine.job import Conditioning, Job, Latents, TextRows, TextSchedule
 from stable_diffusion.engine.loading import Parts
 from stable_diffusion.engine.lora_store import Claim, LoraStore, claimed
 from stable_diffusion.engine.prompts import PromptEncoder, Text
@@ -42,6 +42,7 @@ logger = logging.getLogger("stable_diffusion")
 _TIMED_STEPS = 5
 # A step this slow is not measured again: the first launch hardly affects its time.
 _SLOW_STEP_S = 1.0
+_TILE_SIDE = 512  # pixels; diffusers' own tiles are as large as a native image
 _BLACK = -1 + 1 / 255  # values up to it become level 0 of 255
 
 
@@ -55,7 +56,7 @@ class Denoiser:
         self._masks = VaeImageProcessor(vae_scale_factor=pixels_per_latent, do_normalize=False, do_binarize=True, do_convert_grayscale=True)
         self._pixels_per_latent = pixels_per_latent
         self._device_name = torch.cuda.get_device_name(parts.device) if parts.device.type == "cuda" else parts.device.type
-        self._prompts = PromptEncoder(parts.tokenizer, parts.text_encoder, parts.dtype, parts.inversions)
+        self._prompts = PromptEncoder(parts.text_encoders, parts.dtype, parts.inversions)
         self._adapted = AdaptedLayers(parts.unet)
         self.loras = LoraStore(parts.loras, parts.device, parts.dtype)
         self.call_unet = RecordedCalls(self._run_unet)
@@ -71,6 +72,7 @@ class Denoiser:
                 encoder_hidden_states=inputs.embeddings,
                 encoder_attention_mask=inputs.mask,
                 timestep_cond=inputs.guidance,
+                added_cond_kwargs=None if inputs.pooled is None else {"text_embeds": inputs.pooled, "time_ids": inputs.time_ids},
                 return_dict=False,
             )[0]
         return predicted
@@ -170,6 +172,8 @@ class Denoiser:
         else:
             self._start_under_mask(task, latents)
         self._condition(task, latents, loras)
+        if self._parts.is_xl:
+            latents.time_ids = self._time_ids(task)
         if task.guidance_scale > 1 and latents.guidance_embedding is None:
             # A second-order scheduler makes two calls per step; both must be guided, or neither.
             order = scheduler.order
@@ -192,7 +196,7 @@ class Denoiser:
     def _condition(self, task: Task, latents: Latents, loras: tuple[Lora, ...]) -> None:
         """Read the prompts: which texts each row is told, and what of them is dropped."""
         steps = math.ceil(len(latents.timesteps) / latents.scheduler.order)
-        of_text = [(lora, choice.text_encoder_weight) for lora, choice in zip(loras, task.loras, strict=True) if lora.text_encoder]
+        of_text = [(lora, choice.text_encoder_weight) for lora, choice in zip(loras, task.loras, strict=True) if lora.changes_text]
 
         def schedule_of(prompt: str) -> TextSchedule:
             if task.prompt_syntax == "plain":
@@ -202,6 +206,8 @@ class Denoiser:
         parts = ((task.prompt, 1.0),) if task.prompt_syntax == "plain" else composed(without_lora_tags(task.prompt)[0])
         rows = tuple(schedule_of(text) for text, _ in parts)
         negative = schedule_of(task.negative_prompt)
+        if not task.negative_prompt and self._parts.zeros_for_no_negative_prompt:
+            negative = tuple((last, replace(text, is_zero=True)) for last, text in negative)
         latents.conditioning = Conditioning((negative, *rows), tuple(weight for _, weight in parts))
         width = self._parts.unet.config.time_cond_proj_dim
         if width is not None:
@@ -223,14 +229,22 @@ class Denoiser:
             raise InvalidRequest(f"{field}: more than {tokens} tokens; the excess begins with {dropped[:60]!r}", field=field)
         return dropped
 
-    def _embed(self, state: Latents) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The embeddings (rows, tokens, width) of a job's next step, and their mask where rows differ in length."""
+    def _time_ids(self, task: Task) -> torch.Tensor:
+        """What Stable Diffusion XL is told of an image: its original size, the corner of its crop and its size (Podell et al. 2023)."""
+        values = (task.height, task.width, 0, 0, task.height, task.width)
+        return torch.tensor([values], dtype=self._parts.dtype, device=self._parts.device)
+
+    def _embed(self, state: Latents) -> TextRows:
+        """The embeddings of a job's next step."""
         step = state.step_index // state.scheduler.order + 1
         texts = state.conditioning.at(step)[-state.rows :]
         if texts != state.texts or state.embeddings is None:
-            state.embeddings, state.mask = stacked([self._prompts.encode(text) for text in texts])
+            rows = [self._prompts.encode(text) for text in texts]
+            tokens, mask = stacked([row.tokens for row in rows])
+            summaries = [row.pooled for row in rows if row.pooled is not None]
+            state.embeddings = TextRows(tokens, mask, torch.cat(summaries) if summaries else None)
             state.texts = texts
-        return state.embeddings, state.mask
+        return state.embeddings
 
     def _new_scheduler(self, name: str) -> Any:
         """A new noise scheduler with the model's noise schedule. The shared one is never changed."""
@@ -247,9 +261,12 @@ class Denoiser:
         noise: torch.Tensor = randn_tensor(shape, generator=generator, device=self._parts.device, dtype=self._parts.dtype)
         return noise
 
-    def _encode_image(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        pixels = pixels.to(device=self._parts.device, dtype=self._parts.dtype)
-        encoded: torch.Tensor = retrieve_latents(self._parts.vae.encode(pixels), generator=generator)
+    def _encode_image(self, pixels: torch.Tensor, latents: Latents) -> torch.Tensor:
+        # Rounded to the dtype first, as in diffusers, also where the autoencoder computes in float32.
+        pixels = pixels.to(device=self._parts.device, dtype=self._parts.dtype).to(self._parts.vae.dtype)
+        distribution, tiled = _within_memory(self._parts.vae, lambda: self._parts.vae.encode(pixels))
+        latents.tiled = latents.tiled or tiled
+        encoded: torch.Tensor = retrieve_latents(distribution, generator=latents.generator).to(self._parts.dtype)
         scaling_factor: float = self._parts.vae.config.scaling_factor
         return scaling_factor * encoded
 
@@ -263,7 +280,7 @@ class Denoiser:
 
     def _start_from_image(self, task: Task, latents: Latents) -> None:
         self._skip_to_strength(task, latents)
-        image_latents = self._encode_image(self._images.preprocess(task.image), latents.generator)
+        image_latents = self._encode_image(self._images.preprocess(task.image), latents)
         noise = self._draw_noise(task, latents.generator)
         latents.latents = latents.scheduler.add_noise(image_latents, noise, latents.timesteps[:1])
 
@@ -275,7 +292,7 @@ class Denoiser:
         image_latents = None
         if not has_mask_channels or task.strength < 1:
             # Contiguous as in diffusers' inpaint pipeline (not in its img2img pipeline): the last bit depends on the memory format.
-            image_latents = self._encode_image(pixels, latents.generator).contiguous()
+            image_latents = self._encode_image(pixels, latents).contiguous()
         noise = self._draw_noise(task, latents.generator)
         if task.strength == 1:
             latents.latents = noise * latents.scheduler.init_noise_sigma
@@ -284,7 +301,7 @@ class Denoiser:
         mask = torch.nn.functional.interpolate(mask_pixels, size=noise.shape[-2:])
         mask = mask.to(device=self._parts.device, dtype=self._parts.dtype)
         if has_mask_channels:
-            masked_latents = self._encode_image(pixels * (mask_pixels < 0.5), latents.generator)
+            masked_latents = self._encode_image(pixels * (mask_pixels < 0.5), latents)
             latents.extra_channels = torch.cat([mask, masked_latents], dim=1)
         else:
             # diffusers also encodes the masked image here without using it. Draw its random numbers to stay in sync.
@@ -314,12 +331,14 @@ class Denoiser:
             scaled = state.scheduler.scale_model_input(state.latents, timestep)
             if state.extra_channels is not None:
                 scaled = torch.cat([scaled, state.extra_channels], dim=1)
-            embeddings, mask = self._embed(state)
+            text = self._embed(state)
             timesteps = state.unet_timesteps[state.step_index].expand(job.rows)
             guidance = None if state.guidance_embedding is None else state.guidance_embedding.expand(job.rows, -1)
             adapters = (state.adapters,) * job.rows if state.adapters else ()
             # Repeated by concatenation, as in diffusers. It keeps the memory format, on which the last bit depends.
-            parts.append(RowInputs(torch.cat([scaled] * job.rows), timesteps, embeddings, mask, guidance, adapters))
+            latents = torch.cat([scaled] * job.rows)
+            time_ids = None if state.time_ids is None else state.time_ids.expand(job.rows, -1)
+            parts.append(RowInputs(latents, timesteps, text.tokens, text.mask, guidance, text.pooled, time_ids, adapters))
         return joined(parts)
 
     @torch.inference_mode()
@@ -380,11 +399,14 @@ class Denoiser:
             device=self._device_name,
             dtype=str(self._parts.dtype).removeprefix("torch."),
             decoded_again=decoded_again,
+            tiled=state.tiled,
         )
 
     def _to_pixels(self, vae: Any, state: Latents) -> torch.Tensor:
         latents = state.latents.to(vae.dtype) / vae.config.scaling_factor
-        pixels: torch.Tensor = vae.decode(latents, return_dict=False, generator=state.generator)[0]
+        decoded, tiled = _within_memory(vae, lambda: vae.decode(latents, return_dict=False, generator=state.generator))
+        state.tiled = state.tiled or tiled
+        pixels: torch.Tensor = decoded[0]
         return pixels
 
     def _vae_in_float32(self) -> Any:
@@ -401,6 +423,23 @@ class Denoiser:
         # The checker writes into its input, which inference tensors allow only for a copy.
         pixels, (flagged,) = self._parts.safety_checker(images=pixels.clone(), clip_input=clip_input)
         return pixels, bool(flagged)
+
+
+def _within_memory(vae: Any, work: Callable[[], Any]) -> tuple[Any, bool]:
+    """The result of `work`, which runs the autoencoder, and whether it had to run in tiles, since the whole did not fit into memory."""
+    try:
+        return work(), False
+    except torch.OutOfMemoryError:
+        logger.warning("Out of memory in the autoencoder: trying again in tiles of %d pixels.", _TILE_SIDE)
+    # Outside the handler: the error's traceback holds the intermediate tensors.
+    torch.cuda.empty_cache()
+    vae.enable_tiling()
+    vae.tile_sample_min_size = _TILE_SIDE
+    vae.tile_latent_min_size = _TILE_SIDE >> (len(vae.config.block_out_channels) - 1)
+    try:
+        return work(), True
+    finally:
+        vae.disable_tiling()
 
 
 def _is_usable(pixels: torch.Tensor) -> bool:

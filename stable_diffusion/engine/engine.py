@@ -381,6 +381,8 @@ class Engine:
         else:
             if image.decoded_again:
                 self._emit(DecodedAgainRecord())
+            if image.tiled:
+                self._emit(OutOfMemoryRecord())
             waited_s = None if job.started_s is None else job.started_s - job.submitted_s
             self._end(job, replace(image, waited_s=waited_s), "flagged" if image.flagged else "completed")
 

@@ -41,9 +41,18 @@ class Conditioning:
         return tuple(next(text for last, text in schedule if step <= last) for schedule in self.rows)
 
 
+@dataclass(frozen=True)
+class TextRows:
+    """A job's embeddings: `tokens` (rows, tokens, width), with a mask where rows differ in length, and perhaps `pooled` (rows, width)."""
+
+    tokens: torch.Tensor
+    mask: torch.Tensor | None
+    pooled: torch.Tensor | None
+
+
 @dataclass
 class Latents:
-    """The tensors of one job. Shapes: latents and noise (1, 4, height/8, width/8), embeddings (rows, tokens, width)."""
+    """The tensors of one job. Shapes: latents and noise (1, 4, height/8, width/8)."""
 
     latents: torch.Tensor
     conditioning: Conditioning
@@ -58,9 +67,10 @@ class Latents:
     chunks: int = 1  # of 75 tokens, of its longest text
     adapters: RowAdapters = ()  # of each of its rows
     guidance_embedding: torch.Tensor | None = None  # (1, width), for models that take the guidance scale as an input
-    texts: tuple[Text, ...] = ()  # whose embeddings these are, with a mask where they differ in length
-    embeddings: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
+    texts: tuple[Text, ...] = ()  # whose embeddings these are
+    embeddings: TextRows | None = None
+    time_ids: torch.Tensor | None = None  # (1, 6), in Stable Diffusion XL
+    tiled: bool = False  # the autoencoder worked in tiles
     step_index: int = 0
     preview: Image.Image | None = None  # of the last step, if it was due; an eighth of the size
     # Inpainting on a 4-channel UNet: after each step the area outside the mask is restored.

@@ -20,7 +20,7 @@ from stable_diffusion.core.errors import InvalidRequest
 from stable_diffusion.core.requests import MAX_LORA_BYTES
 from stable_diffusion.core.types import LoraChoice
 from stable_diffusion.engine.adapters import Lora, LowRank
-from stable_diffusion.models.lora_names import Component
+from stable_diffusion.models.lora_names import COMPONENTS, Component
 from stable_diffusion.models.loras import HASH_DIGITS, LayerChange, LoraFile, Loras
 from stable_diffusion.models.safetensors import parse_tensor_list
 
@@ -41,7 +41,7 @@ class _Loading:
     tensors: dict[str, torch.Tensor] | None = None  # as they are in the file
     fault: str | None = None  # why it cannot be loaded
     left: list[tuple[Component, str, LayerChange]] = field(default_factory=list)
-    done: dict[Component, dict[str, LowRank]] = field(default_factory=lambda: {"unet": {}, "text_encoder": {}})
+    done: dict[Component, dict[str, LowRank]] = field(default_factory=lambda: {component: {} for component in COMPONENTS})
     tried_again: bool = False  # after memory ran out
 
 
@@ -175,7 +175,7 @@ class LoraStore:
         if loading.left or loading.fault is not None:
             return None
         self._end(identity, loading)
-        lora = Lora(identity[0], identity[1], loading.done["unet"], loading.done["text_encoder"])
+        lora = Lora(identity[0], identity[1], *(loading.done[component] for component in COMPONENTS))
         self._alive[identity] = lora
         self._keep(identity, lora)
         logger.info("LoRA %s is loaded, %.1f MB.", lora.name, lora.size_bytes / 1e6)

@@ -13,15 +13,24 @@ import torch
 from PIL import Image
 
 FILE_NAME = "latent_to_rgb.json"
-# For the autoencoder of Stable Diffusion 1.x and 2.x; the numbers are from
-# https://discuss.huggingface.co/t/decoding-latents-to-rgb-without-upscaling/23204
+# For the autoencoders of Stable Diffusion 1.x and 2.x and of Stable Diffusion XL; the numbers are from
+# https://discuss.huggingface.co/t/decoding-latents-to-rgb-without-upscaling/23204 and from ComfyUI's latent_formats.py.
 _STABLE_DIFFUSION = ((0.298, 0.207, 0.208), (0.187, 0.286, 0.173), (-0.158, 0.189, 0.264), (-0.184, -0.271, -0.473), (0.0, 0.0, 0.0))
+_STABLE_DIFFUSION_XL = (
+    (0.3651, 0.4232, 0.4341),
+    (-0.2533, -0.0042, 0.1068),
+    (0.1076, 0.1111, -0.0362),
+    (-0.3165, -0.2492, -0.2188),
+    (0.1084, -0.0175, -0.0011),
+)
 
 
-def latent_to_rgb(model: Path) -> torch.Tensor:
+def latent_to_rgb(model: Path, *, is_xl: bool) -> torch.Tensor:
     """The model folder's map, or Stable Diffusion's: (5, 3), from four channels and a constant to red, green and blue in -1 to 1."""
     file = model / FILE_NAME
-    return torch.tensor(json.loads(file.read_text(encoding="utf-8")) if file.exists() else _STABLE_DIFFUSION)
+    if file.exists():
+        return torch.tensor(json.loads(file.read_text(encoding="utf-8")))
+    return torch.tensor(_STABLE_DIFFUSION_XL if is_xl else _STABLE_DIFFUSION)
 
 
 def expected_end(scheduler: Any, latents: torch.Tensor, timestep: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:

@@ -1,21 +1,21 @@
 """Encodes prompts: words to tokens in chunks, tokens to embeddings, with weights, CLIP skip and textual inversions.
 
-A text of one unweighted chunk gives diffusers' embeddings bit for bit. Longer texts and weights follow A1111. `core/prompt_syntax.py` reads
-the grammar; this module does not.
+A text of one unweighted chunk gives diffusers' embeddings bit for bit. Longer texts and weights follow A1111. Stable Diffusion XL has two
+text encoders. `core/prompt_syntax.py` reads the grammar; this module does not.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from stable_diffusion.core.prompt_syntax import Emphasis
 from stable_diffusion.core.requests import MAX_PROMPT_CHUNKS
-from stable_diffusion.engine.adapters import AdaptedLayers, Lora
+from stable_diffusion.engine.adapters import AdaptedLayers, Lora, LowRank
 
 # Embeddings of a chunk take a quarter of a megabyte in Stable Diffusion.
 _KEPT_TEXTS = 64
@@ -24,16 +24,25 @@ _BACK_TO_A_COMMA = 20  # tokens: a full chunk ends after its last comma, if that
 
 @dataclass(frozen=True)
 class Text:
-    """What determines embeddings. `sections` are separated by BREAK. `clip_skip` 1: all layers of the text encoder."""
+    """What determines embeddings. `sections` are separated by BREAK. `clip_skip` 1: the layer that the model is made for."""
 
     sections: tuple[tuple[Emphasis, ...], ...]
     clip_skip: int = 1
-    adapters: tuple[tuple[Lora, float], ...] = ()  # of the text encoder, with their weights
+    adapters: tuple[tuple[Lora, float], ...] = ()  # of the text encoders, with their weights
+    is_zero: bool = False  # zeros instead of the text's embeddings, the negative prompt of models that are trained without one
 
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for equal embeddings. Holds no adapter, so that a kept embedding keeps none on the device."""
-        return self.sections, self.clip_skip, tuple((lora.name, lora.hash, weight) for lora, weight in self.adapters)
+        return self.sections, self.clip_skip, self.is_zero, tuple((lora.name, lora.hash, weight) for lora, weight in self.adapters)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """What the UNet is told of a text: `tokens` (1, tokens, width) and, in Stable Diffusion XL, `pooled` (1, width), its summary."""
+
+    tokens: torch.Tensor
+    pooled: torch.Tensor | None = None
 
 
 @dataclass
@@ -49,28 +58,38 @@ class _Chunk:
         self.weights += [weight] * len(tokens)
 
 
-class PromptEncoder:
-    """The tokenizer and the text encoder of a model. Keeps the embeddings of the most recent texts."""
+@dataclass(frozen=True)
+class TextEncoder:
+    """A text encoder with its tokenizer. Those of a model have the same vocabulary; only their padding may differ."""
 
-    def __init__(
-        self,
-        tokenizer: CLIPTokenizer,
-        text_encoder: CLIPTextModel,
-        dtype: torch.dtype,
-        inversions: Mapping[str, list[int]],
-    ) -> None:
+    tokenizer: CLIPTokenizer
+    model: CLIPTextModel | CLIPTextModelWithProjection
+
+    @property
+    def has_projection(self) -> bool:
+        """Whether it also gives a summary of the text."""
+        return isinstance(self.model, CLIPTextModelWithProjection)
+
+    def padded(self, tokens: list[int]) -> list[int]:
+        start, end, padding = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        return [start, *tokens, end, *[padding] * (self.tokenizer.model_max_length - 2 - len(tokens))]
+
+
+class PromptEncoder:
+    """The text encoders of a model. Keeps the embeddings of the most recent texts."""
+
+    def __init__(self, encoders: Sequence[TextEncoder], dtype: torch.dtype, inversions: Mapping[str, list[int]]) -> None:
         """`inversions`: the tokens that stand for a textual inversion, by its name."""
-        self._tokenizer = tokenizer
-        self._text_encoder = text_encoder
+        self._encoders = encoders
+        self._tokenizer = encoders[0].tokenizer
         self._dtype = dtype
-        self._adapted = AdaptedLayers(text_encoder)
-        self._takes_mask = bool(getattr(text_encoder.config, "use_attention_mask", False))
-        self.chunk_tokens = tokenizer.model_max_length - 2
-        self._comma = tokenizer.get_vocab().get(",</w>")
+        self._adapted = [AdaptedLayers(getattr(encoder.model, "text_model", encoder.model)) for encoder in encoders]
+        self.chunk_tokens = self._tokenizer.model_max_length - 2
+        self._comma = self._tokenizer.get_vocab().get(",</w>")
         # A1111 compares tokens, so the case of a name does not matter. Longer names first: one may begin with another.
         found = [(self._tokens_of(name), tokens) for name, tokens in inversions.items()]
         self._inversions = sorted(found, key=lambda one: -len(one[0]))
-        self._kept: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()  # the last used one at the end
+        self._kept: OrderedDict[tuple[object, ...], Embeddings] = OrderedDict()  # the last used one at the end
 
     def dropped(self, text: Text) -> str:
         """The text beyond MAX_PROMPT_CHUNKS chunks; "" if there is none."""
@@ -80,8 +99,8 @@ class PromptEncoder:
         """How many chunks the text fills, from 1 to MAX_PROMPT_CHUNKS."""
         return min(len(self._chunks(text)), MAX_PROMPT_CHUNKS)
 
-    def encode(self, text: Text) -> torch.Tensor:
-        """The embeddings (1, tokens, width), shared and not to be changed. There are 77 tokens for each chunk.
+    def encode(self, text: Text) -> Embeddings:
+        """The text's embeddings, shared and not to be changed. There are 77 tokens for each chunk.
 
         They are kept, mainly for the empty negative prompt, which nearly every request has.
         """
@@ -94,25 +113,46 @@ class PromptEncoder:
             self._kept.popitem(last=False)
         return embeddings
 
-    def _encode(self, text: Text) -> torch.Tensor:
+    def _encode(self, text: Text) -> Embeddings:
         chunks = self._chunks(text)[:MAX_PROMPT_CHUNKS]
-        device = self._text_encoder.device
-        tokens = torch.tensor([self._padded(chunk.tokens) for chunk in chunks])
-        mask = torch.tensor([[1] * (len(chunk.tokens) + 2) + [0] * (self.chunk_tokens - len(chunk.tokens)) for chunk in chunks])
-        with self._adapted.applied([tuple((lora.text_encoder, weight) for lora, weight in text.adapters)] * len(chunks)):
-            embeddings = self._layer_output(tokens.to(device), mask.to(device) if self._takes_mask else None, text.clip_skip)
+        of_encoders = [self._encode_with(index, chunks, text) for index in range(len(self._encoders))]
+        tokens = torch.cat([tokens for tokens, _ in of_encoders], dim=-1)
+        pooled = of_encoders[-1][1]
+        if text.is_zero:
+            return Embeddings(torch.zeros_like(tokens), None if pooled is None else torch.zeros_like(pooled))
+        return Embeddings(tokens, pooled)
+
+    def _encode_with(self, index: int, chunks: list[_Chunk], text: Text) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One encoder's embeddings (1, tokens, width) and, if it has a projection, its summary of the first chunk (1, width)."""
+        encoder = self._encoders[index]
+        device = encoder.model.device
+        tokens = torch.tensor([encoder.padded(chunk.tokens) for chunk in chunks], device=device)
+        mask = None
+        if getattr(encoder.model.config, "use_attention_mask", False):
+            lengths = [len(chunk.tokens) for chunk in chunks]
+            mask = torch.tensor([[1] * (length + 2) + [0] * (self.chunk_tokens - length) for length in lengths], device=device)
+        adapters = tuple((_changes(lora, index), weight) for lora, weight in text.adapters if _changes(lora, index))
+        with self._adapted[index].applied([adapters] * len(chunks)):
+            embeddings, pooled = self._layer_output(encoder, tokens, mask, text.clip_skip)
         if any(weight != 1 for chunk in chunks for weight in chunk.weights):
             embeddings = _weighted(embeddings, [self._padded_weights(chunk.weights) for chunk in chunks])
-        return embeddings.reshape(1, -1, embeddings.shape[-1]).to(dtype=self._dtype)
+        return embeddings.reshape(1, -1, embeddings.shape[-1]).to(self._dtype), None if pooled is None else pooled[:1].to(self._dtype)
 
-    def _layer_output(self, tokens: torch.Tensor, mask: torch.Tensor | None, clip_skip: int) -> torch.Tensor:
-        """The text encoder's output for each token, (chunks, 77, width): its last layer, or with `clip_skip` n the nth from the end."""
+    def _layer_output(
+        self, encoder: TextEncoder, tokens: torch.Tensor, mask: torch.Tensor | None, clip_skip: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """An encoder's output for each token (chunks, 77, width) and for each chunk (chunks, width), the latter with a projection only.
+
+        Stable Diffusion 1 and 2 use the last layer's, normalized; Stable Diffusion XL that of the layer before it, as it is (Podell et al.
+        2023). `clip_skip` n: that of n - 1 layers before.
+        """
+        if len(self._encoders) > 1:
+            output = encoder.model(tokens, attention_mask=mask, output_hidden_states=True)
+            return output.hidden_states[-1 - clip_skip], output[0] if encoder.has_projection else None
         if clip_skip == 1:
-            last: torch.Tensor = self._text_encoder(tokens, attention_mask=mask)[0]
-            return last
-        states = self._text_encoder(tokens, attention_mask=mask, output_hidden_states=True).hidden_states
-        skipped: torch.Tensor = self._text_encoder.final_layer_norm(states[-clip_skip])
-        return skipped
+            return encoder.model(tokens, attention_mask=mask)[0], None
+        states = encoder.model(tokens, attention_mask=mask, output_hidden_states=True).hidden_states
+        return encoder.model.final_layer_norm(states[-clip_skip]), None
 
     def _chunks(self, text: Text) -> list[_Chunk]:
         """The text's tokens in chunks of 75. BREAK begins a new one."""
@@ -156,12 +196,12 @@ class PromptEncoder:
         tokens: list[int] = self._tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
         return tokens
 
-    def _padded(self, tokens: list[int]) -> list[int]:
-        start, end, padding = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id, self._tokenizer.pad_token_id
-        return [start, *tokens, end, *[padding] * (self.chunk_tokens - len(tokens))]
-
     def _padded_weights(self, weights: list[float]) -> list[float]:
         return [1.0, *weights, *[1.0] * (self.chunk_tokens + 1 - len(weights))]
+
+
+def _changes(lora: Lora, encoder: int) -> Mapping[str, LowRank]:
+    return (lora.text_encoder, lora.text_encoder_2)[encoder]
 
 
 def _weighted(embeddings: torch.Tensor, weights: list[list[float]]) -> torch.Tensor:

@@ -18,7 +18,8 @@ class RowInputs:
     """Shapes: latents (rows, channels, height/8, width/8), timesteps (rows), embeddings (rows, tokens, width).
 
     `mask` (rows, tokens) is 1 for tokens that count; None where all rows have the same number of tokens. `guidance` (rows, width) is for
-    models that take the guidance scale as an input. `adapters` has one entry for each row, or none if no row has an adapter.
+    models that take the guidance scale as an input; `pooled` (rows, width) and `time_ids` (rows, 6) are Stable Diffusion XL's: the summary
+    of a text, and sizes and crop. `adapters` has one entry for each row, or none if no row has an adapter.
     """
 
     latents: torch.Tensor
@@ -26,6 +27,8 @@ class RowInputs:
     embeddings: torch.Tensor
     mask: torch.Tensor | None = None
     guidance: torch.Tensor | None = None
+    pooled: torch.Tensor | None = None
+    time_ids: torch.Tensor | None = None
     adapters: tuple[RowAdapters, ...] = ()
 
     @property

@@ -8,30 +8,32 @@ import math
 from PIL import Image, ImageOps
 
 from stable_diffusion.core.errors import InvalidRequest
-from stable_diffusion.core.requests import MAX_SIDE, MIN_SIDE, SIDE_MULTIPLE
+from stable_diffusion.core.requests import MIN_SIDE, SIDE_MULTIPLE
 
 _SAME_PROPORTIONS = 0.02  # a mask painted on a scaled-down image may be off by a pixel
 
 
-def output_size(image_size: tuple[int, int], native_size: tuple[int, int], width: int | None, height: int | None) -> tuple[int, int]:
+def output_size(
+    image_size: tuple[int, int], native_size: tuple[int, int], width: int | None, height: int | None, max_side: int
+) -> tuple[int, int]:
     """The (width, height) of the output for an input image.
 
     Requested sides are kept; a missing one follows from the image's proportions. With neither, the image is fitted
-    to the model's native area. Sides are multiples of 8 and within the limits.
+    to the model's native area. Sides that follow are multiples of 8 and at most `max_side`.
     """
     if width is not None and height is not None:
         return width, height
     proportion = image_size[0] / image_size[1]
     if width is not None:
-        return width, _allowed_side(width / proportion)
+        return width, _allowed_side(width / proportion, max_side)
     if height is not None:
-        return _allowed_side(height * proportion), height
+        return _allowed_side(height * proportion, max_side), height
     area = native_size[0] * native_size[1]
-    return _allowed_side(math.sqrt(area * proportion)), _allowed_side(math.sqrt(area / proportion))
+    return _allowed_side(math.sqrt(area * proportion), max_side), _allowed_side(math.sqrt(area / proportion), max_side)
 
 
-def _allowed_side(side: float) -> int:
-    return min(MAX_SIDE, max(MIN_SIDE, round(side / SIDE_MULTIPLE) * SIDE_MULTIPLE))
+def _allowed_side(side: float, max_side: int) -> int:
+    return min(max_side, max(MIN_SIDE, round(side / SIDE_MULTIPLE) * SIDE_MULTIPLE))
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -17,6 +17,7 @@ from stable_diffusion.core.schedulers import class_and_options, known_scheduler
 
 FILE_NAME = "defaults.json"
 _USUAL_STEPS, _USUAL_GUIDANCE_SCALE = 50, 7.5
+_XL_GUIDANCE_SCALE = 5.0  # as in diffusers
 _FEW_STEPS = 4
 _LCM_GUIDANCE_SCALE = 8.5  # of a model that takes the scale as an input (Luo et al. 2023)
 
@@ -91,4 +92,6 @@ def _shown_by(scheduler: str, unet: dict[str, Any], config: dict[str, Any]) -> t
         and config.get("prediction_type", "epsilon") == "epsilon"
         and not config.get("rescale_betas_zero_snr")
     )
-    return (_FEW_STEPS, 0.0) if is_turbo else (_USUAL_STEPS, _USUAL_GUIDANCE_SCALE)
+    if is_turbo:
+        return _FEW_STEPS, 0.0
+    return _USUAL_STEPS, _XL_GUIDANCE_SCALE if unet.get("addition_embed_type") == "text_time" else _USUAL_GUIDANCE_SCALE

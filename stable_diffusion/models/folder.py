@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_diffusion.core.errors import ModelFolderError
+from stable_diffusion.core.requests import MAX_PIXEL_STEPS, MAX_SIDE
 from stable_diffusion.core.settings import MODEL_VARIABLE, read_settings
 from stable_diffusion.core.types import Precision
 from stable_diffusion.models.defaults import FILE_NAME as DEFAULTS_FILE_NAME
@@ -31,25 +32,30 @@ _PIPELINES = (
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
 )
-_COMPONENTS_WITH_WEIGHTS = {
+_XL_PIPELINES = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
+_WEIGHT_FILES = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
+    "text_encoder_2": "model",
     "safety_checker": "model",
 }
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 _HALF_PRECISION = ".fp16"
 _HASH_DIGITS = 10  # as A1111 shows them
+_LARGE_SIDE = 1024  # pixels
+_USUAL_PIXELS = 512 * 512  # of the native size that MAX_PIXEL_STEPS is for
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A checked diffusers folder of a Stable Diffusion 1.x or 2.x model, with facts from its JSON files."""
+    """A checked diffusers folder of a Stable Diffusion 1.x, 2.x or XL model, with facts from its JSON files."""
 
     path: Path
     name: str
     is_demo: bool
+    is_xl: bool  # Stable Diffusion XL: two text encoders, and a UNet that is also told sizes
     native_width: int  # pixels
     native_height: int  # pixels
     scheduler: str  # the default one: a key of SCHEDULERS, or diffusers' class name
@@ -57,9 +63,24 @@ class ModelFolder:
     only_inpaints: bool  # its UNet has 9 input channels and needs a mask
     has_safety_checker: bool
     variant: str | None  # "fp16" if the folder has only half-precision files, named as on the hub
-    text_layers: int  # of the text encoder
+    text_layers: int  # how many of the text encoder's layers clip_skip can choose from
     loras: Path  # the folder of LoRAs, which need not exist
     embeddings: Path  # the folder of textual inversions, which need not exist
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """The components that encode prompts."""
+        return ("text_encoder", "text_encoder_2") if self.is_xl else ("text_encoder",)
+
+    @property
+    def max_side(self) -> int:
+        """The greatest width and height in pixels: twice the native size of a model for large images."""
+        return MAX_SIDE if min(self.native_width, self.native_height) >= _LARGE_SIDE else _LARGE_SIDE
+
+    @property
+    def max_pixel_steps(self) -> int:
+        """How much work a request may ask for: pixels x steps, summed over its images. Larger native images are as many."""
+        return MAX_PIXEL_STEPS * max(1, self.native_width * self.native_height // _USUAL_PIXELS)
 
     @functools.cached_property
     def hash(self) -> str:
@@ -71,11 +92,10 @@ class ModelFolder:
         This is not the hash that A1111 or the hub show, which covers the bytes of one file.
         """
         digest = hashlib.sha256()
-        for component, stem in _COMPONENTS_WITH_WEIGHTS.items():
-            if component != "safety_checker":
-                files, _ = _find_weights(self.path / component, stem)
-                for described, sample in sorted(sample for file in files for sample in samples_of(file)):
-                    digest.update(f"{component} {described}\n".encode() + sample)
+        for component in ("unet", "vae", *self.text_encoders):
+            files, _ = _find_weights(self.path / component, _WEIGHT_FILES[component])
+            for described, sample in sorted(sample for file in files for sample in samples_of(file)):
+                digest.update(f"{component} {described}\n".encode() + sample)
         scheduler = _read_json(self.path / "scheduler" / "scheduler_config.json", "the noise scheduler's configuration")
         digest.update(json.dumps({name: scheduler[name] for name in scheduler if name != "_diffusers_version"}, sort_keys=True).encode())
         return digest.hexdigest()[:_HASH_DIGITS]
@@ -86,7 +106,7 @@ class ModelFolder:
 
     def weight_shapes(self, component: str) -> dict[str, list[int]]:
         """The shapes of a component's tensors by name, from its files' headers."""
-        files, _ = _find_weights(self.path / component, _COMPONENTS_WITH_WEIGHTS[component])
+        files, _ = _find_weights(self.path / component, _WEIGHT_FILES[component])
         return {name: tensor["shape"] for file in files for name, tensor in read_tensor_list(file)[0].items()}
 
 
@@ -136,27 +156,30 @@ def _has_weights(folder: Path) -> bool:
 
 
 def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False) -> ModelFolder:
-    """Check that `folder` is a complete SD 1.x or 2.x model in safetensors. Raises ModelFolderError, which names the wrong file."""
+    """Check that `folder` is a complete SD 1.x, 2.x or XL model in safetensors. Raises ModelFolderError, which names the wrong file."""
     if not folder.is_dir():
         raise ModelFolderError(f"{folder}: no such folder")
     _refuse_pickles(folder)
     index = _read_json(folder / "model_index.json", "not a diffusers model folder")
     pipeline = index.get("_class_name")
-    if pipeline not in _PIPELINES:
+    is_xl = pipeline in _XL_PIPELINES
+    if pipeline not in _PIPELINES and not is_xl:
         raise ModelFolderError(
-            f"{folder / 'model_index.json'}: a {pipeline} is not a Stable Diffusion 1.x or 2.x model, expected {' or '.join(_PIPELINES)}"
+            f"{folder / 'model_index.json'}: a {pipeline} is not a Stable Diffusion 1.x, 2.x or XL model, "
+            f"expected {' or '.join(_PIPELINES + _XL_PIPELINES)}"
         )
-    has_checker = (index.get("safety_checker") or [None])[0] is not None
-    variants = {
-        _check_weights(folder / component, stem)
-        for component, stem in _COMPONENTS_WITH_WEIGHTS.items()
-        if component != "safety_checker" or has_checker
-    }
+    if index.get("requires_aesthetics_score"):
+        raise ModelFolderError(f"{folder / 'model_index.json'}: the refiner of Stable Diffusion XL cannot generate images on its own")
+    has_checker = not is_xl and (index.get("safety_checker") or [None])[0] is not None
+    components = ["unet", "vae", "text_encoder", *["text_encoder_2"] * is_xl, *["safety_checker"] * has_checker]
+    variants = {_check_weights(folder / component, _WEIGHT_FILES[component]) for component in components}
     if len(variants) > 1:
         raise ModelFolderError(f"{folder}: some components have only half-precision files, others only full-precision ones")
     if has_checker:
         _read_json(folder / "feature_extractor" / "preprocessor_config.json", "the preprocessing for the safety checker")
     _check_tokenizer(folder / "tokenizer")
+    if is_xl:
+        _check_tokenizer(folder / "tokenizer_2")
     unet = _read_json(folder / "unet" / "config.json", "the UNet's configuration")
     vae = _read_json(folder / "vae" / "config.json", "the autoencoder's configuration")
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", "the noise scheduler's configuration")
@@ -169,6 +192,8 @@ def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False)
         raise ModelFolderError(f"{folder / 'unet' / 'config.json'}: sample_size is {native}, expected a number of latent pixels")
     if not isinstance(vae.get("block_out_channels"), list):
         raise ModelFolderError(f"{folder / 'vae' / 'config.json'}: block_out_channels is missing")
+    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
+        raise ModelFolderError(f"{folder / 'vae' / 'config.json'}: latents_mean and latents_std are not supported")
     pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
     stated = _stated_defaults(folder)
     default_scheduler = stated.scheduler or str(scheduler.get("_class_name", "PNDMScheduler"))
@@ -176,6 +201,7 @@ def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False)
         path=folder,
         name=name or folder.name,
         is_demo=is_demo,
+        is_xl=is_xl,
         native_width=stated.width or latent_width * pixels_per_latent,
         native_height=stated.height or latent_height * pixels_per_latent,
         scheduler=default_scheduler,
@@ -183,7 +209,10 @@ def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False)
         only_inpaints=channels == 9,
         has_safety_checker=has_checker,
         variant=variants.pop(),
-        text_layers=_text_layers(folder),
+        # Stable Diffusion XL starts from the layer before the last.
+        text_layers=min(_text_layers(folder, "text_encoder"), _text_layers(folder, "text_encoder_2")) - 1
+        if is_xl
+        else _text_layers(folder, "text_encoder"),
         loras=folder.parent / "loras",
         embeddings=folder.parent / "embeddings",
     )
@@ -194,8 +223,8 @@ def _stated_defaults(folder: Path) -> DefaultsFile:
     return read_defaults(file, _read_json(file, "the model's defaults") if file.exists() else {})
 
 
-def _text_layers(folder: Path) -> int:
-    file = folder / "text_encoder" / "config.json"
+def _text_layers(folder: Path, text_encoder: str) -> int:
+    file = folder / text_encoder / "config.json"
     layers = _read_json(file, "the text encoder's configuration").get("num_hidden_layers")
     if not isinstance(layers, int) or layers < 1:
         raise ModelFolderError(f"{file}: num_hidden_layers is {layers}, expected a number of layers")

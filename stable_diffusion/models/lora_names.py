@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-Component = Literal["unet", "text_encoder"]
+Component = Literal["unet", "text_encoder", "text_encoder_2"]
+COMPONENTS: tuple[Component, ...] = get_args(Component)
 Part = Literal["down", "up", "alpha"]
 Layer = tuple[Component, str]
 
@@ -33,8 +34,6 @@ _KIND_BY_MARK = {
     "dora_scale": "a DoRA",
     "lora_magnitude_vector": "a DoRA",
     "lora_mid": "a LoCon in CP decomposition",
-    "lora_te2_": "a LoRA for Stable Diffusion XL",
-    "text_encoder_2.": "a LoRA for Stable Diffusion XL",
     "double_blocks": "a LoRA for Flux",
     "transformer.": "a LoRA for a diffusion transformer",
     "lora_transformer_": "a LoRA for a diffusion transformer",
@@ -60,19 +59,27 @@ def kind_of_other(names: list[str]) -> str | None:
     return next((kind for mark, kind in _KIND_BY_MARK.items() if mark in joined), None)
 
 
-def layers_by_name(unet_layers: list[str], text_encoder_layers: list[str], shape: UNetShape) -> Mapping[str, Layer]:
-    """Every spelling of each layer's name in a LoRA file."""
+def is_for_xl(names: list[str]) -> bool:
+    """Whether tensors of these `names` change a second text encoder, which only Stable Diffusion XL has."""
+    return any(name.startswith(("lora_te2_", "text_encoder_2.")) for name in names)
+
+
+def layers_by_name(layers: Mapping[Component, list[str]], shape: UNetShape) -> Mapping[str, Layer]:
+    """Every spelling of each layer's name in a LoRA file, from the layers of a model's components."""
     known: dict[str, Layer] = {}
-    for layer in unet_layers:
+    is_xl = bool(layers.get("text_encoder_2"))
+    for layer in layers["unet"]:
         found: Layer = ("unet", layer)
         known |= dict.fromkeys((layer, f"unet.{layer}", _kohya("lora_unet", layer)), found)
         if (original := _original_name(layer, shape)) is not None:
             known[_kohya("lora_unet", original)] = found
-    for layer in text_encoder_layers:
-        found = ("text_encoder", layer)
-        full = f"text_model.{layer}"
-        for spelling in (f"text_encoder.{full}", f"text_encoder.{layer}", _kohya("lora_te", full), _kohya("lora_te1", full)):
-            known[spelling] = found
+    prefixes: dict[Component, tuple[str, ...]] = {"text_encoder": ("lora_te1",) if is_xl else ("lora_te", "lora_te1")}
+    prefixes["text_encoder_2"] = ("lora_te2",)
+    for component, kohya_prefixes in prefixes.items():
+        for layer in layers.get(component, []):
+            full = f"text_model.{layer}"
+            spellings = (f"{component}.{full}", f"{component}.{layer}", *(_kohya(prefix, full) for prefix in kohya_prefixes))
+            known |= dict.fromkeys(spellings, (component, layer))
     return known
 
 
@@ -106,6 +113,8 @@ _OUTSIDE_BLOCKS = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }

@@ -16,7 +16,17 @@ from typing import Any
 from stable_diffusion.core.errors import LoraNotFound, ModelFolderError
 from stable_diffusion.core.requests import MAX_LORA_BYTES
 from stable_diffusion.models.folder import ModelFolder
-from stable_diffusion.models.lora_names import Component, Layer, Part, UNetShape, kind_of_other, layers_by_name, split
+from stable_diffusion.models.lora_names import (
+    COMPONENTS,
+    Component,
+    Layer,
+    Part,
+    UNetShape,
+    is_for_xl,
+    kind_of_other,
+    layers_by_name,
+    split,
+)
 from stable_diffusion.models.safetensors import check_safetensors, fault_of, read_metadata, read_tensor_list
 
 HASH_DIGITS = 12  # as A1111 writes them
@@ -138,11 +148,13 @@ def check_lora(file: Path, model: ModelFolder) -> LoraFile:
         raise LoraError(f"its header has {header_bytes} bytes, at most {_MAX_HEADER_BYTES} are read")
     if (kind := kind_of_other(list(tensors))) is not None:
         raise LoraError(f"it is {kind}, which is not supported")
+    if is_for_xl(list(tensors)) and not model.is_xl:
+        raise LoraError("it is a LoRA for Stable Diffusion XL, which the model is not")
     for name, tensor in tensors.items():
         if (fault := fault_of(tensor)) is not None:
             raise LoraError(f"{name[:80]!r} {fault}")
     shapes = model_layers(model)
-    layers: dict[Component, dict[str, LayerChange]] = {"unet": {}, "text_encoder": {}}
+    layers: dict[Component, dict[str, LayerChange]] = {component: {} for component in COMPONENTS}
     for (component, layer), parts in _by_layer(tensors, _known_names(model)).items():
         if "down" not in parts or "up" not in parts:
             raise LoraError(f"{layer}: {'down' if 'up' in parts else 'up'} is missing")
@@ -199,18 +211,19 @@ def _squeezed(shape: list[int]) -> list[int]:
 @functools.lru_cache(maxsize=4)
 def model_layers(model: ModelFolder) -> Mapping[Component, Mapping[str, list[int]]]:
     """The weights' shapes of all linear and convolution layers."""
-    components: tuple[Component, ...] = ("unet", "text_encoder")
     return {
         component: {
             name.removesuffix(".weight"): shape
             for name, shape in _shapes(model, component)
-            if name.endswith(".weight") and len(shape) in (2, 4) and not name.startswith("embeddings.")
+            if name.endswith(".weight") and len(shape) in (2, 4) and name.split(".")[0] not in ("embeddings", "text_projection")
         }
-        for component in components
+        for component in COMPONENTS
     }
 
 
-def _shapes(model: ModelFolder, component: str) -> list[tuple[str, list[int]]]:
+def _shapes(model: ModelFolder, component: Component) -> list[tuple[str, list[int]]]:
+    if component not in ("unet", *model.text_encoders):
+        return []
     return [(name.removeprefix("text_model."), shape) for name, shape in model.weight_shapes(component).items()]
 
 
@@ -220,4 +233,4 @@ def _known_names(model: ModelFolder) -> Mapping[str, Layer]:
     config = model.config("unet")
     with_attention = frozenset(index for index, kind in enumerate(config.get("up_block_types", ())) if "CrossAttn" in kind)
     shape = UNetShape(int(config.get("layers_per_block", 2)), with_attention)
-    return layers_by_name(list(layers["unet"]), list(layers["text_encoder"]), shape)
+    return layers_by_name({component: list(found) for component, found in layers.items()}, shape)

@@ -9,7 +9,14 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline
+from diffusers import (
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
 from PIL import Image
 
 from stable_diffusion.core.types import Task
@@ -18,6 +25,11 @@ PIPELINES = {
     "txt2img": StableDiffusionPipeline,
     "img2img": StableDiffusionImg2ImgPipeline,
     "inpaint": StableDiffusionInpaintPipeline,
+}
+XL_PIPELINES = {
+    "txt2img": StableDiffusionXLPipeline,
+    "img2img": StableDiffusionXLImg2ImgPipeline,
+    "inpaint": StableDiffusionXLInpaintPipeline,
 }
 
 # As diffusers documents A1111's samplers (api/schedulers/overview), by what may follow a class's name in a scheduler's.
@@ -34,7 +46,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
 @functools.cache
 def pipeline_of(folder: Path, kind: str) -> tuple[Any, dict[str, Any]]:
     """A pipeline as diffusers loads it, which shares nothing with our engine, and the settings of the scheduler that it came with."""
-    pipeline = PIPELINES[kind].from_pretrained(folder, dtype=torch.float32)
+    pipelines = XL_PIPELINES if (folder / "text_encoder_2").exists() else PIPELINES
+    pipeline = pipelines[kind].from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, pipeline.scheduler.config
 
@@ -54,7 +67,7 @@ def draw_with_diffusers(folder: Path, task: Task, **options_of_the_call: Any) ->
         arguments |= {"mask_image": task.mask}
     images: list[Image.Image] = pipeline(
         prompt=task.prompt,
-        negative_prompt=task.negative_prompt,
+        negative_prompt=task.negative_prompt or None,
         num_inference_steps=task.num_inference_steps,
         guidance_scale=task.guidance_scale,
         generator=torch.Generator("cpu").manual_seed(task.seed),

@@ -262,7 +262,7 @@ def as_job(state: Latents) -> Job:
 
 def test_a_text_that_was_encoded_before_is_not_encoded_again_and_draws_the_same(demo_parts: Parts) -> None:
     encoded: list[torch.nn.Module] = []
-    hook = demo_parts.text_encoder.register_forward_hook(lambda module, inputs, output: encoded.append(module))
+    hook = demo_parts.text_encoders[0].model.register_forward_hook(lambda module, inputs, output: encoded.append(module))
     denoiser = Denoiser(demo_parts)
     first = denoiser.prepare(make_task(prompt="a red circle"))
     assert len(encoded) == 2  # and the empty negative prompt

@@ -57,15 +57,16 @@ def test_a_picture_is_the_same_with_and_without_previews(recording_engine: Recor
 
 
 def test_the_demo_model_has_a_map_of_its_own() -> None:
-    ours, stable_diffusions = previews.latent_to_rgb(DEMO_FOLDER), previews.latent_to_rgb(DEMO_FOLDER / "unet")
+    ours, stable_diffusions = (previews.latent_to_rgb(folder, is_xl=False) for folder in (DEMO_FOLDER, DEMO_FOLDER / "unet"))
     assert ours.shape == stable_diffusions.shape
     assert not torch.equal(ours, stable_diffusions)
 
 
 def test_a_model_without_a_map_of_its_own_gets_stable_diffusions(tmp_path_factory: pytest.TempPathFactory) -> None:
-    factors = previews.latent_to_rgb(tmp_path_factory.mktemp("model"))
-    assert factors.shape == (5, 3)
+    factors, xl_factors = (previews.latent_to_rgb(tmp_path_factory.mktemp("model"), is_xl=is_xl) for is_xl in (False, True))
+    assert factors.shape == xl_factors.shape == (5, 3)
     assert factors[4].tolist() == [0, 0, 0]
+    assert xl_factors[4].tolist() != [0, 0, 0]
 
 
 def test_the_fitted_map_gives_back_a_linear_one() -> None:

@@ -15,8 +15,6 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 from stable_diffusion.core.errors import FieldError, InvalidRequest, NotFound
 from stable_diffusion.core.requests import (
     MAX_IMAGES,
-    MAX_PIXEL_STEPS,
-    MAX_SIDE,
     MAX_STEPS,
     MIN_SIDE,
     SEED_LIMIT,
@@ -30,6 +28,7 @@ from stable_diffusion.core.requests import (
 )
 from stable_diffusion.core.schedulers import SCHEDULERS, has_eta, known_schedule, sampler_of, scheduler_of
 from stable_diffusion.models.defaults import Defaults
+from stable_diffusion.models.folder import ModelFolder
 
 MAX_NAMES = 1024  # of an object; the complete options of A1111 have about 400
 MAX_MASK_BLUR = 64
@@ -45,7 +44,7 @@ A1111_NAMES = {
 }
 _OUR_NAMES = re.compile(rf"\b({'|'.join(A1111_NAMES)})\b")
 
-_SIDE = f"Rounded down to a multiple of {SIDE_MULTIPLE}; {MIN_SIDE} to {MAX_SIDE}."
+_SIDE = f"Rounded down to a multiple of {SIDE_MULTIPLE}; {MIN_SIDE} to 1024, or 2048 with models for large images."
 _WITHOUT_EFFECT = "Has no effect."
 # Report only the first wrong item: a list may have thousands.
 _Texts = Annotated[list[str], FailFast()]
@@ -58,7 +57,11 @@ class Options(BaseModel):
 
     sd_model_checkpoint: str | None = Field(None, description="The title or model_name of the served model; any other is refused.")
     enable_pnginfo: bool | None = Field(None, description="In override_settings, false: the file gets no infotext.")
-    CLIP_stop_at_last_layers: int | None = Field(None, description="In override_settings: the clip_skip of this request. By default 1.")
+    CLIP_stop_at_last_layers: int | None = Field(
+        None,
+        description="In override_settings: the clip_skip of this request. By default 1. A1111 counts the layers of "
+        "Stable Diffusion XL from the second to last, so 1 and 2 are the same there.",
+    )
 
 
 _NO_OPTIONS = Options(sd_model_checkpoint=None, enable_pnginfo=None, CLIP_stop_at_last_layers=None)
@@ -91,8 +94,8 @@ class GenerationBody(BaseModel):
         1,
         ge=1,
         le=MAX_IMAGES,
-        description=f"batch_size * n_iter images are generated, at most {MAX_IMAGES}, and in total at most "
-        f"{MAX_PIXEL_STEPS // 10**6} million pixel steps: width * height * steps * images.",
+        description=f"batch_size * n_iter images are generated, at most {MAX_IMAGES}, and in total at most max_pixel_steps of "
+        "GET /capabilities: width * height * steps * images.",
     )
     n_iter: int = Field(1, ge=1, le=MAX_IMAGES, description="See batch_size.")
     override_settings: Options = Field(
@@ -270,17 +273,20 @@ def scheduler_asked_for(sampler: str, schedule: str) -> str | None:
         raise NotFound(f"sampler_name: {error}", field="sampler_name") from None
 
 
-def with_allowed_guidance(asked: Asked[Body, Parameters], defaults: Defaults) -> Asked[Body, Parameters]:
-    """The same request with the nearest guidance scale that the model supports: A1111's clients send 7 to every model.
+def fitted_to_model(asked: Asked[Body, Parameters], model: ModelFolder) -> Asked[Body, Parameters]:
+    """The same request in the terms of `model`: with a guidance scale that it supports, and CLIP skip counted as ours.
 
-    A request without one gets A1111's default, 7, unless the model has a default of its own.
+    A1111's clients send guidance scale 7 to every model. A request without one gets A1111's default, 7, unless the model has its own.
     """
+    clip_skip = asked.parameters.clip_skip
+    if model.is_xl:
+        clip_skip = max(1, clip_skip - 1)  # A1111's 2 is the layer that the model is made for
     scale = asked.parameters.guidance_scale
-    if scale is None:
-        if defaults.guidance_scale != Defaults.guidance_scale:
-            return asked
+    if scale is None and model.defaults.guidance_scale == Defaults.guidance_scale:
         scale = _GUIDANCE_SCALE
-    return replace(asked, parameters=asked.parameters.model_copy(update={"guidance_scale": defaults.allowed_guidance_scale(scale)}))
+    if scale is not None:
+        scale = model.defaults.allowed_guidance_scale(scale)
+    return replace(asked, parameters=asked.parameters.model_copy(update={"guidance_scale": scale, "clip_skip": clip_skip}))
 
 
 def missing_schedule(body: GenerationBody, scheduler: str) -> str | None:

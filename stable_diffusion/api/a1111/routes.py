@@ -19,12 +19,12 @@ from stable_diffusion.api.a1111.parameters import (
     ImageToImageBody,
     Options,
     asked_seed,
+    fitted_to_model,
     in_a1111_words,
     read_image_to_image,
     read_options,
     read_png_info,
     read_text_to_image,
-    with_allowed_guidance,
     without_images,
 )
 from stable_diffusion.api.a1111.responses import (
@@ -68,7 +68,7 @@ def make_routes(context: Context) -> list[Route]:
             asked = read_text_to_image(await read_json_body(uploading, max_names=MAX_NAMES))
         await run_in_threadpool(_require_served, asked.body.override_settings, context.model())
         served = context.served()
-        asked = with_allowed_guidance(asked, served.model.defaults)
+        asked = fitted_to_model(asked, served.model)
         task = await run_in_threadpool(in_a1111_words, lambda: text_task(asked.parameters, served))
         return await _respond(request, context, asked.body, task, asked.count)
 
@@ -142,7 +142,7 @@ def make_routes(context: Context) -> list[Route]:
 
 async def _respond(request: Request, context: Context, body: GenerationBody, task: Task, count: int) -> Response:
     # A1111's clients send prompts of any length; `info` reports the words that did not fit.
-    tasks: Sequence[Task] = consecutive_tasks(replace(task, cut_prompts=True), count)
+    tasks: Sequence[Task] = consecutive_tasks(replace(task, cut_prompts=True), count, context.model())
     if isinstance(body, ImageToImageBody) and body.denoising_strength == 0:
         tasks = [replace(one, strength=0.0) for one in tasks]
         images: Sequence[GeneratedImage] = [unchanged_image(one) for one in tasks]
@@ -160,12 +160,12 @@ async def _read_image_tasks(request: Request, context: Context) -> tuple[Generat
 
 def _read_image_task(content: bytes, served: Served) -> tuple[GenerationBody, Task, int]:
     """The body, the first image's task and the number of images. Inputs are resized in A1111's mode, so `image_task` fits nothing."""
-    asked = with_allowed_guidance(read_image_to_image(parse_json(content, "body", MAX_NAMES)), served.model.defaults)
+    asked = fitted_to_model(read_image_to_image(parse_json(content, "body", MAX_NAMES)), served.model)
     _require_served(asked.body.override_settings, served.model)
     image = read_initial_image(asked.body)
     mask = read_inpainting_mask(asked.body, image.size)
     native = served.model.native_width, served.model.native_height
-    width, height = output_size(image.size, native, asked.parameters.width, asked.parameters.height)
+    width, height = output_size(image.size, native, asked.parameters.width, asked.parameters.height, served.model.max_side)
     parameters = asked.parameters.model_copy(update={"width": width, "height": height})
     image = resize(image, width, height, asked.body.resize_mode)
     mask = None if mask is None else resize(mask, width, height, asked.body.resize_mode)

@@ -14,7 +14,6 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from stable_diffusion.core.errors import InvalidRequest, UnknownParameter
 from stable_diffusion.core.requests import (
     MAX_IMAGES,
-    MAX_PIXEL_STEPS,
     GenerationRequest,
     ImageToImageRequest,
     TextToImageRequest,
@@ -62,12 +61,13 @@ class OpenaiParameters(BaseModel):
         1,
         ge=1,
         le=MAX_IMAGES,
-        description="How many images; image i is generated with seed + i. In total at most "
-        f"{MAX_PIXEL_STEPS // 10**6} million pixel steps: width x height x num_inference_steps x n.",
+        description="How many images; image i is generated with seed + i. In total at most max_pixel_steps of GET /capabilities: "
+        "width x height x num_inference_steps x n.",
     )
     size: Annotated[str, AfterValidator(_known_size)] = Field(
         "auto",
-        description="WIDTHxHEIGHT, multiples of 8 from 64 to 1024; auto: the native size, or a size with the input image's proportions.",
+        description="WIDTHxHEIGHT, multiples of 8 from 64 to 1024, or to 2048 with models for large images; auto: the native size, or a "
+        "size with the input image's proportions.",
         examples=["auto"],
         json_schema_extra={"pattern": f"^(auto|{_SIZE.pattern})$"},
     )

@@ -135,7 +135,7 @@ async def _respond(request: Request, context: Context, event: Event, task: Task,
         task = with_previews(task, _steps_between(asked.partial_images, task), context.policy())
         updates = await while_connected(request, begin(context.client, task, ticket_of(request), follow=asked.partial_images > 0))
         return EventStream(_events(updates, context, event, task, asked))
-    tasks, images = await generate_once(request, context, consecutive_tasks(task, asked.n), seed)
+    tasks, images = await generate_once(request, context, consecutive_tasks(task, asked.n, context.model()), seed)
     return await run_in_threadpool(lambda: JSONResponse(images_response(tasks, images, context.model(), asked)))
 
 

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 from stable_diffusion import __version__
 from stable_diffusion.api.tasks import kinds_of
 from stable_diffusion.api.times import Time, time_at
-from stable_diffusion.core.requests import MAX_IMAGES, MAX_PIXEL_STEPS, ImageToImageRequest
+from stable_diffusion.core.requests import MAX_CLIP_SKIP, MAX_IMAGES, ImageToImageRequest
 from stable_diffusion.core.safety import SafetyPolicy
 from stable_diffusion.core.schedulers import SCHEDULERS
 from stable_diffusion.core.types import ImageFormat, Kind
@@ -156,6 +156,9 @@ def capabilities_response(model: ModelFolder, policy: SafetyPolicy, loras: Loras
     of_model: dict[str, dict[str, Any]] = {
         "num_inference_steps": {"default": defaults.num_inference_steps},
         "guidance_scale": {"default": defaults.guidance_scale, "minimum": least, "maximum": greatest},
+        "width": {"maximum": model.max_side},
+        "height": {"maximum": model.max_side},
+        "clip_skip": {"maximum": min(model.text_layers, MAX_CLIP_SKIP)},
     }
     return {
         "model": model.name,
@@ -164,7 +167,7 @@ def capabilities_response(model: ModelFolder, policy: SafetyPolicy, loras: Loras
         "fields": {name: limits | of_model.get(name, {}) for name, field in fields.items() if (limits := _limits(field))},
         "upload": {"max_bytes": MAX_UPLOAD_BYTES, "max_pixels": MAX_UPLOAD_PIXELS, "max_side": MAX_UPLOAD_SIDE},
         "max_images": MAX_IMAGES,
-        "max_pixel_steps": MAX_PIXEL_STEPS,
+        "max_pixel_steps": model.max_pixel_steps,
         "safety": {"policy": policy, "has_checker": model.has_safety_checker},
         "schedulers": [{"scheduler": scheduler, "names": list(names)} for scheduler, names in SCHEDULERS.items()],
         "default_scheduler": model.scheduler,

@@ -23,7 +23,7 @@ def test_one_command_trains_a_model_without_any_download(tmp_path: Path) -> None
     )
     assert finished.returncode == 0, finished.stderr
     check_model(tmp_path / "model")
-    assert latent_to_rgb(tmp_path / "model").shape == (5, 3)
+    assert latent_to_rgb(tmp_path / "model", is_xl=False).shape == (5, 3)
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "model", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a red circle", num_inference_steps=1).images[0].size == (64, 64)

@@ -244,7 +244,7 @@ def assert_within_limits(parameters: GenerationRequest, count: int) -> None:
     assert 0 <= parameters.guidance_end <= 1
     assert 0 <= parameters.preview_every_steps <= 150
     assert parameters.seed is None or 0 <= parameters.seed <= 4294967295
-    assert all(side is None or (64 <= side <= 1024 and side % 8 == 0) for side in (parameters.width, parameters.height))
+    assert all(side is None or (64 <= side <= 2048 and side % 8 == 0) for side in (parameters.width, parameters.height))
     assert parameters.scheduler is None or parameters.scheduler in SCHEDULERS
     assert 1 <= count <= 10
     assert parameters.prompt_syntax in ("plain", "a1111")
@@ -261,7 +261,7 @@ def assert_within_limits(parameters: GenerationRequest, count: int) -> None:
 def assert_can_be_drawn(parameters: GenerationRequest, count: int) -> None:
     """Resolved, told in headers, written into a file and read from it: nothing raises but a refusal of too much work."""
     task = task_of(parameters)
-    tasks = consecutive_tasks(task, count)
+    tasks = consecutive_tasks(task, count, check_model(DEMO_FOLDER))
     assert sum(one.width * one.height * one.num_inference_steps for one in tasks) <= 400_000_000
     assert 1 <= task.parts <= 4
     assert task.clip_skip <= MODEL.text_layers

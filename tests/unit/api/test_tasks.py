@@ -20,18 +20,38 @@ from tests.tasks import make_task, served
     [(512, 150, 10), (1024, 150, 1), (1024, 150, 2), (1024, 38, 10), (64, 150, 10)],
 )
 def test_what_one_request_may_ask_for(side: int, steps: int, count: int) -> None:
-    assert len(consecutive_tasks(make_task(width=side, height=side, num_inference_steps=steps), count)) == count
+    assert len(consecutive_tasks(make_task(width=side, height=side, num_inference_steps=steps), count, check_model(DEMO_FOLDER))) == count
 
 
 @pytest.mark.parametrize(("side", "steps", "count"), [(1024, 150, 3), (1024, 39, 10), (520, 150, 10)])
 def test_too_much_work_is_refused_with_the_numbers_and_the_limit(side: int, steps: int, count: int) -> None:
     told = f"{count} x {side} x {side} pixels x {steps} steps are {count * side * side * steps} pixel steps, at most 400000000 are allowed"
     with pytest.raises(InvalidRequest, match=told):
-        consecutive_tasks(make_task(width=side, height=side, num_inference_steps=steps), count)
+        consecutive_tasks(make_task(width=side, height=side, num_inference_steps=steps), count, check_model(DEMO_FOLDER))
+
+
+@pytest.mark.parametrize(("native", "most", "pixel_steps"), [(64, 1024, 400), (512, 1024, 400), (768, 1024, 800), (1024, 2048, 1600)])
+def test_a_model_for_large_images_allows_larger_sides_and_as_many_images(native: int, most: int, pixel_steps: int) -> None:
+    model = replace(check_model(DEMO_FOLDER), native_width=native, native_height=native)
+    assert (model.max_side, model.max_pixel_steps) == (most, pixel_steps * 10**6)
+    assert text_task(parse_text_to_image({"prompt": "a", "width": most, "height": 64}), served(model)).width == most
+    for field in ("width", "height"):
+        if most < 2048:
+            with pytest.raises(InvalidRequest, match=f"{field}: must be at most {most} with the model model, got {most + 8}"):
+                text_task(parse_text_to_image({"prompt": "a", field: most + 8}), served(model))
+    wide = Image.new("RGB", (4000, 40))
+    assert image_task(parse_image_to_image({"prompt": "a"}), served(model), wide).width <= most
+    assert image_task(parse_image_to_image({"prompt": "a", "height": 64}), served(model), wide).width == most
 
 
 def test_each_of_several_pictures_has_the_next_seed() -> None:
-    assert [task.seed for task in consecutive_tasks(make_task(seed=SEED_LIMIT - 2), 4)] == [SEED_LIMIT - 2, SEED_LIMIT - 1, 0, 1]
+    tasks = consecutive_tasks(make_task(seed=SEED_LIMIT - 2), 4, check_model(DEMO_FOLDER))
+    assert [task.seed for task in tasks] == [
+        SEED_LIMIT - 2,
+        SEED_LIMIT - 1,
+        0,
+        1,
+    ]
 
 
 def test_a_server_that_checks_every_image_sends_no_previews() -> None:

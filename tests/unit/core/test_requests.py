@@ -51,7 +51,7 @@ def test_prompts_are_cleaned_as_clip_expects_them() -> None:
         ({"negative_prompt": "x" * 2001}, "negative_prompt", "must have at most 2000 characters"),
         ({"height": 100}, "height", "must be a multiple of 8, 100 is not"),
         ({"height": 56}, "height", "must be greater than or equal to 64"),
-        ({"width": 1032}, "width", "must be less than or equal to 1024"),
+        ({"width": 2056}, "width", "must be less than or equal to 2048"),
         ({"width": 64.0}, "width", "must be a valid integer"),
         ({"width": "64"}, "width", "must be a valid integer"),
         ({"num_inference_steps": 0}, "num_inference_steps", "must be greater than or equal to 1"),

@@ -166,7 +166,7 @@ def test_a_file_of_too_many_bytes_is_refused_unread() -> None:
 def test_an_input_picture_keeps_its_proportions_at_the_native_area(
     picture: tuple[int, int], width: int | None, height: int | None, expected: tuple[int, int]
 ) -> None:
-    size = output_size(picture, (512, 512), width, height)
+    size = output_size(picture, (512, 512), width, height, 1024)
     assert size == expected
     assert all(side % 8 == 0 for side in size)
 

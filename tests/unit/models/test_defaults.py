@@ -85,7 +85,7 @@ def test_what_the_file_leaves_open_is_what_the_configuration_shows(folder: Path)
         ({"guidance_scale_range": [0, 2], "guidance_scale": 3}, "guidance_scale: must be in the guidance_scale_range, 0 to 2"),
         ({"scheduler": "Magic"}, "scheduler: unknown scheduler 'Magic', allowed are PNDM"),
         ({"width": 100}, "width: must be a multiple of 8"),
-        ({"height": 2048}, "height: must be less than or equal to 1024"),
+        ({"height": 2056}, "height: must be less than or equal to 2048"),
     ],
     ids=str,
 )

@@ -32,7 +32,7 @@ def test_both_formats_are_read(tmp_path: Path, tensors: dict[str, tuple[int, ...
     found = read(tmp_path)
     assert found.refused == {}
     one = found.files["style"]
-    assert (one.name, one.tensor, one.vectors, one.width) == ("style", tensor, vectors, WIDTH)
+    assert (one.name, one.tensors, one.vectors, one.width) == ("style", (tensor,), vectors, WIDTH)
 
 
 @pytest.mark.parametrize(

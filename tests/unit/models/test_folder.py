@@ -51,7 +51,7 @@ def test_components_of_two_variants_are_refused(folder: Path) -> None:
     [
         ("model_index.json", None, "missing"),
         ("model_index.json", b'{"_class_name": "Stable', "not valid JSON"),
-        ("model_index.json", b'{"_class_name": "StableDiffusionXLPipeline"}', "is not a Stable Diffusion 1.x or 2.x model"),
+        ("model_index.json", b'{"_class_name": "StableDiffusion3Pipeline"}', "is not a Stable Diffusion 1.x, 2.x or XL model"),
         ("unet/config.json", None, "missing"),
         ("unet/config.json", b'{"in_channels": 5, "sample_size": 8}', "in_channels is 5"),
         ("unet/diffusion_pytorch_model.safetensors", None, "missing"),

@@ -52,7 +52,7 @@ def test_a_file_says_which_tensors_change_which_layer(tmp_path: Path, dtype: str
     file = only(tmp_path)
     assert (file.name, file.alias, file.metadata["ss_steps"]) == ("hollow", "Hollow v2", "100")
     down, up, alpha = shapes
-    assert file.layers == {"unet": {LAYER: LayerChange(down, up, alpha, (4, 96), (96, 4))}, "text_encoder": {}}
+    assert file.layers == {"unet": {LAYER: LayerChange(down, up, alpha, (4, 96), (96, 4))}, "text_encoder": {}, "text_encoder_2": {}}
     assert file.size_bytes == 4 * (4 * 96 + 96 * 4), "as float32"
 
 
@@ -119,7 +119,7 @@ def test_what_does_not_fit_the_model_is_refused_by_name(tmp_path: Path, parts: d
 @pytest.mark.parametrize(
     ("tensor", "told"),
     [
-        ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "it is a LoRA for Stable Diffusion XL, which is not supported"),
+        ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "it is a LoRA for Stable Diffusion XL, which the model is not"),
         ("lora_unet_double_blocks_0_img_attn_proj.lora_down.weight", "it is a LoRA for Flux, which is not supported"),
         ("lora_unet_joint_blocks_0_x_block_mlp_fc1.lora_down.weight", "it is a LoRA for Stable Diffusion 3, which is not supported"),
         ("model.diffusion_model.out.2.weight", "it is a checkpoint, which is not supported"),

@@ -100,7 +100,7 @@ def test_every_field_is_described_with_its_limits() -> None:
     assert steps["anyOf"][0] == {"type": "integer", "minimum": 1, "maximum": 150}
     height = schemas["TextToImageRequest"]["properties"]["height"]
     assert height["multipleOf"] == 8
-    assert height["anyOf"][0] == {"type": "integer", "minimum": 64, "maximum": 1024}
+    assert height["anyOf"][0] == {"type": "integer", "minimum": 64, "maximum": 2048}
 
 
 def test_the_examples_are_valid_requests() -> None:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from stable_diffusion.api.a1111.images import read_initial_image
 from stable_diffusion.api.a1111.parameters import (
+    fitted_to_model,
     read_image_to_image,
     read_options,
     read_text_to_image,
     scheduler_asked_for,
-    with_allowed_guidance,
     without_images,
 )
 from stable_diffusion.core.errors import InvalidRequest, NotFound
 from stable_diffusion.core.schedulers import SCHEDULERS
 from stable_diffusion.models.defaults import Defaults
+from stable_diffusion.models.folder import DEMO_FOLDER, check_model
 from stable_diffusion.server.openapi import document
 
 DRAWN = {"prompt": "a red circle"}
@@ -124,8 +126,16 @@ def test_eta_which_clients_always_send_is_taken_where_the_sampler_has_it(sampler
 @pytest.mark.parametrize(("sent", "used"), [(7, 2.0), (2, 2.0), (1.5, 1.5), (0, 0.5), (None, None)])
 def test_a_guidance_scale_that_the_model_is_not_for_becomes_the_nearest_that_it_is_for(sent: float | None, used: float | None) -> None:
     asked = read_text_to_image({**DRAWN, "cfg_scale": sent})
-    assert with_allowed_guidance(asked, Defaults(4, 1.0, (0.5, 2.0))).parameters.guidance_scale == used
-    assert with_allowed_guidance(asked, Defaults()).parameters.guidance_scale == (7.0 if sent is None else sent)
+    turbo, usual = (replace(check_model(DEMO_FOLDER), defaults=defaults) for defaults in (Defaults(4, 1.0, (0.5, 2.0)), Defaults()))
+    assert fitted_to_model(asked, turbo).parameters.guidance_scale == used
+    assert fitted_to_model(asked, usual).parameters.guidance_scale == (7.0 if sent is None else sent)
+
+
+@pytest.mark.parametrize(("sent", "used", "used_by_xl"), [(None, 1, 1), (1, 1, 1), (2, 2, 1), (3, 3, 2)])
+def test_clip_skip_counts_from_the_second_to_last_layer_with_xl(sent: int | None, used: int, used_by_xl: int) -> None:
+    asked = read_text_to_image({**DRAWN, "override_settings": {"CLIP_stop_at_last_layers": sent}})
+    assert fitted_to_model(asked, check_model(DEMO_FOLDER)).parameters.clip_skip == used
+    assert fitted_to_model(asked, replace(check_model(DEMO_FOLDER), is_xl=True)).parameters.clip_skip == used_by_xl
 
 
 def test_seed_minus_one_is_random() -> None:
@@ -146,7 +156,7 @@ def test_as_many_pictures_as_both_counts_say() -> None:
         ({"steps": 2.5}, "steps: must be a valid integer"),
         ({"cfg_scale": 31}, "cfg_scale: must be less than or equal to 30"),
         ({"width": 63}, "width: must be greater than or equal to 64"),
-        ({"height": 2048}, "height: must be less than or equal to 1024"),
+        ({"height": 2056}, "height: must be less than or equal to 2048"),
         ({"sampler_name": "Euler", "scheduler": "KL Optimal"}, "scheduler: unknown noise levels 'KL Optimal', allowed are"),
         ({"sampler_name": "DDIM", "eta": 1.5}, "eta: must be less than or equal to 1"),
         ({"batch_size": 0}, "batch_size: must be greater than or equal to 1"),
