@@ -287,6 +287,11 @@ def save(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, text_encode
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
+    write_facts(folder, vae)
+
+
+def write_facts(folder: Path, vae: AutoencoderKL) -> None:
+    """Complete a saved folder: the map for previews, and configurations without what only holds here."""
     (folder / previews.FILE_NAME).write_text(json.dumps(fit_previews(copy.deepcopy(vae).cpu().float()), indent=1) + "\n")
     for file in folder.glob("*/config.json"):
         config = json.loads(file.read_text())
