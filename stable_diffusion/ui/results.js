@@ -63,9 +63,9 @@ export function inWords(seconds) {
 }
 
 function caption({ settings, parameters, url, type, kind }, actions) {
-  const { prompt, seed, width, height, num_inference_steps, scheduler, safety_flagged, prompt_dropped } = parameters;
+  const { prompt, seed, width, height, num_inference_steps, scheduler, loras = [], safety_flagged, prompt_dropped } = parameters;
   const chosen = settings.scheduler ?? scheduler.replace("Scheduler", ""); // by its short name, where a person chose it
-  const facts = [`Seed ${seed}`, `${width} × ${height}`, `${num_inference_steps} steps`, chosen];
+  const facts = [`Seed ${seed}`, `${width} × ${height}`, `${num_inference_steps} steps`, chosen, ...loras.map(({ name, weight }) => `LoRA ${name} ${weight}`)];
   const save = element("a", { className: "plain button", href: url }, ...labelled("Download", seed));
   save.download = `${fileName(prompt, kind)}-${seed}.${type.replace("image/", "").replace("jpeg", "jpg")}`;
   const buttons = actions.map(({ label, act }) => {
