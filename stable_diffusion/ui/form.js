@@ -10,9 +10,9 @@ export function applyCapabilities(form, { fields, schedulers, default_scheduler 
   }
   for (const { names } of schedulers) form.elements.scheduler.add(new Option(names[0], names[0]));
   const ofModel = schedulers.find(({ scheduler }) => scheduler === default_scheduler)?.names[0] ?? default_scheduler;
-  form.elements.scheduler.options[0].text = `Default of the model: ${ofModel}`;
+  form.elements.scheduler.options[0].text = `Default (${ofModel})`;
   const { minimum, maximum } = fields.guidance_scale;
-  document.getElementById("guidance-range").textContent = `${minimum} to ${maximum}`; // a model may allow less than others
+  document.getElementById("guidance-range").textContent = `${minimum}–${maximum}`; // a model may allow less than others
 }
 
 export function setRange(control, { minimum, maximum, exclusiveMinimum, exclusiveMaximum, multipleOf, default: standard }) {

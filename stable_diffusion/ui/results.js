@@ -73,7 +73,7 @@ function caption({ settings, parameters, url, type, kind }, actions) {
     button.addEventListener("click", act);
     return button;
   });
-  const parts = [element("p", { className: "prompt", textContent: prompt }), element("p", { className: "aside", textContent: facts.join(" · ") })];
+  const parts = [element("p", { textContent: prompt }), element("p", { className: "aside", textContent: facts.join(" · ") })];
   if (safety_flagged === true) parts.push(element("p", { className: "problem", textContent: "The safety checker flagged this image and made it blank. Change the prompt or the seed and try again." }));
   if (prompt_dropped) parts.push(element("p", { className: "problem", textContent: `The prompt is too long. This part of it was not used: ${prompt_dropped}` }));
   return element("figcaption", {}, ...parts, element("div", { className: "row" }, save, ...buttons));

@@ -33,11 +33,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def test_the_models_own_defaults_are_shown_and_used(visit: Visit) -> None:
     expect(visit.control("num_inference_steps")).to_have_value("4")
-    scale = visit.page.get_by_role("spinbutton", name="Guidance 1 to 2")
+    scale = visit.page.get_by_role("spinbutton", name="Guidance 1–2")
     expect(scale).to_have_value("1.5")
     expect(scale).to_have_attribute("min", "1")
     expect(scale).to_have_attribute("max", "2")
-    expect(visit.control("scheduler").locator("option:checked")).to_have_text("Default of the model: Euler a")
+    expect(visit.control("scheduler").locator("option:checked")).to_have_text("Default (Euler a)")
     visit.fill(prompt=PROMPT)
     with visit.page.expect_request("**/txt2img") as sent:
         visit.draw.click()
