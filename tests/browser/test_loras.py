@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 
 from stable_diffusion.core.requests import MAX_LORA_WEIGHT
 from tests.browser.chromium import CHROMIUM
-from tests.browser.visit import Visit
+from tests.browser.visit import Visit, body_of
 from tests.http.asking import picture_of
 from tests.http.servers import ROOT, Server, serve
 from tests.lora_files import ATTENTION, changes, save_as_diffusers, save_as_kohya
@@ -39,8 +39,7 @@ def generate(visit: Visit) -> tuple[dict[str, Any], Image.Image]:
     with visit.page.expect_request("**/txt2img") as sent:
         visit.draw.click()
     (picture,) = visit.pictures()
-    body: dict[str, Any] = sent.value.post_data_json
-    return body, picture
+    return body_of(sent.value), picture
 
 
 def apart(one: Image.Image, other: Image.Image) -> int:
@@ -151,7 +150,7 @@ def test_the_keyboard_alone_is_enough(visit: Visit) -> None:
     expect(visit.page.get_by_role("button", name="Remove LoRA 1")).to_be_focused()
     with visit.page.expect_request("**/txt2img") as sent:
         keyboard.press("Control+Enter")
-    assert sent.value.post_data_json["loras"] == [{"name": "outline", "weight": 0.5}]
+    assert body_of(sent.value)["loras"] == [{"name": "outline", "weight": 0.5}]
     visit.pictures()
 
 

@@ -11,7 +11,7 @@ from playwright.sync_api import expect
 
 from stable_diffusion.models.folder import DEMO_FOLDER
 from tests.browser.chromium import CHROMIUM
-from tests.browser.visit import Visit
+from tests.browser.visit import Visit, body_of
 from tests.http.servers import ROOT, Server, serve
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
@@ -42,7 +42,7 @@ def test_the_models_own_defaults_are_shown_and_used(visit: Visit) -> None:
     with visit.page.expect_request("**/txt2img") as sent:
         visit.draw.click()
     visit.pictures()
-    body = sent.value.post_data_json
+    body = body_of(sent.value)
     assert (body["num_inference_steps"], body["guidance_scale"], body["preview_every_steps"]) == (4, 1.5, 1)
     assert "scheduler" not in body
     expect(visit.page.locator("#cards figcaption .aside")).to_contain_text("4 steps · EulerAncestralDiscrete")
