@@ -4,10 +4,12 @@ import { Unreachable } from "./connection.js";
 import { applyCapabilities, capitalised, clearProblems, notNumbers, readSettings, showProblems, writeSettings } from "./form.js";
 import { openHistory } from "./history.js";
 import { openInput } from "./input.js";
+import { openLoras } from "./loras.js";
 import { element, inWords, openCard } from "./results.js";
 import { blobOf, generate, readCapabilities, Refused } from "./service.js";
 
-const TEXT_FIELDS = ["prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "scheduler", "seed"];
+const MORE_FIELDS = ["prompt_syntax", "clip_skip"]; // below "More settings"
+const TEXT_FIELDS = ["prompt", "negative_prompt", "width", "height", "num_inference_steps", "guidance_scale", "scheduler", "seed", ...MORE_FIELDS];
 const PREVIEWS = 20; // of an image
 const GENERATED_AT_ONCE = 4; // a browser has six connections to a server, and each image keeps one
 const ANNOUNCE_EVERY_MS = 5000; // a screen reader would otherwise speak without end
@@ -16,6 +18,7 @@ const ONE_COLUMN = "(max-width: 55rem)"; // the results are below the form, as s
 const part = (id) => document.getElementById(id);
 const form = part("form");
 const input = openInput(form, showInputProblem);
+const loras = openLoras();
 const past = await openHistory();
 const inProgress = new Set(); // an AbortController for each image
 let isBusy = false;
@@ -49,6 +52,7 @@ async function readLimits() {
   try {
     const capabilities = await readCapabilities();
     applyCapabilities(form, capabilities);
+    loras.offer(capabilities);
     seedLimit = capabilities.fields.seed.exclusiveMaximum;
   } catch (error) {
     alertTo(`The limits and the noise schedulers could not be read from the server (/capabilities: ${error.message}). Reload the page to try again.`);
@@ -70,7 +74,9 @@ async function generateFromForm() {
   alertTo("");
   const start = await input.read();
   const settings = readSettings(form, start.image ? [...TEXT_FIELDS, "strength"] : TEXT_FIELDS);
-  const problems = notNumbers(form);
+  const chosen = loras.read();
+  if (chosen.length) settings.loras = chosen;
+  const problems = [...notNumbers(form), ...loras.problems()];
   const count = Number(part("count").value);
   if (!(count >= 1 && count <= part("count").max)) problems.push({ field: "count", message: `Must be from 1 to ${part("count").max}.` });
   if (start.kind === "inpaint" && !start.mask) problems.push({ field: "mask", message: "Nothing is painted yet. Paint over the part to repaint." });
@@ -181,6 +187,8 @@ async function useSettings({ settings, kind, start, mask }) {
   alertTo("");
   await input.write({ kind, image: start, mask });
   writeSettings(form, [...TEXT_FIELDS, "strength"], settings);
+  loras.write(settings.loras ?? []);
+  if (MORE_FIELDS.some((name) => form.elements[name].value !== (form.elements[name].defaultValue ?? ""))) part("more").open = true;
   part("prompt").focus();
   announce(`Its settings are in the form, seed ${settings.seed}.`, true);
 }

@@ -1,7 +1,7 @@
 /** The fields: their limits, their values, and what is wrong with them. Knows nothing of requests. */
 
 /** Limits, defaults and choices as the server tells them in GET /capabilities. */
-export function applyCapabilities(form, { fields, schedulers }) {
+export function applyCapabilities(form, { fields, schedulers, default_scheduler }) {
   for (const [name, limits] of Object.entries(fields)) {
     const control = form.elements[name];
     if (!control) continue;
@@ -9,9 +9,13 @@ export function applyCapabilities(form, { fields, schedulers }) {
     if (isNumber(control)) setRange(control, limits);
   }
   for (const { names } of schedulers) form.elements.scheduler.add(new Option(names[0], names[0]));
+  const ofModel = schedulers.find(({ scheduler }) => scheduler === default_scheduler)?.names[0] ?? default_scheduler;
+  form.elements.scheduler.options[0].text = `Default (${ofModel})`;
+  const { minimum, maximum } = fields.guidance_scale;
+  document.getElementById("guidance-range").textContent = `${minimum}–${maximum}`; // a model may allow less than others
 }
 
-function setRange(control, { minimum, maximum, exclusiveMinimum, exclusiveMaximum, multipleOf, default: standard }) {
+export function setRange(control, { minimum, maximum, exclusiveMinimum, exclusiveMaximum, multipleOf, default: standard }) {
   control.step = multipleOf ?? (control.step || 1); // the page says it where a field is no whole number
   const step = Number(control.step) || 0; // "any"
   control.min = minimum ?? exclusiveMinimum + step;
@@ -54,17 +58,21 @@ export function showProblems(form, problems) {
   let first = null;
   for (const { field, message } of problems) {
     const control = field && document.getElementById(field);
-    if (!control || !form.contains(control)) {
+    if (!control || !form.contains(control) || control.closest("[hidden]")) {
       elsewhere.push(message);
       continue;
     }
     showProblem(control, message.replace(`${field}: `, ""));
+    control.closest("details")?.setAttribute("open", "");
     first ??= control;
   }
-  const target = first?.id === "mask" ? document.getElementById("mask-all") : first;
-  target?.closest("details")?.setAttribute("open", "");
-  target?.focus();
+  if (first) focusable(first).focus();
   return elsewhere;
+}
+
+function focusable(control) {
+  if (control.id === "mask") return document.getElementById("mask-all");
+  return control.id === "loras" ? control.querySelector("select, button") : control;
 }
 
 function showProblem(control, message) {

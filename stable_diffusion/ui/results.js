@@ -63,9 +63,9 @@ export function inWords(seconds) {
 }
 
 function caption({ settings, parameters, url, type, kind }, actions) {
-  const { prompt, seed, width, height, num_inference_steps, scheduler, safety_flagged, prompt_dropped } = parameters;
+  const { prompt, seed, width, height, num_inference_steps, scheduler, loras = [], safety_flagged, prompt_dropped } = parameters;
   const chosen = settings.scheduler ?? scheduler.replace("Scheduler", ""); // by its short name, where a person chose it
-  const facts = [`Seed ${seed}`, `${width} × ${height}`, `${num_inference_steps} steps`, chosen];
+  const facts = [`Seed ${seed}`, `${width} × ${height}`, `${num_inference_steps} steps`, chosen, ...loras.map(({ name, weight }) => `LoRA ${name} ${weight}`)];
   const save = element("a", { className: "plain button", href: url }, ...labelled("Download", seed));
   save.download = `${fileName(prompt, kind)}-${seed}.${type.replace("image/", "").replace("jpeg", "jpg")}`;
   const buttons = actions.map(({ label, act }) => {
@@ -73,7 +73,7 @@ function caption({ settings, parameters, url, type, kind }, actions) {
     button.addEventListener("click", act);
     return button;
   });
-  const parts = [element("p", { className: "prompt", textContent: prompt }), element("p", { className: "aside", textContent: facts.join(" · ") })];
+  const parts = [element("p", { textContent: prompt }), element("p", { className: "aside", textContent: facts.join(" · ") })];
   if (safety_flagged === true) parts.push(element("p", { className: "problem", textContent: "The safety checker flagged this image and made it blank. Change the prompt or the seed and try again." }));
   if (prompt_dropped) parts.push(element("p", { className: "problem", textContent: `The prompt is too long. This part of it was not used: ${prompt_dropped}` }));
   return element("figcaption", {}, ...parts, element("div", { className: "row" }, save, ...buttons));

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass, field
+from typing import Any
 
 from PIL import Image
 from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, Request, expect
@@ -56,6 +57,13 @@ class Visit:
         expect(self.draw).to_be_visible()
         shown = self.page.locator("#cards img").all()
         return [decoded(image) for image in shown]
+
+
+def body_of(request: Request) -> dict[str, Any]:
+    """The JSON that a request carries."""
+    body = request.post_data_json
+    assert isinstance(body, dict)
+    return body
 
 
 def decoded(image: Locator) -> Image.Image:

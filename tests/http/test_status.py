@@ -54,7 +54,14 @@ def test_the_capabilities_are_the_limits_that_requests_meet(server: Server) -> N
     assert can["default_scheduler"] in SCHEDULERS
     assert can["fields"]["num_inference_steps"] == {"default": 50, "maximum": 150, "minimum": 1}
     assert can["fields"]["height"] == {"default": None, "minimum": 64, "maximum": 1024, "multipleOf": 8}
+    weight = {"default": 1.0, "minimum": -10, "maximum": 10}
+    name = {"minLength": 1, "maxLength": 200}
+    assert can["fields"]["loras"] == {"default": [], "maxItems": 8, "items": {"properties": {"name": name, "weight": weight}}}
     with server.client() as client:
+        for loras, wrong in (([{"name": "x"}] * 9, "at most 8"), ([{"name": "x", "weight": 10.1}], "less than or equal to 10")):
+            refused = client.post("/txt2img", json={"prompt": "a red circle", "loras": loras})
+            assert (refused.status_code, refused.json()["error"]["problems"][0]["field"]) == (400, "loras")
+            assert wrong in refused.json()["error"]["message"]
         for field, over in (("height", 8), ("num_inference_steps", 1), ("guidance_scale", 1), ("seed", 1)):
             limits = can["fields"][field]
             most = limits["maximum"] if "maximum" in limits else limits["exclusiveMaximum"] - 1

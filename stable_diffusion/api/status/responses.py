@@ -12,6 +12,7 @@ from stable_diffusion import __version__
 from stable_diffusion.api.tasks import kinds_of
 from stable_diffusion.api.times import Time, time_at
 from stable_diffusion.core.requests import MAX_CLIP_SKIP, MAX_IMAGES, ImageToImageRequest
+from stable_diffusion.core.requests import MAX_IMAGES, MAX_PIXEL_STEPS, ImageToImageRequest, LoraRequest
 from stable_diffusion.core.safety import SafetyPolicy
 from stable_diffusion.core.schedulers import SCHEDULERS
 from stable_diffusion.core.types import ImageFormat, Kind
@@ -24,7 +25,7 @@ from stable_diffusion.runner.readiness import NOT_ANSWERING, stage_of
 from stable_diffusion.state.runner_status import STAGES, RunnerState, Stage
 
 # JSON Schema's names for the limits of a field.
-_LIMITS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "default")
+_LIMITS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "maxItems", "default")
 
 
 class ServedModel(TypedDict):
@@ -153,18 +154,20 @@ def capabilities_response(model: ModelFolder, policy: SafetyPolicy, loras: Loras
     fields = ImageToImageRequest.model_json_schema()["properties"]
     defaults = model.defaults
     least, greatest = defaults.guidance_scale_range
-    of_model: dict[str, dict[str, Any]] = {
+    lora_fields = LoraRequest.model_json_schema()["properties"]
+    added: dict[str, dict[str, Any]] = {
         "num_inference_steps": {"default": defaults.num_inference_steps},
         "guidance_scale": {"default": defaults.guidance_scale, "minimum": least, "maximum": greatest},
         "width": {"maximum": model.max_side},
         "height": {"maximum": model.max_side},
         "clip_skip": {"maximum": min(model.text_layers, MAX_CLIP_SKIP)},
+        "loras": {"items": {"properties": {name: _limits(field) for name, field in lora_fields.items()}}},
     }
     return {
         "model": model.name,
         "kinds": list(kinds_of(model)),
         "native_size": {"width": model.native_width, "height": model.native_height},
-        "fields": {name: limits | of_model.get(name, {}) for name, field in fields.items() if (limits := _limits(field))},
+        "fields": {name: limits | added.get(name, {}) for name, field in fields.items() if (limits := _limits(field))},
         "upload": {"max_bytes": MAX_UPLOAD_BYTES, "max_pixels": MAX_UPLOAD_PIXELS, "max_side": MAX_UPLOAD_SIDE},
         "max_images": MAX_IMAGES,
         "max_pixel_steps": model.max_pixel_steps,
