@@ -23,6 +23,8 @@ from stable_diffusion.models.safetensors import check_safetensors, read_tensor_l
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "model"
 DEMO_NAME = "demo"
+DEMO_XL_FOLDER = DEMO_FOLDER.with_name("model_xl")
+DEMO_XL_NAME = "demo-xl"
 
 _WEIGHTS: dict[Precision, str] = {"fp32": "v1_4", "fp16": "v1_4_fp16"}
 _PIPELINES = (
@@ -134,6 +136,8 @@ def choose_model(weights: Path, environment: Mapping[str, str], *, in_bento: boo
 def _chosen(asked_for: str, weights: Path, *, in_bento: bool) -> ModelFolder:
     if asked_for == DEMO_NAME:
         return _demo()
+    if asked_for == DEMO_XL_NAME:
+        return check_model(DEMO_XL_FOLDER, name=DEMO_XL_NAME, is_demo=True)
     if asked_for:
         return check_model(Path(asked_for).expanduser())
     if _has_weights(weights):

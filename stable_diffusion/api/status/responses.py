@@ -11,8 +11,7 @@ from typing_extensions import TypedDict
 from stable_diffusion import __version__
 from stable_diffusion.api.tasks import kinds_of
 from stable_diffusion.api.times import Time, time_at
-from stable_diffusion.core.requests import MAX_CLIP_SKIP, MAX_IMAGES, ImageToImageRequest
-from stable_diffusion.core.requests import MAX_IMAGES, MAX_PIXEL_STEPS, ImageToImageRequest, LoraRequest
+from stable_diffusion.core.requests import MAX_CLIP_SKIP, MAX_IMAGES, ImageToImageRequest, LoraRequest
 from stable_diffusion.core.safety import SafetyPolicy
 from stable_diffusion.core.schedulers import SCHEDULERS
 from stable_diffusion.core.types import ImageFormat, Kind
