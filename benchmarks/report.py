@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks.clients import Round
 from benchmarks.loads import Load
+from benchmarks.lora_steps import LoraStepTime
 from benchmarks.steps import StepTime
 
 
@@ -53,6 +54,7 @@ class Report:
     rows: list[Row] = field(default_factory=list)
     starts: list[Start] = field(default_factory=list)
     steps: list[StepTime] = field(default_factory=list)
+    lora_steps: list[LoraStepTime] = field(default_factory=list)
 
 
 def row(load: Load, contender: str, rounds: Sequence[Round], first: Sequence[Round]) -> Row:
@@ -128,6 +130,9 @@ def markdown(report: Report) -> str:
     if report.steps:
         heads = ["jobs in a step", "step ms", "UNet call ms", "between calls", "TFLOP a call", "TFLOPS", "of the matrix product"]
         parts.append(_table(heads, [_step_cells(one) for one in report.steps]))
+    if report.lora_steps:
+        rows = [[one.mix, f"{one.step_ms:.1f}", f"{one.times_none:.2f}"] for one in report.lora_steps]
+        parts.append(_table(["LoRAs of 8 jobs", "step ms", "times none"], rows))
     return "\n\n".join(parts) + "\n"
 
 

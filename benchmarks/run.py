@@ -19,6 +19,7 @@ from benchmarks import loads, servers
 from benchmarks.clients import Round
 from benchmarks.contenders import Contender, InProcess, engine, plain_diffusers
 from benchmarks.loads import Load
+from benchmarks.lora_steps import time_lora_steps
 from benchmarks.report import Report, Row, Start, machine, markdown, row, write
 from benchmarks.setup import Setup
 from benchmarks.steps import time_steps
@@ -32,7 +33,7 @@ CONTENDERS: dict[str, Callable[[Setup], Contender]] = {
     "http": servers.this_project,
     "batching": servers.request_batching,
 }
-PARTS = ("steps", "closed", "mixed", "open", "short")
+PARTS = ("steps", "loras", "closed", "mixed", "open", "short")
 JOBS = (1, 2, 4, 8, 16)
 
 
@@ -101,7 +102,10 @@ def main() -> None:
         for step_time in time_steps(setup, arguments.jobs):
             report.steps.append(step_time)
             save()
-    wanted = [part for part in arguments.parts if part != "steps"]
+    if "loras" in arguments.parts:
+        report.lora_steps.extend(time_lora_steps(setup))
+        save()
+    wanted = [part for part in arguments.parts if part not in ("steps", "loras")]
     if wanted:
         with started(arguments.contenders, setup, at_once=arguments.start_at_once) as running:
             for contender in running:
