@@ -219,13 +219,12 @@ _MEANINGS = {
         "Replay recorded steps on a GPU instead of launching each kernel: see [performance.md](performance.md#cuda-graphs).",
     ),
 }
-_SET_BY_THE_SERVER = {settings.OPERATORS_THREADS_VARIABLE}
 
 
 def environment_variables() -> str:
     names = {value for name, value in vars(settings).items() if name.endswith("_VARIABLE")}
     limits = {name: (getattr(settings.Limits(), field), most) for field, (name, most) in settings.LIMIT_VARIABLES.items()}
-    missing = (names | set(limits)) - _SET_BY_THE_SERVER ^ set(_MEANINGS)
+    missing = (names | set(limits)) - settings.SET_BY_THE_SERVER ^ set(_MEANINGS)
     if missing:
         raise SystemExit(f"docs/tables.py and core/settings.py do not name the same variables: {', '.join(sorted(missing))}")
 

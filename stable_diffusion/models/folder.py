@@ -115,7 +115,10 @@ def _chosen(asked_for: str, weights: Path, *, in_bento: bool) -> ModelFolder:
     if asked_for == DEMO_NAME:
         return _demo()
     if asked_for:
-        return check_model(Path(asked_for).expanduser())
+        try:
+            return check_model(Path(asked_for).expanduser().absolute())
+        except ModelFolderError as error:
+            raise ModelFolderError(f"{MODEL_VARIABLE}: {error}") from None
     if _has_weights(weights):
         return check_model(weights)
     if in_bento:
