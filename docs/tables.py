@@ -195,7 +195,7 @@ _MEANINGS = {
     settings.OPEN_VARIABLE: (
         "",
         ", ".join(f"`{name}`" for name in settings.OPENABLE) + ", comma-separated",
-        "What needs no API key: `docs` opens `/` and `/docs.json`, `metrics` opens `/metrics`.",
+        "The pages that need no API key: `docs` opens `/` and `/docs.json`, `metrics` opens `/metrics`.",
     ),
     settings.WITHOUT_KEYS_VARIABLE: ("off", _ON_OR_OFF, "Let a bento start without API keys at an address that others can reach."),
     settings.RATE_LIMIT_VARIABLE: (

@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from stable_diffusion.core.errors import ModelFolderError, SettingError
-from stable_diffusion.core.settings import read_settings, safety_policy, unknown_variables
+from stable_diffusion.core.settings import EMBEDDINGS_VARIABLE, LORAS_VARIABLE, read_settings, safety_policy, unknown_variables
 from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.server.access.policy import check_exposure, read_access
 
@@ -30,10 +31,15 @@ def check_address(host: str, port: int) -> None:
             ) from None
 
 
-def warn_of_unknown_variables(environment: Mapping[str, str]) -> None:
-    """Log a warning for each variable that looks like a setting and is none."""
+def warn_of_settings_without_effect(environment: Mapping[str, str]) -> None:
+    """Log a warning for each variable that looks like a setting and is none, and for each folder that does not exist."""
     for name, similar in unknown_variables(environment).items():
         logger.warning("%s is not a setting of this server and has no effect.%s", name, f" Is {similar} meant?" if similar else "")
+    settings = read_settings(environment)
+    for name, value in ((LORAS_VARIABLE, settings.loras), (EMBEDDINGS_VARIABLE, settings.embeddings)):
+        folder = Path(value).expanduser().absolute()
+        if value and not folder.is_dir():
+            logger.warning("%s: %s: no such folder", name, folder)
 
 
 def checked_model(environment: Mapping[str, str], choose_model: Callable[[], ModelFolder], host: str, *, in_bento: bool) -> ModelFolder:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import socket
+from pathlib import Path
 
 import pytest
 
 from stable_diffusion.core.errors import ModelFolderError
 from stable_diffusion.models.folder import DEMO_FOLDER, ModelFolder, check_model
-from stable_diffusion.server.start import check_address, checked_model, warn_of_unknown_variables
+from stable_diffusion.server.start import check_address, checked_model, warn_of_settings_without_effect
 
 DEMO = check_model(DEMO_FOLDER)
 
@@ -88,5 +89,15 @@ def test_a_port_whose_connections_have_just_ended_is_free() -> None:
 
 def test_a_variable_that_looks_like_a_setting_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "stable_diffusion"):
-        warn_of_unknown_variables({"SD_RATE_LIMT": "5", "SD_MODEL": "demo"})
+        warn_of_settings_without_effect({"SD_RATE_LIMT": "5", "SD_MODEL": "demo"})
     assert caplog.messages == ["SD_RATE_LIMT is not a setting of this server and has no effect. Is SD_RATE_LIMIT meant?"]
+
+
+def test_a_folder_that_does_not_exist_is_warned_about(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "embeddings").mkdir()
+    with caplog.at_level(logging.WARNING, "stable_diffusion"):
+        warn_of_settings_without_effect({"SD_LORAS": "loras", "SD_EMBEDDINGS": "embeddings"})
+    assert caplog.messages == [f"SD_LORAS: {tmp_path}/loras: no such folder"]
