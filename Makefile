@@ -32,8 +32,10 @@ TOOLS_INSTALLED := .venv/tools/installed
 # The schema of the AWS provider that bentoctl/aws-ec2 is written for (6.25), as text: tests check our Terraform against it.
 AWS_PROVIDER_SCHEMA := cdktf-cdktf-provider-aws==21.22.1
 WEIGHTS := $(if $(filter fp16,$(PRECISION)),fp16/models/v1_4_fp16,fp32/models/v1_4)
-# A URL has brackets around an IPv6 address (RFC 3986, 3.2.2).
-ADDRESS = http://$(if $(findstring :,$(HOST)),[$(HOST)],$(HOST)):$(PORT)
+# What to try: the loopback address instead of "all addresses"; brackets around an IPv6 address (RFC 3986, 3.2.2); a key if there are keys.
+SERVER = $(patsubst 0.0.0.0,127.0.0.1,$(patsubst ::,::1,$(HOST)))
+ADDRESS = http://$(if $(findstring :,$(SERVER)),[$(SERVER)],$(SERVER)):$(PORT)
+KEY_HEADER = $(if $(strip $(value SD_API_KEYS)$(value SD_API_KEYS_FILE)), -H 'Authorization: Bearer KEY')
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 CODE := stable_diffusion fp32/service.py fp16/service.py tests benchmarks bentoctl/aws-ec2 docs/tables.py
 PROSE := $(wildcard *.md */*.md) Makefile
@@ -65,8 +67,8 @@ precision:
 	@case "$(PRECISION)" in fp32|fp16) ;; *) echo "PRECISION must be fp32 or fp16, got $(PRECISION)" >&2; exit 2;; esac
 
 serve: precision $(INSTALLED)
-	@echo "When the server is ready, try:"
-	@echo "  curl -X POST '$(ADDRESS)/txt2img' -H 'Content-Type: application/json' \\"
+	@echo "When the server is ready, try$(if $(KEY_HEADER), (KEY is your API key)):"
+	@echo "  curl -X POST '$(ADDRESS)/txt2img'$(KEY_HEADER) -H 'Content-Type: application/json' \\"
 	@echo "       -d '{\"prompt\":\"a small red circle on a blue background\"}' --output output.jpg"
 	@echo "or open $(ADDRESS)/ui in a browser. Ctrl+C stops it."
 	@cd $(PRECISION) && BENTOML_CONFIG=configuration.yaml exec $(BIN)/bentoml serve service:svc --production --host $(HOST) --port $(PORT)

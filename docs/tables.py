@@ -173,8 +173,7 @@ _MEANINGS = {
     settings.MODEL_VARIABLE: (
         "",
         "`demo`, or the path of a folder",
-        "The model to serve. By default the weights in `models/`; without weights the demo model, except in a bento, which then does not "
-        "start.",
+        "The model to serve. By default the weights in `models/`. Without weights: the demo model; a bento does not start.",
     ),
     settings.LORAS_VARIABLE: (
         "",
@@ -184,7 +183,7 @@ _MEANINGS = {
     settings.EMBEDDINGS_VARIABLE: (
         "",
         "the path of a folder",
-        "The textual inversions that prompts may name, read at start. By default `embeddings` beside the model's folder.",
+        "The textual inversions that prompts may name, read at startup. By default `embeddings` beside the model's folder.",
     ),
     settings.SAFETY_VARIABLE: (
         f"`{settings.Settings.safety}`",
@@ -192,24 +191,24 @@ _MEANINGS = {
         "Which images the safety checker looks at: see [Safety checker](#safety-checker).",
     ),
     settings.KEYS_FILE_VARIABLE: ("", "the path of a file", "API keys, one entry per line: see [API keys](#api-keys)."),
-    settings.KEYS_VARIABLE: ("", "entries with commas between them", "The same entries as in the file."),
+    settings.KEYS_VARIABLE: ("", "comma-separated entries", "The same entries as in the file."),
     settings.OPEN_VARIABLE: (
         "",
-        ", ".join(f"`{name}`" for name in settings.OPENABLE) + ", with a comma between them",
-        "What needs no API key: `docs` opens `/` and `/docs.json`, `metrics` opens `/metrics`.",
+        ", ".join(f"`{name}`" for name in settings.OPENABLE) + ", comma-separated",
+        "The pages that need no API key: `docs` opens `/` and `/docs.json`, `metrics` opens `/metrics`.",
     ),
-    settings.WITHOUT_KEYS_VARIABLE: ("off", _ON_OR_OFF, "A bento starts without API keys at an address that others can reach."),
+    settings.WITHOUT_KEYS_VARIABLE: ("off", _ON_OR_OFF, "Let a bento start without API keys at an address that others can reach."),
     settings.RATE_LIMIT_VARIABLE: (
         "",
         f"1 to {settings._MAX_REQUESTS_PER_MINUTE}",
         "Generation requests that each API key may send per minute and machine: see [Rate limit](#rate-limit). By default unlimited.",
     ),
-    "SD_MAX_QUEUE_S": ("", "", "Seconds of work, estimated from measured steps, that a model process accepts."),
-    "SD_MAX_QUEUE_PICTURES": ("", "", "Images that a model process accepts."),
+    "SD_MAX_QUEUE_S": ("", "", "Seconds of unfinished work, estimated from measured steps, that a model process accepts."),
+    "SD_MAX_QUEUE_PICTURES": ("", "", "Waiting and running images that a model process accepts."),
     "SD_STUCK_STEP_S": (
         "",
         "",
-        "A step that takes longer than this, and 20 times as long as expected, ends the model process; it is started again.",
+        "If a step takes longer than this and more than 20 times its expected time, the model process is ended and restarted.",
     ),
     "SD_STOP_GRACE_S": ("", "", "Seconds that a stopping server may take to finish what it has accepted."),
     settings.LOG_PROMPTS_VARIABLE: ("off", _ON_OR_OFF, "Write prompts into the request log."),
@@ -219,13 +218,12 @@ _MEANINGS = {
         "Replay recorded steps on a GPU instead of launching each kernel: see [performance.md](performance.md#cuda-graphs).",
     ),
 }
-_SET_BY_THE_SERVER = {settings.OPERATORS_THREADS_VARIABLE}
 
 
 def environment_variables() -> str:
     names = {value for name, value in vars(settings).items() if name.endswith("_VARIABLE")}
     limits = {name: (getattr(settings.Limits(), field), most) for field, (name, most) in settings.LIMIT_VARIABLES.items()}
-    missing = (names | set(limits)) - _SET_BY_THE_SERVER ^ set(_MEANINGS)
+    missing = (names | set(limits)) - settings.SET_BY_THE_SERVER ^ set(_MEANINGS)
     if missing:
         raise SystemExit(f"docs/tables.py and core/settings.py do not name the same variables: {', '.join(sorted(missing))}")
 

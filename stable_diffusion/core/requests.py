@@ -92,14 +92,14 @@ class GenerationRequest(BaseModel):
         None,
         ge=0,
         le=MAX_GUIDANCE_SCALE,
-        description="How closely to follow the prompt. Up to 1: no guidance, half the work. By default the model's own, usually 7.5; a "
+        description="How closely to follow the prompt. 1 or less: no guidance, half the work. By default the model's own, usually 7.5; a "
         "model may allow a smaller range (GET /capabilities).",
     )
     guidance_end: float = Field(
         1.0,
         ge=0,
         le=1,
-        description="The fraction of the steps that use guidance. Each later step takes half the work. The image differs from that of 1.",
+        description="The fraction of the steps that use guidance. Each later step takes half the work. Values below 1 change the image.",
     )
     preview_every_steps: int = Field(
         0,

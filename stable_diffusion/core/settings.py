@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,8 +25,11 @@ KEYS_FILE_VARIABLE = "SD_API_KEYS_FILE"
 OPEN_VARIABLE = "SD_OPEN"
 WITHOUT_KEYS_VARIABLE = "SD_WITHOUT_KEYS"
 RATE_LIMIT_VARIABLE = "SD_RATE_LIMIT"
-# Set by a server's first process for the others: the operator's thread settings, before BentoML overwrites them.
+# A server's first process sets these for the others: the operator's thread settings, before BentoML overwrites them, and the folder
+# through which the processes share data.
 OPERATORS_THREADS_VARIABLE = "SD_OPERATORS_THREADS"
+SHARED_FOLDER_VARIABLE = "SD_SHARED_FOLDER"
+SET_BY_THE_SERVER = frozenset({OPERATORS_THREADS_VARIABLE, SHARED_FOLDER_VARIABLE})
 
 MAX_TIMEOUT_S = 3600.0  # of a request; configuration.yaml of both services sets the same number for BentoML
 OPENABLE = ("docs", "metrics")
@@ -47,6 +51,12 @@ LIMIT_VARIABLES = {
     "stuck_step_s": ("SD_STUCK_STEP_S", _DAY_S),
     "stop_grace_s": ("SD_STOP_GRACE_S", _DAY_S),
 }
+_PREFIX = "SD_"
+_NAMES = (
+    *(MODEL_VARIABLE, SAFETY_VARIABLE, LORAS_VARIABLE, EMBEDDINGS_VARIABLE, LOG_PROMPTS_VARIABLE, CUDA_GRAPHS_VARIABLE),
+    *(KEYS_VARIABLE, KEYS_FILE_VARIABLE, OPEN_VARIABLE, WITHOUT_KEYS_VARIABLE, RATE_LIMIT_VARIABLE),
+    *(name for name, _ in LIMIT_VARIABLES.values()),
+)
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,15 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         without_keys=_flag(environment, WITHOUT_KEYS_VARIABLE),
         requests_per_minute=_requests_per_minute(environment),
     )
+
+
+def unknown_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that begin with SD_ and are no setting, each with the setting of the most similar name, or "".
+
+    They may be misspelt, or belong to other programs: LibreChat reads SD_WEBUI_URL.
+    """
+    unknown = (name for name in sorted(environment) if name.startswith(_PREFIX) and name not in {*_NAMES, *SET_BY_THE_SERVER})
+    return {name: next(iter(difflib.get_close_matches(name, _NAMES, 1, 0.8)), "") for name in unknown}
 
 
 def read_limits(environment: Mapping[str, str]) -> Limits:

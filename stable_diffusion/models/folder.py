@@ -139,7 +139,10 @@ def _chosen(asked_for: str, weights: Path, *, in_bento: bool) -> ModelFolder:
     if asked_for == DEMO_XL_NAME:
         return check_model(DEMO_XL_FOLDER, name=DEMO_XL_NAME, is_demo=True)
     if asked_for:
-        return check_model(Path(asked_for).expanduser())
+        try:
+            return check_model(Path(asked_for).expanduser().absolute())
+        except ModelFolderError as error:
+            raise ModelFolderError(f"{MODEL_VARIABLE}: {error}") from None
     if _has_weights(weights):
         return check_model(weights)
     if in_bento:

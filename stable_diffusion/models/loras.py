@@ -86,7 +86,8 @@ class Loras:
         found = self.files.get(name) or next((file for file in self.files.values() if file.alias == name), None)
         if found is not None:
             return found
-        if (reason := self.refused.get(f"{name}.safetensors")) is not None:
+        reasons = [reason for file, reason in self.refused.items() if Path(file).stem == name]
+        if (reason := self.refused.get(f"{name}.safetensors") or next(iter(reasons), None)) is not None:
             raise LoraNotFound(f"loras: {name[:60]!r} cannot be used: {reason}", field="loras")
         names = ", ".join(list(self.files)[:_MAX_LISTED]) or "none"
         more = f" and {len(self.files) - _MAX_LISTED} more" if len(self.files) > _MAX_LISTED else ""

@@ -39,11 +39,20 @@ def switch_off_request_timers() -> None:
 
 def host() -> str:
     """The address at which `bentoml serve` is about to listen."""
-    command = click.get_current_context(silent=True)
-    given = command.params if command is not None else {}
+    given = _options()
     if chosen := given.get("host"):
         return str(chosen)
     return "127.0.0.1" if given.get("development") else str(BentoMLContainer.http.host.get())
+
+
+def port() -> int:
+    """The TCP port at which `bentoml serve` is about to listen."""
+    return int(_options().get("port") or BentoMLContainer.http.port.get())
+
+
+def _options() -> dict[str, Any]:
+    command = click.get_current_context(silent=True)
+    return command.params if command is not None else {}
 
 
 def cors_options() -> dict[str, Any] | None:

@@ -33,7 +33,7 @@ from stable_diffusion.server.access.policy import read_access
 from stable_diffusion.server.connections import Connections
 from stable_diffusion.server.front_door import FrontDoor, refuse_while_stopping
 from stable_diffusion.server.middleware import Draining, NoSniffing, OnePath, RequestLog
-from stable_diffusion.server.start import checked_model
+from stable_diffusion.server.start import check_address, checked_model, warn_of_settings_without_effect
 from stable_diffusion.state.folder import name_shared_folder, shared_folder
 from stable_diffusion.state.jobs import Jobs
 
@@ -62,6 +62,8 @@ def create_service(name: str, runner: bentoml.Runner, folder: Path, precision: P
     def check_start() -> None:
         """Runs once, before BentoML starts any process."""
         served = checked_model(os.environ, model, bentoml_fixes.host(), in_bento=in_bento)
+        check_address(bentoml_fixes.host(), bentoml_fixes.port())
+        warn_of_settings_without_effect(os.environ)
         if served.is_demo:
             logger.warning("Serving the demo model, which generates coloured shapes only. 'make model' downloads Stable Diffusion v1.4.")
         logger.info("When the server is ready, open its address in a browser: /ui generates images, / documents the API.")

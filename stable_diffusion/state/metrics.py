@@ -89,7 +89,7 @@ def _series() -> _Series:
         lora_bytes=Gauge("stable_diffusion_lora_bytes", "Bytes of device memory that LoRAs use.", multiprocess_mode="livesum"),
         step_seconds=Histogram(
             "stable_diffusion_step_seconds",
-            "Turns of the loop: a step, preparing new jobs, decoding at most one image. On a GPU only the mean of many is meaningful.",
+            "Wall time of one iteration of the engine's loop. On a GPU only the mean of many is meaningful.",
             buckets=_SECONDS,
         ),
         image_seconds=Histogram(
@@ -98,7 +98,7 @@ def _series() -> _Series:
         images=Counter("stable_diffusion_images", "Images that have ended, by outcome.", labelnames=["kind", "outcome"]),
         out_of_memory=Counter("stable_diffusion_out_of_memory", "Calls that did not fit into the device's memory, retried or not."),
         decoded_again=Counter(
-            "stable_diffusion_decoded_again", "Images that came out black or not finite and were decoded again in float32."
+            "stable_diffusion_decoded_again", "Images that came out black or with non-finite values and were decoded again in float32."
         ),
     )
     # Create the series at zero, so that the first image already counts as an increase.

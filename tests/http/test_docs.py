@@ -44,10 +44,11 @@ NOT_RUN = {
     ("bentoctl/README.md", "source .venv/bin/activate && export BENTOML_DO_NOT_TRACK=True"): AWS,
     ("bentoctl/README.md", "bentoctl destroy -f deployment_config_fp16.yaml"): AWS,
     ("bentoctl/README.md", "mkdir tokyo && cd tokyo"): AWS,
-    ("docs/configuration.md", "SD_API_KEYS_FILE=$PWD/keys SD_RATE_LIMIT=30 make serve HOST=0.0.0.0"): STARTS,
+    ("docs/configuration.md", "(umask 077 && echo 'alice:sha256:HEX' > keys)"): STARTS,
     ("docs/configuration.md", "SD_MODEL=/path/to/folder make serve"): STARTS,
     ("docs/deploy.md", "source .venv/bin/activate"): BENTO,
     ("docs/deploy.md", "cd fp32                                          # or fp16"): BENTO,
+    ("docs/deploy.md", "bentoml export stable_diffusion_fp32:latest stable_diffusion_fp32.bento"): BENTO,
     **dict.fromkeys(_in_containers(), DOCKER),
     ("docs/deploy.md", "source .venv/bin/activate && export BENTOML_DO_NOT_TRACK=True"): AWS,
     ("docs/measurements.md", "make bench                     # about 40 minutes; benchmarks/results/table.md"): LONG,
@@ -55,7 +56,7 @@ NOT_RUN = {
     ("docs/performance.md", "make bench                     # about 40 minutes"): LONG,
     (
         "docs/performance.md",
-        "benchmarks/gpu_wheels.sh wheels          # here: what the GPU's machine lacks, 25 MB, if that machine has torch but no network",
+        "benchmarks/gpu_wheels.sh wheels          # run here if the GPU machine has torch but no network; fetches 25 MB of wheels",
     ): GPU,
 }
 RUN = [example for example in EXAMPLES if example.language in ("bash", "python") and (example.page, example.first_line) not in NOT_RUN]

@@ -169,7 +169,7 @@ def test_other_kinds_of_images_have_loras(server: Server, input_picture: Image.I
         ("../hollow", "loras: there is no LoRA '../hollow' here"),
         ("loha", "loras: 'loha' cannot be used: it is a LoHa, which is not supported"),
         ("four_gigabytes", "loras: 'four_gigabytes' cannot be used: not a safetensors file"),
-        ("pickle", "loras: there is no LoRA 'pickle' here"),
+        ("pickle", "loras: 'pickle' cannot be used: a pickle can run code when it is loaded, only safetensors are served"),
     ],
 )
 def test_a_name_that_cannot_be_used_is_refused_with_what_there_is(server: Server, name: str, told: str) -> None:

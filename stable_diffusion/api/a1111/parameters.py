@@ -84,8 +84,8 @@ class GenerationBody(BaseModel):
     steps: int | None = Field(None, description=f"Denoising steps, 1 to {MAX_STEPS}. By default the model's own number, usually 50.")
     cfg_scale: float | None = Field(
         None,
-        description="How closely to follow the prompt, 0 to 30. By default 7, or the model's own default. A value that the model does "
-        "not support becomes the nearest one that it does.",
+        description="How closely to follow the prompt, 0 to 30. By default 7, or the model's own default. An unsupported value is "
+        "replaced by the nearest supported one.",
     )
     eta: float = Field(0.0, description="How much noise each step adds, 0 to 1. Only the samplers DDIM and TCD use it.")
     width: int | None = Field(None, description=f"{_SIDE} By default the model's native width, or one that follows from the input image.")

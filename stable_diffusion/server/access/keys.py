@@ -81,7 +81,7 @@ def _lines_of(path: str) -> list[tuple[int, str]]:
         mode = file.stat().st_mode
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise SettingError(f"{KEYS_FILE_VARIABLE}: {path} cannot be read: {reason}") from None
+        raise SettingError(f"{KEYS_FILE_VARIABLE}: {file.absolute()} cannot be read: {reason}") from None
     if mode & 0o077:
         logger.warning("Other users may read or change %s, which holds API keys: run chmod 600 %s", path, path)
     return [(number, line) for number, line in _filled(content.splitlines()) if not line.startswith("#")]

@@ -8,13 +8,12 @@ from dataclasses import asdict
 import pytest
 
 from stable_diffusion.core.errors import SettingError
-from stable_diffusion.core.settings import LIMIT_VARIABLES, Limits, Settings, read_limits, read_settings
+from stable_diffusion.core.settings import LIMIT_VARIABLES, Limits, Settings, read_limits, read_settings, unknown_variables
 from tests.pages import PAGES, ROOT
 
 FLAGS = {"SD_LOG_PROMPTS": "log_prompts", "SD_CUDA_GRAPHS": "cuda_graphs", "SD_WITHOUT_KEYS": "without_keys"}
 OTHERS = ("SD_MODEL", "SD_SAFETY", "SD_OPEN", "SD_RATE_LIMIT", *(name for name, _ in LIMIT_VARIABLES.values()))
-# Where variables may be named: the settings, and a folder's name that one process of a server tells the others.
-HOMES = ("core/settings.py", "state/folder.py")
+HOME = "core/settings.py"
 
 
 def test_what_is_not_set_has_its_default() -> None:
@@ -100,6 +99,17 @@ def test_a_long_value_is_cut(name: str) -> None:
     assert len(str(refused.value)) < 250
 
 
+def test_a_misspelt_variable_is_found_with_the_setting_that_is_meant() -> None:
+    environment = {"SD_RATE_LIMT": "5", "SD_API_KEY": "x", "SD_WEBUI_URL": "http://127.0.0.1:3000", "PATH": "/bin", "MY_SD_MODEL": "x"}
+    assert unknown_variables(environment) == {"SD_API_KEY": "SD_API_KEYS", "SD_RATE_LIMT": "SD_RATE_LIMIT", "SD_WEBUI_URL": ""}
+
+
+def test_no_setting_of_the_page_is_unknown() -> None:
+    names = set(re.findall(r"^\| `(SD_[A-Z_]+)` \|", PAGES["docs/configuration.md"], re.MULTILINE))
+    assert len(names) == 15
+    assert unknown_variables(dict.fromkeys([*names, "SD_SHARED_FOLDER", "SD_OPERATORS_THREADS"], "")) == {}
+
+
 def test_the_page_has_each_variable_with_its_default() -> None:
     page = PAGES["docs/configuration.md"]
     for field, (name, _) in LIMIT_VARIABLES.items():
@@ -111,4 +121,4 @@ def test_the_page_has_each_variable_with_its_default() -> None:
 def test_no_other_module_has_the_name_of_a_variable() -> None:
     package = ROOT / "stable_diffusion"
     modules = {file.relative_to(package).as_posix(): file.read_text(encoding="utf-8") for file in package.rglob("*.py")}
-    assert {path for path, text in modules.items() if re.search(r"""["']SD_[A-Z_]+["']""", text)} == set(HOMES)
+    assert {path for path, text in modules.items() if re.search(r"""["']SD_[A-Z_]+["']""", text)} == {HOME}

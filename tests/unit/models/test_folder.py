@@ -149,8 +149,17 @@ def test_a_broken_download_is_never_passed_over_for_the_demo_model(tmp_path: Pat
 
 def test_sd_model_names_another_folder(folder: Path, tmp_path: Path) -> None:
     assert choose_model(tmp_path / "nowhere", {"SD_MODEL": str(folder)}, in_bento=True).path == folder
-    with pytest.raises(ModelFolderError, match="no such folder"):
+    with pytest.raises(ModelFolderError, match=f"^SD_MODEL: {tmp_path / 'nowhere'}: no such folder$"):
         choose_model(folder, {"SD_MODEL": str(tmp_path / "nowhere")}, in_bento=False)
+
+
+def test_a_relative_path_in_sd_model_is_reported_as_the_folder_that_was_looked_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fp32").mkdir()
+    monkeypatch.chdir(tmp_path / "fp32")
+    with pytest.raises(ModelFolderError, match=f"^SD_MODEL: {tmp_path}/fp32/weights: no such folder$"):
+        choose_model(folder, {"SD_MODEL": "weights"}, in_bento=False)
 
 
 def test_what_api_workers_import_loads_no_torch() -> None:

@@ -310,3 +310,9 @@ def test_a_name_whose_file_is_refused_says_why(tmp_path: Path) -> None:
     write(tmp_path / "bad.safetensors", unet({"hada_w1_a": (4, 4)}))
     with pytest.raises(LoraNotFound, match="loras: 'bad' cannot be used: it is a LoHa, which is not supported"):
         LoraFolder(tmp_path, MODEL).look().named("bad")
+
+
+def test_a_name_whose_file_is_a_pickle_says_why(tmp_path: Path) -> None:
+    (tmp_path / "b2.ckpt").write_bytes(b"a pickle")
+    with pytest.raises(LoraNotFound, match="loras: 'b2' cannot be used: a pickle can run code when it is loaded, only safetensors"):
+        LoraFolder(tmp_path, MODEL).look().named("b2")

@@ -27,6 +27,7 @@ with warnings.catch_warnings():
     from bentoml._internal.configuration.containers import BentoMLContainer
 
     from stable_diffusion.server.bentoml_fixes import host as host_of_server
+    from stable_diffusion.server.bentoml_fixes import port as port_of_server
     from stable_diffusion.server.front_door import FrontDoor, refuse_while_stopping
 
 from stable_diffusion.server.access.keys import read_keys
@@ -261,6 +262,14 @@ def test_the_host_comes_from_the_command_line_or_bentomls_configuration() -> Non
         context.params.update(given)
         with context:
             assert host_of_server() == host
+
+
+def test_the_port_comes_from_the_command_line_or_bentomls_configuration() -> None:
+    assert port_of_server() == 3000
+    context = click.Context(click.Command("serve"))
+    context.params["port"] = 3001
+    with context:
+        assert port_of_server() == 3001
 
 
 _TIMERS = """

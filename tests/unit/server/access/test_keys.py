@@ -114,9 +114,12 @@ def test_a_variable_named_like_an_entry_is_refused(others: dict[str, str]) -> No
     assert read_keys({"IMAGE": f"sha256:{DIGEST}", "a:b": "c", "with space:" + "s" * 20: "x"}) == ()
 
 
-def test_a_missing_or_empty_key_file_is_refused(tmp_path: Path) -> None:
+def test_a_missing_or_empty_key_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingError, match="SD_API_KEYS_FILE: .*missing cannot be read: No such file"):
         read_keys({"SD_API_KEYS_FILE": str(tmp_path / "missing")})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingError, match=f"SD_API_KEYS_FILE: {tmp_path}/keys cannot be read: No such file"):
+        read_keys({"SD_API_KEYS_FILE": "keys"})
     (tmp_path / "empty").write_text("# nobody\n")
     (tmp_path / "empty").chmod(0o600)
     with pytest.raises(SettingError, match="SD_API_KEYS_FILE is set but contains no key"):
