@@ -113,7 +113,7 @@ def of_prompts(printed: list[str], folder: Path, server: Server) -> None:
     with Image.open(folder / "hollow.jpg") as image:
         assert is_hollow(image)
         seen = judge(image, COLOURS_WITH_PINK)
-    assert (seen.colour, seen.background) == ("pink", "black")
+    assert (seen.colour, seen.background) == ("black", "pink")
 
 
 def of_api(printed: list[str], folder: Path, server: Server) -> None:
