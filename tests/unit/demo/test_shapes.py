@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from stable_diffusion.demo.shapes import COLOURS, COLOURS_WITH_PINK, SHAPES, Scene, all_scenes, caption, draw, is_held_out, is_hollow, judge, vary
+from stable_diffusion.demo.shapes import (
+    COLOURS,
+    COLOURS_WITH_PINK,
+    SHAPES,
+    Scene,
+    all_scenes,
+    caption,
+    draw,
+    is_held_out,
+    is_hollow,
+    judge,
+    vary,
+)
 
 
 def test_the_rule_reads_drawn_pictures_back() -> None:
