@@ -12,7 +12,8 @@ EXAMPLE_URL = "http://127.0.0.1:3000"
 PAGES = {
     str(file.relative_to(ROOT)): file.read_text(encoding="utf-8")
     for file in (
-        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "bentoctl/README.md", "benchmarks/README.md")),
+        *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
+        *(ROOT / folder / "README.md" for folder in ("bentoctl", "benchmarks", "stable_diffusion/demo")),
         *sorted((ROOT / "docs").glob("*.md")),
     )
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -26,17 +27,24 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
     "black": (18, 18, 18),
 }
+# The colour that only an adapter knows (`train_adapters.py`): the model's own training had no image with it.
+PINK = (250, 80, 170)
+COLOURS_WITH_PINK = {**COLOURS, "pink": PINK}
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 # Radius of the shape as a share of the image's shorter side; without a size word it is medium.
 SIZES = {"small": 0.19, "": 0.29, "large": 0.39}
 
 _SUPERSAMPLING = 4
+_HOLE = 0.65  # radius of the hole in a hollow shape, as a share of the shape's radius
 _HELD_OUT_SHARE = 10  # one combination of words in ten is left out of training
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One image: a shape of one colour on a background of another. Centre and radius are shares of the shorter side."""
+    """One image: a shape of one colour on a background of another. Centre and radius are shares of the shorter side.
+
+    A hollow shape is an outline with the background inside. Captions do not mention it.
+    """
 
     size: str
     colour: str
@@ -46,6 +54,7 @@ class Scene:
     offset_y: float = 0.0
     radius: float = 0.29
     angle_degrees: float = 0.0
+    hollow: bool = False
 
 
 def all_scenes() -> list[Scene]:
@@ -111,11 +120,15 @@ def draw(scene: Scene, width: int, height: int, rng: random.Random) -> Image.Ima
     """Render `scene` as an RGB image of `width` x `height` pixels; `rng` varies the two colours slightly."""
 
     def tint(colour: str) -> tuple[int, ...]:
-        return tuple(max(0, min(255, channel + rng.randint(-8, 8))) for channel in COLOURS[colour])
+        return tuple(max(0, min(255, channel + rng.randint(-8, 8))) for channel in COLOURS_WITH_PINK[colour])
 
     large = width * _SUPERSAMPLING, height * _SUPERSAMPLING
-    image = Image.new("RGB", large, tint(scene.background))
-    _paint(ImageDraw.Draw(image), scene, *large, tint(scene.colour))
+    background = tint(scene.background)
+    image = Image.new("RGB", large, background)
+    canvas = ImageDraw.Draw(image)
+    _paint(canvas, scene, *large, tint(scene.colour))
+    if scene.hollow:
+        _paint(canvas, replace(scene, radius=_HOLE * scene.radius), *large, background)
     return image.resize((width, height), Image.Resampling.BOX)
 
 
@@ -144,13 +157,13 @@ class Verdict:
     shape: str
 
 
-def nearest_colour(pixels: np.ndarray) -> str:
-    """The named colour nearest to the median of `pixels` (any shape, last axis RGB, 0 to 255)."""
+def nearest_colour(pixels: np.ndarray, colours: Mapping[str, tuple[int, int, int]] = COLOURS) -> str:
+    """The name of the colour in `colours` nearest to the median of `pixels` (any shape, last axis RGB, 0 to 255)."""
     median = np.median(pixels.reshape(-1, 3).astype(float), axis=0)
-    return min(COLOURS, key=lambda name: float(np.sum((median - np.array(COLOURS[name])) ** 2)))
+    return min(colours, key=lambda name: float(np.sum((median - np.array(colours[name])) ** 2)))
 
 
-def judge(image: Image.Image) -> Verdict:
+def judge(image: Image.Image, colours: Mapping[str, tuple[int, int, int]] = COLOURS) -> Verdict:
     """Recognise the scene in an image of one shape: the border is the background, pixels that differ from it are the shape.
 
     The shape is the one whose outline, tried at several sizes and angles around the centre of those pixels, overlaps them best
@@ -158,15 +171,46 @@ def judge(image: Image.Image) -> Verdict:
     """
     pixels = np.asarray(image.convert("RGB")).astype(float)
     height, width, _ = pixels.shape
-    edges = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
-    border = np.concatenate([edge.reshape(-1, 3) for edge in edges])
-    distance = np.sqrt(((pixels - np.median(border, axis=0)) ** 2).sum(axis=2))
-    # Half way between the background and the colour that differs most from it (robust to single pixels).
-    found = distance > np.percentile(distance, 98) / 2
+    border = _border(pixels)
+    distance = _distance(pixels, border)
+    found = _is_shape(distance)
+    background = nearest_colour(border, colours)
     if not found.any():
-        return Verdict(nearest_colour(border), nearest_colour(border), "nothing")
+        return Verdict(background, background, "nothing")
     core = distance >= np.percentile(distance[found], 40)
-    return Verdict(nearest_colour(pixels[core]), nearest_colour(border), _best_shape(found, width, height))
+    return Verdict(nearest_colour(pixels[core], colours), background, _best_shape(found, width, height))
+
+
+def is_hollow(image: Image.Image) -> bool:
+    """Whether the middle of the shape looks like the background and the shape lies on all four sides of it."""
+    pixels = np.asarray(image.convert("RGB")).astype(float)
+    found = _is_shape(_distance(pixels, _border(pixels)))
+    if not found.any():
+        return False
+    row, column = (int(places.mean()) for places in np.nonzero(found))
+    reach = min(found.shape) // 64
+    middle = found[row - reach : row + reach + 1, column - reach : column + reach + 1]
+    sides = found[:row, column], found[row:, column], found[row, :column], found[row, column:]
+    return bool(middle.mean() < 0.5 and all(side.any() for side in sides))
+
+
+def _border(pixels: np.ndarray) -> np.ndarray:
+    """The outermost two pixels on each side, (N, 3)."""
+    edges = (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:])
+    return np.concatenate([edge.reshape(-1, 3) for edge in edges])
+
+
+def _distance(pixels: np.ndarray, border: np.ndarray) -> np.ndarray:
+    """How far each pixel's colour is from the background's, (height, width)."""
+    distance: np.ndarray = np.sqrt(((pixels - np.median(border, axis=0)) ** 2).sum(axis=2))
+    return distance
+
+
+def _is_shape(distance: np.ndarray) -> np.ndarray:
+    """Which pixels are nearer to the shape's colour than to the background's, (height, width)."""
+    # Half way between the background and the colour that differs most from it (robust to single pixels).
+    is_shape: np.ndarray = distance > np.percentile(distance, 98) / 2
+    return is_shape
 
 
 def _best_shape(found: np.ndarray, width: int, height: int) -> str:

@@ -160,9 +160,7 @@ def test_librechat_reads_the_picture_and_what_info_says(server: Server) -> None:
 @pytest.mark.parametrize(
     ("path", "content"),
     [
-        ("/sdapi/v1/loras", []),
         ("/sdapi/v1/prompt-styles", []),
-        ("/sdapi/v1/embeddings", {"loaded": {}, "skipped": {}}),
         ("/sdapi/v1/scripts", {"txt2img": [], "img2img": []}),
         ("/sdapi/v1/cmd-flags", {}),
         ("/sdapi/v1/memory", {"ram": {}, "cuda": {}}),
@@ -171,6 +169,14 @@ def test_librechat_reads_the_picture_and_what_info_says(server: Server) -> None:
 )
 def test_what_plugins_ask_at_start_is_there_and_empty(server: Server, path: str, content: object) -> None:
     assert get(server, path) == content
+
+
+def test_the_demo_models_loras_and_textual_inversion_are_listed(server: Server) -> None:
+    loras = get(server, "/sdapi/v1/loras")
+    assert [(lora["name"], lora["alias"]) for lora in loras] == [(name, name) for name in ("hollow", "lcm", "pink")]
+    assert all(lora["metadata"]["modelspec.description"] for lora in loras)
+    embeddings = get(server, "/sdapi/v1/embeddings")
+    assert (list(embeddings["loaded"]), embeddings["skipped"]) == (["sun"], {})
 
 
 def test_every_listed_sampler_can_be_asked_for(server: Server) -> None:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from stable_diffusion.demo.shapes import COLOURS_WITH_PINK, is_hollow, judge
 from tests.http.servers import Server, environment
 from tests.pages import EXAMPLE_URL, EXAMPLES, PAGES, ROOT, Example, anchors_of, examples_of, make_targets_in
 
@@ -54,6 +55,8 @@ NOT_RUN = {
     ("docs/measurements.md", "make bench                     # about 40 minutes; benchmarks/results/table.md"): LONG,
     ("docs/operations.md", """jq -R 'fromjson? | select(.outcome == "failed")' < server.log"""): "needs jq and a log",
     ("docs/performance.md", "make bench                     # about 40 minutes"): LONG,
+    ("stable_diffusion/demo/README.md", "make demo"): LONG,
+    ("stable_diffusion/demo/README.md", "make demo-adapters"): LONG,
     (
         "docs/performance.md",
         "benchmarks/gpu_wheels.sh wheels          # run here if the GPU machine has torch but no network; fetches 25 MB of wheels",
@@ -102,6 +105,18 @@ def test_the_examples_of_a_page_work(server: Server, project_folder: Path, page:
     _cancel_what_is_left(server, printed)
 
 
+def of_readme(printed: list[str], folder: Path, server: Server) -> None:
+    with Image.open(folder / "output.jpg") as plain, Image.open(folder / "hollow.jpg") as hollow:
+        assert (is_hollow(plain), is_hollow(hollow)) == (False, True)
+
+
+def of_prompts(printed: list[str], folder: Path, server: Server) -> None:
+    with Image.open(folder / "hollow.jpg") as image:
+        assert is_hollow(image)
+        seen = judge(image, COLOURS_WITH_PINK)
+    assert (seen.colour, seen.background) == ("black", "pink")
+
+
 def of_api(printed: list[str], folder: Path, server: Server) -> None:
     commands, python, progress = printed
     assert commands == ""
@@ -147,6 +162,8 @@ def of_decisions(printed: list[str], folder: Path, server: Server) -> None:
 
 
 EXPECTED = {
+    "README.md": of_readme,
+    "docs/prompts.md": of_prompts,
     "docs/api.md": of_api,
     "docs/jobs.md": of_jobs,
     "docs/reproduce.md": of_reproduce,

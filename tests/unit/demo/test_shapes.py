@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from stable_diffusion.demo.shapes import COLOURS, SHAPES, Scene, all_scenes, caption, draw, is_held_out, judge, vary
+from stable_diffusion.demo.shapes import (
+    COLOURS,
+    COLOURS_WITH_PINK,
+    SHAPES,
+    Scene,
+    all_scenes,
+    caption,
+    draw,
+    is_held_out,
+    is_hollow,
+    judge,
+    vary,
+)
 
 
 def test_the_rule_reads_drawn_pictures_back() -> None:
@@ -27,6 +40,25 @@ def test_the_rule_works_at_other_sizes(size: tuple[int, int]) -> None:
 
 def test_the_rule_sees_nothing_in_a_plain_picture() -> None:
     assert judge(Image.new("RGB", (64, 64), COLOURS["red"])).shape == "nothing"
+
+
+@pytest.mark.parametrize("hollow", [False, True])
+def test_the_rule_sees_whether_a_shape_is_hollow(hollow: bool) -> None:
+    rng = random.Random(2)
+    for scene in rng.sample(all_scenes(), 120):
+        assert is_hollow(draw(replace(vary(scene, rng), hollow=hollow), 64, 64, rng)) is hollow
+
+
+def test_nothing_is_hollow_in_a_plain_image() -> None:
+    assert not is_hollow(Image.new("RGB", (64, 64), COLOURS["red"]))
+
+
+def test_pink_is_only_seen_by_the_rule_that_knows_it() -> None:
+    rng = random.Random(3)
+    for background in COLOURS:
+        image = draw(Scene("", "pink", "circle", background), 64, 64, rng)
+        assert judge(image, COLOURS_WITH_PINK).colour == "pink"
+        assert judge(image).colour in COLOURS
 
 
 def test_noise_is_hardly_ever_taken_for_the_picture_that_was_asked_for() -> None:
