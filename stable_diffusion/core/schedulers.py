@@ -13,6 +13,8 @@ SCHEDULER_OPTIONS: dict[str, dict[str, Any]] = {
     "Exponential": {"use_karras_sigmas": False, "use_exponential_sigmas": True, "use_beta_sigmas": False},
     "Trailing": {"timestep_spacing": "trailing"},
 }
+# Options that a class always gets. Without this one diffusers sets it itself, and warns at each image.
+_CLASS_OPTIONS: dict[str, dict[str, Any]] = {"DPMSolverSinglestepScheduler": {"lower_order_final": True}}
 # diffusers' class name and options -> the usual short names, A1111's first. If an A1111 client names noise levels and no sampler, it gets
 # the first scheduler with these levels.
 SCHEDULERS: dict[str, tuple[str, ...]] = {
@@ -55,7 +57,8 @@ _WITH_ETA = ("DDIMScheduler", "TCDScheduler")
 def class_and_options(scheduler: str) -> tuple[str, dict[str, Any]]:
     """diffusers' class for a key of SCHEDULERS, or for a model's own class, and the options that change the model's configuration."""
     name, *words = scheduler.split(" ")
-    return name, {option: value for word in words for option, value in SCHEDULER_OPTIONS[word].items()}
+    options = {option: value for word in words for option, value in SCHEDULER_OPTIONS[word].items()}
+    return name, _CLASS_OPTIONS.get(name, {}) | options
 
 
 def unet_calls_of_a_step(scheduler: str) -> int:

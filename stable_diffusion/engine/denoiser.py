@@ -32,6 +32,7 @@ from stable_diffusion.engine import previews, threads
 from stable_diffusion.engine.adapters import AdaptedLayers, Lora
 from stable_diffusion.engine.cuda_graphs import RecordedCalls, Recorder
 from stable_diffusion.engine.job import Conditioning, Job, Latents, TextRows, TextSchedule
+from stable_diffusion.engine.lms import KeptLMSDiscreteScheduler
 from stable_diffusion.engine.loading import Parts
 from stable_diffusion.engine.lora_store import Claim, LoraStore, claimed
 from stable_diffusion.engine.prompts import PromptEncoder, Text
@@ -249,7 +250,8 @@ class Denoiser:
     def _new_scheduler(self, name: str) -> Any:
         """A new noise scheduler with the model's noise schedule. The shared one is never changed."""
         class_name, options = class_and_options(name)
-        return getattr(diffusers, class_name).from_config(self._parts.scheduler.config, **options)
+        kind = KeptLMSDiscreteScheduler if class_name == "LMSDiscreteScheduler" else getattr(diffusers, class_name)
+        return kind.from_config(self._parts.scheduler.config, **options)
 
     def _draw_noise(self, task: Task, generator: torch.Generator) -> torch.Tensor:
         shape = (
