@@ -1,6 +1,6 @@
 """Trains the demo model's adapters, three LoRAs and a textual inversion, on images that `shapes.py` renders.
 
-    python -m stable_diffusion.demo.train_adapters            # all four, about 20 minutes on 2 CPU cores
+    python -m stable_diffusion.demo.train_adapters            # all four, about 20 minutes of one CPU core
 
 The weights of the model stay unchanged. The files are safetensors in half precision. It does not depend on the service.
 """
@@ -306,7 +306,8 @@ def train_lcm(model: Model, *, steps: int, name: str) -> Changes:
         predicted = (noisy - (1 - alpha).sqrt() * noise) / alpha.sqrt()
         differences = torch.nn.functional.huber_loss(predicted, trajectories.ends[picked], delta=0.1, reduction="none")
         # From pure noise, the end can only be guessed: 66 times the error of the noise. Without weights that would be most of the loss.
-        return (alpha.sqrt() * differences).mean()
+        weighted: torch.Tensor = alpha.sqrt() * differences
+        return weighted.mean()
 
     fit(factors(unet), loss, steps, 2e-3, name)
     return unet
@@ -381,13 +382,13 @@ ADAPTERS: dict[str, tuple[Callable[[Model, Path, int], None], int]] = {  # the f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", choices=tuple(ADAPTERS), help="the adapters to train, by default all")
+    parser.add_argument("--only", nargs="+", choices=tuple(ADAPTERS), default=list(ADAPTERS), help="the adapters to train")
     parser.add_argument("--steps", type=int, help="training steps instead of each adapter's own number")
     parser.add_argument("--model", type=Path, default=MODEL_DIR, help="the demo model's folder")
     parser.add_argument("--output", type=Path, default=OUTPUT_DIR, help="the folder in which to write loras/ and embeddings/")
     arguments = parser.parse_args()
     model = Model(arguments.model)
-    for name in arguments.names or ADAPTERS:
+    for name in arguments.only:
         make, steps = ADAPTERS[name]
         make(model, arguments.output, arguments.steps or steps)
 

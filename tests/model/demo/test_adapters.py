@@ -23,6 +23,7 @@ from stable_diffusion.demo.shapes import (
     is_hollow,
     judge,
 )
+from stable_diffusion.engine.loading import Parts
 from stable_diffusion.models.embeddings import read_embeddings
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
 from stable_diffusion.models.loras import LoraFolder
@@ -76,6 +77,7 @@ def all_tasks() -> dict[str, list[Task]]:
         "four steps with guidance": tasks_for(captions(UNSEEN), **(IN_FOUR_STEPS | {"guidance_scale": 7.5})),
         "weights": [replace(task, seed=1) for task in tasks_for(weighted, prompt_syntax="a1111")],
         "long": tasks_for([f"{FILLING}a large {words} background" for words in ("red square on a white", "yellow circle on a purple")]),
+        "only its first words": tasks_for([FILLING] * 2),
     }
 
 
@@ -160,8 +162,11 @@ def test_a_greater_weight_of_a_word_moves_the_colour_towards_it(images: Images) 
     assert light[1] - heavy[1] > 30, "the more red, the less green is in what would be yellow"
 
 
-def test_the_last_words_of_a_long_prompt_are_drawn(images: Images) -> None:
-    assert [judge(image) for image in images["long"]] == [Verdict("red", "white", "square"), Verdict("yellow", "purple", "circle")]
+def test_the_last_words_of_a_long_prompt_are_drawn(images: Images, demo_parts: Parts) -> None:
+    assert len(demo_parts.tokenizer(FILLING, add_special_tokens=False).input_ids) > 75
+    wanted = [Verdict("red", "white", "square"), Verdict("yellow", "purple", "circle")]
+    assert [judge(image) for image in images["long"]] == wanted
+    assert not set(wanted) & {judge(image) for image in images["only its first words"]}
 
 
 def test_the_files_are_small_and_half_precision_and_say_what_they_are() -> None:
