@@ -12,6 +12,7 @@
 # make audit      list known vulnerabilities of the packages that a bento installs (asks PyPI)
 # make model      download Stable Diffusion v1.4 (PRECISION=fp32 or fp16)
 # make demo       train the demo model again, from scratch
+# make demo-xl    train the demo XL model again, from the demo model
 # make demo-adapters  train its LoRAs and its textual inversion again
 # make lock       resolve the pinned dependencies again
 
@@ -50,7 +51,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # PyFilesystem, which BentoML uses, prints this warning at every start.
 export PYTHONWARNINGS := ignore:pkg_resources is deprecated:UserWarning
 
-.PHONY: serve quick test image-test pythons on-this-python bench soak check format docs audit model demo demo-adapters lock precision
+.PHONY: serve quick test image-test pythons on-this-python bench soak check format docs audit model demo demo-xl demo-adapters lock precision
 
 $(INSTALLED): requirements.txt requirements-runtime.txt requirements.lock bentoctl/aws-ec2/requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
@@ -137,6 +138,9 @@ model: precision $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(BIN)/python -m stable_diffusion.demo.train
+
+demo-xl: $(INSTALLED)
+	$(BIN)/python -m stable_diffusion.demo.train_xl
 
 demo-adapters: $(INSTALLED)
 	$(BIN)/python -m stable_diffusion.demo.train_adapters

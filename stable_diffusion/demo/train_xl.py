@@ -1,6 +1,6 @@
 """Trains the demo XL model: Stable Diffusion XL in small, derived from the demo model by adding what XL has and training on.
 
-    python -m stable_diffusion.demo.train_xl         # about 15 minutes on 2 CPU cores
+    python -m stable_diffusion.demo.train_xl         # about 15 minutes on a CPU
 
 It adds a second text encoder and the UNet's inputs for the summary of the text, the sizes and the crop. New weights start at zero where
 that leaves the demo model's predictions as they are. It writes a plain diffusers folder and does not depend on the service.
@@ -158,7 +158,7 @@ def _save(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--output", type=Path, default=XL_MODEL_DIR, help="the diffusers folder to write")
     arguments = parser.parse_args()
     train(arguments.steps, arguments.output)

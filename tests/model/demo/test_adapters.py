@@ -163,7 +163,7 @@ def test_a_greater_weight_of_a_word_moves_the_colour_towards_it(images: Images) 
 
 
 def test_the_last_words_of_a_long_prompt_are_drawn(images: Images, demo_parts: Parts) -> None:
-    assert len(demo_parts.tokenizer(FILLING, add_special_tokens=False).input_ids) > 75
+    assert len(demo_parts.text_encoders[0].tokenizer(FILLING, add_special_tokens=False).input_ids) > 75
     wanted = [Verdict("red", "white", "square"), Verdict("yellow", "purple", "circle")]
     assert [judge(image) for image in images["long"]] == wanted
     assert not set(wanted) & {judge(image) for image in images["only its first words"]}
