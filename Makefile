@@ -10,11 +10,12 @@
 # make format     fix lint errors and format the code
 # make docs       generate the tables in docs/ from the code
 # make audit      list known vulnerabilities of the packages that a bento installs (asks PyPI)
-# make model      download Stable Diffusion v1.4 (PRECISION=fp32 or fp16)
+# make model      download a model (MODEL=v1.4, v1.5, 2.1, sdxl, sd-turbo, sdxl-turbo, lcm or owner/name; PRECISION=fp32 or fp16)
 # make demo       train the demo model again, from scratch
 # make lock       resolve the pinned dependencies again
 
 PRECISION ?= fp32
+MODEL ?= v1.4
 HOST ?= 127.0.0.1
 PORT ?= 3000
 PYTHON ?= python3
@@ -31,7 +32,6 @@ INSTALLED := .venv/installed
 TOOLS_INSTALLED := .venv/tools/installed
 # The schema of the AWS provider that bentoctl/aws-ec2 is written for (6.25), as text: tests check our Terraform against it.
 AWS_PROVIDER_SCHEMA := cdktf-cdktf-provider-aws==21.22.1
-WEIGHTS := $(if $(filter fp16,$(PRECISION)),fp16/models/v1_4_fp16,fp32/models/v1_4)
 # A URL has brackets around an IPv6 address (RFC 3986, 3.2.2).
 ADDRESS = http://$(if $(findstring :,$(HOST)),[$(HOST)],$(HOST)):$(PORT)
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
@@ -130,7 +130,7 @@ audit: $(TOOLS_INSTALLED)
 	.venv/tools/bin/pip-audit --strict --no-deps --disable-pip --desc off --requirement requirements-runtime.lock
 
 model: precision $(INSTALLED)
-	$(BIN)/python -m stable_diffusion.models.download $(PRECISION) $(WEIGHTS)
+	$(BIN)/python -m stable_diffusion.models.download $(PRECISION) '$(MODEL)' $(PRECISION)/models
 
 demo: $(INSTALLED)
 	$(BIN)/python -m stable_diffusion.demo.train

@@ -46,6 +46,7 @@ NOT_RUN = {
     ("bentoctl/README.md", "mkdir tokyo && cd tokyo"): AWS,
     ("docs/configuration.md", "SD_API_KEYS_FILE=$PWD/keys SD_RATE_LIMIT=30 make serve HOST=0.0.0.0"): STARTS,
     ("docs/configuration.md", "SD_MODEL=/path/to/folder make serve"): STARTS,
+    ("docs/configuration.md", "make model MODEL=sdxl PRECISION=fp16"): DOWNLOAD,
     ("docs/deploy.md", "source .venv/bin/activate"): BENTO,
     ("docs/deploy.md", "cd fp32                                          # or fp16"): BENTO,
     **dict.fromkeys(_in_containers(), DOCKER),

@@ -1,7 +1,8 @@
-"""What `make serve` says to try is an address that curl takes."""
+"""What `make serve` says to try is an address that curl takes, and what `make model` downloads."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -36,3 +37,18 @@ def test_the_address_that_is_printed_can_be_asked(host: str, written: str) -> No
     assert f"--host {host} --port {port}" in printed
     if host != "2001:db8::1":  # no address of this machine
         assert subprocess.run(["curl", "--silent", "--max-time", "5", addresses[0]], check=False).returncode == REFUSED
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments"),
+    [
+        ([], "fp32 'v1.4' fp32/models"),
+        (["PRECISION=fp16"], "fp16 'v1.4' fp16/models"),
+        (["MODEL=owner/name/a file.safetensors@main", "PRECISION=fp16"], "fp16 'owner/name/a file.safetensors@main' fp16/models"),
+    ],
+)
+def test_a_model_is_downloaded_into_the_folder_of_its_precision(variables: list[str], arguments: str) -> None:
+    environment = {"PATH": os.environ["PATH"]}
+    command = ["make", "--dry-run", "model", *variables]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment).stdout
+    assert f"-m stable_diffusion.models.download {arguments}\n" in printed
