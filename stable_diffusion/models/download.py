@@ -88,12 +88,12 @@ def download(model: HubModel, precision: Precision, models: Path) -> Path:
     else:
         names, is_half = _files_of_folder(repository, precision)
         files, described = {name: target / name for name in names}, _described(precision, is_half)
+    if not source.exists():
+        _write_source(source, repository, model)  # first, because a later run takes a folder without it for the operator's own
     _show_and_keep_license(repository, model, target)
     missing = {name: file for name, file in files.items() if not repository.is_fetched(name, file)}
     size, left = _bytes_of(repository, files), _bytes_of(repository, missing) - _bytes_begun(missing)
     print(f"{described}: {size / _GB:.2f} GB, of which {left / _GB:.2f} GB are to be downloaded.", flush=True)
-    if not source.exists():
-        _write_source(source, repository, model)
     for name, file in tqdm(missing.items(), desc="Files", unit="file"):
         repository.fetch(name, file)
     _check(model, target)
@@ -101,6 +101,7 @@ def download(model: HubModel, precision: Precision, models: Path) -> Path:
 
 
 def _check(model: HubModel, target: Path) -> None:
+    """Check what was downloaded. Raises ModelFolderError."""
     if model.file is None:
         check_model(target)
     else:
@@ -110,16 +111,14 @@ def _check(model: HubModel, target: Path) -> None:
 def _find(model: HubModel, target: Path, source: Mapping[str, Any] | None) -> Repository:
     """The repository at the commit to fetch: the one that was pinned when this download began, else the one that is asked for."""
     if source is None and _has_content(target) and model.repository != PRESETS["v1.4"][0]:  # which had no source.json in the past
-        raise NotDownloadedError(f"{target} holds files that 'make model' did not fetch: move them away first")
+        raise NotDownloadedError(f"{target} exists, and 'make model' did not fetch it: move it away first")
     begun = None if source is None else source.get("revision")
     if source is not None and (source.get("repository"), source.get("file")) != (model.repository, model.file):
         raise NotDownloadedError(f"{target} is from {source.get('repository')}: move it away first")
     info = HfApi().model_info(model.repository, revision=model.revision or begun or "main", files_metadata=True)
     commit = str(info.sha)
     if begun not in (None, commit):
-        raise NotDownloadedError(
-            f"{target} is of commit {begun}, and {model.revision} is {commit}: move the old one away first, or leave @{model.revision} out"
-        )
+        raise NotDownloadedError(f"{target} is of commit {begun}, and the one asked for is {commit}: move the old one away first")
     print(f"{model.repository} at {commit[:_SHOWN_DIGITS]} -> {target}", flush=True)
     return Repository(model.repository, commit, _license_of(info), {sibling.rfilename: sibling for sibling in info.siblings or []})
 

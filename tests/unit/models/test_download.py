@@ -39,6 +39,7 @@ class Hub(BaseHTTPRequestHandler):
     branches: ClassVar[tuple[str, ...]] = ("main",)
     is_gated: ClassVar[bool] = False
     damaged: ClassVar[str | None] = None  # a file whose last byte arrives wrong
+    failing: ClassVar[str | None] = None  # a file that is answered with 500
     requested: ClassVar[list[tuple[str, str, str | None]]]
     stall_after_bytes: ClassVar[int | None]
     stalled: ClassVar[threading.Event]
@@ -80,6 +81,8 @@ class Hub(BaseHTTPRequestHandler):
             )
         elif self.is_gated and self.headers.get("Authorization") != "Bearer hf_token":
             self._refuse(401, "GatedRepo")
+        elif path == f"{resolve}{self.failing}":
+            self._refuse(500, "InternalError")
         elif path.startswith(resolve) and (self.folder / path.removeprefix(resolve)).is_file():
             self._send_file(path.removeprefix(resolve), with_body)
         else:
@@ -314,6 +317,21 @@ def test_a_file_that_arrives_damaged_is_not_kept(other_hub: tuple[str, type[Hub]
     check_model(models / "shapes")
 
 
+@pytest.mark.parametrize("failing", ["LICENSE.md", "tokenizer/vocab.json", "vae/diffusion_pytorch_model.safetensors"])
+def test_a_download_that_stopped_anywhere_can_be_continued(other_hub: tuple[str, type[Hub]], models: Path, failing: str) -> None:
+    endpoint, handler = other_hub
+    handler.failing = failing
+    stopped = make_model(endpoint, "painter/shapes", models)
+    assert stopped.returncode == 1
+    assert "Run the command again; it resumes where it stopped." in stopped.stderr
+    with pytest.raises(ModelFolderError, match="missing"):
+        choose_model(models, {}, in_bento=False)
+    handler.failing = None
+    finished = make_model(endpoint, "painter/shapes", models)
+    assert finished.returncode == 0, finished.stderr
+    check_model(models / "shapes")
+
+
 def test_a_hub_that_cannot_be_reached_is_said_in_one_line(models: Path) -> None:
     finished = make_model("http://127.0.0.1:9", "v1.4", models)
     assert finished.returncode == 1
@@ -341,7 +359,7 @@ def test_another_repository_is_kept_under_its_name_at_the_commit_that_its_branch
     handler.commit = LATER_COMMIT
     moved = make_model(endpoint, "painter/shapes@main", models)
     assert moved.returncode == 1
-    assert f"is of commit {COMMIT}, and main is {LATER_COMMIT}: move the old one away first" in moved.stderr
+    assert f"is of commit {COMMIT}, and the one asked for is {LATER_COMMIT}: move the old one away first" in moved.stderr
 
 
 def test_the_license_is_shown_and_kept_before_any_weights_are_fetched(other_hub: tuple[str, type[Hub]], models: Path) -> None:
@@ -499,9 +517,7 @@ def test_a_folder_of_ones_own_and_one_from_another_repository_are_not_written_to
     own.write_bytes(b"mine")
     finished = make_model(endpoint, "painter/shapes", models)
     assert finished.returncode == 1
-    assert (
-        f"Nothing was downloaded: {models / 'shapes'} holds files that 'make model' did not fetch: move them away first" in finished.stderr
-    )
+    assert f"Nothing was downloaded: {models / 'shapes'} exists, and 'make model' did not fetch it: move it away first" in finished.stderr
     shutil.rmtree(models / "shapes")
     assert make_model(endpoint, "painter/shapes", models).returncode == 0
     handler.repository = "copyist/shapes"
