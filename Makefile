@@ -10,13 +10,14 @@
 # make format     fix lint errors and format the code
 # make docs       generate the tables in docs/ from the code
 # make audit      list known vulnerabilities of the packages that a bento installs (asks PyPI)
-# make model      download Stable Diffusion v1.4 (PRECISION=fp32 or fp16)
+# make model      download a model (MODEL=v1.4, v1.5, 2.1, sdxl, sd-turbo, sdxl-turbo, lcm or owner/name; PRECISION=fp32 or fp16)
 # make demo       train the demo model again, from scratch
 # make demo-xl    train the demo XL model again, from the demo model
 # make demo-adapters  train its LoRAs and its textual inversion again
 # make lock       resolve the pinned dependencies again
 
 PRECISION ?= fp32
+MODEL ?= v1.4
 HOST ?= 127.0.0.1
 PORT ?= 3000
 PYTHON ?= python3
@@ -33,7 +34,6 @@ INSTALLED := .venv/installed
 TOOLS_INSTALLED := .venv/tools/installed
 # The schema of the AWS provider that bentoctl/aws-ec2 is written for (6.25), as text: tests check our Terraform against it.
 AWS_PROVIDER_SCHEMA := cdktf-cdktf-provider-aws==21.22.1
-WEIGHTS := $(if $(filter fp16,$(PRECISION)),fp16/models/v1_4_fp16,fp32/models/v1_4)
 # What to try: the loopback address instead of "all addresses"; brackets around an IPv6 address (RFC 3986, 3.2.2); a key if there are keys.
 SERVER = $(patsubst 0.0.0.0,127.0.0.1,$(patsubst ::,::1,$(HOST)))
 ADDRESS = http://$(if $(findstring :,$(SERVER)),[$(SERVER)],$(SERVER)):$(PORT)
@@ -134,7 +134,7 @@ audit: $(TOOLS_INSTALLED)
 	.venv/tools/bin/pip-audit --strict --no-deps --disable-pip --desc off --requirement requirements-runtime.lock
 
 model: precision $(INSTALLED)
-	$(BIN)/python -m stable_diffusion.models.download $(PRECISION) $(WEIGHTS)
+	$(BIN)/python -m stable_diffusion.models.download $(PRECISION) '$(MODEL)' $(PRECISION)/models
 
 demo: $(INSTALLED)
 	$(BIN)/python -m stable_diffusion.demo.train

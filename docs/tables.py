@@ -173,7 +173,8 @@ _MEANINGS = {
     settings.MODEL_VARIABLE: (
         "",
         "`demo`, or the path of a folder",
-        "The model to serve. By default the weights in `models/`. Without weights: the demo model; a bento does not start.",
+        "The model to serve. By default the one model in `models/`; without one the demo model, except in a bento, which then does not "
+        "start.",
     ),
     settings.LORAS_VARIABLE: (
         "",

@@ -58,4 +58,4 @@ class StableDiffusionRunnable(bentoml.Runnable):
 
 stable_diffusion_runner = bentoml.Runner(StableDiffusionRunnable, name="stable_diffusion_runner", max_batch_size=MAX_BATCH_SIZE)
 
-svc = create_service(f"stable_diffusion_{PRECISION}", stable_diffusion_runner, FOLDER, PRECISION)
+svc = create_service(f"stable_diffusion_{PRECISION}", stable_diffusion_runner, FOLDER)

@@ -73,7 +73,7 @@ class Limits:
 class Settings:
     """All settings except the API keys."""
 
-    model: str = ""  # "demo" or a folder; empty: the service's weights, else the demo model
+    model: str = ""  # "demo" or a folder; empty: the one model in models/, else the demo model
     loras: str = ""  # a folder; empty: loras beside the weights
     embeddings: str = ""  # a folder of textual inversions; empty: embeddings beside the weights
     limits: Limits = Limits()

@@ -16,7 +16,6 @@ from typing import Any
 from stable_diffusion.core.errors import ModelFolderError
 from stable_diffusion.core.requests import MAX_PIXEL_STEPS, MAX_SIDE
 from stable_diffusion.core.settings import MODEL_VARIABLE, read_settings
-from stable_diffusion.core.types import Precision
 from stable_diffusion.models.defaults import FILE_NAME as DEFAULTS_FILE_NAME
 from stable_diffusion.models.defaults import Defaults, DefaultsFile, defaults_of, read_defaults
 from stable_diffusion.models.safetensors import check_safetensors, read_tensor_list, samples_of
@@ -26,7 +25,7 @@ DEMO_NAME = "demo"
 DEMO_XL_FOLDER = DEMO_FOLDER.with_name("model_xl")
 DEMO_XL_NAME = "demo-xl"
 
-_WEIGHTS: dict[Precision, str] = {"fp32": "v1_4", "fp16": "v1_4_fp16"}
+_ADAPTERS = ("loras", "embeddings")  # the folders beside a model that hold no models
 _PIPELINES = (
     "StableDiffusionPipeline",
     "StableDiffusionImg2ImgPipeline",
@@ -44,6 +43,8 @@ _WEIGHT_FILES = {
 }
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
+_SAFETENSORS = ".safetensors"
+_UNFINISHED = ".part"  # a file that `make model` is fetching, or was
 _HALF_PRECISION = ".fp16"
 _HASH_DIGITS = 10  # as A1111 shows them
 _LARGE_SIDE = 1024  # pixels
@@ -117,23 +118,23 @@ def is_in_bento(service_folder: Path) -> bool:
     return (service_folder.parent / "bento.yaml").is_file()
 
 
-def model_of_service(service_folder: Path, precision: Precision, environment: Mapping[str, str]) -> ModelFolder:
+def model_of_service(service_folder: Path, environment: Mapping[str, str]) -> ModelFolder:
     """The model that the service in `service_folder` serves. Raises ModelFolderError."""
-    return choose_model(service_folder / "models" / _WEIGHTS[precision], environment, in_bento=is_in_bento(service_folder))
+    return choose_model(service_folder / "models", environment, in_bento=is_in_bento(service_folder))
 
 
-def choose_model(weights: Path, environment: Mapping[str, str], *, in_bento: bool) -> ModelFolder:
-    """The model to serve: the one that SD_MODEL names ("demo" or a folder), else `weights`, else the demo model.
+def choose_model(models: Path, environment: Mapping[str, str], *, in_bento: bool) -> ModelFolder:
+    """The model to serve: the one that SD_MODEL names ("demo" or a path), else the only one in the folder `models`, else the demo model.
 
     A built bento never falls back to the demo model. Raises ModelFolderError, and SettingError like `read_settings`.
     """
     settings = read_settings(environment)
-    model = _chosen(settings.model, weights, in_bento=in_bento)
+    model = _chosen(settings.model, models, in_bento=in_bento)
     loras, embeddings = (Path(path).expanduser() if path else None for path in (settings.loras, settings.embeddings))
     return replace(model, loras=loras or model.loras, embeddings=embeddings or model.embeddings)
 
 
-def _chosen(asked_for: str, weights: Path, *, in_bento: bool) -> ModelFolder:
+def _chosen(asked_for: str, models: Path, *, in_bento: bool) -> ModelFolder:
     if asked_for == DEMO_NAME:
         return _demo()
     if asked_for == DEMO_XL_NAME:
@@ -143,23 +144,44 @@ def _chosen(asked_for: str, weights: Path, *, in_bento: bool) -> ModelFolder:
             return check_model(Path(asked_for).expanduser().absolute())
         except ModelFolderError as error:
             raise ModelFolderError(f"{MODEL_VARIABLE}: {error}") from None
-    if _has_weights(weights):
-        return check_model(weights)
+    found = models_in(models)
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise ModelFolderError(
+            f"{models} holds {len(found)} models ({names}): set {MODEL_VARIABLE} to the path of the one to serve, such as {found[0]}"
+        )
+    if found and found[0].suffix == _UNFINISHED:
+        raise ModelFolderError(f"{found[0]}: half downloaded; run 'make model' again, which continues, or remove the file")
+    if found:
+        return check_model(found[0])
     if in_bento:
         raise ModelFolderError(
-            f"this bento holds no weights in models/{weights.name}: run 'make model' before 'bentoml build', set {MODEL_VARIABLE} "
-            f"to a model folder, or set {MODEL_VARIABLE}={DEMO_NAME} to serve the demo model, which generates coloured shapes only"
+            f"this bento holds no weights in {models.name}/: run 'make model' before 'bentoml build', set {MODEL_VARIABLE} "
+            f"to a model, or set {MODEL_VARIABLE}={DEMO_NAME} to serve the demo model, which generates coloured shapes only"
         )
     return _demo()
 
 
+def models_in(models: Path) -> list[Path]:
+    """The models that lie in the folder `models`, which need not exist, whole or broken: folders and .safetensors files, by name.
+
+    A folder with any content counts, and a file that is half downloaded: an interrupted download must lead to an error, not silently
+    to the demo model.
+    """
+    visible = sorted(path for path in models.glob("*") if not path.name.startswith("."))
+    return [path for path in visible if (_is_model_folder(path) if path.is_dir() else _is_model_file(path))]
+
+
+def _is_model_folder(folder: Path) -> bool:
+    return folder.name not in _ADAPTERS and any(folder.iterdir())
+
+
+def _is_model_file(file: Path) -> bool:
+    return file.name.removesuffix(_UNFINISHED).endswith(_SAFETENSORS)
+
+
 def _demo() -> ModelFolder:
     return check_model(DEMO_FOLDER, name=DEMO_NAME, is_demo=True)
-
-
-def _has_weights(folder: Path) -> bool:
-    # Any content counts: an interrupted download must lead to an error, not silently to the demo model.
-    return folder.is_dir() and any(folder.iterdir())
 
 
 def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False) -> ModelFolder:
@@ -168,15 +190,8 @@ def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False)
         raise ModelFolderError(f"{folder}: no such folder")
     _refuse_pickles(folder)
     index = _read_json(folder / "model_index.json", "not a diffusers model folder")
-    pipeline = index.get("_class_name")
-    is_xl = pipeline in _XL_PIPELINES
-    if pipeline not in _PIPELINES and not is_xl:
-        raise ModelFolderError(
-            f"{folder / 'model_index.json'}: a {pipeline} is not a Stable Diffusion 1.x, 2.x or XL model, "
-            f"expected {' or '.join(_PIPELINES + _XL_PIPELINES)}"
-        )
-    if index.get("requires_aesthetics_score"):
-        raise ModelFolderError(f"{folder / 'model_index.json'}: the refiner of Stable Diffusion XL cannot generate images on its own")
+    check_pipeline(index, folder / "model_index.json")
+    is_xl = index["_class_name"] in _XL_PIPELINES
     has_checker = not is_xl and (index.get("safety_checker") or [None])[0] is not None
     components = ["unet", "vae", "text_encoder", *["text_encoder_2"] * is_xl, *["safety_checker"] * has_checker]
     variants = {_check_weights(folder / component, _WEIGHT_FILES[component]) for component in components}
@@ -223,6 +238,17 @@ def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False)
         loras=folder.parent / "loras",
         embeddings=folder.parent / "embeddings",
     )
+
+
+def check_pipeline(index: Mapping[str, Any], file: object) -> None:
+    """Check that the model_index.json `file` with the content `index` describes a model that can be served. Raises ModelFolderError."""
+    pipeline = index.get("_class_name")
+    if pipeline not in _PIPELINES + _XL_PIPELINES:
+        raise ModelFolderError(
+            f"{file}: a {pipeline} is not a Stable Diffusion 1.x, 2.x or XL model, expected {' or '.join(_PIPELINES + _XL_PIPELINES)}"
+        )
+    if index.get("requires_aesthetics_score"):
+        raise ModelFolderError(f"{file}: the refiner of Stable Diffusion XL cannot generate images on its own")
 
 
 def _stated_defaults(folder: Path) -> DefaultsFile:

@@ -46,7 +46,7 @@ def start_model_process(
     """
     index = bentoml.server_context.worker_index or 0
     limits = read_limits(os.environ)
-    model = model_of_service(service_folder, precision, os.environ)
+    model = model_of_service(service_folder, os.environ)
     engine = start_engine(model, precision, max_batch_size, runner_index=index, limits=limits, make_denoiser=make_denoiser)
     return ModelProcess(engine, Jobs(shared_folder), index)
 

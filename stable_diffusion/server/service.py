@@ -24,7 +24,7 @@ from stable_diffusion.core.errors import SettingError
 from stable_diffusion.core.safety import SafetyPolicy
 from stable_diffusion.core.settings import Limits, read_limits, read_settings, safety_policy
 from stable_diffusion.core.shutdown import Unfinished
-from stable_diffusion.core.types import Precision, RequestContext
+from stable_diffusion.core.types import RequestContext
 from stable_diffusion.models.folder import ModelFolder, is_in_bento, model_of_service
 from stable_diffusion.runner.client import RunnerClient
 from stable_diffusion.server import bentoml_fixes, openapi, pages
@@ -40,7 +40,7 @@ from stable_diffusion.state.jobs import Jobs
 logger = logging.getLogger("stable_diffusion")
 
 
-def create_service(name: str, runner: bentoml.Runner, folder: Path, precision: Precision) -> Service:
+def create_service(name: str, runner: bentoml.Runner, folder: Path) -> Service:
     """The BentoML service `name` in `folder`, with `runner` as its model process."""
     logger.setLevel(logging.INFO)
     bentoml_fixes.restart_workers_in_containers()
@@ -53,7 +53,7 @@ def create_service(name: str, runner: bentoml.Runner, folder: Path, precision: P
 
     @functools.cache
     def model() -> ModelFolder:
-        return model_of_service(folder, precision, os.environ)
+        return model_of_service(folder, os.environ)
 
     @functools.cache
     def policy() -> SafetyPolicy:

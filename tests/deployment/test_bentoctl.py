@@ -32,6 +32,7 @@ case "$1 $2" in
   "version --format") echo '"28.0.0"' ;;
   "buildx --help") echo "--builder string" ;;
   "buildx version") echo "github.com/docker/buildx v0.13.1 abc" ;;
+  "image inspect") cat "$(dirname "$0")/size" 2>/dev/null || exit 1 ;;
   "buildx build")
     cd "${@: -1}" && find env/docker/Dockerfile src/service.py src/stable_diffusion/server/service.py >"$(dirname "$0")/context" ;;
 esac
@@ -277,6 +278,27 @@ def test_build_pushes_to_a_new_repository_and_writes_the_image_to_the_values(
     # A later generate keeps the image.
     assert workplace.bentoctl("generate").returncode == 0
     assert image_tag[0] in workplace.values
+
+
+def test_an_image_too_large_for_the_disk_is_warned_of_after_the_build_and_at_every_generate(
+    workplace: Workplace, docker: Path, docker_daemon: DockerDaemon, aws: StandInAws
+) -> None:
+    (docker / "size").write_text("31000000000\n")
+    changes = with_docker(docker, DOCKER_HOST=docker_daemon.url, **aws.variables)
+    built = workplace.bentoctl("build", "-b", "stable_diffusion_fp32:latest", changes=changes)
+    assert built.returncode == 0, built.stderr
+    warning = "Warning: spec.disk_size_gb: 120 GiB are probably too few for this image of 31.0 GB"
+    assert warning in built.stderr
+    again = workplace.bentoctl("generate", changes=changes)
+    assert again.returncode == 0
+    assert warning in again.stderr
+    [image_tag] = re.findall(r'^image_tag +=  *"(.*)"$', workplace.values, re.MULTILINE)
+    assert f"docker image inspect --format {{{{.Size}}}} {image_tag}" in calls(docker)
+    configuration = workplace.folder / "deployment_config.yaml"
+    configuration.write_text(configuration.read_text().replace("  # disk_size_gb: 120", "  disk_size_gb: 133"))
+    enough = workplace.bentoctl("generate", changes=changes)
+    assert enough.returncode == 0
+    assert "Warning" not in enough.stderr
 
 
 def test_build_without_credentials_explains_how_to_set_them(workplace: Workplace, docker: Path, docker_daemon: DockerDaemon) -> None:

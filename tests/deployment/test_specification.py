@@ -64,6 +64,35 @@ def test_every_configuration_in_the_repository_is_valid(file: Any) -> None:
     assert values["region"] == configuration["spec"]["region"]
 
 
+GB = 10**9
+# Without weights 5.84 GB (docs/measurements.md). The weights: the parameters of diffusers' classes with the XL configuration.
+XL_PARAMETERS = {"unet": 2_567_463_684, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840, "vae": 83_653_863}
+
+
+@pytest.mark.parametrize(("value_bytes", "disk_size_gb"), [(2, 120), (4, 150)])
+def test_the_disk_of_the_xl_configuration_holds_the_image_with_its_weights(value_bytes: int, disk_size_gb: int) -> None:
+    from bentoctl_aws_ec2.specification import disk_warning
+
+    text = (ROOT / "bentoctl" / "deployment_config_sdxl.yaml").read_text()
+    spec = yaml.safe_load(text)["spec"]
+    assert spec["instance_type"] in ("g5.xlarge", "g6.xlarge")  # 24 GB on the GPU
+    assert spec["disk_size_gb"] == 120
+    assert "In float32: 150." in text
+    image = round(5.84 * GB) + value_bytes * sum(XL_PARAMETERS.values())
+    assert disk_warning(disk_size_gb, image) is None
+
+
+@pytest.mark.parametrize(("image_bytes", "needed"), [(22 * 2**30, 119), (45 * 2**29, 120), (45 * 2**29 + 1, 121), (60 * 10**9, 187)])
+def test_a_disk_that_is_too_small_for_the_image_is_warned_of_with_the_size_that_is_needed(image_bytes: int, needed: int) -> None:
+    from bentoctl_aws_ec2.specification import disk_warning
+
+    assert disk_warning(needed, image_bytes) is None
+    warning = disk_warning(needed - 1, image_bytes)
+    assert warning is not None
+    assert warning.startswith(f"spec.disk_size_gb: {needed - 1} GiB are probably too few")
+    assert f"Set disk_size_gb to {needed} or more" in warning
+
+
 def test_the_commented_configuration_mentions_every_field() -> None:
     import operator_config
 

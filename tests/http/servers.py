@@ -125,6 +125,11 @@ def wait_until_drawing(client: httpx.Client, poll_s: float) -> None:
         time.sleep(poll_s)
 
 
+def only_code(folder: str, names: list[str]) -> set[str]:
+    """For copies of the service's folders with shutil.copytree: leaves out the weights that lie there, and bytecode."""
+    return set(names) if Path(folder).name == "models" and Path(folder).parent.parent == ROOT else {"__pycache__"}
+
+
 def build_bento(folder: Path, home: Path) -> Path:
     """`bentoml build` in the folder of a precision, into the store at `home`. Returns where the bento lies."""
     finished = subprocess.run(

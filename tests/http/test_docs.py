@@ -47,6 +47,7 @@ NOT_RUN = {
     ("bentoctl/README.md", "mkdir tokyo && cd tokyo"): AWS,
     ("docs/configuration.md", "(umask 077 && echo 'alice:sha256:HEX' > keys)"): STARTS,
     ("docs/configuration.md", "SD_MODEL=/path/to/folder make serve"): STARTS,
+    ("docs/configuration.md", "make model MODEL=sdxl PRECISION=fp16"): DOWNLOAD,
     ("docs/deploy.md", "source .venv/bin/activate"): BENTO,
     ("docs/deploy.md", "cd fp32                                          # or fp16"): BENTO,
     ("docs/deploy.md", "bentoml export stable_diffusion_fp32:latest stable_diffusion_fp32.bento"): BENTO,

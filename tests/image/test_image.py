@@ -25,7 +25,7 @@ from PIL import Image
 
 from stable_diffusion.demo.shapes import judge
 from tests.deployment.commands import bentoctl
-from tests.http.servers import ROOT, build_bento, free_port, wait_until_drawing
+from tests.http.servers import ROOT, build_bento, free_port, only_code, wait_until_drawing
 
 BUILD_TIMEOUT_S = 3600  # the first build on a machine downloads gigabytes
 READY_TIMEOUT_S = 300
@@ -336,7 +336,7 @@ def test_a_dead_model_process_restarts_inside_the_container(built: Built, capsys
 
 def test_a_code_change_pushes_one_small_layer(built: Built, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / built.precision
-    shutil.copytree(ROOT / built.precision, folder, ignore=shutil.ignore_patterns("v1_4*", "__pycache__"))
+    shutil.copytree(ROOT / built.precision, folder, ignore=only_code)
     for name in ("requirements-runtime.lock", "Dockerfile.template"):
         shutil.copy(ROOT / name, tmp_path)
     weights = folder / "models" / {"fp32": "v1_4", "fp16": "v1_4_fp16"}[built.precision] / "unet" / "weights.safetensors"

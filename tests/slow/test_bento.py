@@ -6,6 +6,7 @@ From the store that it was built into, the one of fp32 is served in `test_balanc
 from __future__ import annotations
 
 import io
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from stable_diffusion.demo.shapes import judge
-from tests.http.servers import BENTOML, ROOT, build_bento, environment, serve
+from tests.http.servers import BENTOML, ROOT, build_bento, environment, only_code, serve
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,27 @@ def test_a_bento_without_keys_does_not_start_on_a_reachable_address(bento: Built
     assert f"Not started: no API key is set, and everyone who reaches {host} could generate images. Set SD_API_KEYS or" in finished.stderr
     assert "set SD_WITHOUT_KEYS=1 to start without keys" in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_whatever_lies_in_models_is_in_the_bento_but_what_is_half_downloaded(bento: BuiltBento, tmp_path: Path) -> None:
+    folder = tmp_path / bento.precision
+    shutil.copytree(ROOT / bento.precision, folder, ignore=only_code)
+    for name in ("requirements-runtime.lock", "Dockerfile.template"):
+        shutil.copy(ROOT / name, tmp_path)
+    names = [
+        "xl/LICENSE.md",
+        "xl/unet/config.json",
+        "xl/unet/model.safetensors",
+        "loras/glow.safetensors",
+        "x.safetensors",
+        "x.source.json",
+    ]
+    for name in [*names, "y.safetensors.part", "xl/vae/model.safetensors.part"]:
+        (folder / "models" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "models" / name).write_text(name)
+    packed = build_bento(folder, bento.home) / "src" / "models"
+    found = [str(file.relative_to(packed)) for file in packed.rglob("*") if file.is_file() and not file.name.startswith(".")]
+    assert sorted(found) == sorted(names)
 
 
 def test_an_exported_bento_is_served_from_another_store(bento: BuiltBento, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What `make serve` says to try is an address that curl takes."""
+"""What `make serve` says to try is an address that curl takes, and what `make model` downloads."""
 
 from __future__ import annotations
 
@@ -50,3 +50,18 @@ def test_with_keys_the_printed_command_has_a_place_for_one(variables: dict[str, 
     printed = run(env=environment | variables).stdout
     assert "try (KEY is your API key):" in printed
     assert "/txt2img' -H 'Authorization: Bearer KEY' -H 'Content-Type" in printed
+
+
+@pytest.mark.parametrize(
+    ("variables", "arguments"),
+    [
+        ([], "fp32 'v1.4' fp32/models"),
+        (["PRECISION=fp16"], "fp16 'v1.4' fp16/models"),
+        (["MODEL=owner/name/a file.safetensors@main", "PRECISION=fp16"], "fp16 'owner/name/a file.safetensors@main' fp16/models"),
+    ],
+)
+def test_a_model_is_downloaded_into_the_folder_of_its_precision(variables: list[str], arguments: str) -> None:
+    environment = {"PATH": os.environ["PATH"]}
+    command = ["make", "--dry-run", "model", *variables]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment).stdout
+    assert f"-m stable_diffusion.models.download {arguments}\n" in printed

@@ -1,4 +1,4 @@
-"""Prepares the build context of the image, which is the bento itself, and checks that Docker can build it."""
+"""Prepares the build context of the image, which is the bento itself, and checks that Docker can build it. Knows the built image's size."""
 
 from __future__ import annotations
 
@@ -35,3 +35,14 @@ def take_bento(bento: Path, destination: Path) -> Path:
     for child in bento.iterdir():
         shutil.move(child, deployable)
     return deployable
+
+
+def image_size(image_tag: str) -> int | None:
+    """The size in bytes of an image that this computer's Docker has; None if it has no such image, or there is no Docker."""
+    docker = shutil.which("docker")
+    if docker is None:
+        return None
+    command = [docker, "image", "inspect", "--format", "{{.Size}}", image_tag]
+    inspected = subprocess.run(command, capture_output=True, text=True, check=False)
+    size = inspected.stdout.strip()
+    return int(size) if inspected.returncode == 0 and size.isdecimal() else None

@@ -5,6 +5,7 @@ fields.py checks single fields. Does not use files, Docker or AWS.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,7 @@ import click
 
 from bentoctl_aws_ec2.fields import GPU_FAMILIES, instance_family
 
+AMI_GIB = 75  # on the root disk
 # The name of the repository, the load balancer (at most 32 characters) and, with the region, the IAM role.
 DEPLOYMENT_NAME = re.compile(r"[a-z](?:[a-z0-9]|-(?=[a-z0-9])){1,31}")
 IMAGE_TAG = re.compile(
@@ -48,6 +50,18 @@ def terraform_variables(deployment_name: str, spec: Mapping[str, Any]) -> dict[s
         "api_key_arn": spec.get("api_key_arn"),
         "environment_variables": environment_variables(spec),
     }
+
+
+def disk_warning(disk_size_gb: int, image_bytes: int) -> str | None:
+    """What to say if a root disk of `disk_size_gb` GiB is too small for an image of `image_bytes`; None if it is large enough."""
+    # The machine pulls the image, and its layers are on the disk packed and unpacked. Weights can hardly be packed.
+    needed = AMI_GIB + math.ceil(2 * image_bytes / 2**30)
+    if disk_size_gb >= needed:
+        return None
+    return (
+        f"spec.disk_size_gb: {disk_size_gb} GiB are probably too few for this image of {image_bytes / 10**9:.1f} GB: the AMI takes "
+        f"{AMI_GIB} GiB, and the image is on the disk packed and unpacked. Set disk_size_gb to {needed} or more and generate again"
+    )
 
 
 def uses_gpus(spec: Mapping[str, Any]) -> bool:

@@ -51,4 +51,4 @@ class FaultyRunnable(bentoml.Runnable):
                 yield line
 
 
-svc = create_service("stable_diffusion_faulty", bentoml.Runner(FaultyRunnable, name="faulty_runner"), FOLDER, "fp32")
+svc = create_service("stable_diffusion_faulty", bentoml.Runner(FaultyRunnable, name="faulty_runner"), FOLDER)

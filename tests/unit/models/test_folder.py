@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from stable_diffusion.core.errors import ModelFolderError
-from stable_diffusion.models.folder import DEMO_FOLDER, check_model, choose_model
+from stable_diffusion.models.folder import DEMO_FOLDER, check_model, choose_model, models_in
 
 ROOT = Path(__file__).parents[3]
 
@@ -131,26 +131,53 @@ def test_missing_tokenizer_files_are_named(folder: Path) -> None:
 
 
 def test_a_checkout_without_weights_serves_the_demo_model(tmp_path: Path) -> None:
-    assert choose_model(tmp_path / "v1_4", {}, in_bento=False).is_demo
+    assert choose_model(tmp_path, {}, in_bento=False).is_demo
 
 
 def test_a_bento_without_weights_refuses_unless_the_demo_is_asked_for_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ModelFolderError, match="this bento holds no weights in models/v1_4.*SD_MODEL=demo"):
-        choose_model(tmp_path / "v1_4", {}, in_bento=True)
-    assert choose_model(tmp_path / "v1_4", {"SD_MODEL": "demo"}, in_bento=True).is_demo
+    with pytest.raises(ModelFolderError, match="this bento holds no weights in models/.*SD_MODEL=demo"):
+        choose_model(tmp_path / "models", {}, in_bento=True)
+    assert choose_model(tmp_path / "models", {"SD_MODEL": "demo"}, in_bento=True).is_demo
 
 
 @pytest.mark.parametrize("in_bento", [False, True])
 def test_a_broken_download_is_never_passed_over_for_the_demo_model(tmp_path: Path, in_bento: bool) -> None:
     (tmp_path / "v1_4" / ".cache").mkdir(parents=True)
     with pytest.raises(ModelFolderError, match=r"model_index.json: missing"):
-        choose_model(tmp_path / "v1_4", {}, in_bento=in_bento)
+        choose_model(tmp_path, {}, in_bento=in_bento)
+
+
+def test_the_one_folder_in_models_is_served_under_its_name(folder: Path, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    for name in ("loras", "embeddings", ".cache"):
+        (models / name).mkdir(parents=True)
+        (models / name / "x.safetensors").write_bytes(b"no model")
+    (models / ".gitkeep").touch()
+    (models / "empty").mkdir()
+    (models / "x.source.json").write_text("{}")
+    assert models_in(models) == []
+    assert choose_model(models, {}, in_bento=False).is_demo
+    folder.rename(models / "pictures")
+    assert models_in(models) == [models / "pictures"]
+    assert choose_model(models, {}, in_bento=True).name == "pictures"
+
+
+def test_of_several_models_none_is_served_until_one_is_named(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(b"a model in one file")
+    assert models_in(tmp_path) == [folder, file]
+    with pytest.raises(ModelFolderError) as caught:
+        choose_model(tmp_path, {}, in_bento=False)
+    told = f"{tmp_path} holds 2 models (v1_4, x.safetensors): set SD_MODEL to the path of the one to serve, such as {folder}"
+    assert str(caught.value) == told
+    assert choose_model(tmp_path, {"SD_MODEL": str(folder)}, in_bento=False).path == folder
+    assert choose_model(tmp_path, {"SD_MODEL": "demo"}, in_bento=False).is_demo
 
 
 def test_sd_model_names_another_folder(folder: Path, tmp_path: Path) -> None:
-    assert choose_model(tmp_path / "nowhere", {"SD_MODEL": str(folder)}, in_bento=True).path == folder
+    assert choose_model(tmp_path / "nowhere" / "models", {"SD_MODEL": str(folder)}, in_bento=True).path == folder
     with pytest.raises(ModelFolderError, match=f"^SD_MODEL: {tmp_path / 'nowhere'}: no such folder$"):
-        choose_model(folder, {"SD_MODEL": str(tmp_path / "nowhere")}, in_bento=False)
+        choose_model(tmp_path, {"SD_MODEL": str(tmp_path / "nowhere")}, in_bento=False)
 
 
 def test_a_relative_path_in_sd_model_is_reported_as_the_folder_that_was_looked_for(
