@@ -172,8 +172,13 @@ _ON_OR_OFF = "on, off"
 _MEANINGS = {
     settings.MODEL_VARIABLE: (
         "",
-        "`demo`, or the path of a folder",
+        "`demo`, or the path of a folder or file",
         "The model to serve. By default the weights in `models/`. Without weights: the demo model; a bento does not start.",
+    ),
+    settings.VAE_VARIABLE: (
+        "",
+        "the path of a file",
+        "The autoencoder (VAE) to use instead of the model's: see [Another autoencoder](#another-autoencoder).",
     ),
     settings.LORAS_VARIABLE: (
         "",
