@@ -172,9 +172,14 @@ _ON_OR_OFF = "on, off"
 _MEANINGS = {
     settings.MODEL_VARIABLE: (
         "",
-        "`demo`, or the path of a folder",
+        "`demo`, or the path of a folder or file",
         "The model to serve. By default the one model in `models/`; without one the demo model, except in a bento, which then does not "
         "start.",
+    ),
+    settings.VAE_VARIABLE: (
+        "",
+        "the path of a file",
+        "The autoencoder (VAE) to use instead of the model's: see [Another autoencoder](#another-autoencoder).",
     ),
     settings.LORAS_VARIABLE: (
         "",

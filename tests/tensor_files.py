@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +28,11 @@ def write(
     for name, shape in shapes.items():
         start, end = end, end + math.prod(shape) * _BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]} | dict((changes or {}).get(name, {}))
-    return write_raw(file, json.dumps(header).encode(), (fill * end)[:end])
+    if fill != b"\0":
+        return write_raw(file, json.dumps(header).encode(), (fill * end)[:end])
+    write_raw(file, json.dumps(header).encode())
+    os.truncate(file, file.stat().st_size + end)  # zeros that take no room on the disk, however large the model
+    return file
 
 
 def write_raw(file: Path, header: bytes, data: bytes = b"", *, header_size: int | None = None) -> Path:

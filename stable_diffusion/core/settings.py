@@ -15,6 +15,7 @@ from stable_diffusion.core.errors import SettingError
 from stable_diffusion.core.safety import SafetyPolicy
 
 MODEL_VARIABLE = "SD_MODEL"
+VAE_VARIABLE = "SD_VAE"
 SAFETY_VARIABLE = "SD_SAFETY"
 LORAS_VARIABLE = "SD_LORAS"
 EMBEDDINGS_VARIABLE = "SD_EMBEDDINGS"
@@ -53,7 +54,7 @@ LIMIT_VARIABLES = {
 }
 _PREFIX = "SD_"
 _NAMES = (
-    *(MODEL_VARIABLE, SAFETY_VARIABLE, LORAS_VARIABLE, EMBEDDINGS_VARIABLE, LOG_PROMPTS_VARIABLE, CUDA_GRAPHS_VARIABLE),
+    *(MODEL_VARIABLE, VAE_VARIABLE, SAFETY_VARIABLE, LORAS_VARIABLE, EMBEDDINGS_VARIABLE, LOG_PROMPTS_VARIABLE, CUDA_GRAPHS_VARIABLE),
     *(KEYS_VARIABLE, KEYS_FILE_VARIABLE, OPEN_VARIABLE, WITHOUT_KEYS_VARIABLE, RATE_LIMIT_VARIABLE),
     *(name for name, _ in LIMIT_VARIABLES.values()),
 )
@@ -73,7 +74,8 @@ class Limits:
 class Settings:
     """All settings except the API keys."""
 
-    model: str = ""  # "demo" or a folder; empty: the one model in models/, else the demo model
+    model: str = ""  # "demo", "demo-xl", a folder or a file; empty: the one model in models/, else the demo model
+    vae: str = ""  # a file; empty: what the model's own defaults say, else the model's autoencoder
     loras: str = ""  # a folder; empty: loras beside the weights
     embeddings: str = ""  # a folder of textual inversions; empty: embeddings beside the weights
     limits: Limits = Limits()
@@ -89,6 +91,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
     """Raises SettingError, which names the first wrong variable and what is allowed."""
     return Settings(
         model=unquoted(environment, MODEL_VARIABLE),
+        vae=unquoted(environment, VAE_VARIABLE),
         loras=unquoted(environment, LORAS_VARIABLE),
         embeddings=unquoted(environment, EMBEDDINGS_VARIABLE),
         limits=_limits(environment),

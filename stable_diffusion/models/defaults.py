@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -39,6 +39,12 @@ class DefaultsFile(BaseModel):
         "the nearest value and says so in `info`.",
     )
     scheduler: Annotated[str, AfterValidator(known_scheduler)] | None = Field(None, description="Noise scheduler, by any of its names.")
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="What the UNet predicts, where the model's files say it wrongly or not at all (`epsilon`: the noise)."
+    )
+    vae: str | None = Field(
+        None, min_length=1, description="A file with the autoencoder (VAE) to use instead of the model's, from the folder of this file."
+    )
     width: Side = Field(None, description="Native width in pixels.")
     height: Side = Field(None, description="Native height in pixels.")
 

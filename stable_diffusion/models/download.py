@@ -32,7 +32,6 @@ from stable_diffusion.core.types import Precision
 from stable_diffusion.models.folder import check_model, check_pipeline, models_in
 from stable_diffusion.models.hub_files import INDEX, check_is_folder, files_of_model, license_files
 from stable_diffusion.models.hub_model import PRESETS, HubModel, NotDownloadedError, parse_model
-from stable_diffusion.models.safetensors import check_safetensors
 
 SOURCE = "source.json"  # beside the model: where it is from
 
@@ -96,16 +95,8 @@ def download(model: HubModel, precision: Precision, models: Path) -> Path:
     print(f"{described}: {size / _GB:.2f} GB, of which {left / _GB:.2f} GB are to be downloaded.", flush=True)
     for name, file in tqdm(missing.items(), desc="Files", unit="file"):
         repository.fetch(name, file)
-    _check(model, target)
+    check_model(target)
     return target
-
-
-def _check(model: HubModel, target: Path) -> None:
-    """Check what was downloaded. Raises ModelFolderError."""
-    if model.file is None:
-        check_model(target)
-    else:
-        check_safetensors(target)  # which finds files that are cut, not those of other kinds of models
 
 
 def _find(model: HubModel, target: Path, source: Mapping[str, Any] | None) -> Repository:

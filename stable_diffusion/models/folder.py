@@ -1,4 +1,4 @@
-"""Chooses the model folder to serve and checks that it is complete. Reads file names, JSON and file headers.
+"""Chooses the model to serve, a folder or one file, and checks that it is complete. Reads file names, JSON and file headers.
 
 Imports neither torch nor diffusers, because API workers use it too. `engine/loading.py` loads the weights.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from stable_diffusion.core.settings import MODEL_VARIABLE, read_settings
 from stable_diffusion.models.defaults import FILE_NAME as DEFAULTS_FILE_NAME
 from stable_diffusion.models.defaults import Defaults, DefaultsFile, defaults_of, read_defaults
 from stable_diffusion.models.safetensors import check_safetensors, read_tensor_list, samples_of
+from stable_diffusion.models.single_file import KINDS, Kind, read_single_file, samples_of_component, shapes_of
+from stable_diffusion.models.vae_file import check_vae, samples_of_vae
 
 DEMO_FOLDER = Path(__file__).parents[1] / "demo" / "model"
 DEMO_NAME = "demo"
@@ -53,9 +55,11 @@ _USUAL_PIXELS = 512 * 512  # of the native size that MAX_PIXEL_STEPS is for
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A checked diffusers folder of a Stable Diffusion 1.x, 2.x or XL model, with facts from its JSON files."""
+    """A checked Stable Diffusion 1.x, 2.x or XL model, with facts from its JSON files: a folder of diffusers, or one file."""
 
-    path: Path
+    path: Path  # the folder; for a file that of its kind, which has configurations only
+    file: Path | None  # the one that has all weights
+    vae: Path | None  # the file of the autoencoder that replaces the model's
     name: str
     is_demo: bool
     is_xl: bool  # Stable Diffusion XL: two text encoders, and a UNet that is also told sizes
@@ -63,6 +67,8 @@ class ModelFolder:
     native_height: int  # pixels
     scheduler: str  # the default one: a key of SCHEDULERS, or diffusers' class name
     defaults: Defaults
+    scheduler_changes: tuple[tuple[str, str | bool], ...]  # what the noise scheduler's configuration has instead of that in `path`
+    is_prediction_type_unknown: bool  # a file does not show it; the loaded model does
     only_inpaints: bool  # its UNet has 9 input channels and needs a mask
     has_safety_checker: bool
     variant: str | None  # "fp16" if the folder has only half-precision files, named as on the hub
@@ -91,24 +97,39 @@ class ModelFolder:
 
         A SHA-256 over name, dtype, shape and the middle 4 KiB of every tensor, and over the noise scheduler's configuration. The safety
         checker is left out: it generates nothing. Training changes all values of a tensor that it trains, so a sample reveals it without
-        reading gigabytes; saving the model again, in other files or shards, keeps the hash.
+        reading gigabytes; saving the model again, in other files or shards, keeps the hash. One file is hashed as the folder that
+        diffusers would make of it.
         This is not the hash that A1111 or the hub show, which covers the bytes of one file.
         """
         digest = hashlib.sha256()
         for component in ("unet", "vae", *self.text_encoders):
-            files, _ = _find_weights(self.path / component, _WEIGHT_FILES[component])
-            for described, sample in sorted(sample for file in files for sample in samples_of(file)):
+            for described, sample in sorted(self._samples(component)):
                 digest.update(f"{component} {described}\n".encode() + sample)
-        scheduler = _read_json(self.path / "scheduler" / "scheduler_config.json", "the noise scheduler's configuration")
+        scheduler = self.scheduler_config()
         digest.update(json.dumps({name: scheduler[name] for name in scheduler if name != "_diffusers_version"}, sort_keys=True).encode())
         return digest.hexdigest()[:_HASH_DIGITS]
+
+    def _samples(self, component: str) -> list[tuple[str, bytes]]:
+        if component == "vae" and self.vae is not None:
+            return list(samples_of_vae(self.vae, self.path))
+        if self.file is not None:
+            return list(samples_of_component(self.file, self.path, component))
+        files, _ = _find_weights(self.path / component, _WEIGHT_FILES[component])
+        return [sample for file in files for sample in samples_of(file)]
+
+    def scheduler_config(self) -> dict[str, Any]:
+        """The configuration of the model's noise scheduler."""
+        config = _read_json(self.path / "scheduler" / "scheduler_config.json", "the noise scheduler's configuration")
+        return config | dict(self.scheduler_changes)
 
     def config(self, component: str) -> dict[str, Any]:
         """The configuration of a component, such as "unet"."""
         return _read_json(self.path / component / "config.json", "a component's configuration")
 
     def weight_shapes(self, component: str) -> dict[str, list[int]]:
-        """The shapes of a component's tensors by name, from its files' headers."""
+        """The shapes of a component's tensors by diffusers' names, from its files' headers."""
+        if self.file is not None:
+            return shapes_of(self.file, self.path, component)
         files, _ = _find_weights(self.path / component, _WEIGHT_FILES[component])
         return {name: tensor["shape"] for file in files for name, tensor in read_tensor_list(file)[0].items()}
 
@@ -129,19 +150,20 @@ def choose_model(models: Path, environment: Mapping[str, str], *, in_bento: bool
     A built bento never falls back to the demo model. Raises ModelFolderError, and SettingError like `read_settings`.
     """
     settings = read_settings(environment)
-    model = _chosen(settings.model, models, in_bento=in_bento)
+    vae = Path(settings.vae).expanduser().absolute() if settings.vae else None
+    model = _chosen(settings.model, models, vae, in_bento=in_bento)
     loras, embeddings = (Path(path).expanduser() if path else None for path in (settings.loras, settings.embeddings))
     return replace(model, loras=loras or model.loras, embeddings=embeddings or model.embeddings)
 
 
-def _chosen(asked_for: str, models: Path, *, in_bento: bool) -> ModelFolder:
+def _chosen(asked_for: str, models: Path, vae: Path | None, *, in_bento: bool) -> ModelFolder:
     if asked_for == DEMO_NAME:
-        return _demo()
+        return _demo(vae)
     if asked_for == DEMO_XL_NAME:
-        return check_model(DEMO_XL_FOLDER, name=DEMO_XL_NAME, is_demo=True)
+        return check_model(DEMO_XL_FOLDER, name=DEMO_XL_NAME, is_demo=True, vae=vae)
     if asked_for:
         try:
-            return check_model(Path(asked_for).expanduser().absolute())
+            return check_model(Path(asked_for).expanduser().absolute(), vae=vae)
         except ModelFolderError as error:
             raise ModelFolderError(f"{MODEL_VARIABLE}: {error}") from None
     found = models_in(models)
@@ -153,23 +175,24 @@ def _chosen(asked_for: str, models: Path, *, in_bento: bool) -> ModelFolder:
     if found and found[0].suffix == _UNFINISHED:
         raise ModelFolderError(f"{found[0]}: half downloaded; run 'make model' again, which continues, or remove the file")
     if found:
-        return check_model(found[0])
+        return check_model(found[0], vae=vae)
     if in_bento:
         raise ModelFolderError(
             f"this bento holds no weights in {models.name}/: run 'make model' before 'bentoml build', set {MODEL_VARIABLE} "
             f"to a model, or set {MODEL_VARIABLE}={DEMO_NAME} to serve the demo model, which generates coloured shapes only"
         )
-    return _demo()
+    return _demo(vae)
 
 
 def models_in(models: Path) -> list[Path]:
     """The models that lie in the folder `models`, which need not exist, whole or broken: folders and .safetensors files, by name.
 
     A folder with any content counts, and a file that is half downloaded: an interrupted download must lead to an error, not silently
-    to the demo model.
+    to the demo model. Pickles count if there is nothing else, so that they are refused by name.
     """
     visible = sorted(path for path in models.glob("*") if not path.name.startswith("."))
-    return [path for path in visible if (_is_model_folder(path) if path.is_dir() else _is_model_file(path))]
+    found = [path for path in visible if (_is_model_folder(path) if path.is_dir() else _is_model_file(path))]
+    return found or [path for path in visible if path.suffix.lower() in _PICKLES]
 
 
 def _is_model_folder(folder: Path) -> bool:
@@ -180,14 +203,58 @@ def _is_model_file(file: Path) -> bool:
     return file.name.removesuffix(_UNFINISHED).endswith(_SAFETENSORS)
 
 
-def _demo() -> ModelFolder:
-    return check_model(DEMO_FOLDER, name=DEMO_NAME, is_demo=True)
+def _demo(vae: Path | None) -> ModelFolder:
+    return check_model(DEMO_FOLDER, name=DEMO_NAME, is_demo=True, vae=vae)
 
 
-def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False) -> ModelFolder:
-    """Check that `folder` is a complete SD 1.x, 2.x or XL model in safetensors. Raises ModelFolderError, which names the wrong file."""
-    if not folder.is_dir():
-        raise ModelFolderError(f"{folder}: no such folder")
+def check_model(
+    path: Path, *, name: str | None = None, is_demo: bool = False, vae: Path | None = None, kinds: Sequence[Kind] = KINDS
+) -> ModelFolder:
+    """Check that `path` is a complete model in safetensors: a folder of diffusers, or one file of one of `kinds`.
+
+    `vae`: the file of an autoencoder that replaces the model's; None: what the model's own defaults say. Raises ModelFolderError, which
+    names the wrong file.
+    """
+    if path.is_dir():
+        return _check_folder(path, name or path.name, is_demo, vae)
+    if path.exists():
+        return _check_file(path, kinds, vae)
+    raise ModelFolderError(f"{path}: no such folder or file")
+
+
+def _check_file(file: Path, kinds: Sequence[Kind], vae: Path | None) -> ModelFolder:
+    _refuse_pickle(file)
+    stated = _stated_defaults(file.with_suffix(f".{DEFAULTS_FILE_NAME}"))
+    vae = vae or _stated_vae(stated, file.parent)
+    checked = read_single_file(file, stated.prediction_type, kinds, needs_vae=vae is None)
+    return replace(
+        _facts_of(checked.kind.folder, stated, dict(checked.scheduler_changes)),
+        file=file,
+        vae=_checked_vae(vae, checked.kind.folder),
+        name=file.stem,
+        is_prediction_type_unknown=checked.is_prediction_type_unknown,
+        loras=file.parent / "loras",
+        embeddings=file.parent / "embeddings",
+    )
+
+
+def _refuse_pickle(file: Path) -> None:
+    if file.suffix.lower() in _PICKLES:
+        raise ModelFolderError(f"{file}: a pickle can run code when it is loaded, only safetensors are served; get it as safetensors")
+
+
+def _stated_vae(stated: DefaultsFile, folder: Path) -> Path | None:
+    return None if stated.vae is None else folder / Path(stated.vae).expanduser()
+
+
+def _checked_vae(vae: Path | None, folder: Path) -> Path | None:
+    if vae is not None:
+        _refuse_pickle(vae)
+        check_vae(vae, folder)
+    return vae
+
+
+def _check_folder(folder: Path, name: str, is_demo: bool, vae: Path | None) -> ModelFolder:
     _refuse_pickles(folder)
     index = _read_json(folder / "model_index.json", "not a diffusers model folder")
     check_pipeline(index, folder / "model_index.json")
@@ -202,9 +269,24 @@ def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False)
     _check_tokenizer(folder / "tokenizer")
     if is_xl:
         _check_tokenizer(folder / "tokenizer_2")
+    stated = _stated_defaults(folder / DEFAULTS_FILE_NAME)
+    changes: dict[str, str | bool] = {} if stated.prediction_type is None else {"prediction_type": stated.prediction_type}
+    return replace(
+        _facts_of(folder, stated, changes),
+        vae=_checked_vae(vae or _stated_vae(stated, folder), folder),
+        name=name,
+        is_demo=is_demo,
+        has_safety_checker=has_checker,
+        variant=variants.pop(),
+    )
+
+
+def _facts_of(folder: Path, stated: DefaultsFile, scheduler_changes: dict[str, str | bool]) -> ModelFolder:
+    """What the configurations in `folder` and the operator's defaults say of a model."""
     unet = _read_json(folder / "unet" / "config.json", "the UNet's configuration")
     vae = _read_json(folder / "vae" / "config.json", "the autoencoder's configuration")
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", "the noise scheduler's configuration")
+    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", "the noise scheduler's configuration") | scheduler_changes
+    is_xl = (folder / "text_encoder_2" / "config.json").is_file()
     channels = unet.get("in_channels")
     if channels not in (4, 9):
         raise ModelFolderError(f"{folder / 'unet' / 'config.json'}: in_channels is {channels}, expected 4, or 9 for inpainting")
@@ -217,20 +299,23 @@ def check_model(folder: Path, *, name: str | None = None, is_demo: bool = False)
     if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
         raise ModelFolderError(f"{folder / 'vae' / 'config.json'}: latents_mean and latents_std are not supported")
     pixels_per_latent = 2 ** (len(vae["block_out_channels"]) - 1)
-    stated = _stated_defaults(folder)
     default_scheduler = stated.scheduler or str(scheduler.get("_class_name", "PNDMScheduler"))
     return ModelFolder(
         path=folder,
-        name=name or folder.name,
-        is_demo=is_demo,
+        file=None,
+        vae=None,
+        name=folder.name,
+        is_demo=False,
         is_xl=is_xl,
         native_width=stated.width or latent_width * pixels_per_latent,
         native_height=stated.height or latent_height * pixels_per_latent,
         scheduler=default_scheduler,
         defaults=defaults_of(stated, default_scheduler, unet, scheduler),
+        scheduler_changes=tuple(scheduler_changes.items()),
+        is_prediction_type_unknown=False,
         only_inpaints=channels == 9,
-        has_safety_checker=has_checker,
-        variant=variants.pop(),
+        has_safety_checker=False,
+        variant=None,
         # Stable Diffusion XL starts from the layer before the last.
         text_layers=min(_text_layers(folder, "text_encoder"), _text_layers(folder, "text_encoder_2")) - 1
         if is_xl
@@ -251,8 +336,7 @@ def check_pipeline(index: Mapping[str, Any], file: object) -> None:
         raise ModelFolderError(f"{file}: the refiner of Stable Diffusion XL cannot generate images on its own")
 
 
-def _stated_defaults(folder: Path) -> DefaultsFile:
-    file = folder / DEFAULTS_FILE_NAME
+def _stated_defaults(file: Path) -> DefaultsFile:
     return read_defaults(file, _read_json(file, "the model's defaults") if file.exists() else {})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ def check_safetensors(file: Path) -> None:
     size = file.stat().st_size
     try:
         tensors, header_size = read_tensor_list(file)
-        data_size = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+        data_size = max((operator.index(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise ModelFolderError(f"{file}: not a safetensors file, perhaps half downloaded or a Git LFS pointer") from None
     if size != 8 + header_size + data_size:

@@ -125,7 +125,8 @@ def _placement(parts: Parts) -> Placement:
 
     versions = {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "bentoml")}
     versions["python"] = platform.python_version()
-    return Placement(device_name(parts.device), str(parts.dtype).removeprefix("torch."), versions)
+    prediction_type = str(parts.scheduler.config.get("prediction_type", "epsilon"))
+    return Placement(device_name(parts.device), str(parts.dtype).removeprefix("torch."), prediction_type, versions)
 
 
 def _record_steps(denoiser: Denoiser, parts: Parts, width: int, height: int, max_batch_size: int) -> None:

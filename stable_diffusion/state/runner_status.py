@@ -36,10 +36,11 @@ class StepBatchLimit:
 
 @dataclass(frozen=True)
 class Placement:
-    """The device, dtype and library versions that a loaded model runs with."""
+    """The device, dtype and library versions that a loaded model runs with, and what its UNet predicts."""
 
     device: str
     dtype: str
+    prediction_type: str  # "epsilon", "v_prediction" or "sample"
     versions: dict[str, str]
 
 

@@ -37,7 +37,7 @@ def _in_containers() -> list[tuple[str, str]]:
 NOT_RUN = {
     ("README.md", "make serve"): STARTS,
     ("README.md", "make model                     # Stable Diffusion v1.4 into fp32/models/v1_4, about 5.4 GB"): DOWNLOAD,
-    ("README.md", "SD_MODEL=/path/to/folder make serve"): STARTS,
+    ("README.md", "SD_MODEL=/path/to/model.safetensors make serve"): STARTS,
     ("README.md", "source .venv/bin/activate && export BENTOML_DO_NOT_TRACK=True"): AWS,
     ("README.md", "make quick                     # lint, types, import rules and unit tests: about two minutes"): ITSELF,
     ("CONTRIBUTING.md", "make serve"): STARTS,

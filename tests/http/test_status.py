@@ -37,6 +37,7 @@ def test_the_status_of_a_started_server(server: Server) -> None:
     with server.client() as client:
         assert client.get("/docs.json").json()["info"]["title"] == f"stable_diffusion_{runner['precision']}"
     assert runner["dtype"] == "float32"
+    assert runner["prediction_type"] == "epsilon"
     assert (runner["caps"][0]["width"], runner["caps"][0]["height"]) == (64, 64)
     assert runner["caps"][0]["pictures"] >= 1
     assert runner["caps"][0]["reason"]

@@ -180,7 +180,7 @@ def _info(
         "face_restoration_model": None,
         "sd_model_name": model.name,
         "sd_model_hash": model.hash,
-        "sd_vae_name": None,
+        "sd_vae_name": None if model.vae is None else model.vae.name,
         "sd_vae_hash": None,
         "seed_resize_from_w": _NOT_USED,
         "seed_resize_from_h": _NOT_USED,

@@ -155,7 +155,7 @@ def _described(task: Task, image: GeneratedImage, model: ModelFolder, asked: Ope
 
 
 def models_response(model: ModelFolder) -> OpenaiModels:
-    created = int(model.path.stat().st_mtime)
+    created = int((model.file or model.path).stat().st_mtime)
     return {"object": "list", "data": [{"id": model.name, "object": "model", "created": created, "owned_by": "stable-diffusion"}]}
 
 

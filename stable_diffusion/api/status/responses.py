@@ -48,6 +48,9 @@ class RunnerStatus(TypedDict):
     precision: Annotated[str, Field(description="The precision that was requested.")]
     device: Annotated[str | None, Field(description="null until the weights are loaded.")]
     dtype: Annotated[str | None, Field(description="The type that is used for computation; null until the weights are loaded.")]
+    prediction_type: Annotated[
+        str | None, Field(description="What the model's UNet predicts: epsilon (the noise), v_prediction or sample; null until then too.")
+    ]
     caps: Annotated[
         list[BatchLimit], Field(description="The batch limits: how many images may share a step, and why. The native size comes first.")
     ]
@@ -140,6 +143,7 @@ def _runner(runner: RunnerState) -> RunnerStatus:
         "precision": runner.precision,
         "device": None if placement is None else placement.device,
         "dtype": None if placement is None else placement.dtype,
+        "prediction_type": None if placement is None else placement.prediction_type,
         "caps": [
             {"width": batch_limit.width, "height": batch_limit.height, "pictures": batch_limit.pictures, "reason": batch_limit.reason}
             for batch_limit in runner.batch_limits

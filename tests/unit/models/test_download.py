@@ -24,6 +24,7 @@ from stable_diffusion.models.folder import DEMO_FOLDER, check_model, choose_mode
 from stable_diffusion.models.hub_model import PRESETS
 from tests.model.tiny_models import write_tiny_xl
 from tests.tensor_files import write, write_raw
+from tests.unit.models.test_single_file import DEMO_SHAPES
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LATER_COMMIT = "fedcba9876543210fedcba9876543210fedcba98"
@@ -408,7 +409,7 @@ def test_stable_diffusion_xl_is_fetched_with_both_text_encoders(other_hub: tuple
 def test_one_file_is_kept_with_its_license_and_source_beside_it(other_hub: tuple[str, type[Hub]], models: Path) -> None:
     endpoint, handler = other_hub
     (handler.folder / "files").mkdir()
-    file = write(handler.folder / "files" / "shapes-v2.safetensors", {"weight": (8,)})
+    file = write(handler.folder / "files" / "shapes-v2.safetensors", DEMO_SHAPES, dtype="F16")
     finished = make_model(endpoint, "painter/shapes/files/shapes-v2.safetensors@main", models)
     assert finished.returncode == 0, finished.stderr
     kept = ["shapes-v2.LICENSE.md", "shapes-v2.safetensors", "shapes-v2.source.json"]
@@ -421,6 +422,15 @@ def test_one_file_is_kept_with_its_license_and_source_beside_it(other_hub: tuple
         "file": "files/shapes-v2.safetensors",
     }
     assert [path.rpartition("/")[2] for path in handler.weights_requested()] == ["shapes-v2.safetensors"]
+    assert choose_model(models, {}, in_bento=True).file == models / "shapes-v2.safetensors"
+
+
+def test_one_file_that_is_no_model_is_refused_by_what_it_is(other_hub: tuple[str, type[Hub]], models: Path) -> None:
+    endpoint, handler = other_hub
+    write(handler.folder / "word.safetensors", {"emb_params": (2, 768)})
+    finished = make_model(endpoint, "painter/shapes/word.safetensors", models)
+    assert finished.returncode == 1
+    assert "word.safetensors: a textual inversion or another single tensor, not a whole model" in finished.stderr
 
 
 def test_one_file_that_is_cut_on_the_hub_is_refused(other_hub: tuple[str, type[Hub]], models: Path) -> None:

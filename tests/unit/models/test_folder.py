@@ -176,7 +176,7 @@ def test_of_several_models_none_is_served_until_one_is_named(folder: Path, tmp_p
 
 def test_sd_model_names_another_folder(folder: Path, tmp_path: Path) -> None:
     assert choose_model(tmp_path / "nowhere" / "models", {"SD_MODEL": str(folder)}, in_bento=True).path == folder
-    with pytest.raises(ModelFolderError, match=f"^SD_MODEL: {tmp_path / 'nowhere'}: no such folder$"):
+    with pytest.raises(ModelFolderError, match=f"^SD_MODEL: {tmp_path / 'nowhere'}: no such folder or file$"):
         choose_model(tmp_path, {"SD_MODEL": str(tmp_path / "nowhere")}, in_bento=False)
 
 
@@ -185,7 +185,7 @@ def test_a_relative_path_in_sd_model_is_reported_as_the_folder_that_was_looked_f
 ) -> None:
     (tmp_path / "fp32").mkdir()
     monkeypatch.chdir(tmp_path / "fp32")
-    with pytest.raises(ModelFolderError, match=f"^SD_MODEL: {tmp_path}/fp32/weights: no such folder$"):
+    with pytest.raises(ModelFolderError, match=f"^SD_MODEL: {tmp_path}/fp32/weights: no such folder or file$"):
         choose_model(folder, {"SD_MODEL": "weights"}, in_bento=False)
 
 

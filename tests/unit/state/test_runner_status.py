@@ -19,7 +19,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_several_runners_are_read_in_their_order(folder: Path) -> None:
-    placement = Placement("a GPU", "float16", {"torch": "2"})
+    placement = Placement("a GPU", "float16", "epsilon", {"torch": "2"})
     second = RunnerState(2, "fp16", "demo", placement=placement)
     second.enter("ready")
     second.set_batch_limit(StepBatchLimit(64, 64, 8, "8x"))

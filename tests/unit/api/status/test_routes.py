@@ -69,6 +69,7 @@ def test_a_runner_that_loads_says_how_far_it_is(stage: Any) -> None:
     assert status["ready"] is False
     [runner] = status["runners"]
     assert (runner["stage"], runner["precision"], runner["device"], runner["dtype"], runner["caps"]) == (stage, "fp16", None, None, [])
+    assert runner["prediction_type"] is None
 
 
 @pytest.mark.parametrize(("answer", "ready"), [(True, True), (False, False), (aiohttp.ClientError(), False)])
