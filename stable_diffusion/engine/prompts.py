@@ -1,14 +1,14 @@
-"""Encodes prompts: words to tokens in chunks, tokens to embeddings, with weights, CLIP skip and textual inversions.
+"""Encodes prompts: chunks of tokens to embeddings, with weights and CLIP skip.
 
 A text of one unweighted chunk gives diffusers' embeddings bit for bit. Longer texts and weights follow A1111. Stable Diffusion XL has two
-text encoders. `core/prompt_syntax.py` reads the grammar; this module does not.
+text encoders. `core/prompt_syntax.py` reads the grammar and `chunks.py` cuts texts; this module does neither.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -16,10 +16,10 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from stable_diffusion.core.prompt_syntax import Emphasis
 from stable_diffusion.core.requests import MAX_PROMPT_CHUNKS
 from stable_diffusion.engine.adapters import AdaptedLayers, Lora, LowRank
+from stable_diffusion.engine.chunks import Chunk, Chunker
 
 # Embeddings of a chunk take a quarter of a megabyte in Stable Diffusion.
 _KEPT_TEXTS = 64
-_BACK_TO_A_COMMA = 20  # tokens: a full chunk ends after its last comma, if that comma is at most so far back
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,6 @@ class Embeddings:
     pooled: torch.Tensor | None = None
 
 
-@dataclass
-class _Chunk:
-    """Up to 75 tokens with their weights."""
-
-    tokens: list[int] = field(default_factory=list)
-    weights: list[float] = field(default_factory=list)
-    last_comma: int = -1
-
-    def add(self, tokens: list[int], weight: float) -> None:
-        self.tokens += tokens
-        self.weights += [weight] * len(tokens)
-
-
 @dataclass(frozen=True)
 class TextEncoder:
     """A text encoder with its tokenizer. Those of a model have the same vocabulary; only their padding may differ."""
@@ -70,10 +57,6 @@ class TextEncoder:
         """Whether it also gives a summary of the text."""
         return isinstance(self.model, CLIPTextModelWithProjection)
 
-    def padded(self, tokens: list[int]) -> list[int]:
-        start, end, padding = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        return [start, *tokens, end, *[padding] * (self.tokenizer.model_max_length - 2 - len(tokens))]
-
 
 class PromptEncoder:
     """The text encoders of a model. Keeps the embeddings of the most recent texts."""
@@ -81,23 +64,20 @@ class PromptEncoder:
     def __init__(self, encoders: Sequence[TextEncoder], dtype: torch.dtype, inversions: Mapping[str, list[int]]) -> None:
         """`inversions`: the tokens that stand for a textual inversion, by its name."""
         self._encoders = encoders
-        self._tokenizer = encoders[0].tokenizer
+        self._chunkers = [Chunker(encoder.tokenizer, inversions) for encoder in encoders]
         self._dtype = dtype
         self._adapted = [AdaptedLayers(getattr(encoder.model, "text_model", encoder.model)) for encoder in encoders]
-        self.chunk_tokens = self._tokenizer.model_max_length - 2
-        self._comma = self._tokenizer.get_vocab().get(",</w>")
-        # A1111 compares tokens, so the case of a name does not matter. Longer names first: one may begin with another.
-        found = [(self._tokens_of(name), tokens) for name, tokens in inversions.items()]
-        self._inversions = sorted(found, key=lambda one: -len(one[0]))
+        self.chunk_tokens = self._chunkers[0].chunk_tokens
         self._kept: OrderedDict[tuple[object, ...], Embeddings] = OrderedDict()  # the last used one at the end
 
     def dropped(self, text: Text) -> str:
         """The text beyond MAX_PROMPT_CHUNKS chunks; "" if there is none."""
-        return " ".join(self._tokenizer.decode(chunk.tokens) for chunk in self._chunks(text)[MAX_PROMPT_CHUNKS:]).strip()
+        dropped = (chunker.text_of(chunker.chunks(text.sections)[MAX_PROMPT_CHUNKS:]) for chunker in self._chunkers)
+        return next(filter(None, dropped), "")
 
     def count_chunks(self, text: Text) -> int:
         """How many chunks the text fills, from 1 to MAX_PROMPT_CHUNKS."""
-        return min(len(self._chunks(text)), MAX_PROMPT_CHUNKS)
+        return min(max(len(chunker.chunks(text.sections)) for chunker in self._chunkers), MAX_PROMPT_CHUNKS)
 
     def encode(self, text: Text) -> Embeddings:
         """The text's embeddings, shared and not to be changed. There are 77 tokens for each chunk.
@@ -114,19 +94,24 @@ class PromptEncoder:
         return embeddings
 
     def _encode(self, text: Text) -> Embeddings:
-        chunks = self._chunks(text)[:MAX_PROMPT_CHUNKS]
-        of_encoders = [self._encode_with(index, chunks, text) for index in range(len(self._encoders))]
+        count = self.count_chunks(text)
+        of_encoders = [self._encode_with(index, text, count) for index in range(len(self._encoders))]
         tokens = torch.cat([tokens for tokens, _ in of_encoders], dim=-1)
         pooled = of_encoders[-1][1]
         if text.is_zero:
             return Embeddings(torch.zeros_like(tokens), None if pooled is None else torch.zeros_like(pooled))
         return Embeddings(tokens, pooled)
 
-    def _encode_with(self, index: int, chunks: list[_Chunk], text: Text) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One encoder's embeddings (1, tokens, width) and, if it has a projection, its summary of the first chunk (1, width)."""
-        encoder = self._encoders[index]
+    def _encode_with(self, index: int, text: Text, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One encoder's embeddings (1, tokens, width) and, if it has a projection, its summary of the first chunk (1, width).
+
+        `count`: of chunks. The tokenizers of Stable Diffusion XL read "!" differently, so one encoder's last chunk may be empty.
+        """
+        encoder, chunker = self._encoders[index], self._chunkers[index]
+        chunks = chunker.chunks(text.sections)[:count]
+        chunks += [Chunk() for _ in range(count - len(chunks))]
         device = encoder.model.device
-        tokens = torch.tensor([encoder.padded(chunk.tokens) for chunk in chunks], device=device)
+        tokens = torch.tensor([chunker.padded_tokens(chunk) for chunk in chunks], device=device)
         mask = None
         if getattr(encoder.model.config, "use_attention_mask", False):
             lengths = [len(chunk.tokens) for chunk in chunks]
@@ -135,7 +120,7 @@ class PromptEncoder:
         with self._adapted[index].applied([adapters] * len(chunks)):
             embeddings, pooled = self._layer_output(encoder, tokens, mask, text.clip_skip)
         if any(weight != 1 for chunk in chunks for weight in chunk.weights):
-            embeddings = _weighted(embeddings, [self._padded_weights(chunk.weights) for chunk in chunks])
+            embeddings = _weighted(embeddings, [chunker.padded_weights(chunk) for chunk in chunks])
         return embeddings.reshape(1, -1, embeddings.shape[-1]).to(self._dtype), None if pooled is None else pooled[:1].to(self._dtype)
 
     def _layer_output(
@@ -153,51 +138,6 @@ class PromptEncoder:
             return encoder.model(tokens, attention_mask=mask)[0], None
         states = encoder.model(tokens, attention_mask=mask, output_hidden_states=True).hidden_states
         return encoder.model.final_layer_norm(states[-clip_skip]), None
-
-    def _chunks(self, text: Text) -> list[_Chunk]:
-        """The text's tokens in chunks of 75. BREAK begins a new one."""
-        return [chunk for section in text.sections for chunk in self._chunks_of_section(section)]
-
-    def _chunks_of_section(self, section: tuple[Emphasis, ...]) -> list[_Chunk]:
-        chunks = [_Chunk()]
-        for run in section:
-            for tokens in self._words_of(run.text):
-                is_comma = tokens == [self._comma]
-                if len(chunks[-1].tokens) + len(tokens) > self.chunk_tokens:
-                    chunks.append(_Chunk() if is_comma or len(tokens) > 1 else self._after_comma(chunks[-1]))
-                if is_comma:
-                    chunks[-1].last_comma = len(chunks[-1].tokens)
-                chunks[-1].add(tokens, run.weight)
-        return chunks
-
-    def _after_comma(self, full: _Chunk) -> _Chunk:
-        """The next chunk after a full one. It begins with the tokens after the full one's last comma, if they are few."""
-        following = _Chunk()
-        if full.last_comma >= 0 and len(full.tokens) - full.last_comma <= _BACK_TO_A_COMMA:
-            start = full.last_comma + 1
-            following.tokens, following.weights = full.tokens[start:], full.weights[start:]
-            del full.tokens[start:], full.weights[start:]
-        return following
-
-    def _words_of(self, text: str) -> list[list[int]]:
-        """The tokens of a text one by one; those of a textual inversion together."""
-        tokens = self._tokens_of(text)
-        words: list[list[int]] = []
-        position = 0
-        while position < len(tokens):
-            one_token = tokens[position : position + 1]
-            found = (one for one in self._inversions if tokens[position : position + len(one[0])] == one[0])
-            name, inversion = next(found, (one_token, one_token))
-            words.append(inversion)
-            position += len(name)
-        return words
-
-    def _tokens_of(self, text: str) -> list[int]:
-        tokens: list[int] = self._tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-        return tokens
-
-    def _padded_weights(self, weights: list[float]) -> list[float]:
-        return [1.0, *weights, *[1.0] * (self.chunk_tokens + 1 - len(weights))]
 
 
 def _changes(lora: Lora, encoder: int) -> Mapping[str, LowRank]:

@@ -306,6 +306,7 @@ def test_a_mask_is_repainted_where_it_is_white_or_inverted_where_it_is_black(
         ("img2img", {"init_images": [base64.b64encode(b"GIF89a").decode()]}, 400, "init_images: not a PNG, JPEG or WebP image"),
         ("img2img", {"init_images": ["\ud800"]}, 400, "init_images: not base64"),
         ("options", {"sd_model_checkpoint": "sdxl"}, 404, "there is no model 'sdxl'"),
+        ("txt2img", {"override_settings": {"sd_vae": "nice"}}, 404, "sd_vae: must be Automatic or None on this server, got 'nice'"),
     ],
     ids=str,
 )

@@ -58,6 +58,7 @@ NOT_RUN = {
     ("docs/performance.md", "make bench                     # about 40 minutes"): LONG,
     ("stable_diffusion/demo/README.md", "make demo"): LONG,
     ("stable_diffusion/demo/README.md", "make demo-adapters"): LONG,
+    ("stable_diffusion/demo/README.md", "SD_MODEL=demo-xl make serve"): STARTS,
     (
         "docs/performance.md",
         "benchmarks/gpu_wheels.sh wheels          # run here if the GPU machine has torch but no network; fetches 25 MB of wheels",

@@ -73,4 +73,4 @@ def test_an_image_is_generated_again_from_its_file(server: Server) -> None:
 
 
 def test_clip_skip_goes_as_far_as_the_smaller_text_encoder(server: Server) -> None:
-    assert "clip_skip: must be at most 1 with the model demo-xl" in refused(draw(server, **FIELDS, clip_skip=2), 422, "clip_skip")
+    assert "clip_skip: must be at most 1 with the model demo-xl" in refused(draw(server, **FIELDS, clip_skip=2), 400, "clip_skip")

@@ -76,6 +76,7 @@ def test_one_job_gives_the_picture_of_diffusers(
     [
         {},  # no negative prompt: zeros
         {"guidance_scale": 1.0},
+        {"prompt": "a red circle!!! wow! on blue"},  # the padding of the second text encoder's texts
         {"width": 96, "height": 72},
         {"width": 72, "height": 136, "negative_prompt": "a square"},
         {"kind": "img2img", "strength": 1.0},
@@ -162,6 +163,11 @@ def test_rows_of_one_call_have_their_own_sizes(parts: Parts) -> None:
     together = denoiser.call_unet(joined(alone))
     for row, one in zip(torch.split(together, 1), alone, strict=True):
         assert torch.allclose(row, denoiser.call_unet(one), atol=1e-5)
+
+
+def test_a_text_that_fills_more_chunks_for_one_text_encoder_is_encoded_for_both(engine: RecordingEngine) -> None:
+    (plain, emphatic) = engine.draw([make_task(scheduler=SCHEDULER, prompt=f"a red circle{end}") for end in ("", "!!!" * 40)])
+    assert largest_difference(plain.image, emphatic.image) > 0
 
 
 def test_clip_skip_gives_the_picture_of_diffusers(engine: RecordingEngine, folder: Path) -> None:

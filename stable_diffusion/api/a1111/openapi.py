@@ -19,6 +19,7 @@ from stable_diffusion.api.a1111.responses import (
     A1111Scheduler,
     A1111ServedOptions,
     A1111Upscaler,
+    A1111Vae,
     samplers_response,
     schedules_response,
 )
@@ -72,6 +73,9 @@ def paths() -> dict[str, Any]:
             ),
         },
         "/sdapi/v1/sd-models": {"get": _gets("Models", "The one model that is served", "The model.", list[A1111Model])},
+        "/sdapi/v1/sd-vae": {
+            "get": _gets("Vaes", "The autoencoder that replaces the model's own (SD_VAE)", "At most one.", list[A1111Vae])
+        },
         "/sdapi/v1/samplers": {"get": _gets("Samplers", "The samplers", "The samplers.", list[A1111Sampler], samplers_response())},
         "/sdapi/v1/schedulers": {
             "get": _gets("Schedulers", "The noise levels", "The noise levels.", list[A1111Scheduler], schedules_response())

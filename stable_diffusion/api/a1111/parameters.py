@@ -56,6 +56,10 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     sd_model_checkpoint: str | None = Field(None, description="The title or model_name of the served model; any other is refused.")
+    sd_vae: str | None = Field(
+        None,
+        description="The autoencoder: Automatic, or the name from /sdapi/v1/sd-vae, or None if that lists none; any other is refused.",
+    )
     enable_pnginfo: bool | None = Field(None, description="In override_settings, false: the file gets no infotext.")
     CLIP_stop_at_last_layers: int | None = Field(
         None,
@@ -64,7 +68,7 @@ class Options(BaseModel):
     )
 
 
-_NO_OPTIONS = Options(sd_model_checkpoint=None, enable_pnginfo=None, CLIP_stop_at_last_layers=None)
+_NO_OPTIONS = Options(sd_model_checkpoint=None, sd_vae=None, enable_pnginfo=None, CLIP_stop_at_last_layers=None)
 
 
 class GenerationBody(BaseModel):
@@ -99,7 +103,7 @@ class GenerationBody(BaseModel):
     )
     n_iter: int = Field(1, ge=1, le=MAX_IMAGES, description="See batch_size.")
     override_settings: Options = Field(
-        _NO_OPTIONS, description="Only sd_model_checkpoint, enable_pnginfo and CLIP_stop_at_last_layers are read."
+        _NO_OPTIONS, description="Only sd_model_checkpoint, sd_vae, enable_pnginfo and CLIP_stop_at_last_layers are read."
     )
     send_images: bool = Field(True, description="false: the response has no images.")
     alwayson_scripts: dict[str, Any] = Field(

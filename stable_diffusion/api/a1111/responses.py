@@ -44,6 +44,7 @@ class A1111ServedOptions(TypedDict):
     sd_model_checkpoint: str
     samples_format: Literal["png"]
     CLIP_stop_at_last_layers: Literal[1]
+    sd_vae: str
 
 
 class A1111Model(TypedDict):
@@ -53,6 +54,11 @@ class A1111Model(TypedDict):
     sha256: None
     filename: str
     config: None
+
+
+class A1111Vae(TypedDict):
+    model_name: str
+    filename: str
 
 
 class A1111Lora(TypedDict):
@@ -221,11 +227,21 @@ def _extra_parameters(body: GenerationBody, task: Task, schedule: str | None) ->
 
 
 def options_response(model: ModelFolder) -> A1111ServedOptions:
-    return {"sd_model_checkpoint": model.name, "samples_format": "png", "CLIP_stop_at_last_layers": 1}
+    return {
+        "sd_model_checkpoint": model.name,
+        "samples_format": "png",
+        "CLIP_stop_at_last_layers": 1,
+        "sd_vae": "Automatic" if model.vae is None else model.vae.name,
+    }
 
 
 def models_response(model: ModelFolder) -> list[A1111Model]:
     return [{"title": model.name, "model_name": model.name, "hash": model.hash, "sha256": None, "filename": model.name, "config": None}]
+
+
+def vaes_response(model: ModelFolder) -> list[A1111Vae]:
+    """The autoencoder that replaces the model's own, if one does."""
+    return [] if model.vae is None else [{"model_name": model.vae.name, "filename": model.vae.name}]
 
 
 def loras_response(loras: Loras) -> list[A1111Lora]:
@@ -261,7 +277,6 @@ UPSCALERS: list[A1111Upscaler] = [{"name": "None", "model_name": None, "model_pa
 # Other paths that clients request at start. This server has nothing to list there.
 EMPTY_LISTS: dict[str, Any] = {
     "/sdapi/v1/latent-upscale-modes": [],
-    "/sdapi/v1/sd-vae": [],
     "/sdapi/v1/prompt-styles": [],
     "/sdapi/v1/hypernetworks": [],
     "/sdapi/v1/face-restorers": [],

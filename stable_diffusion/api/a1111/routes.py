@@ -41,6 +41,7 @@ from stable_diffusion.api.a1111.responses import (
     progress_response,
     samplers_response,
     schedules_response,
+    vaes_response,
 )
 from stable_diffusion.api.context import Context, Served
 from stable_diffusion.api.deliver import generate_once
@@ -66,7 +67,7 @@ def make_routes(context: Context) -> list[Route]:
     async def txt2img(request: Request) -> Response:
         with within_upload_budget(request, context.uploads) as uploading:
             asked = read_text_to_image(await read_json_body(uploading, max_names=MAX_NAMES))
-        await run_in_threadpool(_require_served, asked.body.override_settings, context.model())
+        await run_in_threadpool(require_served, asked.body.override_settings, context.model())
         served = context.served()
         asked = fitted_to_model(asked, served.model)
         task = await run_in_threadpool(in_a1111_words, lambda: text_task(asked.parameters, served))
@@ -80,11 +81,14 @@ def make_routes(context: Context) -> list[Route]:
 
     async def set_options(request: Request) -> Response:
         asked = read_options(await read_json_body(request, max_bytes=_MAX_OPTIONS_BYTES, max_names=MAX_NAMES))
-        await run_in_threadpool(_require_served, asked, context.model())
+        await run_in_threadpool(require_served, asked, context.model())
         return json_response(None)
 
     async def models(request: Request) -> Response:
         return json_response(await run_in_threadpool(models_response, context.model()))
+
+    async def vaes(request: Request) -> Response:
+        return json_response(vaes_response(context.model()))
 
     async def progress(request: Request) -> Response:
         return json_response(progress_response(await run_in_threadpool(context.jobs.of_owner, owner_of(request))))
@@ -115,6 +119,7 @@ def make_routes(context: Context) -> list[Route]:
     get: dict[str, Callable[[Request], Awaitable[Response]]] = {
         "/sdapi/v1/options": options,
         "/sdapi/v1/sd-models": models,
+        "/sdapi/v1/sd-vae": vaes,
         "/sdapi/v1/progress": progress,
         "/sdapi/v1/loras": loras,
         "/sdapi/v1/embeddings": embeddings,
@@ -161,7 +166,7 @@ async def _read_image_tasks(request: Request, context: Context) -> tuple[Generat
 def _read_image_task(content: bytes, served: Served) -> tuple[GenerationBody, Task, int]:
     """The body, the first image's task and the number of images. Inputs are resized in A1111's mode, so `image_task` fits nothing."""
     asked = fitted_to_model(read_image_to_image(parse_json(content, "body", MAX_NAMES)), served.model)
-    _require_served(asked.body.override_settings, served.model)
+    require_served(asked.body.override_settings, served.model)
     image = read_initial_image(asked.body)
     mask = read_inpainting_mask(asked.body, image.size)
     native = served.model.native_width, served.model.native_height
@@ -173,13 +178,19 @@ def _read_image_task(content: bytes, served: Served) -> tuple[GenerationBody, Ta
     return without_images(asked.body), task, asked.count
 
 
-def _require_served(options: Options, model: ModelFolder) -> None:
-    """Refuse any model but the served one. The name may end with the hash, as in A1111's titles; its first use takes a moment."""
+def require_served(options: Options, model: ModelFolder) -> None:
+    """Refuse any model and autoencoder but the served ones.
+
+    The model's name may end with the hash, as in A1111's titles; its first use takes a moment.
+    """
     name = options.sd_model_checkpoint
     if name and name != model.name and name != f"{model.name} [{model.hash}]":
         raise NotFound(
             f"sd_model_checkpoint: there is no model {name[:60]!r}, this server has only {model.name!r}", field="sd_model_checkpoint"
         )
+    served_vae = "None" if model.vae is None else model.vae.name
+    if options.sd_vae and options.sd_vae not in ("Automatic", served_vae):
+        raise NotFound(f"sd_vae: must be Automatic or {served_vae} on this server, got {options.sd_vae[:60]!r}", field="sd_vae")
 
 
 def _cancel_oldest(jobs: Jobs, owner: str) -> None:
