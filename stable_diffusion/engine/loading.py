@@ -83,7 +83,7 @@ def load(model: ModelFolder, precision: Precision) -> Parts:
         logger.warning("No GPU: the half-precision weights are computed in float32.")
     pipeline = pipeline_of(model, dtype).to(device)
     _adapt_scheduler(pipeline, model)
-    if model.is_xl and pipeline.vae.config.force_upcast:
+    if model.is_xl and pipeline.vae.config.force_upcast and pipeline.vae.dtype != torch.float32:
         pipeline.vae.float()  # its activations exceed the range of float16
     encoders = [TextEncoder(pipeline.tokenizer, pipeline.text_encoder.eval())]
     if model.is_xl:
