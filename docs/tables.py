@@ -71,7 +71,7 @@ def _allowed(schema: dict[str, Any], is_required: bool) -> str:
         case "string":
             return "a name" if len(schema.get("examples", [])) > 1 else "text"
         case "array":
-            return "list"
+            return f"list, up to {value['maxItems']} entries" if "maxItems" in value else "list"
         case "object":
             return "object"
         case _:
@@ -108,8 +108,14 @@ def _fields(model: type[BaseModel], names: list[str] | None = None, extra: dict[
 _FIELD_HEAD = ("field", "default", "allowed", "meaning")
 
 
+_IN_PROMPTS = {
+    "loras": '`{"name": "NAME", "weight": 0.8}` each: see [prompts.md](prompts.md#loras).',
+    "prompt_syntax": "See [prompts.md](prompts.md).",
+}
+
+
 def native_fields() -> str:
-    return _table(_FIELD_HEAD, _fields(ImageToImageRequest, extra={"strength": "Only `/img2img` and `/inpaint` have it."}))
+    return _table(_FIELD_HEAD, _fields(ImageToImageRequest, extra=_IN_PROMPTS | {"strength": "Only `/img2img` and `/inpaint` have it."}))
 
 
 def openai_parameters() -> str:
@@ -121,7 +127,7 @@ def openai_extensions() -> str:
         others = {name: alias for alias, name in ALIASES.items()}
         only_edits = {"strength": "Only edits have it."}
         aliases = {name: f"Another name: `{alias}`." for name, alias in others.items()}
-        yield from _fields(ImageToImageRequest, drawing_fields(ImageToImageRequest), only_edits | aliases)
+        yield from _fields(ImageToImageRequest, drawing_fields(ImageToImageRequest), _IN_PROMPTS | only_edits | aliases)
 
     return _table(("parameter", *_FIELD_HEAD[1:]), rows())
 
@@ -172,7 +178,7 @@ _ON_OR_OFF = "on, off"
 _MEANINGS = {
     settings.MODEL_VARIABLE: (
         "",
-        "`demo`, or the path of a folder or file",
+        "`demo`, `demo-xl`, or the path of a folder or file",
         "The model to serve. By default the one model in `models/`; without one the demo model, except in a bento, which then does not "
         "start.",
     ),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+logger = logging.getLogger("stable_diffusion")
 
 _NOTICE_TIME_S = 5.0  # to tell waiting clients that the grace period is over
 
@@ -34,6 +37,8 @@ class Unfinished:
 
     def stop_when_done(self, stop: Callable[[], object]) -> None:
         self._stop = stop
+        if self._count:
+            logger.info("Stopping: finishing %d requests, for at most %.0f s (SD_STOP_GRACE_S).", self._count, self._grace_s)
         loop = asyncio.get_running_loop()
         loop.call_later(self._grace_s, self.grace_is_over.set)
         loop.call_later(self._grace_s + _NOTICE_TIME_S, self._stop_once)

@@ -160,7 +160,9 @@ def _chosen(asked_for: str, models: Path, vae: Path | None, *, in_bento: bool) -
     if asked_for == DEMO_NAME:
         return _demo(vae)
     if asked_for == DEMO_XL_NAME:
-        return check_model(DEMO_XL_FOLDER, name=DEMO_XL_NAME, is_demo=True, vae=vae)
+        # What lies beside it is made for the demo model.
+        model = check_model(DEMO_XL_FOLDER, name=DEMO_XL_NAME, is_demo=True, vae=vae)
+        return replace(model, loras=DEMO_XL_FOLDER / "loras", embeddings=DEMO_XL_FOLDER / "embeddings")
     if asked_for:
         try:
             return check_model(Path(asked_for).expanduser().absolute(), vae=vae)

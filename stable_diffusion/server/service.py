@@ -65,7 +65,7 @@ def create_service(name: str, runner: bentoml.Runner, folder: Path) -> Service:
         check_address(bentoml_fixes.host(), bentoml_fixes.port())
         warn_of_settings_without_effect(os.environ)
         if served.is_demo:
-            logger.warning("Serving the demo model, which generates coloured shapes only. 'make model' downloads Stable Diffusion v1.4.")
+            logger.warning("Serving the %s model, which generates coloured shapes only. 'make model' downloads a real one.", served.name)
         logger.info("When the server is ready, open its address in a browser: /ui generates images, / documents the API.")
 
     unfinished = Unfinished(_grace_s())
