@@ -50,6 +50,7 @@ NOT_RUN = {
     ("docs/deploy.md", "cd fp32                                          # or fp16"): BENTO,
     **dict.fromkeys(_in_containers(), DOCKER),
     ("docs/deploy.md", "source .venv/bin/activate && export BENTOML_DO_NOT_TRACK=True"): AWS,
+    ("docs/fleet.md", 'redis-server --bind 127.0.0.1 --port 6379 --save "" --appendonly yes'): STARTS,
     ("docs/measurements.md", "make bench                     # about 40 minutes; benchmarks/results/table.md"): LONG,
     ("docs/operations.md", """jq -R 'fromjson? | select(.outcome == "failed")' < server.log"""): "needs jq and a log",
     ("docs/performance.md", "make bench                     # about 40 minutes"): LONG,
