@@ -98,6 +98,8 @@ class ModelProcess:
         # In an asyncio task, so that the engine's updates do not wait for the job store.
         beginning = asyncio.create_task(self._begin(ticket, task))
         generation = _Generation(ticket, task, engine_job, asyncio.Queue(), beginning)
+        if (earlier := self._generations.get((ticket.job_id, ticket.index))) is not None:  # a job that was taken away and comes again
+            self._engine.cancel(earlier.engine_job)
         self._generations[ticket.job_id, ticket.index] = generation
         if self._synchronising is None or self._synchronising.done():
             self._synchronising = asyncio.create_task(self._synchronise_with_store())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from stable_diffusion.core.errors import ServiceError
@@ -84,5 +85,26 @@ class Jobs(Protocol):
     def cancel_of_owner(self, owner: str) -> None:
         """Request the cancellation of all unfinished jobs of an owner."""
 
-    def abandon(self, job_id: str, error: ServiceError) -> None:
-        """End the job with `error` if it has not ended. A runner that is generating it stops."""
+    def abandon(self, job_id: str, error: ServiceError, attempt: int | None = None) -> None:
+        """End the job with `error` if it has not ended. A runner that is generating it stops.
+
+        With `attempt`: only images that are still in this attempt.
+        """
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A job that this machine has taken from the queue that machines share: its images that are to be generated, each with its ticket."""
+
+    job_id: str
+    images: tuple[tuple[Task, Ticket], ...]
+
+
+class JobQueue(Protocol):
+    """The accepted jobs that no machine has yet. Callers take turns by the work of their jobs. Calls are like those of Jobs."""
+
+    def take(self, most_images: int) -> Taken | None:
+        """Take the next job, unless this machine already has so many unfinished images, or nothing waits."""
+
+    def give_back(self, ticket: Ticket, *, is_redraw: bool) -> None:
+        """Put an image back for any machine, if this attempt is still the last. `is_redraw`: its runner died; the third time it fails."""

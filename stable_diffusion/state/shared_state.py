@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from stable_diffusion.core.errors import SettingError
 from stable_diffusion.core.settings import StoreAddress, read_settings
 from stable_diffusion.state.folder import server_token, shared_folder
-from stable_diffusion.state.jobs import Jobs
+from stable_diffusion.state.jobs import JobQueue, Jobs
 from stable_diffusion.state.rates import RateLimit
 from stable_diffusion.state.sqlite_jobs import SqliteJobs
 from stable_diffusion.state.sqlite_rates import SqliteRateLimit
@@ -20,10 +20,14 @@ from stable_diffusion.state.sqlite_rates import SqliteRateLimit
 
 @dataclass(frozen=True)
 class State:
-    """`rate_limit` takes requests per minute. `is_reachable` asks the store that machines share; None if nothing is shared."""
+    """`rate_limit` takes requests per minute.
+
+    `queue`: from which machines take accepted jobs. `is_reachable` asks the store that they share. Both are None if nothing is shared.
+    """
 
     jobs: Jobs
     rate_limit: Callable[[int], RateLimit]
+    queue: JobQueue | None = None
     is_reachable: Callable[[], bool] | None = None
 
 
@@ -41,7 +45,8 @@ def open_state(environment: Mapping[str, str]) -> State:
     def rate_limit(requests_per_minute: int) -> RateLimit:
         return RedisRateLimit(store, requests_per_minute, local_rate_limit(requests_per_minute))
 
-    return State(RedisJobs(store, server_token()), rate_limit, store.is_reachable)
+    jobs = RedisJobs(store, server_token())
+    return State(jobs, rate_limit, jobs, store.is_reachable)
 
 
 def local_rate_limit(requests_per_minute: int) -> RateLimit:

@@ -210,7 +210,7 @@ class SqliteJobs:
         with self._database() as database:
             database.execute("UPDATE jobs SET cancel = 1 WHERE owner = ? AND ended_at IS NULL", (owner,))
 
-    def abandon(self, job_id: str, error: ServiceError) -> None:
+    def abandon(self, job_id: str, error: ServiceError, attempt: int | None = None) -> None:
         with self._database() as database:
             _fail(database, "id = ?", (job_id,), error)
             _forget(database, time.time())

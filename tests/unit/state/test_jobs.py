@@ -165,18 +165,6 @@ def test_what_a_runner_left_fails_when_it_starts_again(jobs: Jobs) -> None:
     assert jobs.get("b2")[0].state == "queued"
 
 
-def test_a_job_whose_worker_died_before_a_runner_got_it_fails_after_a_minute(store: Store) -> None:
-    jobs = store.jobs
-    jobs.accept(ASYNCHRONOUS, [make_task()], None, "")
-    store.let_pass(58)
-    assert jobs.get("a1")[0].state == "queued"
-    jobs.note_held("a1")
-    store.let_pass(58)
-    assert jobs.get("a1")[0].state == "queued", "its worker still waits for a runner that loads"
-    store.let_pass(3)
-    assert jobs.get("a1")[0].state == "failed"
-
-
 def test_an_owner_who_has_all_places_does_not_keep_others_out(jobs: Jobs) -> None:
     for number in range(MAX_ASYNCHRONOUS_JOBS):
         jobs.accept(Ticket(f"{number}", "greedy", asynchronous=True), [make_task()], None, "what")
@@ -186,14 +174,6 @@ def test_an_owner_who_has_all_places_does_not_keep_others_out(jobs: Jobs) -> Non
         jobs.accept(Ticket(f"other {number}", "other", asynchronous=True), [make_task()], None, "what")
     with pytest.raises(TooManyJobs):
         jobs.accept(Ticket("other one more", "other", asynchronous=True), [make_task()], None, "what")
-
-
-def test_jobs_whose_worker_died_do_not_keep_their_places(store: Store) -> None:
-    jobs = store.jobs
-    for number in range(MAX_ASYNCHRONOUS_JOBS):
-        jobs.accept(Ticket(f"job {number}", "somebody", asynchronous=True), [make_task()], None, "")
-    store.let_pass(61)
-    assert jobs.accept(ASYNCHRONOUS, [make_task()], None, "") == "a1"
 
 
 def test_a_job_that_was_given_up_is_stopped_where_it_is_drawn(jobs: Jobs) -> None:

@@ -16,10 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from PIL import Image
 
-from stable_diffusion.core.errors import PictureExpired, SettingError, SharedStateUnavailable, TooManyJobs
+from stable_diffusion.core.errors import (
+    DeadlineExceeded,
+    GenerationFailed,
+    PictureExpired,
+    SettingError,
+    SharedStateUnavailable,
+    TooManyJobs,
+)
 from stable_diffusion.core.settings import read_settings
-from stable_diffusion.core.types import Progress, Ticket
+from stable_diffusion.core.types import Progress, Task, Ticket
 from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS
 from stable_diffusion.state.shared_state import check_shared_state, open_state
 from stable_diffusion.state.sqlite_rates import SqliteRateLimit
@@ -211,27 +219,226 @@ def test_a_cancellation_before_a_runner_has_the_job_reaches_it(machines: Callabl
 
 
 @needs_redis_server
-def test_the_jobs_of_a_machine_that_fell_silent_fail_and_those_of_others_do_not(
+def test_the_jobs_of_a_machine_that_fell_silent_go_to_others_and_what_it_says_later_is_refused(
     machines: Callable[..., RedisJobs], server: RedisServer
 ) -> None:
     first, second = machines("first"), machines("second")
-    first.begin(ASYNCHRONOUS, make_task(), 0)
-    second.begin(replace(ASYNCHRONOUS, job_id="b2"), make_task(), 0)
+    first.accept(ASYNCHRONOUS, [make_task(seed=7)], "key", "print")
+    first.begin(replace(TICKET, job_id="waited for"), make_task(), 0)
+    (own,) = image_of(first)
+    first.begin(own[1], own[0], 0)
+    first.note({own[1]: Progress(0, 3, 8, 2.5, PICTURE.image)})
     second.to_cancel(0)
     let_pass(server, 29)
     second.to_cancel(0)
-    assert second.get("a1")[0].state == "queued"
+    assert second.get("a1")[0].state == "running"
     let_pass(server, 2)
-    assert (second.get("a1")[0].state, second.get("b2")[0].state) == ("failed", "queued")
-    first.end(ASYNCHRONOUS, PICTURE)
-    assert second.get("a1")[0].state == "failed", "it was only slow, and comes too late"
-    assert first.to_cancel(0) == [("a1", 0)]
+    (record,) = second.get("a1")
+    assert (record.state, record.progress.step, record.preview_png, record.is_estimated) == ("queued", 0, None, False)
+    assert second.get("waited for")[0].state == "failed", "its client got a broken connection"
+    assert second.accept(replace(ASYNCHRONOUS, job_id="b2"), [make_task()], "key", "print") == "a1"
+    ((task, ticket),) = image_of(second)
+    assert (task, ticket.attempt, ticket.owner, ticket.asynchronous) == (own[0], 1, "somebody", True)
+    second.begin(ticket, task, 0)
+    # It was only slow, and comes too late.
+    first.note({own[1]: Progress(0, 8, 8, 0.1)})
+    first.end(own[1], GenerationFailed("stopped"))
+    first.abandon("a1", GenerationFailed("stopped"), own[1].attempt)
+    first.give_back(own[1], is_redraw=True)
+    first.begin(own[1], own[0], 0)
+    assert ("a1", 0) in first.to_cancel(0)
+    assert second.to_cancel(0) == []
+    assert (second.get("a1")[0].state, second.get("a1")[0].progress.step) == ("queued", 0)
+    second.end(ticket, PICTURE)
+    first.end(own[1], PICTURE)
+    assert first.get("a1")[0].finished() == PICTURE
+    assert first.take(9) is None
+
+
+def image_of(machine: RedisJobs) -> tuple[tuple[Task, Ticket], ...]:
+    """The images of the job that the machine takes next."""
+    taken = machine.take(9)
+    assert taken is not None
+    return taken.images
+
+
+@needs_redis_server
+def test_a_job_that_ends_its_process_three_times_fails(machines: Callable[..., RedisJobs], server: RedisServer) -> None:
+    jobs = machines("machine")
+    jobs.accept(ASYNCHRONOUS, [make_task()], None, "print")
+    for attempt in range(3):
+        ((task, ticket),) = image_of(jobs)
+        assert ticket.attempt == attempt
+        jobs.begin(ticket, task, 0)
+        if attempt == 1:
+            jobs.register_runner(0)  # started again
+        else:
+            jobs.give_back(ticket, is_redraw=True)
+            jobs.give_back(ticket, is_redraw=True)
+    assert jobs.take(9) is None
+    (record,) = jobs.get("a1")
+    assert record.state == "failed"
+    with pytest.raises(GenerationFailed, match="the model process stopped"):
+        record.finished()
+    nothing_waits(server)
+
+
+def nothing_waits(server: RedisServer) -> None:
+    """Nothing is left in the queue, of inputs, or in the hands of machines and runners."""
+    with server.client() as client:
+        left = {key.decode().removeprefix("stable_diffusion:{jobs}:").partition(":")[0] for key in client.keys("*")}
+        assert left & {"queue", "callers", "waiting_until", "unclaimed", "machine", "input", "runner", "owner", "asynchronous"} == set()
+        assert int(client.get("stable_diffusion:{jobs}:input_bytes") or 0) == 0
+
+
+@needs_redis_server
+def test_a_job_that_a_machine_cannot_generate_now_goes_back_as_often_as_needed(machines: Callable[..., RedisJobs]) -> None:
+    first, second = machines("first"), machines("second")
+    first.accept(ASYNCHRONOUS, [make_task()], None, "print")
+    for attempt in range(6):
+        ((_, ticket),) = image_of(first)
+        assert ticket.attempt == attempt
+        first.give_back(ticket, is_redraw=False)
+    assert image_of(second)[0][1].attempt == 6
+
+
+@needs_redis_server
+def test_a_job_whose_worker_died_before_a_runner_got_it_goes_to_another_machine(
+    machines: Callable[..., RedisJobs], server: RedisServer
+) -> None:
+    first, second = machines("first"), machines("second")
+    first.accept(ASYNCHRONOUS, [make_task()], None, "print")
+    image_of(first)
+    let_pass(server, 58)
+    assert second.take(9) is None
+    first.note_held("a1")
+    let_pass(server, 58)
+    assert second.take(9) is None, "its worker still waits for a runner that loads"
+    let_pass(server, 3)
+    assert image_of(second)[0][1].attempt == 1
+
+
+@needs_redis_server
+def test_a_machine_takes_no_more_images_than_it_has_room_for(machines: Callable[..., RedisJobs], server: RedisServer) -> None:
+    first, second = machines("first"), machines("second")
+    for number in range(4):
+        first.accept(Ticket(f"job {number}", "somebody", asynchronous=True), [make_task(seed=number)], None, "print")
+    first.begin(TICKET, make_task(), 0)  # somebody waits for it
+    ((task, ticket),) = image_of(first)
+    assert (task.seed, first.take(2)) == (0, None)
+    first.begin(ticket, task, 0)
+    assert first.take(2) is None
+    assert image_of(second)[0][0].seed == 1
+    first.end(ticket, PICTURE)
+    ((task, _),) = image_of(first)
+    assert (task.seed, first.take(2)) == (2, None)
+
+
+@needs_redis_server
+def test_callers_take_turns_by_their_work(machines: Callable[..., RedisJobs]) -> None:
+    jobs = machines("machine")
+    many = [Ticket(f"many {number}", "many", asynchronous=True) for number in range(6)]
+    for ticket in many:
+        jobs.accept(ticket, [make_task(num_inference_steps=10)], None, "print")
+    taken = [image_of(jobs)[0][1].job_id for _ in range(2)]
+    jobs.accept(Ticket("one", "one", asynchronous=True), [make_task(num_inference_steps=20)], None, "print")
+    jobs.accept(Ticket("one more", "one", asynchronous=True), [make_task(num_inference_steps=20)], None, "print")
+    taken += [image_of(jobs)[0][1].job_id for _ in range(6)]
+    # Its first job took twice as much as those of the other.
+    assert taken == ["many 0", "many 1", "one", "many 2", "many 3", "one more", "many 4", "many 5"]
+
+
+@needs_redis_server
+def test_the_inputs_of_a_job_reach_the_machine_that_takes_it_bit_for_bit_and_go_with_its_end(
+    machines: Callable[..., RedisJobs], server: RedisServer, input_picture: Image.Image, right_half_mask: Image.Image
+) -> None:
+    first, second = machines("first"), machines("second")
+    tasks = [
+        make_task(kind="inpaint", image=input_picture, mask=right_half_mask, strength=0.5, seed=seed, image_hash="abc") for seed in (1, 2)
+    ]
+    first.accept(ASYNCHRONOUS, tasks, None, "print", "png")
+    images = image_of(second)
+    assert [(task, ticket.index) for task, ticket in images] == list(zip(tasks, (0, 1), strict=True))
+    for task, ticket in images:
+        second.begin(ticket, task, 0)
+        second.end(ticket, PICTURE)
+    nothing_waits(server)
+
+
+@needs_redis_server
+def test_inputs_that_do_not_fit_are_refused(
+    machines: Callable[..., RedisJobs], monkeypatch: pytest.MonkeyPatch, server: RedisServer
+) -> None:
+    from stable_diffusion.state import redis_scripts
+
+    monkeypatch.setattr(redis_scripts, "ACCEPT", redis_scripts.ACCEPT.replace(str(redis_scripts.INPUT_BYTES), "100"))
+    with pytest.raises(TooManyJobs, match="256 MiB"):
+        machines("machine").accept(ASYNCHRONOUS, [make_task(image=PICTURE.image)], "key", "print")
+    nothing_waits(server)
+
+
+@needs_redis_server
+def test_a_job_that_waits_is_cancelled_or_too_late_at_once(machines: Callable[..., RedisJobs], server: RedisServer) -> None:
+    jobs = machines("machine")
+    jobs.accept(ASYNCHRONOUS, [make_task(), make_task(seed=2)], None, "print")
+    jobs.cancel("a1")
+    assert [record.state for record in jobs.get("a1")] == ["cancelled"] * 2
+    jobs.accept(replace(ASYNCHRONOUS, job_id="b2"), [make_task()], None, "print")
+    jobs.cancel_of_owner("somebody")
+    assert jobs.get("b2")[0].state == "cancelled"
+    jobs.accept(replace(ASYNCHRONOUS, job_id="c3", timeout_s=30.0), [make_task()], None, "print")
+    let_pass(server, 20)
+    assert jobs.get("c3")[0].state == "queued"
+    let_pass(server, 11)
+    with pytest.raises(DeadlineExceeded):
+        jobs.get("c3")[0].finished()
+    assert jobs.take(9) is None
+    nothing_waits(server)
+
+
+@needs_redis_server
+def test_the_time_that_a_job_has_goes_on_while_it_waits(machines: Callable[..., RedisJobs], server: RedisServer) -> None:
+    jobs = machines("machine")
+    jobs.accept(replace(ASYNCHRONOUS, timeout_s=30.0), [make_task()], None, "print")
+    let_pass(server, 20)
+    assert 5 < image_of(jobs)[0][1].timeout_s <= 10
+
+
+@needs_redis_server
+def test_a_cancellation_between_two_machines_is_not_forgotten(machines: Callable[..., RedisJobs], server: RedisServer) -> None:
+    jobs = machines("machine")
+    jobs.accept(ASYNCHRONOUS, [make_task()], None, "print")
+    ((task, ticket),) = image_of(jobs)
+    jobs.begin(ticket, task, 0)
+    jobs.cancel("a1")
+    jobs.give_back(ticket, is_redraw=True)
+    assert jobs.get("a1")[0].state == "cancelled"
+    nothing_waits(server)
+
+
+@needs_redis_server
+def test_one_of_many_machines_takes_a_job(machines: Callable[..., RedisJobs]) -> None:
+    several = [machines(f"machine {number}") for number in range(4)]
+    for number in range(40):
+        several[0].accept(Ticket(f"job {number}", "somebody", asynchronous=True), [make_task()], None, "print")
+    taken: list[str] = []
+
+    def take(jobs: RedisJobs) -> None:
+        while (one := jobs.take(100)) is not None:
+            taken.append(one.job_id)
+
+    threads = [threading.Thread(target=take, args=(jobs,)) for jobs in several]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == sorted(f"job {number}" for number in range(40))
 
 
 @needs_redis_server
 def test_after_the_store_was_away_machines_have_time_to_report_again(machines: Callable[..., RedisJobs], server: RedisServer) -> None:
     jobs = machines("machine")
-    jobs.begin(ASYNCHRONOUS, make_task(), 0)
+    jobs.begin(TICKET, make_task(), 0)
     with server.client() as client:
         (watch,) = client.keys("*:watch") or [b"stable_diffusion:{jobs}:watch"]
         client.hset(watch, mapping={"since_at": 1, "last_at": 2})  # nobody has looked for long
@@ -303,7 +510,7 @@ def test_what_has_ended_leaves_nothing_that_never_expires(machines: Callable[...
     with server.client() as client:
         prefix = "stable_diffusion:{jobs}:"
         for_ever = {key.decode().removeprefix(prefix) for key in client.keys("*") if client.ttl(key) < 0}
-    assert for_ever == {"ended", "pictures", "picture_bytes", "runners", "watch"}
+    assert for_ever == {"input_bytes", "ended", "pictures", "picture_bytes", "runners", "watch"}
 
 
 @needs_redis_server
@@ -389,7 +596,7 @@ def test_a_slow_store_is_used(machines: Callable[..., RedisJobs], server: RedisS
         jobs.begin(ASYNCHRONOUS, make_task(), 0)
         began_s = time.monotonic()
         jobs.end(ASYNCHRONOUS, PICTURE)
-        assert 0.1 <= time.monotonic() - began_s < 0.4
+        assert 0.1 <= time.monotonic() - began_s < 2
         assert jobs.get("a1")[0].finished() == PICTURE
 
 
