@@ -1,4 +1,5 @@
 # make serve      start the service (PRECISION=fp32 or fp16, HOST, PORT)
+# make fleet      N servers (2) that share their jobs in a Redis or Valkey, behind HAProxy on PORT, on this computer
 # make quick      lint, types, import rules and unit tests: two minutes, needs what make serve installs
 # make test       install, check and run every test
 # make test-NAME  the tests of one folder: unit, model, http, browser, slow, deployment, benchmarks
@@ -23,6 +24,7 @@ PORT ?= 3000
 PYTHON ?= python3
 PYTHONS ?= python3.10 python3.11 python3.12 python3.13
 MINUTES ?= 30
+N ?= 2
 
 UV_VERSION := 0.13.9
 BIN := $(CURDIR)/.venv/bin
@@ -51,7 +53,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # PyFilesystem, which BentoML uses, prints this warning at every start.
 export PYTHONWARNINGS := ignore:pkg_resources is deprecated:UserWarning
 
-.PHONY: serve quick test image-test pythons on-this-python bench soak check format docs audit model demo demo-xl demo-adapters lock precision
+.PHONY: serve fleet quick test image-test pythons on-this-python bench soak check format docs audit model demo demo-xl demo-adapters lock precision
 
 $(INSTALLED): requirements.txt requirements-runtime.txt requirements.lock bentoctl/aws-ec2/requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
@@ -74,6 +76,9 @@ serve: precision $(INSTALLED)
 	@echo "       -d '{\"prompt\":\"a small red circle on a blue background\"}' --output output.jpg"
 	@echo "or open $(ADDRESS)/ui in a browser. Ctrl+C stops it."
 	@cd $(PRECISION) && BENTOML_CONFIG=configuration.yaml exec $(BIN)/bentoml serve service:svc --production --host $(HOST) --port $(PORT)
+
+fleet: precision $(INSTALLED)
+	@$(BIN)/python -m benchmarks.fleet --servers $(N) --port $(PORT) --precision $(PRECISION)
 
 quick: check
 	$(BIN)/python -m pytest $(PARALLEL) tests/unit

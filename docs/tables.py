@@ -223,6 +223,11 @@ _MEANINGS = {
         "If a step takes longer than this and more than 20 times its expected time, the model process is ended and restarted.",
     ),
     "SD_STOP_GRACE_S": ("", "", "Seconds that a stopping server may take to finish what it has accepted."),
+    settings.SHARED_STATE_VARIABLE: (
+        "",
+        "`rediss://:PASSWORD@HOST:PORT`; on this machine also `redis://`",
+        "A Redis 7 or Valkey through which machines share jobs, limits and idempotency keys: see [fleet.md](fleet.md).",
+    ),
     settings.LOG_PROMPTS_VARIABLE: ("off", _ON_OR_OFF, "Write prompts into the request log."),
     settings.CUDA_GRAPHS_VARIABLE: (
         "off",
@@ -260,7 +265,7 @@ def metric_names() -> str:
             name = f"{family.name}_total" if family.type == "counter" else family.name
             yield f"`{name}`", family.type, ", ".join(f"`{label}`" for label in labels), family.documentation
         # These have no series before a runner has started.
-        for current in (metrics._caps([]), metrics._models([])):
+        for current in (metrics._caps([]), metrics._models([]), metrics._shared_state(True)):
             yield f"`{current.name}`", current.type, ", ".join(f"`{label}`" for label in current._labelnames), current.documentation
 
     return _table(("metric", "type", "labels", "meaning"), rows())

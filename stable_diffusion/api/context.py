@@ -34,6 +34,7 @@ class Context:
     client: RunnerClient
     model: Callable[[], ModelFolder]
     policy: Callable[[], SafetyPolicy]
+    is_shared_state_reachable: Callable[[], bool] | None = None  # None: this machine shares nothing with others
     uploads: Uploads = field(default_factory=Uploads)
     decoding: Decoding = field(default_factory=Decoding)
 

@@ -173,8 +173,11 @@ async def _accept(
     ticket = replace(ticket_of(request), asynchronous=True)
     request_fingerprint = await run_in_threadpool(fingerprint, request.url.path, tasks, seed)
     job_id = await run_in_threadpool(context.jobs.accept, ticket, tasks, key, request_fingerprint, image_format)
-    if job_id == ticket.job_id:
+    if job_id == ticket.job_id and context.client.queue is None:
         await generate_asynchronously(context.client, tasks, ticket)
+    elif job_id == ticket.job_id:
+        journal.note_accepted(tasks)
+        context.client.may_take.set()
     rename_job(request, job_id)
     return job_id
 

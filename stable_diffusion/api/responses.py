@@ -26,6 +26,7 @@ from stable_diffusion.images.encode import MEDIA_TYPES, encode, encode_preview
 from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.state.folder import server_token
 from stable_diffusion.state.job_record import PICTURES_KEPT_S
+from stable_diffusion.state.shared_state import is_shared
 from stable_diffusion.web import sse
 
 SERVER_COOKIE = "job_server"
@@ -159,7 +160,12 @@ class EventStream(StreamingResponse):
 
 
 def followed_headers() -> dict[str, str]:
-    """For responses that name a running job: a cookie by which a load balancer can route later requests for the job to this server."""
+    """For responses that name a running job: a cookie by which a load balancer can route later requests for the job to this server.
+
+    Machines that share their state need none.
+    """
+    if is_shared():
+        return {}
     return {"Set-Cookie": f"{SERVER_COOKIE}={server_token()}; Path=/; Max-Age={PICTURES_KEPT_S}; HttpOnly; SameSite=Lax"}
 
 

@@ -23,6 +23,7 @@ ServiceError
 ├── GenerationFailed          500  this job could not be finished; other jobs in its batch are not affected
 ├── InternalError             500  a defect in the server
 ├── JobsUnavailable           503  the job store cannot be read or written
+│   └── SharedStateUnavailable 503  what the machines share (SD_SHARED_STATE) cannot be reached, or has no room
 ├── ModelLoading              503  the model process is starting; the message names the stage
 ├── ModelUnavailable          503  the model process cannot be reached
 ├── ShuttingDown              503  the server stops, and the image was not finished within the grace period
@@ -184,6 +185,11 @@ class JobsUnavailable(ServiceError):
     status = 503
     type = "jobs_unavailable"
     retry_after_s = 10
+
+
+class SharedStateUnavailable(JobsUnavailable):
+    type = "shared_state_unavailable"
+    retry_after_s = 5
 
 
 class ModelLoading(ServiceError):

@@ -152,5 +152,11 @@ async def as_job(generation: Coroutine[Any, Any, T], is_accepted: Callable[[], b
             write_line(line)
 
 
+async def as_taken_job(job_id: str, generation: Coroutine[Any, Any, T], is_accepted: Callable[[], bool]) -> T:
+    """As `as_job`, for a job that any machine may have accepted."""
+    current_line.set(Line(context=RequestContext(job_id)))
+    return await as_job(generation, is_accepted)
+
+
 def write_line(line: Line) -> None:
     logger.info("%s", json.dumps(line.values()))  # ASCII, so that no text of a client can break the line

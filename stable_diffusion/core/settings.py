@@ -1,6 +1,6 @@
 """All environment variables that the operator can set: their names and their rules.
 
-`Settings` holds no secret: `server/access/keys.py` parses the entries of the API keys.
+`Settings` shows no secret: `server/access/keys.py` parses the entries of the API keys, and an address leaves its password out.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import get_args
+from urllib.parse import unquote, urlsplit
 
+from stable_diffusion.core.addresses import is_loopback
 from stable_diffusion.core.errors import SettingError
 from stable_diffusion.core.safety import SafetyPolicy
 
@@ -26,6 +28,7 @@ KEYS_FILE_VARIABLE = "SD_API_KEYS_FILE"
 OPEN_VARIABLE = "SD_OPEN"
 WITHOUT_KEYS_VARIABLE = "SD_WITHOUT_KEYS"
 RATE_LIMIT_VARIABLE = "SD_RATE_LIMIT"
+SHARED_STATE_VARIABLE = "SD_SHARED_STATE"
 # A server's first process sets these for the others: the operator's thread settings, before BentoML overwrites them, and the folder
 # through which the processes share data.
 OPERATORS_THREADS_VARIABLE = "SD_OPERATORS_THREADS"
@@ -71,6 +74,22 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class StoreAddress:
+    """Where the state lies that machines share. `database`: the number of one of the store's databases."""
+
+    host: str
+    port: int
+    is_encrypted: bool
+    user: str | None
+    password: str | None = field(repr=False)
+    database: int
+
+    def __str__(self) -> str:
+        """For messages: without user and password."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
 class Settings:
     """All settings except the API keys."""
 
@@ -85,6 +104,7 @@ class Settings:
     open: frozenset[str] = frozenset()  # the members of OPENABLE that need no key
     without_keys: bool = False
     requests_per_minute: int | None = None  # None: unlimited
+    shared_state: StoreAddress | None = None  # None: this machine shares nothing with others
 
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
@@ -101,6 +121,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         open=_open(environment),
         without_keys=_flag(environment, WITHOUT_KEYS_VARIABLE),
         requests_per_minute=_requests_per_minute(environment),
+        shared_state=_shared_state(environment),
     )
 
 
@@ -194,6 +215,30 @@ def _requests_per_minute(environment: Mapping[str, str]) -> int | None:
             f"not {_quoted(text)}"
         )
     return int(text)
+
+
+def _shared_state(environment: Mapping[str, str]) -> StoreAddress | None:
+    """No message contains the value, which may hold a password."""
+    text = unquoted(environment, SHARED_STATE_VARIABLE)
+    if not text:
+        return None
+    wrong = SettingError(f"{SHARED_STATE_VARIABLE} must be rediss://[[USER]:PASSWORD@]HOST[:PORT][/DATABASE], or redis:// on this machine")
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise wrong from None
+    database = parts.path.removeprefix("/") or "0"
+    is_whole = not parts.query and not parts.fragment and database.isascii() and database.isdigit() and len(database) < 4
+    if parts.scheme not in ("redis", "rediss") or not host or not is_whole:
+        raise wrong
+    if parts.scheme == "redis" and host != "localhost" and not is_loopback(host):
+        raise SettingError(
+            f"{SHARED_STATE_VARIABLE}: redis:// would send images and the password unencrypted to another machine, "
+            f"{host[:_QUOTED_CHARACTERS]}; use rediss://"
+        )
+    user, password = (None if part is None else unquote(part) for part in (parts.username, parts.password))
+    return StoreAddress(host, port or 6379, parts.scheme == "rediss", user or None, password or None, int(database))
 
 
 def _quoted(text: str) -> str:

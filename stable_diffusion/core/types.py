@@ -95,7 +95,8 @@ class Progress:
 class Ticket:
     """For whom a task runs. `index`: the number of the image in its job. `timeout_s`: how long it may take from now.
 
-    An asynchronous task runs to its end even if no client waits, and its image is kept.
+    An asynchronous task runs to its end even if no client waits, and its image is kept. `attempt` grows when a job that machines share is
+    taken away from one of them.
     """
 
     job_id: str
@@ -103,6 +104,7 @@ class Ticket:
     index: int = 0
     asynchronous: bool = False
     timeout_s: float = MAX_TIMEOUT_S
+    attempt: int = 0
 
 
 @dataclass

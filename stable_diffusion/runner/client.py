@@ -33,7 +33,7 @@ from stable_diffusion.core.types import GeneratedImage, Progress, Task, Ticket
 from stable_diffusion.runner.readiness import Readiness
 from stable_diffusion.runner.wire import TakenOn, pack_task, unpack_update
 from stable_diffusion.state.job_record import JobRecord
-from stable_diffusion.state.jobs import Jobs
+from stable_diffusion.state.jobs import JobQueue, Jobs
 
 logger = logging.getLogger("stable_diffusion")
 
@@ -52,7 +52,9 @@ class RunnerClient:
     runner: bentoml.Runner
     jobs: Jobs
     unfinished: Unfinished
+    queue: JobQueue | None = None  # None: this machine generates all jobs that it accepts
     followers: set[object] = field(default_factory=set)  # one for each client that follows a job
+    may_take: asyncio.Event = field(default_factory=asyncio.Event)  # set when a job was accepted or has ended
 
     @cached_property
     def readiness(self) -> Readiness:
@@ -169,7 +171,8 @@ async def generate_asynchronously(client: RunnerClient, tasks: Sequence[Task], t
 
     async def hold() -> None:
         with client.unfinished.piece_of_work():
-            error = await journal.as_job(_hold(client, tasks, ticket, refusal), lambda: refusal.done() and refusal.result() is None)
+            images = [(task, replace(ticket, index=index)) for index, task in enumerate(tasks)]
+            error = await journal.as_job(hold_images(client, images, refusal), lambda: refusal.done() and refusal.result() is None)
             await _abandon(client, ticket.job_id, error)
             with suppress(JobsUnavailable):
                 await _time_to_fetch(client, ticket.job_id)
@@ -182,13 +185,20 @@ async def generate_asynchronously(client: RunnerClient, tasks: Sequence[Task], t
     journal.note_accepted(tasks)
 
 
-async def _hold(client: RunnerClient, tasks: Sequence[Task], ticket: Ticket, refusal: asyncio.Future[ServiceError | None]) -> ServiceError:
-    """Wait until a job has ended. Returns the error to store if the model process has not stored its outcome."""
-    where = f"Job {ticket.job_id}"
+async def hold_images(
+    client: RunnerClient, images: Sequence[tuple[Task, Ticket]], refusal: asyncio.Future[ServiceError | None]
+) -> ServiceError:
+    """Hand the images of an asynchronous job to a model process and wait until they have ended.
+
+    `refusal` gets the reason if the model process has not accepted them, else None. Returns the error to store if the model process has
+    not stored the outcome.
+    """
+    job_id = images[0][1].job_id
+    where = f"Job {job_id}"
     begun: list[Updates] = []
     try:
-        for index, task in enumerate(tasks):
-            begun.append(await begin(client, task, replace(ticket, index=index), follow=False))
+        for task, ticket in images:
+            begun.append(await begin(client, task, ticket, follow=False))
     except Exception as error:
         known = as_service_error(error, where)
         refusal.set_result(known)
@@ -199,7 +209,7 @@ async def _hold(client: RunnerClient, tasks: Sequence[Task], ticket: Ticket, ref
     generation = asyncio.ensure_future(_all_images_of(begun))
     while not (await asyncio.wait({generation}, timeout=_NOTE_HELD_INTERVAL_S))[0]:
         with suppress(JobsUnavailable):
-            await run_in_threadpool(client.jobs.note_held, ticket.job_id)
+            await run_in_threadpool(client.jobs.note_held, job_id)
     return as_service_error(generation.exception() or GenerationFailed("the image was generated but could not be stored"), where)
 
 

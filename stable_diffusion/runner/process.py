@@ -1,6 +1,7 @@
 """The model process's side of jobs: hands tasks to the engine, stores the progress of jobs, and cancels jobs on request.
 
-If the job store fails, generation goes on. Does not depend on HTTP.
+If the job store fails or is slow, generation goes on: progress is then dropped, ends wait for a shared store that is away. Does not depend
+on HTTP.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from stable_diffusion.core.errors import Cancelled, GenerationFailed, JobsUnavailable, ServiceError
+from stable_diffusion.core.errors import Cancelled, GenerationFailed, JobsUnavailable, ServiceError, SharedStateUnavailable
 from stable_diffusion.core.types import GeneratedImage, Progress, Task, Ticket
 from stable_diffusion.engine.job import Job
 from stable_diffusion.images.transform import keep_outside_mask
@@ -28,6 +30,12 @@ logger = logging.getLogger("stable_diffusion")
 _POLL_CANCELLATIONS_S = 0.05  # a full-size step on a GPU takes longer
 _STORE_RETRY_S = 10.0
 _STORE_PROGRESS_S = 0.5  # when a job ends, all queue positions change: store them together
+_STORE_THREADS = 4
+# While a shared store is away. A try then fails at once.
+_SHARED_STORE_RETRY_S = 1.0
+_KEPT_FOR_STORE_S = 600.0  # an image that nobody waits for
+_LONGEST_PAUSE_S = 15.0
+_ENDS_KEPT = 10_000  # of jobs whose images were sent in their responses; each is less than a kilobyte
 
 
 @dataclass(frozen=True)
@@ -52,9 +60,12 @@ class ModelProcess:
         self._generations: dict[tuple[str, int], _Generation] = {}  # until their outcome is known
         self._endings: set[asyncio.Task[None]] = set()
         self._unstored_progress: dict[Ticket, Progress] = {}
+        self._is_shared_store_away = False  # whether the last call that failed was to a store that machines share
         self._synchronising: asyncio.Task[None] | None = None
+        # Threads of its own: a slow store must not keep images waiting for a thread.
+        self._store_threads = ThreadPoolExecutor(_STORE_THREADS, "job store")
         with suppress(JobsUnavailable):
-            jobs.fail_what_was_left(runner)
+            jobs.register_runner(runner)
 
     async def generate(self, packed: dict[str, Any]) -> AsyncGenerator[str, None]:
         """Run one task: yield its acceptance, its progress if the client follows it, and its outcome.
@@ -85,8 +96,10 @@ class ModelProcess:
 
         engine_job = self._engine.submit(task, receive, receive, owner=ticket.owner, timeout_s=ticket.timeout_s)
         # In an asyncio task, so that the engine's updates do not wait for the job store.
-        beginning = asyncio.create_task(_call_store(self._jobs.begin, ticket, task, self._runner))
+        beginning = asyncio.create_task(self._begin(ticket, task))
         generation = _Generation(ticket, task, engine_job, asyncio.Queue(), beginning)
+        if (earlier := self._generations.get((ticket.job_id, ticket.index))) is not None:  # a job that was taken away and comes again
+            self._engine.cancel(earlier.engine_job)
         self._generations[ticket.job_id, ticket.index] = generation
         if self._synchronising is None or self._synchronising.done():
             self._synchronising = asyncio.create_task(self._synchronise_with_store())
@@ -109,9 +122,7 @@ class ModelProcess:
             return
         del self._generations[ticket.job_id, ticket.index]
         self._unstored_progress.pop(ticket, None)
-        ending = asyncio.create_task(self._end(generation, update))
-        self._endings.add(ending)
-        ending.add_done_callback(self._endings.discard)
+        self._keep(self._end(generation, update))
 
     async def _end(self, generation: _Generation, outcome: GeneratedImage | ServiceError) -> None:
         """Pass the outcome on to the client and to the job store.
@@ -127,40 +138,81 @@ class ModelProcess:
         if not ticket.asynchronous:
             generation.updates.put_nowait(outcome)
         await generation.beginning
-        if not await _call_store(self._jobs.end, ticket, outcome) and ticket.asynchronous:
+        if not ticket.asynchronous:
+            self._keep(self._store_end(ticket, _without_pixels(outcome)))
+            return
+        if not await self._store_picture(ticket, outcome):
             outcome = GenerationFailed("the image was generated but could not be stored")
-            await _call_store(self._jobs.end, ticket, outcome)
-        if ticket.asynchronous:
-            generation.updates.put_nowait(outcome)
+            await self._call_store(self._jobs.end, ticket, outcome)
+        generation.updates.put_nowait(outcome)
+
+    async def _begin(self, ticket: Ticket, task: Task) -> None:
+        """Store that this process has the job, at the latest when a shared store is back."""
+        while not await self._call_store(self._jobs.begin, ticket, task, self._runner):
+            if not self._is_shared_store_away:
+                return
+            await asyncio.sleep(_SHARED_STORE_RETRY_S)
+            if (ticket.job_id, ticket.index) not in self._generations:
+                return  # its end is stored next, which says enough
+
+    async def _store_picture(self, ticket: Ticket, outcome: GeneratedImage | ServiceError) -> bool:
+        """Store the end of an asynchronous job. Returns whether that worked, after waiting for a shared store that is away."""
+        deadline_s = time.monotonic() + _KEPT_FOR_STORE_S
+        while not await self._call_store(self._jobs.end, ticket, outcome):
+            if not self._is_shared_store_away or time.monotonic() > deadline_s:
+                return False
+            await asyncio.sleep(_SHARED_STORE_RETRY_S)
+        return True
+
+    async def _store_end(self, ticket: Ticket, outcome: GeneratedImage | ServiceError) -> None:
+        """Store the end of a job whose client has its image, however long a shared store is away."""
+        pause_s = _SHARED_STORE_RETRY_S
+        while not await self._call_store(self._jobs.end, ticket, outcome):
+            if not self._is_shared_store_away or len(self._endings) > _ENDS_KEPT:
+                return
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` as a task; the event loop holds only a weak reference to it."""
+        ending = asyncio.create_task(work)
+        self._endings.add(ending)
+        ending.add_done_callback(self._endings.discard)
 
     async def _synchronise_with_store(self) -> None:
         """While jobs run, cancel those with a cancellation request and regularly store the progress of all."""
         stored_s = 0.0
         while self._generations:
             await asyncio.sleep(_POLL_CANCELLATIONS_S)
-            to_cancel = await _call_store(self._jobs.to_cancel, self._runner)
+            to_cancel = await self._call_store(self._jobs.to_cancel, self._runner)
             if to_cancel is None:
-                await asyncio.sleep(_STORE_RETRY_S)  # the log gives the reason each time
+                # The log gives the reason of a file's failure each time.
+                await asyncio.sleep(_SHARED_STORE_RETRY_S if self._is_shared_store_away else _STORE_RETRY_S)
                 continue
             for key in to_cancel:
                 if (generation := self._generations.get(key)) is not None:
                     self._cancel(generation)
             if self._unstored_progress and time.monotonic() - stored_s >= _STORE_PROGRESS_S:
                 notes, self._unstored_progress = self._unstored_progress, {}
-                await _call_store(self._jobs.note, notes)
+                await self._call_store(self._jobs.note, notes)
                 stored_s = time.monotonic()
 
+    async def _call_store(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Call the job store on a thread. Returns None if that fails, else the result of the call, or True if it returns None.
 
-async def _call_store(call: Callable[..., Any], *arguments: Any) -> Any:
-    """Call the job store on a thread. Returns None if that fails, else the result of the call, or True if it returns None.
+        A failing store affects only clients that follow jobs, not generation. The store logs the error.
+        """
+        try:
+            returned = await asyncio.get_running_loop().run_in_executor(self._store_threads, call, *arguments)
+        except JobsUnavailable as error:
+            self._is_shared_store_away = isinstance(error, SharedStateUnavailable)
+            return None
+        return True if returned is None else returned
 
-    A failing store affects only clients that follow jobs, not generation. The store logs the error.
-    """
-    try:
-        returned = await asyncio.to_thread(call, *arguments)
-    except JobsUnavailable:
-        return None
-    return True if returned is None else returned
+
+def _without_pixels(outcome: GeneratedImage | ServiceError) -> GeneratedImage | ServiceError:
+    """The outcome for a job that keeps no image: one that waits for the store should not hold it."""
+    return replace(outcome, image=outcome.image.crop((0, 0, 1, 1))) if isinstance(outcome, GeneratedImage) else outcome
 
 
 def _with_original_outside_mask(task: Task, outcome: GeneratedImage | ServiceError) -> GeneratedImage | ServiceError:

@@ -21,10 +21,9 @@ from stable_diffusion.core.telemetry import BatchLimitRecord, Record, StepRecord
 from stable_diffusion.models.folder import model_of_service
 from stable_diffusion.runner.batch_limit_cache import keep, recall
 from stable_diffusion.runner.process import ModelProcess
-from stable_diffusion.state.folder import shared_folder
-from stable_diffusion.state.jobs import Jobs
 from stable_diffusion.state.metrics import counting
 from stable_diffusion.state.runner_status import Placement, RunnerState, StepBatchLimit
+from stable_diffusion.state.shared_state import open_state
 
 if TYPE_CHECKING:
     from stable_diffusion.core.types import Precision
@@ -48,7 +47,7 @@ def start_model_process(
     limits = read_limits(os.environ)
     model = model_of_service(service_folder, os.environ)
     engine = start_engine(model, precision, max_batch_size, runner_index=index, limits=limits, make_denoiser=make_denoiser)
-    return ModelProcess(engine, Jobs(shared_folder), index)
+    return ModelProcess(engine, open_state(os.environ).jobs, index)
 
 
 def start_engine(

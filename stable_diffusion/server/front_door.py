@@ -25,9 +25,9 @@ from stable_diffusion.server.access.keys import carries_key, name_of_key
 from stable_diffusion.server.access.policy import LIMITED_PATHS, PROBES, Access, caller_at
 from stable_diffusion.server.bentoml_fixes import cors_options
 from stable_diffusion.server.pages import PAGE_ASSETS
-from stable_diffusion.state.folder import shared_folder
 from stable_diffusion.state.jobs import new_job_id
 from stable_diffusion.state.rates import RateLimit
+from stable_diffusion.state.shared_state import local_rate_limit
 from stable_diffusion.web.content_coding import CODINGS, codings_of, decompressed, without_coding
 
 
@@ -40,12 +40,20 @@ class FrontDoor:
     normalised already, by `OnePath` in `middleware.py`.
     """
 
-    def __init__(self, app: ASGIApp, routes: Sequence[Route], pages: Mapping[str, ASGIApp], access: Callable[[], Access]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        routes: Sequence[Route],
+        pages: Mapping[str, ASGIApp],
+        access: Callable[[], Access],
+        rate_limit: Callable[[int], RateLimit] = local_rate_limit,
+    ) -> None:
+        """`rate_limit` makes one of so many requests per minute."""
         self._app = app
         self._keys = access().keys
         self._open = frozenset((*PROBES, *(path for name in access().open for path in _OPENED[name])))
         per_minute = access().requests_per_minute
-        self._rate_limit = None if per_minute is None else RateLimit(shared_folder, per_minute)
+        self._rate_limit = None if per_minute is None else rate_limit(per_minute)
         self._cors = cors_options()
         self._cors_middleware = CORSMiddleware(_no_app, **(self._cors or {}))
         self._pages = {path: self._readable(page) for path, page in pages.items()}

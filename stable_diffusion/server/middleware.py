@@ -11,7 +11,8 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Coroutine
+from typing import Any
 from urllib.parse import unquote
 
 from starlette.datastructures import MutableHeaders
@@ -150,6 +151,29 @@ class Draining:
             return  # not served by uvicorn, which installs its handlers before the application starts
         stop = functools.partial(uvicorn_handler, signal.SIGTERM, None)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._unfinished.stop_when_done, stop)
+
+
+class Beside:
+    """Runs `work` beside the requests, from an API worker's start to its end."""
+
+    def __init__(self, app: ASGIApp, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._app = app
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            return await self._app(scope, receive, send)
+        working = asyncio.create_task(self._work())
+        working.add_done_callback(_log_failure)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            working.cancel()
+
+
+def _log_failure(working: asyncio.Task[None]) -> None:
+    if not working.cancelled() and (error := working.exception()) is not None:
+        logging.getLogger("stable_diffusion").error("No more jobs are taken from the shared queue.", exc_info=error)
 
 
 def _is_always_served(path: str) -> bool:

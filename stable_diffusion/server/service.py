@@ -27,15 +27,16 @@ from stable_diffusion.core.shutdown import Unfinished
 from stable_diffusion.core.types import RequestContext
 from stable_diffusion.models.folder import ModelFolder, is_in_bento, model_of_service
 from stable_diffusion.runner.client import RunnerClient
+from stable_diffusion.runner.taking import take_jobs
 from stable_diffusion.server import bentoml_fixes, openapi, pages
 from stable_diffusion.server.access.keys import keep_only_digests
 from stable_diffusion.server.access.policy import read_access
 from stable_diffusion.server.connections import Connections
 from stable_diffusion.server.front_door import FrontDoor, refuse_while_stopping
-from stable_diffusion.server.middleware import Draining, NoSniffing, OnePath, RequestLog
+from stable_diffusion.server.middleware import Beside, Draining, NoSniffing, OnePath, RequestLog
 from stable_diffusion.server.start import check_address, checked_model, warn_of_settings_without_effect
-from stable_diffusion.state.folder import name_shared_folder, shared_folder
-from stable_diffusion.state.jobs import Jobs
+from stable_diffusion.state.folder import name_shared_folder
+from stable_diffusion.state.shared_state import open_state
 
 logger = logging.getLogger("stable_diffusion")
 
@@ -69,7 +70,8 @@ def create_service(name: str, runner: bentoml.Runner, folder: Path) -> Service:
         logger.info("When the server is ready, open its address in a browser: /ui generates images, / documents the API.")
 
     unfinished = Unfinished(_grace_s())
-    context = Context(RunnerClient(runner, Jobs(shared_folder), unfinished), model, policy)
+    state = open_state(os.environ)
+    context = Context(RunnerClient(runner, state.jobs, unfinished, state.queue), model, policy, state.is_reachable)
     routes = all_routes(context)
     service = Service(name, runners=[runner])
     service.on_deployment(check_start)
@@ -79,7 +81,8 @@ def create_service(name: str, runner: bentoml.Runner, folder: Path) -> Service:
     service.add_asgi_middleware(RequestLog, with_prompts=lambda: read_settings(os.environ).log_prompts)
     service.add_asgi_middleware(NoSniffing)
     service.add_asgi_middleware(Draining, unfinished=unfinished, refusal=refuse_while_stopping)
-    service.add_asgi_middleware(FrontDoor, routes=routes, pages=make_pages(name, context), access=access)
+    service.add_asgi_middleware(Beside, work=functools.partial(take_jobs, context.client))
+    service.add_asgi_middleware(FrontDoor, routes=routes, pages=make_pages(name, context), access=access, rate_limit=state.rate_limit)
     return service
 
 
@@ -102,7 +105,7 @@ def make_pages(name: str, context: Context) -> dict[str, ASGIApp]:
         "/": HTMLResponse(pages.PAGE, headers=pages.PAGE_HEADERS),
         "/docs.json": JSONResponse(openapi.document(name, __version__)),
         "/readyz": status.readiness_page(context),
-        "/metrics": status.show_metrics,
+        "/metrics": status.metrics_page(context),
     }
 
 

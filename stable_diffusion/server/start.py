@@ -14,6 +14,7 @@ from stable_diffusion.core.errors import ModelFolderError, SettingError
 from stable_diffusion.core.settings import EMBEDDINGS_VARIABLE, LORAS_VARIABLE, read_settings, safety_policy, unknown_variables
 from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.server.access.policy import check_exposure, read_access
+from stable_diffusion.state.shared_state import check_shared_state
 
 logger = logging.getLogger("stable_diffusion")
 
@@ -48,6 +49,7 @@ def checked_model(environment: Mapping[str, str], choose_model: Callable[[], Mod
         read_settings(environment)  # all of them, including those that only other processes use
         model = choose_model()
         safety_policy(environment, model_name=model.name, has_checker=model.has_safety_checker)
+        check_shared_state(environment)
         check_exposure(read_access(environment), host, in_bento=in_bento)
     except (ModelFolderError, SettingError) as error:
         raise SystemExit(f"Not started: {error}") from None

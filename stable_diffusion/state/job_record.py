@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from PIL import Image
 
-from stable_diffusion.core.errors import PictureExpired, PictureNotKept, ServiceError, error_of_type
-from stable_diffusion.core.types import GeneratedImage, ImageFormat, Progress, Task
+from stable_diffusion.core.errors import Cancelled, PictureExpired, PictureNotKept, ServiceError, error_of_type
+from stable_diffusion.core.types import GeneratedImage, ImageFormat, LoraChoice, Progress, Task
 
 PICTURES_KEPT_S = 3600
-PICTURES_KEPT = 100
+PICTURES_KEPT = 100  # on one machine
 
 State = Literal["queued", "running", "completed", "failed", "cancelled"]
 
@@ -63,7 +64,8 @@ class JobRecord:
         if not self.asynchronous:
             raise PictureNotKept("this job's image was sent in the response and is not kept")
         if self.picture is None:
-            raise PictureExpired(f"the image has been deleted: the last {PICTURES_KEPT} are kept, for {PICTURES_KEPT_S // 60} minutes")
+            minutes = PICTURES_KEPT_S // 60
+            raise PictureExpired(f"the image has been deleted: images are kept for {minutes} minutes, the oldest only while there is room")
         return GeneratedImage(from_png(self.picture), **self.outcome)
 
 
@@ -77,6 +79,26 @@ def fingerprint(path: str, tasks: Sequence[Task], seed: int | None) -> str:
             digest.update(repr((value.mode, value.size)).encode())
             digest.update(value.tobytes())
     return digest.hexdigest()
+
+
+def described(task: Task) -> str:
+    """A task as JSON, without its images."""
+    return json.dumps({field.name: getattr(task, field.name) for field in fields(Task) if field.name not in ("image", "mask")})
+
+
+def task_of(description: str | bytes) -> Task:
+    """The task that `described` has described."""
+    values = json.loads(description)
+    return Task(**values | {"loras": tuple(LoraChoice(*choice) for choice in values["loras"])})
+
+
+def state_of_error(error: ServiceError) -> State:
+    return "cancelled" if isinstance(error, Cancelled) else "failed"
+
+
+def key_digest(owner: str, idempotency_key: str) -> str:
+    """Under what an idempotency key is stored: each owner has keys of its own."""
+    return hashlib.sha256(f"{owner}\n{idempotency_key}".encode()).hexdigest()
 
 
 def as_png(image: Image.Image) -> bytes:

@@ -1,142 +1,52 @@
-"""The job store: one SQLite file in the server's shared folder, with the state of every job.
+"""The job store as the rest of the server sees it: who calls what, and what holds whichever store is behind it.
 
-The model process writes what happens to a job. API workers read it, accept asynchronous jobs and request cancellations. Every call may
-wait for the disk: do not call it on an event loop. It does not depend on how images are generated or how jobs are presented.
+Does not know the stores: sqlite_jobs.py for one machine, redis_jobs.py for many. shared_state.py chooses.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import secrets
-import sqlite3
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import fields, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
-from stable_diffusion.core.errors import (
-    Cancelled,
-    GenerationFailed,
-    IdempotencyMismatch,
-    JobsUnavailable,
-    ServiceError,
-    TooManyJobs,
-    UnknownJob,
-)
-from stable_diffusion.core.fair_share import share_is_left
-from stable_diffusion.core.types import GeneratedImage, ImageFormat, LoraChoice, Progress, Task, Ticket
-from stable_diffusion.state.job_record import PICTURES_KEPT, PICTURES_KEPT_S, JobRecord, State, as_png
-from stable_diffusion.state.sqlite import transaction
+from stable_diffusion.core.errors import ServiceError
+from stable_diffusion.core.types import GeneratedImage, ImageFormat, Progress, Task, Ticket
+from stable_diffusion.state.job_record import JobRecord
 
-logger = logging.getLogger("stable_diffusion")
-
-MAX_ASYNCHRONOUS_JOBS = 64  # unfinished ones; each holds one of the 800 connections that BentoML allows to the runner
-_JOBS_REMEMBERED_S = 24 * 3600
-_JOBS_REMEMBERED = 10_000
-_HELD_FOR_S = 60  # after this silence the API worker that should hand the job to a runner is considered dead
-_GIVEN_UP_S = 10
-_BUSY_TIMEOUT_S = 5
-
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS jobs (
-    id TEXT NOT NULL, image_index INTEGER NOT NULL, owner TEXT NOT NULL, asynchronous INTEGER NOT NULL, task TEXT NOT NULL,
-    runner INTEGER, state TEXT NOT NULL, position INTEGER NOT NULL, step INTEGER NOT NULL, steps INTEGER NOT NULL, seconds_left REAL,
-    preview BLOB, cancel INTEGER NOT NULL DEFAULT 0, created_at REAL NOT NULL, ended_at REAL, outcome TEXT, picture BLOB,
-    fetched INTEGER NOT NULL DEFAULT 0, held_at REAL, image_format TEXT,
-    UNIQUE (id, image_index)
-);
-CREATE INDEX IF NOT EXISTS unfinished ON jobs (owner) WHERE ended_at IS NULL;
-CREATE INDEX IF NOT EXISTS to_cancel ON jobs (runner) WHERE cancel = 1;
-CREATE INDEX IF NOT EXISTS ended ON jobs (ended_at) WHERE ended_at IS NOT NULL;
-CREATE INDEX IF NOT EXISTS kept ON jobs (ended_at) WHERE picture IS NOT NULL;
-CREATE TABLE IF NOT EXISTS idempotency_keys (
-    key TEXT PRIMARY KEY, fingerprint TEXT NOT NULL, job_id TEXT NOT NULL, created_at REAL NOT NULL
-);
-"""
+# Unfinished ones, for each machine; each holds one of the 800 connections that BentoML allows to the runner.
+MAX_ASYNCHRONOUS_JOBS = 64
+JOBS_REMEMBERED_S = 24 * 3600
+HELD_FOR_S = 60  # after this silence the API worker that should hand the job to a runner is considered dead
 
 
 def new_job_id() -> str:
     return secrets.token_hex(16)
 
 
-class Jobs:
-    """The store. Processes and threads may use it concurrently; every call opens the file itself.
+class Jobs(Protocol):
+    """The state of every job. Processes and threads may use it concurrently.
 
-    Every call raises JobsUnavailable if the file cannot be read or written, and logs the reason.
+    Every call may wait for a disk or a network, at most some seconds: do not call it on an event loop. Every call raises JobsUnavailable
+    if the store cannot be read or written, and the log gives the reason.
     """
-
-    def __init__(self, folder: Callable[[], Path]) -> None:
-        """`folder` returns the file's folder and creates it on each call, so that a cleanup of temporary folders does not stop jobs."""
-        self._folder = folder
-
-    @contextmanager
-    def _database(self) -> Iterator[sqlite3.Connection]:
-        try:
-            file = self._folder() / "jobs.sqlite"
-            with transaction(file, _SCHEMA, last_table="idempotency_keys", busy_timeout_s=_BUSY_TIMEOUT_S) as database:
-                yield database
-        except (OSError, sqlite3.Error) as error:
-            logger.error("The job store cannot be read or written: %s", error)
-            raise JobsUnavailable("the job store cannot be read or written; images can still be generated synchronously") from None
 
     # --- the model process ---------------------------------------------------------------------------
 
+    def register_runner(self, runner: int) -> None:
+        """Called when the runner of this number starts. Fails the unfinished jobs of its predecessor."""
+
     def begin(self, ticket: Ticket, task: Task, runner: int) -> None:
-        with self._database() as database:
-            _insert(database, ticket, task, runner)
+        """Note that the runner has the job."""
 
     def note(self, notes: Mapping[Ticket, Progress]) -> None:
         """Store how far jobs are. An older preview stays if there is no newer one."""
-        values = [
-            (
-                "queued" if progress.position else "running",
-                progress.position,
-                progress.step,
-                progress.steps,
-                progress.seconds_left,
-                None if progress.preview is None else as_png(progress.preview),
-                ticket.job_id,
-                ticket.index,
-            )
-            for ticket, progress in notes.items()
-        ]
-        with self._database() as database:
-            database.executemany(
-                "UPDATE jobs SET state = ?, position = ?, step = ?, steps = ?, seconds_left = ?, preview = coalesce(?, preview)"
-                " WHERE id = ? AND image_index = ? AND ended_at IS NULL",
-                values,
-            )
 
     def end(self, ticket: Ticket, outcome: GeneratedImage | ServiceError) -> None:
         """Store how a job ended, with the image if the job is asynchronous. Deletes old jobs and images."""
-        picture = as_png(outcome.image) if isinstance(outcome, GeneratedImage) and ticket.asynchronous else None
-        state: State = "completed" if isinstance(outcome, GeneratedImage) else _state_of(outcome)
-        now = time.time()
-        with self._database() as database:
-            database.execute(
-                "UPDATE jobs SET state = ?, step = iif(?, steps, step), outcome = ?, picture = ?, ended_at = ?, position = 0,"
-                " seconds_left = 0, preview = NULL WHERE id = ? AND image_index = ? AND ended_at IS NULL",
-                (state, state == "completed", json.dumps(outcome.facts()), picture, now, ticket.job_id, ticket.index),
-            )
-            _forget(database, now)
 
     def to_cancel(self, runner: int) -> list[tuple[str, int]]:
         """The (id, index) of this runner's jobs whose cancellation was requested, or that another process has just given up."""
-        with self._database() as database:
-            rows = database.execute(
-                "SELECT id, image_index FROM jobs WHERE runner = ? AND cancel = 1 AND (ended_at IS NULL OR ended_at > ?)",
-                (runner, time.time() - _GIVEN_UP_S),
-            )
-            return [(row["id"], row["image_index"]) for row in rows]
-
-    def fail_what_was_left(self, runner: int) -> None:
-        """Fail the unfinished jobs of the runner's predecessor. Called when a runner starts."""
-        with self._database() as database:
-            _fail(database, "runner = ?", (runner,))
 
     # --- API workers ---------------------------------------------------------------------------------
 
@@ -153,164 +63,48 @@ class Jobs:
         If this owner has used `idempotency_key` before, returns the id of that earlier job, and there is nothing to hand over.
         Raises IdempotencyMismatch if the key was used for another request, TooManyJobs if too many jobs are unfinished.
         """
-        with self._database() as database:
-            database.execute("BEGIN IMMEDIATE")
-            key = None if idempotency_key is None else hashlib.sha256(f"{ticket.owner}\n{idempotency_key}".encode()).hexdigest()
-            if key is not None and (known := self._known(database, key)) is not None:
-                if known["fingerprint"] != fingerprint:
-                    raise IdempotencyMismatch("Idempotency-Key: was used for another request", field="Idempotency-Key")
-                return str(known["job_id"])
-            _fail(database, _UNCLAIMED, (time.time() - _HELD_FOR_S,))
-            if (unfinished := _too_many_asynchronous(database, ticket.owner)) is not None:
-                (soonest,) = database.execute("SELECT min(seconds_left) FROM jobs WHERE ended_at IS NULL AND asynchronous = 1").fetchone()
-                raise TooManyJobs(
-                    f"{unfinished} jobs with Prefer: respond-async or an Idempotency-Key are unfinished, no more are accepted",
-                    retry_after_s=max(1, round(soonest or 1)),
-                )
-            for index, task in enumerate(tasks):
-                _insert(database, replace(ticket, index=index), task, None)
-            database.execute("UPDATE jobs SET held_at = ?, image_format = ? WHERE id = ?", (time.time(), image_format, ticket.job_id))
-            if key is not None:
-                database.execute(
-                    "INSERT OR REPLACE INTO idempotency_keys VALUES (?, ?, ?, ?)", (key, fingerprint, ticket.job_id, time.time())
-                )
-            return ticket.job_id
-
-    def _known(self, database: sqlite3.Connection, key: str) -> sqlite3.Row | None:
-        """The job of an idempotency key, unless that job failed, was cancelled or has lost an image: then the key may be used again."""
-        row: sqlite3.Row | None = database.execute(
-            "SELECT fingerprint, job_id FROM idempotency_keys WHERE key = ?"
-            " AND EXISTS (SELECT 1 FROM jobs WHERE id = job_id)"
-            " AND NOT EXISTS (SELECT 1 FROM jobs WHERE id = job_id"
-            " AND ended_at IS NOT NULL AND (picture IS NULL OR ended_at <= ?))",
-            (key, time.time() - PICTURES_KEPT_S),
-        ).fetchone()
-        return row
 
     def get(self, job_id: str, owner: str | None = None) -> list[JobRecord]:
         """One record per image of the job. Raises UnknownJob, also if the job belongs to another owner than `owner`."""
-        now = time.time()
-        find = "SELECT * FROM jobs WHERE id = ? ORDER BY image_index"
-        with self._database() as database:
-            rows = database.execute(find, (job_id,)).fetchall()
-            if any(row["ended_at"] is None and row["runner"] is None and row["held_at"] < now - _HELD_FOR_S for row in rows):
-                _fail(database, _UNCLAIMED, (now - _HELD_FOR_S,))
-                rows = database.execute(find, (job_id,)).fetchall()
-        if not rows or (owner is not None and any(row["owner"] != owner for row in rows)):
-            raise UnknownJob("no such job; finished jobs are deleted after a day, and servers do not share jobs")
-        return [_record(row, now) for row in rows]
 
     def cancel(self, job_id: str) -> None:
-        with self._database() as database:
-            database.execute("UPDATE jobs SET cancel = 1 WHERE id = ? AND ended_at IS NULL", (job_id,))
+        """Request the cancellation of a job, if it is unfinished."""
 
     def note_held(self, job_id: str) -> None:
         """Note that the API worker which hands the job to a runner is alive and still waits for the runner."""
-        with self._database() as database:
-            database.execute("UPDATE jobs SET held_at = ? WHERE id = ? AND runner IS NULL", (time.time(), job_id))
 
     def note_fetched(self, job_id: str) -> None:
-        with self._database() as database:
-            database.execute("UPDATE jobs SET fetched = 1 WHERE id = ? AND fetched = 0", (job_id,))
+        """Note that a client has fetched the job's image."""
 
     def is_to_be_fetched(self, job_id: str) -> bool:
-        """Whether the job has an image that no client has fetched."""
-        with self._database() as database:
-            return bool(database.execute("SELECT 1 FROM jobs WHERE id = ? AND picture IS NOT NULL AND fetched = 0", (job_id,)).fetchone())
+        """Whether the job has an image that no client has fetched and that is lost when this server ends."""
 
     def of_owner(self, owner: str) -> list[JobRecord]:
         """The owner's unfinished jobs, the oldest first."""
-        with self._database() as database:
-            rows = database.execute("SELECT * FROM jobs WHERE owner = ? AND ended_at IS NULL ORDER BY rowid", (owner,)).fetchall()
-        return [_record(row, time.time()) for row in rows]
 
     def cancel_of_owner(self, owner: str) -> None:
-        with self._database() as database:
-            database.execute("UPDATE jobs SET cancel = 1 WHERE owner = ? AND ended_at IS NULL", (owner,))
+        """Request the cancellation of all unfinished jobs of an owner."""
 
-    def abandon(self, job_id: str, error: ServiceError) -> None:
-        """End the job with `error` if it has not ended. A runner that is generating it stops."""
-        with self._database() as database:
-            _fail(database, "id = ?", (job_id,), error)
-            _forget(database, time.time())
+    def abandon(self, job_id: str, error: ServiceError, attempt: int | None = None) -> None:
+        """End the job with `error` if it has not ended. A runner that is generating it stops.
 
-
-def _too_many_asynchronous(database: sqlite3.Connection, owner: str) -> int | None:
-    """The number of unfinished jobs if this owner may add no more, else None. Each owner has its share, up to twice the limit in total."""
-    rows = database.execute("SELECT owner, count(*) FROM jobs WHERE ended_at IS NULL AND asynchronous = 1 GROUP BY owner").fetchall()
-    counts: dict[str, int] = {row[0]: row[1] for row in rows}
-    unfinished = sum(counts.values())
-    if unfinished < MAX_ASYNCHRONOUS_JOBS:
-        return None
-    owners = len(counts.keys() | {owner})
-    return None if share_is_left(counts.get(owner, 0), unfinished, owners, MAX_ASYNCHRONOUS_JOBS) else unfinished
+        With `attempt`: only images that are still in this attempt.
+        """
 
 
-def _insert(database: sqlite3.Connection, ticket: Ticket, task: Task, runner: int | None) -> None:
-    """Insert a job as queued, or claim for `runner` the job that an API worker has accepted."""
-    described = json.dumps({field.name: getattr(task, field.name) for field in fields(Task) if field.name not in ("image", "mask")})
-    database.execute(
-        "INSERT INTO jobs (id, image_index, owner, asynchronous, task, runner, state, position, step, steps, created_at)"
-        " VALUES (?, ?, ?, ?, ?, ?, 'queued', 1, 0, ?, ?) ON CONFLICT DO UPDATE SET runner = excluded.runner",
-        (
-            ticket.job_id,
-            ticket.index,
-            ticket.owner,
-            ticket.asynchronous,
-            described,
-            runner,
-            task.num_inference_steps,
-            time.time(),
-        ),
-    )
+@dataclass(frozen=True)
+class Taken:
+    """A job that this machine has taken from the queue that machines share: its images that are to be generated, each with its ticket."""
+
+    job_id: str
+    images: tuple[tuple[Task, Ticket], ...]
 
 
-_UNCLAIMED = "runner IS NULL AND held_at < ?"
+class JobQueue(Protocol):
+    """The accepted jobs that no machine has yet. Callers take turns by the work of their jobs. Calls are like those of Jobs."""
 
+    def take(self, most_images: int) -> Taken | None:
+        """Take the next job, unless this machine already has so many unfinished images, or nothing waits."""
 
-def _fail(database: sqlite3.Connection, which: str, values: tuple[object, ...], error: ServiceError | None = None) -> None:
-    error = error or GenerationFailed("the model process stopped before the image was finished")
-    database.execute(
-        "UPDATE jobs SET state = ?, outcome = ?, ended_at = ?, cancel = 1, position = 0, seconds_left = 0, preview = NULL"
-        f" WHERE {which} AND ended_at IS NULL",
-        (_state_of(error), json.dumps(error.facts()), time.time(), *values),
-    )
-
-
-def _state_of(error: ServiceError) -> State:
-    return "cancelled" if isinstance(error, Cancelled) else "failed"
-
-
-def _forget(database: sqlite3.Connection, now: float) -> None:
-    database.execute("UPDATE jobs SET picture = NULL WHERE picture IS NOT NULL AND ended_at < ?", (now - PICTURES_KEPT_S,))
-    database.execute(
-        "UPDATE jobs SET picture = NULL WHERE rowid IN"
-        " (SELECT rowid FROM jobs WHERE picture IS NOT NULL ORDER BY ended_at DESC LIMIT -1 OFFSET ?)",
-        (PICTURES_KEPT,),
-    )
-    database.execute("DELETE FROM jobs WHERE ended_at < ?", (now - _JOBS_REMEMBERED_S,))
-    database.execute("DELETE FROM jobs WHERE ended_at IS NOT NULL AND rowid <= (SELECT max(rowid) FROM jobs) - ?", (_JOBS_REMEMBERED,))
-    database.execute("DELETE FROM idempotency_keys WHERE created_at < ?", (now - _JOBS_REMEMBERED_S,))
-
-
-def _task(values: dict[str, Any]) -> Task:
-    return Task(**values | {"loras": tuple(LoraChoice(*choice) for choice in values["loras"])})
-
-
-def _record(row: sqlite3.Row, now: float) -> JobRecord:
-    is_too_old = row["ended_at"] is not None and row["ended_at"] < now - PICTURES_KEPT_S
-    return JobRecord(
-        id=row["id"],
-        index=row["image_index"],
-        task=_task(json.loads(row["task"])),
-        asynchronous=bool(row["asynchronous"]),
-        state=row["state"],
-        progress=Progress(row["position"], row["step"], row["steps"], row["seconds_left"] or 0.0),
-        is_estimated=row["seconds_left"] is not None,
-        preview_png=row["preview"],
-        image_format=row["image_format"],
-        created_at=row["created_at"],
-        ended_at=row["ended_at"],
-        outcome=json.loads(row["outcome"] or "{}"),
-        picture=None if is_too_old else row["picture"],
-    )
+    def give_back(self, ticket: Ticket, *, is_redraw: bool) -> None:
+        """Put an image back for any machine, if this attempt is still the last. `is_redraw`: its runner died; the third time it fails."""

@@ -150,12 +150,15 @@ def _count(record: Record | StepRecord) -> None:
             series.decoded_again.inc()
 
 
-def page() -> bytes:
-    """The counts of all processes of the server, including BentoML's own metrics, in Prometheus' text format. Reads files."""
+def page(is_store_reachable: bool | None = None) -> bytes:
+    """The counts of all processes of the server, including BentoML's own metrics, in Prometheus' text format. Reads files.
+
+    `is_store_reachable`: of the store that machines share; None if they share none.
+    """
     registry = CollectorRegistry()
     _forget_the_dead(Path(os.environ[_FOLDER_VARIABLE]))
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    registry.register(_Runners())
+    registry.register(_CurrentState(is_store_reachable))
     return generate_latest(registry)
 
 
@@ -167,13 +170,24 @@ def _forget_the_dead(folder: Path) -> None:
             mark_process_dead(int(pid[1]), str(folder))  # type: ignore[no-untyped-call]
 
 
-class _Runners:
-    """A collector for the current state of each runner."""
+class _CurrentState:
+    """A collector for the current state of each runner and of the store that machines share."""
+
+    def __init__(self, is_store_reachable: bool | None) -> None:
+        self._is_store_reachable = is_store_reachable
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         runners = living_runners()
         yield _caps(runners)
         yield _models(runners)
+        if self._is_store_reachable is not None:
+            yield _shared_state(self._is_store_reachable)
+
+
+def _shared_state(is_reachable: bool) -> GaugeMetricFamily:
+    """Only where SD_SHARED_STATE is set."""
+    meaning = "1 if the store that the machines share answers, else 0; only where SD_SHARED_STATE is set."
+    return GaugeMetricFamily("stable_diffusion_shared_state_reachable", meaning, value=is_reachable)
 
 
 def _caps(runners: list[RunnerState]) -> GaugeMetricFamily:

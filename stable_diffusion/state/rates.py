@@ -1,56 +1,21 @@
-"""The rate limit: how many generation requests per minute each caller may send, counted once for all API workers of a machine.
+"""The rate limit as the front door sees it: how many generation requests per minute each caller may send.
 
-It uses the generic cell rate algorithm: it stores one number per caller, the time at which all of its requests are paid off. Calls may wait
-for the disk: do not make them on an event loop.
+It is the generic cell rate algorithm: one number per caller, the time at which all of its requests are paid off. Does not know where that
+number is kept: sqlite_rates.py for one machine, redis_rates.py for many.
 """
 
 from __future__ import annotations
 
-import logging
-import sqlite3
-import time
-from collections.abc import Callable
-from pathlib import Path
+from typing import Protocol
 
-from stable_diffusion.state.sqlite import transaction
-
-logger = logging.getLogger("stable_diffusion")
-
-_BUSY_TIMEOUT_S = 2
-_SCHEMA = "CREATE TABLE IF NOT EXISTS callers (caller TEXT PRIMARY KEY, paid_off_s REAL NOT NULL) WITHOUT ROWID"
+BURST_S = 60.0  # so much may be unpaid: a minute's requests at once
 
 
-class RateLimit:
-    """Allows `requests_per_minute` requests at once. Each becomes available again after its share of a minute."""
-
-    def __init__(self, folder: Callable[[], Path], requests_per_minute: int) -> None:
-        """`folder` returns the file's folder and creates it."""
-        self._folder = folder
-        self._interval_s = 60 / requests_per_minute
-        self._burst_s = 60.0
+class RateLimit(Protocol):
+    """Allows a minute's requests at once. Each becomes available again after its share of a minute."""
 
     def wait_s(self, caller: str) -> float:
         """Count a request. Returns 0 if it is allowed. Otherwise it is not counted, and the result is the seconds until one would be.
 
-        If the file cannot be used, every request is allowed, and the log says so.
+        May wait for a disk or a network: do not call it on an event loop.
         """
-        # All processes of a machine share the monotonic clock, and nobody can set it.
-        now = time.monotonic()
-        try:
-            file = self._folder() / "rates.sqlite"
-            with transaction(file, _SCHEMA, last_table="callers", busy_timeout_s=_BUSY_TIMEOUT_S) as database:
-                database.execute("BEGIN IMMEDIATE")
-                return self._count(database, caller, now)
-        except (OSError, sqlite3.Error) as error:
-            logger.error("The rate limit is not enforced, because the requests cannot be counted: %s", error)
-            return 0.0
-
-    def _count(self, database: sqlite3.Connection, caller: str, now: float) -> float:
-        database.execute("DELETE FROM callers WHERE paid_off_s <= ?", (now,))
-        row = database.execute("SELECT paid_off_s FROM callers WHERE caller = ?", (caller,)).fetchone()
-        paid_off_s = (now if row is None else float(row[0])) + self._interval_s
-        wait_s = paid_off_s - now - self._burst_s
-        if wait_s > 1e-6:  # more than the rounding error of sums of fractions
-            return wait_s
-        database.execute("INSERT OR REPLACE INTO callers VALUES (?, ?)", (caller, paid_off_s))
-        return 0.0

@@ -38,7 +38,7 @@ from stable_diffusion.api.context import Context
 from stable_diffusion.core.shutdown import Unfinished
 from stable_diffusion.runner.client import RunnerClient
 from stable_diffusion.server.access.policy import LIMITED_PATHS, Access
-from stable_diffusion.state.jobs import Jobs
+from stable_diffusion.state.sqlite_jobs import SqliteJobs
 
 ALICE, BOB, CAROL = "correct-horse-battery-staple", "tr0ub4dor-and-three-more", "password-of-sixteen-or-more"
 KEYS = f"alice:{ALICE},bob:sha256:{hashlib.sha256(BOB.encode()).hexdigest()}"
@@ -116,7 +116,7 @@ def client(server: Server, key: str | None) -> httpx.Client:
 
 
 def served_routes() -> set[tuple[str, str]]:
-    client = RunnerClient(None, Jobs(lambda: Path()), Unfinished(grace_s=60))
+    client = RunnerClient(None, SqliteJobs(lambda: Path()), Unfinished(grace_s=60))
     context = Context(client, lambda: pytest.fail("not asked"), lambda: pytest.fail("not asked"))
     door = FrontDoor(PlainTextResponse(), all_routes(context), make_pages("test", context), Access)
     return {(method, path) for path, methods in door._methods.items() for method in methods if method != "HEAD"}

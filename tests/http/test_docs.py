@@ -53,6 +53,8 @@ NOT_RUN = {
     ("docs/deploy.md", "bentoml export stable_diffusion_fp32:latest stable_diffusion_fp32.bento"): BENTO,
     **dict.fromkeys(_in_containers(), DOCKER),
     ("docs/deploy.md", "source .venv/bin/activate && export BENTOML_DO_NOT_TRACK=True"): AWS,
+    ("docs/scale.md", ".venv/bin/python -m benchmarks.store"): "measures for a minute",
+    ("docs/fleet.md", "make fleet N=2"): "starts servers; tests/slow/test_fleet.py runs it",
     ("docs/measurements.md", "make bench                     # about 40 minutes; benchmarks/results/table.md"): LONG,
     ("docs/operations.md", """jq -R 'fromjson? | select(.outcome == "failed")' < server.log"""): "needs jq and a log",
     ("docs/performance.md", "make bench                     # about 40 minutes"): LONG,

@@ -38,7 +38,7 @@ def test_ci_runs_the_readmes_test_command_and_brings_only_programs_whose_tests_w
     lines = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith(("#", "set ", "cd "))]
     assert lines[-1] == "make test"
     installed = [line.partition("install ")[2] for line in lines if " install " in line]
-    packages = "haproxy cloud-init chromium imagemagick libimage-exiftool-perl webp netpbm libavif-bin"
+    packages = "haproxy cloud-init chromium imagemagick libimage-exiftool-perl webp netpbm libavif-bin redis-server"
     assert installed == [f"--quiet=2 --no-install-recommends {packages} >/dev/null"]
 
 

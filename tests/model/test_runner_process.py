@@ -5,12 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
-from stable_diffusion.core.errors import Cancelled, GenerationFailed, JobsUnavailable, QueueFull, ServiceError, UnknownJob
+from stable_diffusion.core.errors import (
+    Cancelled,
+    GenerationFailed,
+    JobsUnavailable,
+    QueueFull,
+    ServiceError,
+    SharedStateUnavailable,
+    UnknownJob,
+)
 from stable_diffusion.core.telemetry import StepRecord
 from stable_diffusion.core.types import GeneratedImage, Progress, Task, Ticket
 from stable_diffusion.engine.admission import QueueLimits
@@ -21,6 +29,7 @@ from stable_diffusion.runner import process
 from stable_diffusion.runner.process import ModelProcess
 from stable_diffusion.runner.wire import TakenOn, pack_task, unpack_update
 from stable_diffusion.state.jobs import Jobs
+from stable_diffusion.state.sqlite_jobs import SqliteJobs
 from tests.tasks import make_task
 
 TICKET = Ticket("a1", "somebody")
@@ -40,8 +49,8 @@ def engine(demo_parts: Parts, steps: list[StepRecord]) -> Iterator[Engine]:
 
 
 @pytest.fixture
-def jobs(tmp_path: Path) -> Jobs:
-    return Jobs(lambda: tmp_path)
+def jobs(tmp_path: Path) -> SqliteJobs:
+    return SqliteJobs(lambda: tmp_path)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -163,14 +172,14 @@ def test_a_task_that_is_not_taken_on_is_refused_in_its_first_line_and_leaves_not
 
 def test_pictures_are_drawn_where_nothing_can_be_noted(engine: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
-    unwritable = Jobs(lambda: tmp_path / "file")
+    unwritable = SqliteJobs(lambda: tmp_path / "file")
     with caplog.at_level(logging.ERROR, logger="stable_diffusion"):
         (line,) = asyncio.run(lines(ModelProcess(engine, unwritable, 0), make_task(num_inference_steps=2)))
     assert isinstance(unpack_update(line), GeneratedImage)
     assert "The job store cannot be read or written" in caplog.text
 
 
-class _Failing(Jobs):
+class _Failing(SqliteJobs):
     """A store on a disk that is full: a picture cannot be written any more, a few bytes can."""
 
     def end(self, ticket: Ticket, outcome: GeneratedImage | ServiceError) -> None:
@@ -197,3 +206,105 @@ def test_a_picture_that_cannot_be_finished_is_an_error_and_nobody_waits_for_ever
     (line,) = asyncio.run(lines(ModelProcess(engine, jobs, 0), make_task(num_inference_steps=2)))
     with pytest.raises(GenerationFailed, match="could not be finished"):
         unpack_update(line)
+
+
+class _Away(SqliteJobs):
+    """A store that machines share, and that is away while `is_away` is set."""
+
+    is_away = False
+    delay_s = 0.0
+    ends = 0
+
+    def _answer(self) -> None:
+        time.sleep(self.delay_s)
+        if self.is_away:
+            raise SharedStateUnavailable("away")
+
+    def begin(self, ticket: Ticket, task: Task, runner: int) -> None:
+        self._answer()
+        super().begin(ticket, task, runner)
+
+    def end(self, ticket: Ticket, outcome: GeneratedImage | ServiceError) -> None:
+        self._answer()
+        super().end(ticket, outcome)
+        self.ends += 1
+
+    def note(self, notes: Mapping[Ticket, Progress]) -> None:
+        self._answer()
+        super().note(notes)
+
+    def to_cancel(self, runner: int) -> list[tuple[str, int]]:
+        self._answer()
+        return super().to_cancel(runner)
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _Away:
+    monkeypatch.setattr(process, "_SHARED_STORE_RETRY_S", 0.05)
+    return _Away(lambda: tmp_path)
+
+
+def test_images_that_end_while_the_shared_state_is_away_are_stored_when_it_is_back(engine: Engine, shared: _Away) -> None:
+    other = Ticket("c3", "somebody", asynchronous=True)
+
+    async def draw() -> None:
+        model_process = ModelProcess(engine, shared, 0)
+        began = asyncio.ensure_future(lines(model_process, make_task(num_inference_steps=20), TICKET))
+        kept = asyncio.ensure_future(lines(model_process, make_task(num_inference_steps=20), ASYNCHRONOUS))
+        await until(lambda: len(shared.of_owner("somebody")) == 2)
+        shared.is_away = True
+        begun_while_away = asyncio.ensure_future(lines(model_process, make_task(num_inference_steps=2), other))
+        (line,) = await asyncio.wait_for(began, 30)
+        assert isinstance(unpack_update(line), GeneratedImage), "who waits for the image gets it at once"
+        await asyncio.sleep(0.3)
+        assert not kept.done(), "an image that nobody waits for must not be lost"
+        assert not begun_while_away.done()
+        shared.is_away = False
+        for waiting in (kept, begun_while_away):
+            (line,) = await asyncio.wait_for(waiting, 30)
+            assert isinstance(unpack_update(line), GeneratedImage)
+        await until(lambda: shared.get("a1")[0].state == "completed")
+        assert shared.get("b2")[0].finished().image.size == (64, 64)
+
+    shared.accept(other, [make_task()], None, "")
+    asyncio.run(draw())
+    assert shared.get("c3")[0].finished().image.size == (64, 64)
+
+
+def test_an_image_that_cannot_be_stored_for_long_is_a_job_that_failed(
+    engine: Engine, shared: _Away, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_KEPT_FOR_STORE_S", 0.2)
+    shared.is_away = True
+    (line,) = asyncio.run(lines(ModelProcess(engine, shared, 0), make_task(num_inference_steps=1), ASYNCHRONOUS))
+    with pytest.raises(GenerationFailed, match="could not be stored"):
+        unpack_update(line)
+
+
+def test_a_cancellation_is_found_when_the_shared_state_is_back(engine: Engine, shared: _Away) -> None:
+    async def cancel() -> None:
+        drawing = asyncio.ensure_future(lines(ModelProcess(engine, shared, 0), make_task(num_inference_steps=150)))
+        await until(lambda: len(shared.of_owner("somebody")) == 1)
+        shared.is_away = True
+        await asyncio.sleep(0.2)
+        shared.is_away = False
+        shared.cancel("a1")
+        with pytest.raises(Cancelled):
+            unpack_update((await asyncio.wait_for(drawing, 30))[-1])
+
+    asyncio.run(cancel())
+
+
+def test_a_slow_shared_state_holds_up_neither_steps_nor_images(engine: Engine, shared: _Away, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "delay_s", 1.0)
+    tickets = [Ticket(f"job {number}", "somebody") for number in range(12)]
+
+    async def draw() -> None:
+        model_process = ModelProcess(engine, shared, 0)
+        drawn = await asyncio.gather(*(lines(model_process, make_task(num_inference_steps=1), ticket) for ticket in tickets))
+        assert all(isinstance(unpack_update(line), GeneratedImage) for (line,) in drawn)
+        assert shared.ends < 12, "no image waited until the store had taken its end"
+        await until(lambda: shared.ends == 12)
+
+    asyncio.run(draw())
+    assert all(shared.get(ticket.job_id)[0].state == "completed" for ticket in tickets)

@@ -1,5 +1,5 @@
 """/status and /capabilities, and the pages /readyz and /metrics."""
 
-from stable_diffusion.api.status.routes import make_routes, readiness_page, show_metrics
+from stable_diffusion.api.status.routes import make_routes, metrics_page, readiness_page
 
-__all__ = ["readiness_page", "make_routes", "show_metrics"]
+__all__ = ["make_routes", "metrics_page", "readiness_page"]

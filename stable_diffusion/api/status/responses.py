@@ -6,7 +6,7 @@ import time
 from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from stable_diffusion import __version__
 from stable_diffusion.api.tasks import kinds_of
@@ -57,6 +57,10 @@ class RunnerStatus(TypedDict):
     versions: dict[str, str]
 
 
+class SharedState(TypedDict):
+    reachable: Annotated[bool, Field(description="Whether the store that the machines share answers now.")]
+
+
 class Status(TypedDict):
     ready: Annotated[bool, Field(description="Whether an image can be generated now, as /readyz reports.")]
     stage: Annotated[
@@ -65,6 +69,7 @@ class Status(TypedDict):
     model: ServedModel
     version: Annotated[str, Field(description="The version of this service's API.")]
     runners: Annotated[list[RunnerStatus], Field(description="The model processes. One that has just started may not be listed yet.")]
+    shared_state: NotRequired[Annotated[SharedState, Field(description="Only where SD_SHARED_STATE is set.")]]
 
 
 class Size(TypedDict):
@@ -123,14 +128,18 @@ class Capabilities(TypedDict):
     previews: bool
 
 
-def status_response(model: ModelFolder, runners: list[RunnerState], ready: bool) -> Status:
-    return {
+def status_response(model: ModelFolder, runners: list[RunnerState], ready: bool, is_store_reachable: bool | None) -> Status:
+    """`is_store_reachable`: None if the machine shares nothing."""
+    status: Status = {
         "ready": ready,
         "stage": stage_of(runners, ready=ready),
         "model": {"name": model.name, "hash": model.hash, "is_demo": model.is_demo},
         "version": __version__,
         "runners": [_runner(runner) for runner in runners],
     }
+    if is_store_reachable is not None:
+        status["shared_state"] = {"reachable": is_store_reachable}
+    return status
 
 
 def _runner(runner: RunnerState) -> RunnerStatus:

@@ -27,7 +27,8 @@ def make_routes(context: Context) -> list[Route]:
         ready = await context.client.readiness.is_ready()
         model = context.model()
         await run_in_threadpool(lambda: model.hash)  # reads the weights on first use
-        return JSONResponse(status_response(model, runners, ready), headers=_CURRENT_STATE)
+        is_store_reachable = await _is_store_reachable(context)
+        return JSONResponse(status_response(model, runners, ready, is_store_reachable), headers=_CURRENT_STATE)
 
     async def capabilities(request: Request) -> Response:
         served = context.served()
@@ -37,10 +38,20 @@ def make_routes(context: Context) -> list[Route]:
     return [Route(path, with_error_responses(endpoint), methods=["GET"]) for path, endpoint in endpoints.items()]
 
 
-async def show_metrics(scope: Scope, receive: Receive, send: Send) -> None:
+async def _is_store_reachable(context: Context) -> bool | None:
+    """Whether the store that machines share can be reached; None if they share none."""
+    ask = context.is_shared_state_reachable
+    return None if ask is None else await run_in_threadpool(ask)
+
+
+def metrics_page(context: Context) -> ASGIApp:
     """`/metrics` as an ASGI application. It replaces BentoML's page, which cannot show the current state of a runner."""
-    content = await run_in_threadpool(metrics.page)
-    await Response(content, media_type=CONTENT_TYPE_LATEST, headers=_CURRENT_STATE)(scope, receive, send)
+
+    async def show(scope: Scope, receive: Receive, send: Send) -> None:
+        content = await run_in_threadpool(metrics.page, await _is_store_reachable(context))
+        await Response(content, media_type=CONTENT_TYPE_LATEST, headers=_CURRENT_STATE)(scope, receive, send)
+
+    return show
 
 
 def readiness_page(context: Context) -> ASGIApp:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from stable_diffusion.core.addresses import is_loopback
 from stable_diffusion.core.errors import SettingError
 from stable_diffusion.core.settings import KEYS_FILE_VARIABLE, KEYS_VARIABLE, WITHOUT_KEYS_VARIABLE, read_settings
 from stable_diffusion.server.access.keys import Key, read_keys
@@ -63,16 +64,6 @@ def check_exposure(access: Access, host: str, *, in_bento: bool) -> None:
         KEYS_VARIABLE,
         KEYS_FILE_VARIABLE,
     )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address. A host name counts as reachable from outside."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return (mapped or address).is_loopback
 
 
 def caller_at(address: str) -> str:

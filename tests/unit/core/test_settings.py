@@ -8,11 +8,11 @@ from dataclasses import asdict
 import pytest
 
 from stable_diffusion.core.errors import SettingError
-from stable_diffusion.core.settings import LIMIT_VARIABLES, Limits, Settings, read_limits, read_settings, unknown_variables
+from stable_diffusion.core.settings import LIMIT_VARIABLES, Limits, Settings, StoreAddress, read_limits, read_settings, unknown_variables
 from tests.pages import PAGES, ROOT
 
 FLAGS = {"SD_LOG_PROMPTS": "log_prompts", "SD_CUDA_GRAPHS": "cuda_graphs", "SD_WITHOUT_KEYS": "without_keys"}
-OTHERS = ("SD_MODEL", "SD_SAFETY", "SD_OPEN", "SD_RATE_LIMIT", *(name for name, _ in LIMIT_VARIABLES.values()))
+OTHERS = ("SD_MODEL", "SD_SAFETY", "SD_OPEN", "SD_RATE_LIMIT", "SD_SHARED_STATE", *(name for name, _ in LIMIT_VARIABLES.values()))
 HOME = "core/settings.py"
 
 
@@ -122,3 +122,43 @@ def test_no_other_module_has_the_name_of_a_variable() -> None:
     package = ROOT / "stable_diffusion"
     modules = {file.relative_to(package).as_posix(): file.read_text(encoding="utf-8") for file in package.rglob("*.py")}
     assert {path for path, text in modules.items() if re.search(r"""["']SD_[A-Z_]+["']""", text)} == {HOME}
+
+
+@pytest.mark.parametrize(
+    ("url", "address", "shown"),
+    [
+        ("redis://127.0.0.1", StoreAddress("127.0.0.1", 6379, False, None, None, 0), "127.0.0.1:6379"),
+        ("redis://localhost:7000/3", StoreAddress("localhost", 7000, False, None, None, 3), "localhost:7000"),
+        ("redis://[::1]:7000/", StoreAddress("::1", 7000, False, None, None, 0), "[::1]:7000"),
+        ("rediss://:a%2Fb%40c@cache.example", StoreAddress("cache.example", 6379, True, None, "a/b@c", 0), "cache.example:6379"),
+        ("rediss://alice:secret@192.0.2.1:1", StoreAddress("192.0.2.1", 1, True, "alice", "secret", 0), "192.0.2.1:1"),
+    ],
+)
+def test_the_address_of_the_shared_state_is_read_from_a_url(url: str, address: StoreAddress, shown: str) -> None:
+    read = read_settings({"SD_SHARED_STATE": url})
+    assert read.shared_state == address
+    assert str(address) == shown
+    assert address.password is None or address.password not in repr(read)
+
+
+@pytest.mark.parametrize("url", ["redis://:correct-horse@cache.example", "redis://:correct-horse@192.0.2.1:6379", "redis://0.0.0.0"])
+def test_a_shared_state_on_another_machine_must_be_encrypted(url: str) -> None:
+    with pytest.raises(
+        SettingError, match="^SD_SHARED_STATE: redis:// would send .* unencrypted to another machine, .*; use rediss://$"
+    ) as told:
+        read_settings({"SD_SHARED_STATE": url})
+    assert "horse" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("cache.example", "http://cache.example", "redis://", "redis://:correct-horse@", "rediss://:correct-horse@cache.example:port"),
+        *("rediss://cache.example/horse", "rediss://cache.example/0?password=horse", "rediss://cache.example/0#horse", "redis://[::1"),
+        *("rediss://cache.example:99999", "unix:///horse", "rediss://cache.example/-1"),
+    ],
+)
+def test_a_url_of_no_shared_state_is_refused_without_being_repeated(url: str) -> None:
+    with pytest.raises(SettingError, match="^SD_SHARED_STATE must be rediss://") as told:
+        read_settings({"SD_SHARED_STATE": url})
+    assert "horse" not in str(told.value)

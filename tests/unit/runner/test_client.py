@@ -27,8 +27,8 @@ from stable_diffusion.runner.client import RunnerClient, begin, follow, generate
 from stable_diffusion.runner.wire import pack_outcome, pack_taken_on
 from stable_diffusion.state.folder import shared_folder
 from stable_diffusion.state.job_record import JobRecord
-from stable_diffusion.state.jobs import Jobs
 from stable_diffusion.state.runner_status import RunnerState
+from stable_diffusion.state.sqlite_jobs import SqliteJobs
 from tests.tasks import make_task
 
 TICKET = Ticket("a1", "somebody")
@@ -43,7 +43,7 @@ def _ready_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def client_of(lines: Lines, grace_s: float = 60) -> RunnerClient:
     runner = SimpleNamespace(txt2img=SimpleNamespace(async_stream=lines))
-    return RunnerClient(runner, Jobs(shared_folder), Unfinished(grace_s))
+    return RunnerClient(runner, SqliteJobs(shared_folder), Unfinished(grace_s))
 
 
 async def never_responds(_: dict[str, Any]) -> AsyncGenerator[str, None]:

@@ -35,6 +35,8 @@ def test_a_server_starts_with_every_spelling_of_on_and_off(name: str, value: str
         *((name, "maybe") for name in ("SD_LOG_PROMPTS", "SD_CUDA_GRAPHS", "SD_WITHOUT_KEYS", "SD_SAFETY", "SD_OPEN", "SD_RATE_LIMIT")),
         *((name, "maybe") for name in ("SD_MAX_QUEUE_S", "SD_MAX_QUEUE_PICTURES", "SD_STUCK_STEP_S", "SD_STOP_GRACE_S")),
         ("SD_SAFETY", "always"),
+        ("SD_SHARED_STATE", "redis://192.0.2.1"),
+        ("SD_SHARED_STATE", "redis://127.0.0.1:1"),
         ("SD_API_KEYS", "short"),
         ("SD_API_KEYS_FILE", "/there/is/none"),
     ],

@@ -1,10 +1,14 @@
-"""Where jobs stand, for several processes at once; what is kept, for how long, and what a key is good for."""
+"""What holds for every job store: where jobs stand, for several processes at once; what is kept, for how long, and what a key is good for.
+
+The same tests run on each store: the file of one machine, and a real Redis or Valkey.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +19,17 @@ from stable_diffusion.core.errors import (
     Cancelled,
     GenerationFailed,
     IdempotencyMismatch,
-    JobsUnavailable,
     PictureExpired,
     PictureNotKept,
     TooManyJobs,
     UnknownJob,
 )
+from stable_diffusion.core.settings import read_settings
 from stable_diffusion.core.types import GeneratedImage, Progress, Ticket
-from stable_diffusion.state.job_record import PICTURES_KEPT, PICTURES_KEPT_S, fingerprint
+from stable_diffusion.state.job_record import PICTURES_KEPT_S, fingerprint
 from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS, Jobs, new_job_id
+from stable_diffusion.state.sqlite_jobs import SqliteJobs
+from tests.redis_server import let_pass, needs_redis_server, started
 from tests.tasks import make_task
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 16, 3), dtype=np.uint8))
@@ -32,9 +38,41 @@ TICKET = Ticket("a1", "somebody")
 ASYNCHRONOUS = replace(TICKET, asynchronous=True)
 
 
+@dataclass(frozen=True)
+class Store:
+    jobs: Jobs
+    let_pass: Callable[[float], None]  # so many seconds
+
+
+@pytest.fixture(params=["sqlite", pytest.param("redis", marks=needs_redis_server)])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    if request.param == "sqlite":
+        later_s = 0.0
+        clock = time.time
+
+        def wait(seconds: float) -> None:
+            nonlocal later_s
+            later_s += seconds
+
+        monkeypatch.setattr(time, "time", lambda: clock() + later_s)
+        yield Store(SqliteJobs(lambda: tmp_path), wait)
+        return
+    from stable_diffusion.state.redis_jobs import RedisJobs
+    from stable_diffusion.state.shared_store import SharedStore
+
+    with started(tmp_path) as server:
+        address = read_settings({"SD_SHARED_STATE": server.url}).shared_state
+        assert address is not None
+        shared = SharedStore(address)
+        jobs = RedisJobs(shared, "machine")
+        yield Store(jobs, lambda seconds: let_pass(server, seconds))
+        jobs.close()
+        shared.close()
+
+
 @pytest.fixture
-def jobs(tmp_path: Path) -> Jobs:
-    return Jobs(lambda: tmp_path)
+def jobs(store: Store) -> Jobs:
+    return store.jobs
 
 
 def completed(jobs: Jobs, job_id: str) -> None:
@@ -80,27 +118,16 @@ def test_what_comes_after_the_end_changes_nothing(jobs: Jobs) -> None:
         record.finished()
 
 
-def test_a_picture_is_gone_after_its_time_and_the_job_after_a_day(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_is_gone_after_its_time_and_the_job_after_a_day(store: Store) -> None:
+    jobs = store.jobs
     completed(jobs, "old")
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + PICTURES_KEPT_S + 1)
+    store.let_pass(PICTURES_KEPT_S + 1)
     with pytest.raises(PictureExpired, match="for 60 minutes"):
         jobs.get("old")[0].finished()
-    monkeypatch.setattr(time, "time", lambda: now + 24 * 3600 + 1)
+    store.let_pass(24 * 3600 - PICTURES_KEPT_S)
     completed(jobs, "new")
     with pytest.raises(UnknownJob):
         jobs.get("old")
-
-
-def test_the_last_pictures_are_kept_and_attended_jobs_do_not_count(jobs: Jobs, tmp_path: Path) -> None:
-    for number in range(PICTURES_KEPT + 1):
-        completed(jobs, f"job {number}")
-        attended = Ticket(f"attended {number}", "somebody")
-        jobs.begin(attended, make_task(), 0)
-        jobs.end(attended, PICTURE)
-    with pytest.raises(PictureExpired):
-        jobs.get("job 0")[0].finished()
-    assert jobs.get("job 1")[0].finished() == PICTURE
 
 
 def test_an_unknown_job_is_an_error(jobs: Jobs) -> None:
@@ -109,15 +136,15 @@ def test_an_unknown_job_is_an_error(jobs: Jobs) -> None:
     jobs.cancel("nobody")
 
 
-def test_a_cancellation_is_found_by_the_runner_that_has_the_job_only(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancellation_is_found_by_the_runner_that_has_the_job_only(store: Store) -> None:
+    jobs = store.jobs
     jobs.begin(TICKET, make_task(), 1)
     jobs.begin(replace(TICKET, index=1), make_task(), 0)
     jobs.cancel("a1")
     assert jobs.to_cancel(0) == [("a1", 1)]
     assert jobs.to_cancel(1) == [("a1", 0)]
     jobs.end(replace(TICKET, index=1), Cancelled("the job was cancelled"))
-    later = time.time() + 11
-    monkeypatch.setattr(time, "time", lambda: later)
+    store.let_pass(11)
     assert jobs.to_cancel(0) == []
     assert jobs.to_cancel(1) == [("a1", 0)]
 
@@ -133,21 +160,9 @@ def test_only_the_callers_own_jobs_are_cancelled(jobs: Jobs) -> None:
 def test_what_a_runner_left_fails_when_it_starts_again(jobs: Jobs) -> None:
     jobs.begin(TICKET, make_task(), 1)
     jobs.begin(Ticket("b2", "somebody"), make_task(), 0)
-    jobs.fail_what_was_left(1)
+    jobs.register_runner(1)
     assert jobs.get("a1")[0].state == "failed"
     assert jobs.get("b2")[0].state == "queued"
-
-
-def test_a_job_whose_worker_died_before_a_runner_got_it_fails_after_a_minute(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs.accept(ASYNCHRONOUS, [make_task()], None, "")
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 59)
-    assert jobs.get("a1")[0].state == "queued"
-    jobs.note_held("a1")
-    monkeypatch.setattr(time, "time", lambda: now + 118)
-    assert jobs.get("a1")[0].state == "queued", "its worker still waits for a runner that loads"
-    monkeypatch.setattr(time, "time", lambda: now + 120)
-    assert jobs.get("a1")[0].state == "failed"
 
 
 def test_an_owner_who_has_all_places_does_not_keep_others_out(jobs: Jobs) -> None:
@@ -159,14 +174,6 @@ def test_an_owner_who_has_all_places_does_not_keep_others_out(jobs: Jobs) -> Non
         jobs.accept(Ticket(f"other {number}", "other", asynchronous=True), [make_task()], None, "what")
     with pytest.raises(TooManyJobs):
         jobs.accept(Ticket("other one more", "other", asynchronous=True), [make_task()], None, "what")
-
-
-def test_jobs_whose_worker_died_do_not_keep_their_places(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
-    for number in range(MAX_ASYNCHRONOUS_JOBS):
-        jobs.accept(Ticket(f"job {number}", "somebody", asynchronous=True), [make_task()], None, "")
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 61)
-    assert jobs.accept(ASYNCHRONOUS, [make_task()], None, "") == "a1"
 
 
 def test_a_job_that_was_given_up_is_stopped_where_it_is_drawn(jobs: Jobs) -> None:
@@ -255,24 +262,3 @@ def test_the_fingerprint_follows_the_request_and_not_the_random_seed(input_pictu
     assert fingerprint("/sdapi/v1/img2img", [task], None) != same
     assert fingerprint(path, [replace(task, prompt="another")], None) != same
     assert fingerprint(path, [replace(task, image=input_picture.rotate(90))], None) != same
-
-
-def test_a_folder_that_was_removed_is_no_reason_to_stop(tmp_path: Path) -> None:
-    def folder() -> Path:
-        (tmp_path / "shared").mkdir(exist_ok=True)
-        return tmp_path / "shared"
-
-    jobs = Jobs(folder)
-    completed(jobs, "a1")
-    for file in folder().iterdir():
-        file.unlink()
-    with pytest.raises(UnknownJob):
-        jobs.get("a1")
-    completed(jobs, "b2")
-    assert jobs.get("b2")[0].finished() == PICTURE
-
-
-def test_a_broken_file_is_an_error_that_callers_know(tmp_path: Path) -> None:
-    (tmp_path / "jobs.sqlite").write_text("not a database" * 100)
-    with pytest.raises(JobsUnavailable):
-        Jobs(lambda: tmp_path).get("a1")

@@ -1,84 +1,89 @@
-"""The rate limit: how many are let in at once, when the next one is, and that processes count together."""
+"""What holds for every rate limit: how many are let in at once, when the next one is, and that each caller has a limit of its own.
+
+The same tests run on the file of one machine and on a real Redis or Valkey.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from stable_diffusion.core.settings import read_settings
 from stable_diffusion.state.rates import RateLimit
+from stable_diffusion.state.sqlite_rates import SqliteRateLimit
+from tests.redis_server import let_pass, needs_redis_server, started
+
+PRECISION_S = 0.2  # of the store's clock, which goes on
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
+@dataclass(frozen=True)
+class Counter:
+    limit: Callable[[int], RateLimit]
+    let_pass: Callable[[float], None]  # so many seconds
 
 
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr("stable_diffusion.state.rates.time.monotonic", clock.monotonic)
-    return clock
+@pytest.fixture(params=["sqlite", pytest.param("redis", marks=needs_redis_server)])
+def counter(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
+    if request.param == "sqlite":
+        now = 1000.0
+
+        def wait(seconds: float) -> None:
+            nonlocal now
+            now += seconds
+
+        monkeypatch.setattr("stable_diffusion.state.sqlite_rates.time.monotonic", lambda: now)
+        yield Counter(lambda per_minute: SqliteRateLimit(lambda: tmp_path, per_minute), wait)
+        return
+    from stable_diffusion.state.redis_rates import RedisRateLimit
+    from stable_diffusion.state.shared_store import SharedStore
+
+    with started(tmp_path) as server:
+        address = read_settings({"SD_SHARED_STATE": server.url}).shared_state
+        assert address is not None
+        store = SharedStore(address)
+
+        def limit(per_minute: int) -> RateLimit:
+            return RedisRateLimit(store, per_minute, SqliteRateLimit(lambda: tmp_path, per_minute))
+
+        yield Counter(limit, lambda seconds: let_pass(server, seconds))
+        store.close()
 
 
-def test_as_many_as_are_allowed_in_a_minute_come_at_once_and_then_one_each_share_of_it(clock: Clock, tmp_path: Path) -> None:
-    limit = RateLimit(lambda: tmp_path, 6)
+def test_as_many_as_are_allowed_in_a_minute_come_at_once_and_then_one_each_share_of_it(counter: Counter) -> None:
+    limit = counter.limit(6)
     assert [limit.wait_s("alice") for _ in range(6)] == [0.0] * 6
-    assert limit.wait_s("alice") == pytest.approx(10)
-    clock.now += 9.5
-    assert limit.wait_s("alice") == pytest.approx(0.5)
-    clock.now += 0.5
+    assert limit.wait_s("alice") == pytest.approx(10, abs=PRECISION_S)
+    counter.let_pass(9.5)
+    assert limit.wait_s("alice") == pytest.approx(0.5, abs=PRECISION_S)
+    counter.let_pass(0.5)
     assert limit.wait_s("alice") == 0.0
-    assert limit.wait_s("alice") == pytest.approx(10)
+    assert limit.wait_s("alice") == pytest.approx(10, abs=PRECISION_S)
 
 
-def test_whoever_waits_as_long_as_told_is_let_in_and_refused_requests_do_not_count(clock: Clock, tmp_path: Path) -> None:
-    limit = RateLimit(lambda: tmp_path, 7)
+def test_whoever_waits_as_long_as_told_is_let_in_and_refused_requests_do_not_count(counter: Counter) -> None:
+    limit = counter.limit(7)
     for _ in range(50):
         if wait_s := limit.wait_s("alice"):
-            assert [limit.wait_s("alice") for _ in range(3)] == [pytest.approx(wait_s)] * 3
-            clock.now += wait_s
+            assert [limit.wait_s("alice") for _ in range(3)] == [pytest.approx(wait_s, abs=PRECISION_S)] * 3
+            counter.let_pass(wait_s)
             assert limit.wait_s("alice") == 0.0
 
 
-def test_one_caller_takes_nothing_from_another(clock: Clock, tmp_path: Path) -> None:
-    limit = RateLimit(lambda: tmp_path, 1)
+@pytest.mark.parametrize("per_minute", [7, 30, 100, 999])
+def test_sums_of_fractions_let_no_more_and_no_fewer_in(counter: Counter, per_minute: int) -> None:
+    limit = counter.limit(per_minute)
+    began_s = time.monotonic()
+    let_in = sum(limit.wait_s("alice") == 0.0 for _ in range(per_minute + 5))
+    came_back = (time.monotonic() - began_s) * per_minute / 60
+    assert per_minute <= let_in <= per_minute + came_back
+
+
+def test_one_caller_takes_nothing_from_another(counter: Counter) -> None:
+    limit = counter.limit(1)
     assert [limit.wait_s(name) for name in ("alice", "bob")] == [0.0, 0.0]
-    assert limit.wait_s("alice") == limit.wait_s("bob") == pytest.approx(60)
-
-
-def test_who_asked_for_nothing_for_a_minute_is_forgotten(clock: Clock, tmp_path: Path) -> None:
-    limit = RateLimit(lambda: tmp_path, 2)
-    for index in range(100):
-        limit.wait_s(f"address {index}")
-    size = (tmp_path / "rates.sqlite").stat().st_size
-    for round_ in range(5):
-        clock.now += 61
-        for index in range(100):
-            limit.wait_s(f"address {index} {round_}")
-    assert (tmp_path / "rates.sqlite").stat().st_size <= 2 * max(size, 8192)
-
-
-def let_in(folder: Path, tries: int) -> int:
-    limit = RateLimit(lambda: folder, 20)
-    return sum(limit.wait_s("alice") == 0.0 for _ in range(tries))
-
-
-def test_processes_count_together(tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        pool.starmap(let_in, [(tmp_path / "warm", 1)] * 3)  # starting them is not part of it
-        began_s = time.monotonic()
-        counts = pool.starmap(let_in, [(tmp_path, 40)] * 3)
-        took_s = time.monotonic() - began_s
-    assert 20 <= sum(counts) <= 20 + 1 + took_s / 3, "one comes back every three seconds"
-
-
-def test_where_nothing_can_be_counted_everybody_is_let_in_and_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    limit = RateLimit(lambda: tmp_path / "missing", 1)
-    assert [limit.wait_s("alice") for _ in range(3)] == [0.0] * 3
-    assert "rate limit is not enforced" in caplog.text
+    assert limit.wait_s("alice") == pytest.approx(60, abs=PRECISION_S)
+    assert limit.wait_s("bob") == pytest.approx(60, abs=PRECISION_S)

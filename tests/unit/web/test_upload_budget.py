@@ -28,7 +28,8 @@ from stable_diffusion.core.types import GeneratedImage, RequestContext
 from stable_diffusion.images import infotext
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
 from stable_diffusion.runner.client import RunnerClient
-from stable_diffusion.state.jobs import Jobs, new_job_id
+from stable_diffusion.state.jobs import new_job_id
+from stable_diffusion.state.sqlite_jobs import SqliteJobs
 from stable_diffusion.web import upload_budget
 from stable_diffusion.web.upload_budget import UNCOUNTED_BYTES, Uploads
 from tests.tasks import make_task
@@ -45,7 +46,7 @@ def small_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_context() -> Context:
-    return Context(RunnerClient(None, Jobs(Path), Unfinished(grace_s=60)), lambda: MODEL, lambda: "default-on")
+    return Context(RunnerClient(None, SqliteJobs(Path), Unfinished(grace_s=60)), lambda: MODEL, lambda: "default-on")
 
 
 def noise() -> bytes:

@@ -27,7 +27,8 @@ from stable_diffusion.models.folder import DEMO_FOLDER, check_model
 from stable_diffusion.runner.client import RunnerClient
 from stable_diffusion.runner.wire import pack_outcome, pack_progress, pack_taken_on
 from stable_diffusion.state.folder import shared_folder
-from stable_diffusion.state.jobs import Jobs, new_job_id
+from stable_diffusion.state.jobs import new_job_id
+from stable_diffusion.state.sqlite_jobs import SqliteJobs
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,7 @@ def http_client_of(draws: Draws, requests: list[str]) -> TestClient:
         return True
 
     runner = SimpleNamespace(txt2img=SimpleNamespace(async_stream=draw), runner_handle_is_ready=is_ready)
-    client = RunnerClient(runner, Jobs(shared_folder), Unfinished(grace_s=60))
+    client = RunnerClient(runner, SqliteJobs(shared_folder), Unfinished(grace_s=60))
     api = Starlette(routes=make_routes(Context(client, lambda: check_model(DEMO_FOLDER), lambda: "default-on")))
 
     async def application(scope: Scope, receive: Receive, send: Send) -> None:

@@ -21,8 +21,8 @@ from stable_diffusion.runner import readiness as readiness_module
 from stable_diffusion.runner.client import RunnerClient
 from stable_diffusion.runner.readiness import Readiness
 from stable_diffusion.state.folder import shared_folder
-from stable_diffusion.state.jobs import Jobs
 from stable_diffusion.state.runner_status import RunnerState
+from stable_diffusion.state.sqlite_jobs import SqliteJobs
 
 
 class Runner:
@@ -45,7 +45,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def ask(path: str, answer: bool | Exception = True, model: ModelFolder | None = None) -> Any:
     model = model or check_model(DEMO_FOLDER)
-    client = RunnerClient(Runner(answer), Jobs(shared_folder), Unfinished(grace_s=60))
+    client = RunnerClient(Runner(answer), SqliteJobs(shared_folder), Unfinished(grace_s=60))
     response = TestClient(Starlette(routes=make_routes(Context(client, lambda: model, lambda: "default-on")))).get(path)
     assert response.status_code == 200
     return response.json()

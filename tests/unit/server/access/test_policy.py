@@ -6,9 +6,10 @@ import logging
 
 import pytest
 
+from stable_diffusion.core.addresses import is_loopback
 from stable_diffusion.core.errors import SettingError
 from stable_diffusion.server.access.keys import read_keys
-from stable_diffusion.server.access.policy import Access, caller_at, check_exposure, is_loopback, read_access
+from stable_diffusion.server.access.policy import Access, caller_at, check_exposure, read_access
 
 KEY = "correct-horse-battery-staple"
 KEYED = Access(read_keys({"SD_API_KEYS": f"alice:{KEY}"}))
