@@ -106,7 +106,7 @@ def test_a_misspelt_variable_is_found_with_the_setting_that_is_meant() -> None:
 
 def test_no_setting_of_the_page_is_unknown() -> None:
     names = set(re.findall(r"^\| `(SD_[A-Z_]+)` \|", PAGES["docs/configuration.md"], re.MULTILINE))
-    assert len(names) == 16
+    assert len(names) == 17
     assert unknown_variables(dict.fromkeys([*names, "SD_SHARED_FOLDER", "SD_OPERATORS_THREADS"], "")) == {}
 
 
