@@ -47,7 +47,7 @@ FRIEND = "https://friend.example"
 PROMPT = "a red circle on a blue background"
 PROBES = ("/livez", "/readyz", "/healthz")
 OPEN = (*PROBES, "/metrics")
-UI_MODULES = ("app", "connection", "events", "file", "form", "history", "input", "mask", "results", "service", "upload")
+UI_MODULES = ("app", "connection", "events", "file", "form", "history", "input", "loras", "mask", "results", "service", "upload")
 # Every route, and how a request with nothing in it is answered to who has a key.
 TABLE = {
     **{("GET", path): 200 for path in (*OPEN, "/", "/docs.json", "/static_content/swagger-ui.css", "/static_content/swagger-ui-bundle.js")},

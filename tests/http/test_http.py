@@ -191,7 +191,7 @@ def test_proportions_are_kept_and_sizes_are_multiples_of_8(server: Server) -> No
     [
         ({"prompt": ""}, "prompt", "must not be empty"),
         ({"height": 100}, "height", "multiple of 8"),
-        ({"width": 2048}, "width", "less than or equal to 1024"),
+        ({"width": 2056}, "width", "less than or equal to 2048"),
         ({"num_inference_steps": 1000}, "num_inference_steps", "less than or equal to 150"),
         ({"guidance_scale": "high"}, "guidance_scale", "valid number"),
         ({"scheduler": "magic"}, "scheduler", "allowed are PNDM"),
