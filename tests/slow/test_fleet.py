@@ -20,7 +20,7 @@ import pytest
 
 from tests.http.asking import picture_of
 from tests.http.following import ask, start
-from tests.http.servers import READY_TIMEOUT_S, ROOT, Server, environment, free_port, kill, serve
+from tests.http.servers import READY_TIMEOUT_S, ROOT, Server, environment, free_port, kill, serve, wait_until_ready
 from tests.redis_server import RedisServer, needs_redis_server, started
 
 pytestmark = needs_redis_server
@@ -60,10 +60,14 @@ def family_of(server: Server) -> list[psutil.Process]:
     return [first, *first.children(recursive=True)]
 
 
+def model_process_of(server: Server) -> psutil.Process:
+    (worker,) = [process for process in family_of(server) if "bentoml_cli.worker.runner" in process.cmdline()]
+    return worker
+
+
 def machine_of(server: Server) -> str:
     """How the store names the server."""
-    (worker,) = [process for process in family_of(server) if "bentoml_cli.worker.runner" in process.cmdline()]
-    return hashlib.sha256(worker.environ()["SD_SHARED_FOLDER"].encode()).hexdigest()[:16]
+    return hashlib.sha256(family_of(server)[1].environ()["SD_SHARED_FOLDER"].encode()).hexdigest()[:16]
 
 
 def until(condition: Callable[[], object], timeout_s: float = 60) -> None:
@@ -125,6 +129,18 @@ def test_a_machine_that_was_only_stopped_comes_too_late_and_the_image_is_the_sam
     assert ask(stopped, f"{location}/picture").content == expected
     own = start(stopped, seed=12, num_inference_steps=2).headers["location"]
     assert end_of(stopped, own)["state"] == "completed"
+
+
+def test_a_job_whose_model_process_dies_is_generated_elsewhere_at_once(servers: list[Server], store: RedisServer) -> None:
+    location = start(servers[0], seed=13, **LONG).headers["location"]
+    until(lambda: runner_of(store, location))
+    owner = runner_of(store, location)
+    (unlucky,) = [server for server in servers if owner.startswith(machine_of(server))]
+    model_process_of(unlucky).kill()
+    until(lambda: runner_of(store, location) not in ("", owner), 20)
+    assert end_of(servers[0], location)["state"] == "completed"
+    assert ask(unlucky, f"{location}/picture").headers["seed"] == "13"
+    wait_until_ready(unlucky)
 
 
 def test_nothing_that_was_accepted_is_lost_when_machines_are_killed(
