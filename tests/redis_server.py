@@ -149,8 +149,9 @@ def _age(client: Any, key: bytes, seconds: float) -> None:
             client.zadd(key, {member: score - seconds})
     elif kind == b"hash":
         for field, value in client.hgetall(key).items():
-            if field.endswith(b"_at") and not (key.endswith(b":watch") and field == b"last_at"):
-                client.hset(key, field, f"{float(value) - seconds:.6f}")
+            if field.endswith(b"_at"):
+                is_last_look = key.endswith(b":watch") and field == b"last_at"  # just now, but not in this second
+                client.hset(key, field, f"{float(value) - (min(seconds, 2) if is_last_look else seconds):.6f}")
     elif b":rate:" in key:
         client.set(key, f"{float(client.get(key)) - seconds:.6f}", keepttl=True)
     if (left_ms := client.pttl(key)) > 0:

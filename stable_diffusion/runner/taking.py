@@ -38,6 +38,11 @@ async def take_jobs(client: RunnerClient) -> None:
         except JobsUnavailable:
             await asyncio.sleep(_RETRY_S)
             continue
+        except Exception:
+            # Such as a job that a machine with another version has accepted. It goes back after a minute; this one takes the next.
+            logger.exception("A job from the shared queue cannot be taken.")
+            await asyncio.sleep(_RETRY_S)
+            continue
         if taken is None:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(client.may_take.wait(), _LOOK_S)

@@ -200,8 +200,12 @@ local function forget(most_bytes)
 end
 
 -- Ends jobs that no machine has taken in their time, and takes the images of workers and runners that are silent away from them. Silence
--- counts only while somebody has been watching: after the store was away, all of them are given the time to report again.
+-- counts only while somebody has been watching: after the store was away, all of them are given the time to report again. Once a second is
+-- enough, and calls that only look then write nothing into the append-only file.
 local function reap(outcome, outcome_of_cancelled, outcome_of_late)
+  local watch = redis.call('HMGET', PREFIX .. 'watch', 'since_at', 'last_at')
+  local since, last = tonumber(watch[1] or NOW), tonumber(watch[2] or 0)
+  if NOW - last < 1 then return end
   for _, id in ipairs(redis.call('ZRANGEBYSCORE', PREFIX .. 'waiting_until', '-inf', NOW, 'LIMIT', 0, 100)) do
     for _, index in ipairs(images_of(id, true)) do
       if redis.call('HEXISTS', key_of(id), index .. '.waits') == 1 then finish(id, index, 'failed', outcome_of_late, true) end
@@ -213,9 +217,7 @@ local function reap(outcome, outcome_of_cancelled, outcome_of_late)
     lose(id, index, false, outcome, outcome_of_cancelled)
     redis.call('ZREM', PREFIX .. 'unclaimed', member)
   end
-  local watch = redis.call('HMGET', PREFIX .. 'watch', 'since_at', 'last_at')
-  local since = tonumber(watch[1] or NOW)
-  if NOW - tonumber(watch[2] or 0) > LEASE / 2 then since = NOW end
+  if NOW - last > LEASE / 2 then since = NOW end
   redis.call('HSET', PREFIX .. 'watch', 'since_at', stamp(since), 'last_at', stamp(NOW))
   if NOW - since < LEASE then return end
   for _, runner in ipairs(redis.call('ZRANGEBYSCORE', PREFIX .. 'runners', '-inf', NOW - LEASE, 'LIMIT', 0, 10)) do
@@ -228,6 +230,7 @@ local function reap(outcome, outcome_of_cancelled, outcome_of_late)
 end
 
 local function hear_of(runner)
+  if NOW - tonumber(redis.call('ZSCORE', PREFIX .. 'runners', runner) or 0) < 1 then return end
   redis.call('ZADD', PREFIX .. 'runners', NOW, runner)
   redis.call('EXPIRE', PREFIX .. 'cancel:' .. runner, REMEMBERED_S)
 end
@@ -339,15 +342,11 @@ if owned == 0 then owners = owners + 1 end
 local limit = MAX_JOBS * math.max(1, redis.call('ZCARD', PREFIX .. 'runners'))
 -- The same rule as core/fair_share.py.
 if unfinished >= limit and not (owned < limit / owners and unfinished < 2 * limit) then
-  local soonest
-  for place = 1, #counts, 2 do
-    for _, one in ipairs(redis.call('ZRANGE', PREFIX .. 'owner:' .. counts[place], 0, 99)) do
-      if redis.call('HGET', key_of(one), 'asynchronous') == '1' then
-        for _, index in ipairs(images_of(one, true)) do
-          local left = tonumber(redis.call('HGET', key_of(one), index .. '.seconds_left') or nil)
-          if left and (not soonest or left < soonest) then soonest = left end
-        end
-      end
+  local soonest  -- of the caller's own oldest jobs: to look at all would cost more than to accept one
+  for _, one in ipairs(redis.call('ZRANGE', PREFIX .. 'owner:' .. owner, 0, 9)) do
+    for _, index in ipairs(images_of(one, true)) do
+      local left = tonumber(redis.call('HGET', key_of(one), index .. '.seconds_left') or nil)
+      if left and (not soonest or left < soonest) then soonest = left end
     end
   end
   return {{'too many', tostring(unfinished), tostring(soonest or 1)}}

@@ -138,6 +138,23 @@ def test_while_the_shared_state_is_away_the_worker_tries_again() -> None:
     assert queue.given_back == [(TICKET, True)]
 
 
+def test_a_job_that_cannot_be_read_does_not_keep_the_worker_from_the_next(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    queue = Queue([job()])
+    take, unreadable = queue.take, iter([TypeError("a field of a newer version")])
+
+    def take_after_an_unreadable_one(most_images: int) -> Taken | None:
+        if (error := next(unreadable, None)) is not None:
+            raise error
+        return take(most_images)
+
+    monkeypatch.setattr(queue, "take", take_after_an_unreadable_one)
+    work_off(queue, dies)
+    assert queue.given_back == [(TICKET, True)]
+    assert "cannot be taken" in caplog.text
+
+
 def test_a_worker_that_stops_takes_nothing_more() -> None:
     queue = Queue([job()])
 

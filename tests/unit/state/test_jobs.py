@@ -252,6 +252,17 @@ def test_more_asynchronous_jobs_than_may_wait_are_refused(jobs: Jobs) -> None:
     assert jobs.accept(replace(ASYNCHRONOUS, job_id="c3"), [make_task()], None, "") == "c3"
 
 
+def test_a_refused_caller_is_told_when_a_place_may_be_free(jobs: Jobs) -> None:
+    for number in range(MAX_ASYNCHRONOUS_JOBS):
+        jobs.accept(Ticket(f"job {number}", "somebody", asynchronous=True), [make_task()], None, "")
+    running = Ticket("job 0", "somebody", asynchronous=True)
+    jobs.begin(running, make_task(), 0)
+    jobs.note({running: Progress(0, 3, 50, 7.2)})
+    with pytest.raises(TooManyJobs) as refusal:
+        jobs.accept(ASYNCHRONOUS, [make_task()], None, "")
+    assert refusal.value.retry_after_s == 7
+
+
 def test_the_fingerprint_follows_the_request_and_not_the_random_seed(input_picture: Image.Image) -> None:
     task = make_task(image=input_picture)
     path = "/img2img"
