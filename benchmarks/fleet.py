@@ -55,7 +55,8 @@ def main() -> None:
     if not 1 <= arguments.servers <= 16:
         raise SystemExit("N must be 1 to 16")
     store, balancer = _program("redis-server", "valkey-server"), _program("haproxy")
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell starts programs in the background with SIGINT ignored
+        signal.signal(number, _interrupt)
     with tempfile.TemporaryDirectory(prefix="fleet-") as folder, ExitStack() as running:
         try:
             _run(running, arguments, store, balancer, Path(folder))

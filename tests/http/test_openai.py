@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.http.asking import PROMPT, as_file, draw, picture_of, redraw
-from tests.http.following import cancelled
+from tests.http.following import cancelled, ended
 from tests.http.servers import Server
 
 IN_COMPANY = 2  # levels of 255 by which a picture may differ there, as docs/performance.md says
@@ -91,8 +91,8 @@ def test_an_edit_without_a_mask_redraws_the_whole_picture(server: Server, client
 
 def test_the_pictures_of_a_request_are_one_job(server: Server, client: openai.OpenAI) -> None:
     answer = client.images.with_raw_response.generate(prompt=PROMPT, n=2, extra_body=extras(num_inference_steps=1))
-    with server.client() as plain:
-        job = plain.get(f"/jobs/{answer.headers['job-id']}").json()
+    # The client has the images before the job store has the end.
+    job = ended(server, f"/jobs/{answer.headers['job-id']}")
     assert (job["state"], job["images"], job["kind"]) == ("completed", 2, "txt2img")
 
 

@@ -60,7 +60,8 @@ def post(server: Server, body: dict[str, object], **headers: str) -> httpx.Respo
 
 def test_a_job_is_known_followed_and_fetched_at_the_other_server_without_a_cookie(servers: tuple[Server, Server]) -> None:
     first, second = servers
-    accepted = start(first, seed=5, num_inference_steps=30, preview_every_steps=5, output_format="png")
+    # Long enough for the progress that is stored twice a second.
+    accepted = start(first, seed=5, num_inference_steps=120, preview_every_steps=5, output_format="png")
     location = accepted.headers["location"]
     with second.client() as client, client.stream("GET", f"{location}/events") as response:
         events = list(events_of(response))
@@ -68,9 +69,9 @@ def test_a_job_is_known_followed_and_fetched_at_the_other_server_without_a_cooki
     assert events[-1][0] == "completed"
     assert {"progress", "preview"} <= {name for name, _ in events}
     job = ended(second, location)
-    assert (job["state"], job["step"], job["steps"]) == ("completed", 31, 31)
+    assert (job["state"], job["step"], job["steps"]) == ("completed", 121, 121)
     fetched = ask(second, job["picture"])
-    assert picture_of(fetched) == picture_of(draw(first, seed=5, num_inference_steps=30))
+    assert picture_of(fetched) == picture_of(draw(first, seed=5, num_inference_steps=120))
     assert fetched.content == ask(first, job["picture"]).content
     for response in (accepted, fetched, ask(second, location)):
         assert "set-cookie" not in response.headers
