@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from diffusers import LMSDiscreteScheduler
 
-_KEPT = 4096  # about twenty numbers of steps
+_KEPT = 4096  # about twenty numbers of steps; some 3 MB
 
 
 class KeptLMSDiscreteScheduler(LMSDiscreteScheduler):  # type: ignore[misc]  # diffusers has no types
@@ -17,7 +17,7 @@ class KeptLMSDiscreteScheduler(LMSDiscreteScheduler):  # type: ignore[misc]  # d
     def get_lms_coefficient(self, order: int, t: int, current_order: int) -> float:
         """The coefficient of one of the last `order` derivatives in step `t`."""
         kept = self._coefficients
-        key = (order, t, current_order, *self.sigmas[: t + 2].tolist())
+        key = (order, t, current_order, self.sigmas[: t + 2].numpy().tobytes())
         if key not in kept:
             kept[key] = super().get_lms_coefficient(order, t, current_order)
         kept.move_to_end(key)
