@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from PIL import Image
+
 from stable_diffusion.api.context import Served
 from stable_diffusion.core.safety import SafetyPolicy
 from stable_diffusion.core.types import Task
@@ -24,6 +26,14 @@ def make_task(**changes: object) -> Task:
         "safety_check": True,
     }
     return Task(**(values | changes))  # type: ignore[arg-type]
+
+
+def task_of_kind(picture: Image.Image, mask: Image.Image, *, kind: object = "txt2img", **changes: object) -> Task:
+    """A task as of `make_task`, with the inputs that its kind has; txt2img has no strength either."""
+    if kind == "txt2img":
+        return make_task(**{name: value for name, value in changes.items() if name != "strength"})
+    inputs: dict[str, object] = {"image": picture, "mask": mask} if kind == "inpaint" else {"image": picture}
+    return make_task(**(changes | inputs | {"kind": kind}))
 
 
 def served(model: ModelFolder, policy: SafetyPolicy = "default-on", loras: Loras | None = None) -> Served:

@@ -97,7 +97,7 @@ _RESPONSE_HEADERS = {
     "scheduler": "Noise scheduler.",
     "strength": "Strength (img2img and inpaint only).",
     "prompt_syntax": "The syntax in which the prompts were read.",
-    "clip_skip": "Which layer of the text encoder was used, counted from the last.",
+    "clip_skip": "Which layer of the text encoder was used. 1: the one that the model is made for.",
     "loras": "Present only if LoRAs were used: a JSON list of their names and weights.",
     "safety_check": "Whether a safety check was requested. It runs only if the model has a safety checker.",
     "safety_flagged": "true: the image was flagged and is blank. false: it was not. unchecked: no safety check ran.",

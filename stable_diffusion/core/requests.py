@@ -16,7 +16,8 @@ from stable_diffusion.core.errors import FieldError, InvalidRequest
 from stable_diffusion.core.schedulers import SCHEDULERS, known_scheduler
 
 MIN_SIDE = 64
-MAX_SIDE = 2048  # of any model; most allow less (models/folder.py)
+USUAL_MAX_SIDE = 1024
+MAX_SIDE = 2048  # of models for large images (models/folder.py)
 SIDE_MULTIPLE = 8
 MAX_STEPS = 150
 MAX_GUIDANCE_SCALE = 30.0
@@ -129,7 +130,10 @@ class GenerationRequest(BaseModel):
         "[one|other] and <lora:name:0.8>, as in A1111.",
     )
     clip_skip: int = Field(
-        1, ge=1, le=MAX_CLIP_SKIP, description="The text encoder's layer to use, counted from the last. 2: the second to last."
+        1,
+        ge=1,
+        le=MAX_CLIP_SKIP,
+        description="The text encoder's layer to use. 1: that which the model is made for, 2: the one before.",
     )
     loras: list[LoraRequest] = Field([], max_length=MAX_LORAS, description="LoRAs to apply, each with its weight.")
     safety_check: bool | None = Field(

@@ -266,8 +266,7 @@ class Denoiser:
     def _encode_image(self, pixels: torch.Tensor, latents: Latents) -> torch.Tensor:
         # Rounded to the dtype first, as in diffusers, also where the autoencoder computes in float32.
         pixels = pixels.to(device=self._parts.device, dtype=self._parts.dtype).to(self._parts.vae.dtype)
-        distribution, tiled = _within_memory(self._parts.vae, lambda: self._parts.vae.encode(pixels))
-        latents.tiled = latents.tiled or tiled
+        distribution = _within_memory(self._parts.vae, latents, lambda: self._parts.vae.encode(pixels))
         encoded: torch.Tensor = retrieve_latents(distribution, generator=latents.generator).to(self._parts.dtype)
         scaling_factor: float = self._parts.vae.config.scaling_factor
         return scaling_factor * encoded
@@ -406,9 +405,7 @@ class Denoiser:
 
     def _to_pixels(self, vae: Any, state: Latents) -> torch.Tensor:
         latents = state.latents.to(vae.dtype) / vae.config.scaling_factor
-        decoded, tiled = _within_memory(vae, lambda: vae.decode(latents, return_dict=False, generator=state.generator))
-        state.tiled = state.tiled or tiled
-        pixels: torch.Tensor = decoded[0]
+        pixels: torch.Tensor = _within_memory(vae, state, lambda: vae.decode(latents, return_dict=False, generator=state.generator))[0]
         return pixels
 
     def _vae_in_float32(self) -> Any:
@@ -427,10 +424,10 @@ class Denoiser:
         return pixels, bool(flagged)
 
 
-def _within_memory(vae: Any, work: Callable[[], Any]) -> tuple[Any, bool]:
-    """The result of `work`, which runs the autoencoder, and whether it had to run in tiles, since the whole did not fit into memory."""
+def _within_memory(vae: Any, state: Latents, work: Callable[[], Any]) -> Any:
+    """The result of `work`, which runs the autoencoder: in tiles if the whole does not fit into memory, which `state` then says."""
     try:
-        return work(), False
+        return work()
     except torch.OutOfMemoryError:
         logger.warning("Out of memory in the autoencoder: trying again in tiles of %d pixels.", _TILE_SIDE)
     # Outside the handler: the error's traceback holds the intermediate tensors.
@@ -438,8 +435,9 @@ def _within_memory(vae: Any, work: Callable[[], Any]) -> tuple[Any, bool]:
     vae.enable_tiling()
     vae.tile_sample_min_size = _TILE_SIDE
     vae.tile_latent_min_size = _TILE_SIDE >> (len(vae.config.block_out_channels) - 1)
+    state.tiled = True
     try:
-        return work(), True
+        return work()
     finally:
         vae.disable_tiling()
 

@@ -47,7 +47,7 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A text encoder with its tokenizer. Those of a model have the same vocabulary; only their padding may differ."""
+    """A text encoder with its tokenizer. Those of a model have the same vocabulary, and may pad with different tokens."""
 
     tokenizer: CLIPTokenizer
     model: CLIPTextModel | CLIPTextModelWithProjection
@@ -94,22 +94,20 @@ class PromptEncoder:
         return embeddings
 
     def _encode(self, text: Text) -> Embeddings:
-        count = self.count_chunks(text)
-        of_encoders = [self._encode_with(index, text, count) for index in range(len(self._encoders))]
+        chunks = [chunker.chunks(text.sections)[:MAX_PROMPT_CHUNKS] for chunker in self._chunkers]
+        count = max(map(len, chunks))
+        # The tokenizers of Stable Diffusion XL read "!" differently, so one encoder may have fewer chunks.
+        filled = [own + [Chunk() for _ in range(count - len(own))] for own in chunks]
+        of_encoders = [self._encode_with(index, own, text) for index, own in enumerate(filled)]
         tokens = torch.cat([tokens for tokens, _ in of_encoders], dim=-1)
         pooled = of_encoders[-1][1]
         if text.is_zero:
             return Embeddings(torch.zeros_like(tokens), None if pooled is None else torch.zeros_like(pooled))
         return Embeddings(tokens, pooled)
 
-    def _encode_with(self, index: int, text: Text, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One encoder's embeddings (1, tokens, width) and, if it has a projection, its summary of the first chunk (1, width).
-
-        `count`: of chunks. The tokenizers of Stable Diffusion XL read "!" differently, so one encoder's last chunk may be empty.
-        """
+    def _encode_with(self, index: int, chunks: list[Chunk], text: Text) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One encoder's embeddings (1, tokens, width) and, if it has a projection, its summary of the first chunk (1, width)."""
         encoder, chunker = self._encoders[index], self._chunkers[index]
-        chunks = chunker.chunks(text.sections)[:count]
-        chunks += [Chunk() for _ in range(count - len(chunks))]
         device = encoder.model.device
         tokens = torch.tensor([chunker.padded_tokens(chunk) for chunk in chunks], device=device)
         mask = None

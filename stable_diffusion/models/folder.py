@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_diffusion.core.errors import ModelFolderError
-from stable_diffusion.core.requests import MAX_PIXEL_STEPS, MAX_SIDE
+from stable_diffusion.core.requests import MAX_PIXEL_STEPS, MAX_SIDE, USUAL_MAX_SIDE
 from stable_diffusion.core.settings import MODEL_VARIABLE, read_settings
 from stable_diffusion.models.defaults import FILE_NAME as DEFAULTS_FILE_NAME
 from stable_diffusion.models.defaults import Defaults, DefaultsFile, defaults_of, read_defaults
@@ -49,7 +49,6 @@ _SAFETENSORS = ".safetensors"
 _UNFINISHED = ".part"  # a file that `make model` is fetching, or was
 _HALF_PRECISION = ".fp16"
 _HASH_DIGITS = 10  # as A1111 shows them
-_LARGE_SIDE = 1024  # pixels
 _USUAL_PIXELS = 512 * 512  # of the native size that MAX_PIXEL_STEPS is for
 
 
@@ -84,7 +83,7 @@ class ModelFolder:
     @property
     def max_side(self) -> int:
         """The greatest width and height in pixels: twice the native size of a model for large images."""
-        return MAX_SIDE if min(self.native_width, self.native_height) >= _LARGE_SIDE else _LARGE_SIDE
+        return MAX_SIDE if min(self.native_width, self.native_height) >= USUAL_MAX_SIDE else USUAL_MAX_SIDE
 
     @property
     def max_pixel_steps(self) -> int:
@@ -260,7 +259,7 @@ def _check_folder(folder: Path, name: str, is_demo: bool, vae: Path | None) -> M
     _refuse_pickles(folder)
     index = _read_json(folder / "model_index.json", "not a diffusers model folder")
     check_pipeline(index, folder / "model_index.json")
-    is_xl = index["_class_name"] in _XL_PIPELINES
+    is_xl = _is_xl(index)
     has_checker = not is_xl and (index.get("safety_checker") or [None])[0] is not None
     components = ["unet", "vae", "text_encoder", *["text_encoder_2"] * is_xl, *["safety_checker"] * has_checker]
     variants = {_check_weights(folder / component, _WEIGHT_FILES[component]) for component in components}
@@ -288,7 +287,7 @@ def _facts_of(folder: Path, stated: DefaultsFile, scheduler_changes: dict[str, s
     unet = _read_json(folder / "unet" / "config.json", "the UNet's configuration")
     vae = _read_json(folder / "vae" / "config.json", "the autoencoder's configuration")
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", "the noise scheduler's configuration") | scheduler_changes
-    is_xl = (folder / "text_encoder_2" / "config.json").is_file()
+    is_xl = _is_xl(_read_json(folder / "model_index.json", "not a diffusers model folder"))
     channels = unet.get("in_channels")
     if channels not in (4, 9):
         raise ModelFolderError(f"{folder / 'unet' / 'config.json'}: in_channels is {channels}, expected 4, or 9 for inpainting")
@@ -325,6 +324,10 @@ def _facts_of(folder: Path, stated: DefaultsFile, scheduler_changes: dict[str, s
         loras=folder.parent / "loras",
         embeddings=folder.parent / "embeddings",
     )
+
+
+def _is_xl(index: Mapping[str, Any]) -> bool:
+    return index.get("_class_name") in _XL_PIPELINES
 
 
 def check_pipeline(index: Mapping[str, Any], file: object) -> None:

@@ -33,7 +33,7 @@ from stable_diffusion.engine.loading import Parts, load
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
 from tests.model.recording_engine import RecordingEngine
 from tests.model.reference import PIPELINES, assert_same_picture, draw_with_diffusers
-from tests.tasks import make_task
+from tests.tasks import make_task, task_of_kind
 
 
 def stop_guidance_after(step: int) -> Callable[..., dict[str, Any]]:
@@ -61,12 +61,7 @@ SCHEDULERS_AND_KINDS = [
 def test_one_job_gives_the_picture_of_diffusers(
     recording_engine: RecordingEngine, input_picture: Image.Image, right_half_mask: Image.Image, scheduler: str, kind: str
 ) -> None:
-    changes: dict[str, object] = {"kind": kind, "scheduler": scheduler, "negative_prompt": "green", "seed": 11}
-    if kind != "txt2img":
-        changes |= {"image": input_picture, "strength": 0.7}
-    if kind == "inpaint":
-        changes |= {"mask": right_half_mask}
-    task = make_task(**changes)
+    task = task_of_kind(input_picture, right_half_mask, kind=kind, scheduler=scheduler, negative_prompt="green", seed=11, strength=0.7)
     (picture,) = recording_engine.draw([task])
     assert_same_picture(picture.image, draw_with_diffusers(DEMO_FOLDER, task))
 
@@ -94,11 +89,7 @@ def test_one_job_gives_the_picture_of_diffusers(
 def test_other_settings_give_the_picture_of_diffusers_too(
     recording_engine: RecordingEngine, input_picture: Image.Image, right_half_mask: Image.Image, changes: dict[str, object]
 ) -> None:
-    kind = changes.get("kind", "txt2img")
-    inputs: dict[str, object] = {"image": input_picture} if kind != "txt2img" else {}
-    if kind == "inpaint":
-        inputs["mask"] = right_half_mask
-    task = make_task(**(changes | inputs))
+    task = task_of_kind(input_picture, right_half_mask, **changes)
     (picture,) = recording_engine.draw([task])
     assert_same_picture(picture.image, draw_with_diffusers(DEMO_FOLDER, task))
 

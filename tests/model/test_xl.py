@@ -30,7 +30,7 @@ from tests.lora_files import changes, save_as_diffusers, save_as_kohya
 from tests.model.recording_engine import RecordingEngine
 from tests.model.reference import PIPELINES, assert_same_picture, draw_with_diffusers, largest_difference, mean_difference
 from tests.model.tiny_models import write_tiny_xl
-from tests.tasks import make_task
+from tests.tasks import make_task, task_of_kind
 
 SCHEDULER = "EulerDiscreteScheduler"
 
@@ -61,12 +61,7 @@ SCHEDULERS_AND_KINDS = [(scheduler, list(PIPELINES)[number % len(PIPELINES)]) fo
 def test_one_job_gives_the_picture_of_diffusers(
     engine: RecordingEngine, folder: Path, input_picture: Image.Image, right_half_mask: Image.Image, scheduler: str, kind: str
 ) -> None:
-    changes: dict[str, object] = {"kind": kind, "scheduler": scheduler, "negative_prompt": "green", "seed": 11}
-    if kind != "txt2img":
-        changes |= {"image": input_picture, "strength": 0.7}
-    if kind == "inpaint":
-        changes |= {"mask": right_half_mask}
-    task = make_task(**changes)
+    task = task_of_kind(input_picture, right_half_mask, kind=kind, scheduler=scheduler, negative_prompt="green", seed=11, strength=0.7)
     (picture,) = engine.draw([task])
     assert_same_picture(picture.image, draw_with_diffusers(folder, task))
 
@@ -87,11 +82,7 @@ def test_one_job_gives_the_picture_of_diffusers(
 def test_other_settings_give_the_picture_of_diffusers_too(
     engine: RecordingEngine, folder: Path, input_picture: Image.Image, right_half_mask: Image.Image, changes: dict[str, object]
 ) -> None:
-    kind = changes.get("kind", "txt2img")
-    inputs: dict[str, object] = {"image": input_picture} if kind != "txt2img" else {}
-    if kind == "inpaint":
-        inputs["mask"] = right_half_mask
-    task = make_task(**({"scheduler": SCHEDULER} | changes | inputs))
+    task = task_of_kind(input_picture, right_half_mask, **{"scheduler": SCHEDULER, **changes})
     (picture,) = engine.draw([task])
     assert_same_picture(picture.image, draw_with_diffusers(folder, task))
 

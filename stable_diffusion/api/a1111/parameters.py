@@ -15,10 +15,12 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 from stable_diffusion.core.errors import FieldError, InvalidRequest, NotFound
 from stable_diffusion.core.requests import (
     MAX_IMAGES,
+    MAX_SIDE,
     MAX_STEPS,
     MIN_SIDE,
     SEED_LIMIT,
     SIDE_MULTIPLE,
+    USUAL_MAX_SIDE,
     GenerationRequest,
     ImageToImageRequest,
     TextToImageRequest,
@@ -44,7 +46,7 @@ A1111_NAMES = {
 }
 _OUR_NAMES = re.compile(rf"\b({'|'.join(A1111_NAMES)})\b")
 
-_SIDE = f"Rounded down to a multiple of {SIDE_MULTIPLE}; {MIN_SIDE} to 1024, or 2048 with models for large images."
+_SIDE = f"Rounded down to a multiple of {SIDE_MULTIPLE}; {MIN_SIDE} to {USUAL_MAX_SIDE}, or {MAX_SIDE} with models for large images."
 _WITHOUT_EFFECT = "Has no effect."
 # Report only the first wrong item: a list may have thousands.
 _Texts = Annotated[list[str], FailFast()]
@@ -63,8 +65,8 @@ class Options(BaseModel):
     enable_pnginfo: bool | None = Field(None, description="In override_settings, false: the file gets no infotext.")
     CLIP_stop_at_last_layers: int | None = Field(
         None,
-        description="In override_settings: the clip_skip of this request. By default 1. A1111 counts the layers of "
-        "Stable Diffusion XL from the second to last, so 1 and 2 are the same there.",
+        description="In override_settings: the clip_skip of this request. By default 1. Stable Diffusion XL never "
+        "uses the last layer, so 1 and 2 are the same there.",
     )
 
 

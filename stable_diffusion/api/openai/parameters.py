@@ -14,6 +14,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from stable_diffusion.core.errors import InvalidRequest, UnknownParameter
 from stable_diffusion.core.requests import (
     MAX_IMAGES,
+    MAX_SIDE,
+    MIN_SIDE,
+    SIDE_MULTIPLE,
+    USUAL_MAX_SIDE,
     GenerationRequest,
     ImageToImageRequest,
     TextToImageRequest,
@@ -66,7 +70,8 @@ class OpenaiParameters(BaseModel):
     )
     size: Annotated[str, AfterValidator(_known_size)] = Field(
         "auto",
-        description="WIDTHxHEIGHT, multiples of 8 from 64 to 1024, or to 2048 with models for large images; auto: the native size, or a "
+        description=f"WIDTHxHEIGHT, multiples of {SIDE_MULTIPLE} from {MIN_SIDE} to {USUAL_MAX_SIDE}, or {MAX_SIDE} with models for large "
+        "images; auto: the native size, or a "
         "size with the input image's proportions.",
         examples=["auto"],
         json_schema_extra={"pattern": f"^(auto|{_SIZE.pattern})$"},
