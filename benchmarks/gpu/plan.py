@@ -59,14 +59,16 @@ def run(
     """
     end_s = time.monotonic() + budget_s
     ended: list[Ended] = []
+    others = psutil.Process().children()
     for stage in stages:
         left_s = end_s - time.monotonic()
         if left_s < least_s:
             ended += [Ended(part.name, "left out", 0.0, part.limit_s) for part in stage]
             on_change(ended)
             continue
-        running = [_Running(part, min(part.limit_s, left_s), results) for part in stage]
+        running: list[_Running] = []
         try:
+            running += [_Running(part, min(part.limit_s, left_s), results) for part in stage]
             while running:
                 for one in list(running):
                     if (outcome := one.ended()) is not None:
@@ -77,6 +79,10 @@ def run(
         finally:  # Ctrl+C, or SIGTERM
             for one in running:
                 stop(one.process)
+            # A signal can arrive when a part has been started and is not in `running` yet.
+            for child in psutil.Process().children():
+                if child not in others:
+                    stop(child)
     return ended
 
 
@@ -88,7 +94,7 @@ class _Running:
         self._limit_s = limit_s
         self._began_s = time.monotonic()
         with (results / f"{part.name}.log").open("w") as log:
-            self.process = subprocess.Popen(part.command, stdout=log, stderr=subprocess.STDOUT)
+            self.process = psutil.Popen(part.command, stdout=log, stderr=subprocess.STDOUT)
 
     def ended(self) -> Ended | None:
         """How the part ended; None while it runs. Stops it when its time is over."""
@@ -102,11 +108,11 @@ class _Running:
         return Ended(self._part.name, "failed" if exit_status else "done", seconds, self._limit_s, exit_status)
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all its descendants, including workers in sessions of their own."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+def stop(process: psutil.Process) -> None:
+    """End a child of this process and all its descendants, including workers in sessions of their own."""
+    family = [process, *process.children(recursive=True)]
     process.terminate()
-    with suppress(subprocess.TimeoutExpired):
+    with suppress(psutil.TimeoutExpired):
         process.wait(_GRACE_S)
     for member in family:
         with suppress(psutil.NoSuchProcess):

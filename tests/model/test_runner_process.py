@@ -249,9 +249,9 @@ def test_images_that_end_while_the_shared_state_is_away_are_stored_when_it_is_ba
 
     async def draw() -> None:
         model_process = ModelProcess(engine, shared, 0)
-        began = asyncio.ensure_future(lines(model_process, make_task(num_inference_steps=20), TICKET))
-        kept = asyncio.ensure_future(lines(model_process, make_task(num_inference_steps=20), ASYNCHRONOUS))
-        await until(lambda: len(shared.of_owner("somebody")) == 2)
+        began = asyncio.ensure_future(lines(model_process, make_task(num_inference_steps=60), TICKET))
+        kept = asyncio.ensure_future(lines(model_process, make_task(num_inference_steps=60), ASYNCHRONOUS))
+        await until(lambda: {"a1", "b2"} <= {record.id for record in shared.of_owner("somebody")})
         shared.is_away = True
         begun_while_away = asyncio.ensure_future(lines(model_process, make_task(num_inference_steps=2), other))
         (line,) = await asyncio.wait_for(began, 30)
