@@ -28,7 +28,7 @@ from stable_diffusion.core.errors import (
 )
 from stable_diffusion.core.settings import read_settings
 from stable_diffusion.core.types import Progress, Task, Ticket
-from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS
+from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS, WaitingWork
 from stable_diffusion.state.shared_state import check_shared_state, open_state
 from stable_diffusion.state.sqlite_rates import SqliteRateLimit
 from tests.http.servers import ROOT, free_port
@@ -414,6 +414,27 @@ def test_a_cancellation_between_two_machines_is_not_forgotten(machines: Callable
     jobs.give_back(ticket, is_redraw=True)
     assert jobs.get("a1")[0].state == "cancelled"
     nothing_waits(server)
+
+
+@needs_redis_server
+def test_the_work_that_waits_is_that_of_the_jobs_that_no_machine_has(machines: Callable[..., RedisJobs], server: RedisServer) -> None:
+    first, second = machines("first"), machines("second")
+    assert first.waiting_work() == WaitingWork(0, 0)
+    for jobs, runner in ((first, 0), (first, 1), (second, 0)):
+        jobs.register_runner(runner)
+    one = 64 * 64 * 8
+    first.accept(ASYNCHRONOUS, [make_task()], None, "print")
+    first.accept(Ticket("b2", "the next", asynchronous=True), [make_task(seed=seed) for seed in range(3)], None, "print")
+    assert first.waiting_work() == second.waiting_work() == WaitingWork(4 * one, 3)
+    ((task, ticket),) = image_of(second)
+    second.begin(ticket, task, 0)
+    assert first.waiting_work() == WaitingWork(3 * one, 3)
+    second.give_back(ticket, is_redraw=False)
+    assert first.waiting_work() == WaitingWork(4 * one, 3)
+    first.cancel("b2")
+    assert first.waiting_work() == WaitingWork(one, 3)
+    let_pass(server, 31)  # they are silent, and nobody has looked yet
+    assert first.waiting_work() == WaitingWork(one, 0)
 
 
 @needs_redis_server
