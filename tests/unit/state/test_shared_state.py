@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -454,6 +454,28 @@ def test_one_of_many_machines_takes_a_job(machines: Callable[..., RedisJobs]) ->
     for thread in threads:
         thread.join()
     assert sorted(taken) == sorted(f"job {number}" for number in range(40))
+
+
+@needs_redis_server
+def test_when_a_replica_has_taken_over_at_most_one_call_fails_and_the_next_reaches_it(
+    machines: Callable[..., RedisJobs], server: RedisServer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "replica"
+    folder.mkdir()
+    with started(folder, "--replicaof", f"127.0.0.1 {server.port}") as replica, way_to(server) as way:
+        jobs = machines("machine", way.url)
+        jobs.accept(ASYNCHRONOUS, [make_task()], None, "print")
+        with server.client() as old, replica.client() as new:
+            old.config_set("repl-diskless-sync-delay", 0)
+            until(lambda: new.dbsize() == old.dbsize())  # else the job would be lost
+            new.replicaof("NO", "ONE")
+            old.replicaof("127.0.0.1", replica.port)
+            way.target = replica.port  # as the name of ElastiCache's primary
+            # A store that loads everything anew closes its connections itself, and then no call fails.
+            with suppress(SharedStateUnavailable):
+                jobs.note_held("a1")
+            ((_, ticket),) = image_of(jobs)
+            assert ticket.job_id == "a1"
 
 
 @needs_redis_server
