@@ -523,9 +523,11 @@ def test_a_machine_that_could_not_finish_is_not_let_go(machine: Machine) -> None
     assert len(machine.called("aws autoscaling")) == 1
 
 
-@pytest.mark.parametrize("group", ["stable-diffusion", ""])
-def test_a_machine_that_stays_is_not_stopped(machine: Machine, group: str) -> None:
-    state = "InService" if group else "Terminated"  # without a group nobody waits for the machine
+@pytest.mark.parametrize(
+    ("group", "state"),
+    [("stable-diffusion", "InService"), ("stable-diffusion", "Standby"), ("", "Terminated")],  # without a group nobody waits for it
+)
+def test_a_machine_that_stays_is_not_stopped(machine: Machine, group: str, state: str) -> None:
     with answering({**load(37.25, 1), TARGET_STATE: state}) as port:
         metadata_service_at(machine, port)
         machine.configure(PORT=port, AUTO_SCALING_GROUP=group)
