@@ -5,7 +5,8 @@ locals {
   store_password_arn = var.shared_state ? aws_secretsmanager_secret.store[0].arn : ""
 }
 
-# AWS makes up the password. Every plan reads another one here; only the first is used, because the secret's version ignores changes.
+# AWS makes up the password. Every plan reads another one here; only the first is used, because the secret's version ignores changes until
+# somebody replaces it.
 data "aws_secretsmanager_random_password" "store" {
   count = var.shared_state ? 1 : 0
 
