@@ -265,7 +265,7 @@ def metric_names() -> str:
             name = f"{family.name}_total" if family.type == "counter" else family.name
             yield f"`{name}`", family.type, ", ".join(f"`{label}`" for label in labels), family.documentation
         # These have no series before a runner has started.
-        for current in (metrics._caps([]), metrics._models([]), metrics._shared_state(True)):
+        for current in (metrics._caps([]), metrics._models([]), metrics._backlog(0), metrics._shared_state(True)):
             yield f"`{current.name}`", current.type, ", ".join(f"`{label}`" for label in current._labelnames), current.documentation
 
     return _table(("metric", "type", "labels", "meaning"), rows())

@@ -78,7 +78,7 @@ class Way:
     """A TCP proxy to the store. `delay_s`: each piece that a client sends is held for so long. `is_blocked`: nothing gets through."""
 
     def __init__(self, port: int) -> None:
-        self._target = port
+        self.target = port  # of new connections
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port = self._listening.getsockname()[1]
         self.delay_s = 0.0
@@ -104,7 +104,7 @@ class Way:
                 return
             self._sockets.append(client)
             try:
-                store = socket.create_connection(("127.0.0.1", self._target), 5)
+                store = socket.create_connection(("127.0.0.1", self.target), 5)
             except OSError:
                 client.close()
                 continue

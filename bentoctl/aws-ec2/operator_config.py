@@ -119,6 +119,12 @@ OPERATOR_SCHEMA = {
             },
         },
     },
+    "shared_state": {
+        "type": "boolean",
+        "default": False,
+        "coerce": to_boolean,
+        "help_message": "yes or no: the machines share jobs and limits through a Valkey of ElastiCache (needs instances; costs extra).",
+    },
     "certificate_arn": {
         "type": "string",
         "nullable": True,

@@ -48,9 +48,10 @@ class RefusalRecord:
 
 @dataclass(frozen=True)
 class WorkloadRecord:
-    """The remaining work, in estimated seconds of the device."""
+    """The remaining work, in estimated seconds of the device, and its speed: pixels times steps per second, 0 if unknown."""
 
     seconds: float
+    pixel_steps_per_s: float = 0.0
 
 
 @dataclass(frozen=True)

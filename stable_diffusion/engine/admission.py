@@ -47,6 +47,11 @@ class StepTimes:
         last = measured.get(jobs)
         measured[jobs] = seconds if last is None else last + _WEIGHT_OF_THE_LAST * (seconds - last)
 
+    @property
+    def native_size(self) -> Size | None:
+        """The size that was measured first; None if nothing was measured."""
+        return next(iter(self._measured), None)
+
     def is_known(self, size: Size) -> bool:
         return size in self._measured
 
@@ -90,6 +95,13 @@ class Workload:
         """The estimated seconds of the remaining work."""
         with self._lock:
             return sum(self._by_owner().values())
+
+    def pixel_steps_per_s(self) -> float:
+        """How fast the device works at the native size when the batch limit is reached: pixels times steps per second; 0 if unknown."""
+        with self._lock:
+            size = self._times.native_size
+            share_s = 0.0 if size is None else self._share_of_a_step(size)
+        return 0.0 if size is None or share_s == 0 else size[0] * size[1] / share_s
 
     def take(self, job: Job, timeout_s: float) -> None:
         """Accept a job. `timeout_s`: how long it may take until its image is finished.

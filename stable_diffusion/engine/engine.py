@@ -147,6 +147,7 @@ class Engine:
     def assume_step(self, height: int, width: int, seconds: float) -> None:
         """Set the expected time of a one-job step of this size, until steps have been measured."""
         self._workload.note_step((height, width), 1, seconds)
+        self._emit_workload()
 
     def cancel(self, job: Job) -> None:
         """Drop a job before its next step. Does nothing if the job has ended. `on_end` is no longer called."""
@@ -206,10 +207,13 @@ class Engine:
                 self._step(batch)
         self._note_turn(batch, time.perf_counter() - began)
         self._report_progress()
-        self._emit(WorkloadRecord(self._workload.seconds()))
+        self._emit_workload()
         if (held := self._denoiser.loras_held()) != self._loras_held:
             self._loras_held = held
             self._emit(LorasRecord(*held))
+
+    def _emit_workload(self) -> None:
+        self._emit(WorkloadRecord(self._workload.seconds(), self._workload.pixel_steps_per_s()))
 
     def _watching(self, batch: list[Job]) -> AbstractContextManager[None]:
         """Watch the decoding of an image and the step of `batch`. Decoding takes about as long as one or a few steps of its size."""
@@ -430,7 +434,7 @@ class Engine:
     def _fail_all(self, error: ServiceError) -> None:
         for job in [*self._to_decode, *self._batching]:
             self._end(job, error, "failed")
-        self._emit(WorkloadRecord(self._workload.seconds()))
+        self._emit_workload()
 
 
 def _is_out_of_memory(error: Exception) -> bool:

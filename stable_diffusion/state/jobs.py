@@ -100,6 +100,14 @@ class Taken:
     images: tuple[tuple[Task, Ticket], ...]
 
 
+@dataclass(frozen=True)
+class WaitingWork:
+    """What waits in the queue that machines share: pixels times steps of its jobs, and how many model processes take from it."""
+
+    pixel_steps: float
+    runners: int
+
+
 class JobQueue(Protocol):
     """The accepted jobs that no machine has yet. Callers take turns by the work of their jobs. Calls are like those of Jobs."""
 
@@ -108,3 +116,6 @@ class JobQueue(Protocol):
 
     def give_back(self, ticket: Ticket, *, is_redraw: bool) -> None:
         """Put an image back for any machine, if this attempt is still the last. `is_redraw`: its runner died; the third time it fails."""
+
+    def waiting_work(self) -> WaitingWork:
+        """What no machine has taken yet. A job of several images counts in full until all of them are taken."""

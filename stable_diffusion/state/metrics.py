@@ -35,6 +35,7 @@ from stable_diffusion.core.telemetry import (
     WorkloadRecord,
 )
 from stable_diffusion.core.types import Kind
+from stable_diffusion.state.jobs import WaitingWork
 from stable_diffusion.state.runner_status import RunnerState, is_alive, living_runners
 
 _FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
@@ -47,6 +48,7 @@ class _Series:
     queue_jobs: Gauge
     running_jobs: Gauge
     workload_seconds: Gauge
+    pixel_steps_per_second: Gauge
     refused: Counter
     queue_wait_seconds: Histogram
     unet_rows: Histogram
@@ -70,6 +72,11 @@ def _series() -> _Series:
         workload_seconds=Gauge(
             "stable_diffusion_workload_seconds",
             "Remaining accepted work, in estimated seconds of the device.",
+            multiprocess_mode="livesum",
+        ),
+        pixel_steps_per_second=Gauge(
+            "stable_diffusion_pixel_steps_per_second",
+            "How fast the model processes work at the native size in full steps: pixels times steps; 0 until it was measured.",
             multiprocess_mode="livesum",
         ),
         refused=Counter("stable_diffusion_refused", "Images that were refused, by reason.", labelnames=["reason"]),
@@ -129,8 +136,9 @@ def _count(record: Record | StepRecord) -> None:
             series.queue_jobs.inc()
         case RefusalRecord(reason):
             series.refused.labels(reason).inc()
-        case WorkloadRecord(seconds):
+        case WorkloadRecord(seconds, pixel_steps_per_s):
             series.workload_seconds.set(seconds)
+            series.pixel_steps_per_second.set(pixel_steps_per_s)
         case StartRecord(waited_s, chunks):
             series.prompt_chunks.observe(chunks)
             series.queue_jobs.dec()
@@ -150,16 +158,31 @@ def _count(record: Record | StepRecord) -> None:
             series.decoded_again.inc()
 
 
-def page(is_store_reachable: bool | None = None) -> bytes:
+def page(is_store_reachable: bool | None = None, waiting: WaitingWork | None = None) -> bytes:
     """The counts of all processes of the server, including BentoML's own metrics, in Prometheus' text format. Reads files.
 
-    `is_store_reachable`: of the store that machines share; None if they share none.
+    `is_store_reachable`: of the store that machines share; None if they share none. `waiting`: in the queue there; None if unknown.
     """
     registry = CollectorRegistry()
     _forget_the_dead(Path(os.environ[_FOLDER_VARIABLE]))
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    registry.register(_CurrentState(is_store_reachable))
+    runners = living_runners()
+    ready = sum(runner.stage == "ready" for runner in runners)
+    workload_s = registry.get_sample_value("stable_diffusion_workload_seconds") or 0.0
+    speed = registry.get_sample_value("stable_diffusion_pixel_steps_per_second") or 0.0
+    registry.register(_CurrentState(runners, is_store_reachable, backlog_s(workload_s, speed, ready, waiting)))
     return generate_latest(registry)
+
+
+def backlog_s(workload_s: float, pixel_steps_per_s: float, runners: int, waiting: WaitingWork | None) -> float:
+    """Seconds until the work that waits for this server is done: its own, and its share of what waits in the queue that machines share.
+
+    `workload_s` and `pixel_steps_per_s` are sums over the server's `runners`. The others are taken to be as fast as these.
+    """
+    own_s = workload_s / max(1, runners)
+    if waiting is None or not pixel_steps_per_s:
+        return own_s
+    return own_s + waiting.pixel_steps / (pixel_steps_per_s / max(1, runners)) / max(1, waiting.runners)
 
 
 def _forget_the_dead(folder: Path) -> None:
@@ -171,17 +194,24 @@ def _forget_the_dead(folder: Path) -> None:
 
 
 class _CurrentState:
-    """A collector for the current state of each runner and of the store that machines share."""
+    """A collector for the current state of each runner, of what waits for them and of the store that machines share."""
 
-    def __init__(self, is_store_reachable: bool | None) -> None:
+    def __init__(self, runners: list[RunnerState], is_store_reachable: bool | None, backlog_s: float) -> None:
+        self._runners = runners
         self._is_store_reachable = is_store_reachable
+        self._backlog_s = backlog_s
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        runners = living_runners()
-        yield _caps(runners)
-        yield _models(runners)
+        yield _caps(self._runners)
+        yield _models(self._runners)
+        yield _backlog(self._backlog_s)
         if self._is_store_reachable is not None:
             yield _shared_state(self._is_store_reachable)
+
+
+def _backlog(seconds: float) -> GaugeMetricFamily:
+    meaning = "Estimated seconds until the server has done its accepted work and its share of the queue that machines share."
+    return GaugeMetricFamily("stable_diffusion_backlog_seconds", meaning, value=seconds)
 
 
 def _shared_state(is_reachable: bool) -> GaugeMetricFamily:

@@ -29,7 +29,7 @@ from stable_diffusion.core.errors import (
 from stable_diffusion.core.types import GeneratedImage, ImageFormat, Progress, Task, Ticket
 from stable_diffusion.state import redis_scripts as scripts
 from stable_diffusion.state.job_record import JobRecord, as_png, described, from_png, key_digest, state_of_error, task_of
-from stable_diffusion.state.jobs import Taken
+from stable_diffusion.state.jobs import Taken, WaitingWork
 from stable_diffusion.state.shared_store import SharedStore
 
 logger = logging.getLogger("stable_diffusion")
@@ -205,6 +205,12 @@ class RedisJobs:
 
     def give_back(self, ticket: Ticket, *, is_redraw: bool) -> None:
         self._run(scripts.GIVE_BACK, ticket.job_id, ticket.index, ticket.attempt, int(is_redraw), *_OUTCOMES)
+
+    def waiting_work(self) -> WaitingWork:
+        answer = self._run(scripts.WAITING)
+        assert isinstance(answer, list)
+        pixel_steps, runners = answer
+        return WaitingWork(float(pixel_steps), int(runners))
 
 
 def _as_input(image: Image.Image | None) -> bytes:

@@ -467,6 +467,16 @@ if ARGV[3] == (redis.call('HGET', key_of(ARGV[1]), ARGV[2] .. '.attempt') or '0'
 end
 """
 
+# Returns the work of the jobs that no machine has taken, and how many runners are heard of.
+WAITING = f"""{_ALWAYS}
+local PREFIX, work = KEYS[1], 0
+for _, id in ipairs(redis.call('ZRANGE', PREFIX .. 'waiting_until', 0, -1)) do
+  work = work + tonumber(redis.call('HGET', PREFIX .. 'job:' .. id, 'work') or 0)
+end
+local now = tonumber(redis.call('TIME')[1])
+return {{string.format('%.0f', work), redis.call('ZCOUNT', PREFIX .. 'runners', now - {RUNNER_LEASE_S}, '+inf')}}
+"""
+
 # KEYS[1]: the caller's key. Seconds of each request, and how many may be unpaid. Returns the seconds to wait.
 COUNT_REQUEST = """#!lua
 local clock = redis.call('TIME')

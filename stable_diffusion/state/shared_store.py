@@ -70,6 +70,9 @@ class SharedStore:
             self._note_away(_reason(error))
             raise _unavailable(self._away_because) from None
         except redis.RedisError as error:
+            if isinstance(error, redis.ReadOnlyError):
+                # Its replica has taken over, and the store's name leads there for new connections.
+                self._client.connection_pool.disconnect(inuse_connections=False)
             reason = _reason(error)
             self._log_refusal(reason)
             raise _unavailable(reason) from None

@@ -47,6 +47,7 @@ GETTERS = {
 KNOWN_SENSITIVE = {
     "aws_ssm_parameter": {"value"},
     "aws_secretsmanager_secret_version": {"secret_string", "secret_binary"},
+    "aws_elasticache_replication_group": {"auth_token"},
     "aws_iam_access_key": {"secret", "ses_smtp_password_v4"},
 }
 

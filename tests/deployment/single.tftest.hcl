@@ -12,8 +12,8 @@ run "one_machine_with_a_fixed_address" {
     error_message = "There must be one machine with one address."
   }
   assert {
-    condition     = length(aws_lb.balancer) == 0 && length(aws_autoscaling_group.machine) == 0 && length(aws_security_group.balancer) == 0
-    error_message = "There must be no load balancer."
+    condition     = length(aws_elasticache_replication_group.store) == 0 && length(aws_lb.balancer) == 0 && length(aws_autoscaling_group.machine) == 0 && length(aws_security_group.balancer) == 0
+    error_message = "There must be no load balancer and no Valkey."
   }
   assert {
     condition     = aws_launch_template.machine.network_interfaces[0].subnet_id == "subnet-0000000a"
@@ -227,6 +227,16 @@ run "values_that_no_operator_wrote_are_refused_too" {
     var.deployment_name, var.image_tag, var.ami_id, var.disk_size_gb, var.idle_stop_minutes,
     var.certificate_arn, var.allowed_cidrs, var.subnet_ids, var.api_key_arn, var.environment_variables,
   ]
+}
+
+run "a_single_machine_with_shared_state_is_refused_too" {
+  command = plan
+
+  variables {
+    shared_state = true
+  }
+
+  expect_failures = [var.shared_state]
 }
 
 run "fewest_above_most_is_refused_too" {

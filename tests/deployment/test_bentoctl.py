@@ -105,6 +105,26 @@ def test_generate_writes_the_terraform_files_and_the_values(workplace: Workplace
     assert 'instance_type         = "g4dn.xlarge"\n' in workplace.values
 
 
+def test_generate_says_what_a_shared_state_costs_and_nothing_where_there_is_none(workplace: Workplace) -> None:
+    assert "dollars" not in workplace.bentoctl("generate").stdout
+    configuration = workplace.folder / "deployment_config.yaml"
+    changed = re.sub(r"(?m)^  # (instances:|  min: 1|  max: 3|shared_state:)(.*)$", r"  \1\2", configuration.read_text())
+    configuration.write_text(changed.replace("shared_state: false", "shared_state: true"))
+    generated = workplace.bentoctl("generate")
+    assert generated.returncode == 0, generated.stderr
+    assert "spec.shared_state: the Valkey costs about 37 dollars a month, with or without work: 2 cache.t4g.small" in generated.stdout
+    assert "shared_state          = true\n" in workplace.values
+
+
+def test_shared_state_for_a_single_machine_is_refused_by_name(workplace: Workplace) -> None:
+    configuration = workplace.folder / "deployment_config.yaml"
+    configuration.write_text(configuration.read_text().replace("  # shared_state: false", "  shared_state: true"))
+    refused = workplace.bentoctl("generate")
+    assert refused.returncode == 1
+    assert "spec.shared_state: needs machines that share it, so set instances with a max of 2 or more" in refused.stderr
+    assert not (workplace.folder / "bentoctl.tfvars").exists()
+
+
 def test_a_second_generate_reports_that_main_tf_is_up_to_date(workplace: Workplace) -> None:
     workplace.bentoctl("generate")
     configuration = workplace.folder / "deployment_config.yaml"
@@ -173,6 +193,7 @@ def test_the_answers_to_init_make_a_deployment(workplace: Workplace) -> None:
         "api_key_arn": "arn:aws:ssm:ap-northeast-1:123456789012:parameter/keys",
         "instances.min": "",
         "instances.max": "",
+        "shared_state": "",
         "certificate_arn": "",
         "spot": "no",
         "idle_stop_minutes": "30",

@@ -1,7 +1,7 @@
 """machine.sh, run for real with bash: first boot, reboot, and everything that can be missing.
 
 `aws`, `docker`, `nvidia-smi`, `cloud-init`, `systemctl` and `sleep` are stand-ins that write down how they were called;
-curl is the real one and speaks to a server of the test's.
+curl is the real one and speaks to a server of the test's, which is EC2's metadata service too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import http.server
 import json
 import re
+import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -20,9 +22,10 @@ from typing import get_args
 
 import pytest
 
+from stable_diffusion.core.settings import StoreAddress, read_settings
 from stable_diffusion.core.types import Kind
 from tests.deployment.commands import TEMPLATES, TOOLS, calls, path_with, stand_in
-from tests.http.servers import environment, free_port
+from tests.http.servers import ROOT, environment, free_port
 
 SCRIPT = TEMPLATES / "boot" / "machine.sh"
 IMAGE = "123456789012.dkr.ecr.us-west-1.amazonaws.com/stable-diffusion@sha256:0123"
@@ -38,8 +41,12 @@ SETTINGS = {
     "IDLE_STOP_MINUTES": "0",
     "AUTO_SCALING_GROUP": "",
     "METRIC_NAMESPACE": "StableDiffusion",
-    "METRIC_NAME": "RequestsInProgress",
+    "BACKLOG_METRIC": "BacklogSeconds",
+    "BUSY_METRIC": "BusyPercent",
+    "STORE_ADDRESS": "",
+    "STORE_PASSWORD_ARN": "",
     "READY_HOOK": "ready",
+    "LEAVE_HOOK": "leave",
     "READY_TIMEOUT_S": "1800",
     "KEEP_ALIVE_S": "3660",
 }
@@ -107,7 +114,18 @@ def machine(tmp_path: Path) -> Machine:
     stand_in(machine.programs, "cloud-init", 'echo "i-0123456789abcdef0"')
     stand_in(machine.programs, "systemctl", "")
     stand_in(machine.programs, "sleep", "")
+    no_metadata_service(machine)
     return machine
+
+
+def no_metadata_service(machine: Machine) -> None:
+    metadata_service_at(machine, str(free_port()))
+
+
+def metadata_service_at(machine: Machine, port: str) -> None:
+    """The real curl, to which EC2's address of the metadata service is this port of loopback."""
+    curl = shutil.which("curl")
+    stand_in(machine.programs, "curl", f'exec {curl} "${{@//169.254.169.254//127.0.0.1:{port}}}"')
 
 
 @contextmanager
@@ -117,9 +135,17 @@ def answering(pages: dict[str, str]) -> Iterator[str]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             body = pages.get(self.path)
+            if self.path.startswith("/latest/") and self.headers["X-aws-ec2-metadata-token"] != "the-token":
+                body = None
             self.send_response(200 if body is not None else 503)
             self.end_headers()
             self.wfile.write((body or "").encode())
+
+        def do_PUT(self) -> None:
+            """Only the metadata service is asked so."""
+            self.send_response(200 if self.headers["X-aws-ec2-metadata-token-ttl-seconds"] else 400)
+            self.end_headers()
+            self.wfile.write(b"the-token" if self.path == "/latest/api/token" else b"")
 
         def log_message(self, format: str, *arguments: object) -> None:
             """Quiet."""
@@ -238,6 +264,54 @@ def test_the_api_key_reaches_the_container_only_through_a_private_file(machine: 
     assert arn in machine.called(call)[0]
     assert "--region us-east-1" in machine.called(call)[0], "the key's own region"
     assert "the-key" not in "\n".join(calls(machine.programs)) + prepared.stdout + prepared.stderr
+
+
+STORE = {
+    "STORE_ADDRESS": "master.sd.abc123.usw1.cache.amazonaws.com:6379",
+    "STORE_PASSWORD_ARN": "arn:aws:secretsmanager:us-west-1:123456789012:secret:sd-store-AbCdEf",
+}
+KEY_ARN = "arn:aws:secretsmanager:us-west-1:123456789012:secret:key-AbCdEf"
+BOTH_SECRETS = 'case "$*" in *sd-store-*) echo "Pass0Word" ;; *secret:key-*) echo "the-key" ;; esac'
+
+
+def test_the_address_of_the_shared_state_reaches_the_container_only_through_a_private_file(machine: Machine) -> None:
+    machine.configure(**STORE, API_KEY_ARN=KEY_ARN)
+    stand_in(machine.programs, "aws", BOTH_SECRETS)
+    prepared = machine.do("prepare")
+    assert prepared.returncode == 0, prepared.stderr
+    started = machine.do("run")
+    secrets = machine.run / "secrets"
+    variables = dict(line.split("=", 1) for line in secrets.read_text().splitlines())
+    assert variables == {"SD_API_KEYS": "the-key", "SD_SHARED_STATE": "rediss://:Pass0Word@master.sd.abc123.usw1.cache.amazonaws.com:6379"}
+    assert secrets.stat().st_mode & 0o077 == 0
+    assert f"--env-file {secrets}" in machine.called("docker run --name")[0]
+    outputs = prepared.stdout + prepared.stderr + started.stdout + started.stderr
+    assert "Pass0Word" not in "\n".join(calls(machine.programs)) + outputs
+    [asked] = [call for call in machine.called("aws secretsmanager get-secret-value") if "sd-store-" in call]
+    assert f"--secret-id {STORE['STORE_PASSWORD_ARN']}" in asked
+
+
+def test_the_server_accepts_the_address_that_the_machine_builds(machine: Machine) -> None:
+    machine.configure(**STORE)
+    stand_in(machine.programs, "aws", BOTH_SECRETS)
+    assert machine.do("prepare").returncode == 0
+    variables = dict(line.split("=", 1) for line in (machine.run / "secrets").read_text().splitlines())
+    store = read_settings(variables).shared_state
+    assert store == StoreAddress("master.sd.abc123.usw1.cache.amazonaws.com", 6379, True, None, "Pass0Word", 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [("exit 254", "could not be read"), ('echo ""', "letters and digits"), ("echo 'a#secret@password'", "letters and digits")],
+)
+def test_a_store_whose_password_cannot_be_used_stops_the_start_without_telling_it(machine: Machine, answer: str, words: str) -> None:
+    machine.configure(**STORE)
+    stand_in(machine.programs, "aws", f"case $1 in secretsmanager) {answer} ;; esac")
+    prepared = machine.do("prepare")
+    assert prepared.returncode == 1
+    assert "FAILED: the password of the Valkey" in machine.said[-1]
+    assert words in machine.said[-1]
+    assert "a#secret" not in "\n".join(machine.said) + prepared.stdout + prepared.stderr
 
 
 def test_an_api_key_read_at_the_second_attempt_has_nothing_added(machine: Machine) -> None:
@@ -369,13 +443,96 @@ def test_the_load_is_counted_over_all_methods_of_the_runner() -> None:
     assert f'endpoint="\\/({"|".join(get_args(Kind))})"' in SCRIPT.read_text()
 
 
-def test_a_machine_in_a_group_reports_its_requests_in_progress(machine: Machine) -> None:
-    with answering({"/metrics": metrics(3, 10)}) as port:
+def load(backlog_s: float, running: int) -> dict[str, str]:
+    """The pages of a ready server with this load."""
+    lines = f"stable_diffusion_queue_jobs 3.0\nstable_diffusion_backlog_seconds {backlog_s}\nstable_diffusion_running_jobs {running}.0\n"
+    return {"/readyz": "ready", "/metrics": f"# HELP stable_diffusion_backlog_seconds 7\n{lines}"}
+
+
+def reported(machine: Machine) -> list[dict[str, dict[str, object]]]:
+    """What reached CloudWatch, by the metrics' names."""
+    sent = [json.loads(call.partition("--metric-data ")[2]) for call in machine.called("aws cloudwatch put-metric-data")]
+    assert all("--namespace StableDiffusion" in call for call in machine.called("aws cloudwatch"))
+    return [{datum.pop("MetricName"): datum for datum in data} for data in sent]
+
+
+@pytest.mark.parametrize(("running", "busy_percent"), [(0, 0), (1, 100), (4, 100)])
+def test_a_machine_in_a_group_reports_the_seconds_of_work_that_wait_for_it_and_whether_it_generates(
+    machine: Machine, running: int, busy_percent: int
+) -> None:
+    with answering(load(37.25, running)) as port:
         machine.configure(PORT=port, AUTO_SCALING_GROUP="stable-diffusion")
         assert machine.do("watch").returncode == 0
-    [call] = machine.called("aws cloudwatch put-metric-data")
-    assert "--dimensions AutoScalingGroupName=stable-diffusion --value 3" in call
-    assert "--namespace StableDiffusion --metric-name RequestsInProgress" in call
+    of_the_group = {"Dimensions": [{"Name": "AutoScalingGroupName", "Value": "stable-diffusion"}]}
+    assert reported(machine) == [
+        {
+            "BacklogSeconds": {"Unit": "Seconds", "Value": 37.25, **of_the_group},
+            "BusyPercent": {"Unit": "Percent", "Value": busy_percent, **of_the_group},
+        }
+    ]
+
+
+def test_what_a_real_server_shows_is_what_a_machine_reports(machine: Machine, tmp_path: Path) -> None:
+    """The names and the form of the numbers are those of prometheus_client."""
+    script = "from stable_diffusion.state.metrics import *; count = counting(); count(WorkloadRecord(0.00001)); print(page().decode())"
+    variables = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "SD_SHARED_FOLDER": str(tmp_path / "shared")}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    page = subprocess.run(command, cwd=ROOT, env=environment(tmp_path, variables), capture_output=True, text=True, check=True).stdout
+    with answering({"/readyz": "ready", "/metrics": page}) as port:
+        machine.configure(PORT=port, AUTO_SCALING_GROUP="stable-diffusion")
+        assert machine.do("watch").returncode == 0
+    assert [(data["BacklogSeconds"]["Value"], data["BusyPercent"]["Value"]) for data in reported(machine)] == [(0.00001, 0)]
+
+
+def test_a_machine_that_is_not_ready_does_not_make_its_group_look_idle(machine: Machine) -> None:
+    with answering({"/metrics": load(0, 0)["/metrics"]}) as port:
+        machine.configure(PORT=port, AUTO_SCALING_GROUP="stable-diffusion")
+        assert machine.do("watch").returncode == 0
+    assert reported(machine) == []
+
+
+TARGET_STATE = "/latest/meta-data/autoscaling/target-lifecycle-state"
+
+
+def test_a_machine_that_is_to_leave_finishes_its_work_first_and_reports_no_more(machine: Machine) -> None:
+    with answering({**load(37.25, 1), TARGET_STATE: "Terminated"}) as port:
+        metadata_service_at(machine, port)
+        machine.configure(PORT=port, AUTO_SCALING_GROUP="stable-diffusion")
+        assert machine.do("watch").returncode == 0
+        assert machine.do("watch").returncode == 0
+    assert reported(machine) == []
+    steps = [call for call in calls(machine.programs) if call.startswith(("sleep", "systemctl", "aws autoscaling"))]
+    let_go = (
+        "aws autoscaling complete-lifecycle-action --auto-scaling-group-name stable-diffusion --lifecycle-hook-name leave "
+        "--instance-id i-0123456789abcdef0 --lifecycle-action-result CONTINUE"
+    )
+    # Again a minute later: the load balancer may have waited longer for its requests than the server for its jobs.
+    assert steps == ["sleep 30", "systemctl stop stable-diffusion.service", let_go, let_go]
+    assert machine.said == ["leaving the group: finishing what was accepted", "leaving the group: finished"]
+
+
+def test_a_machine_that_could_not_finish_is_not_let_go(machine: Machine) -> None:
+    stand_in(machine.programs, "systemctl", "exit 1")
+    with answering({**load(37.25, 1), TARGET_STATE: "Terminated"}) as port:
+        metadata_service_at(machine, port)
+        machine.configure(PORT=port, AUTO_SCALING_GROUP="stable-diffusion")
+        assert machine.do("watch").returncode == 1
+        assert machine.called("aws autoscaling") == []
+        stand_in(machine.programs, "systemctl", "")
+        assert machine.do("watch").returncode == 0
+    assert len(machine.called("aws autoscaling")) == 1
+
+
+@pytest.mark.parametrize(
+    ("group", "state"),
+    [("stable-diffusion", "InService"), ("stable-diffusion", "Standby"), ("", "Terminated")],  # without a group nobody waits for it
+)
+def test_a_machine_that_stays_is_not_stopped(machine: Machine, group: str, state: str) -> None:
+    with answering({**load(37.25, 1), TARGET_STATE: state}) as port:
+        metadata_service_at(machine, port)
+        machine.configure(PORT=port, AUTO_SCALING_GROUP=group)
+        assert machine.do("watch").returncode == 0
+    assert machine.called("systemctl") + machine.called("aws autoscaling") == []
 
 
 def test_a_server_that_is_loading_reports_nothing(machine: Machine) -> None:

@@ -118,6 +118,7 @@ def test_the_commented_configuration_mentions_every_field() -> None:
         ("disk_size_gb", "big", "must be a whole number, got 'big'"),
         ("disk_size_gb", True, "must be a whole number, got True"),
         ("api_key_arn", "my-secret", "neither the ARN"),
+        ("shared_state", "perhaps", "must be yes or no, got 'perhaps'"),
         ("certificate_arn", "arn:aws:iam::123456789012:server-certificate/x", "not the ARN of an ACM certificate"),
         ("idle_stop_minutes", 5, "must be 0 (never) or 15 to 10080"),
         ("instances", {"min": 3, "max": 1}, "min 3 is more than max 1"),
@@ -144,8 +145,9 @@ def test_an_invalid_value_is_refused_with_the_name_of_its_field(field: str, valu
 
 
 def test_values_typed_at_init_mean_the_same_as_in_yaml() -> None:
-    assert variables({"enable_gpus": "no", "disk_size_gb": "200", "instances": {"min": "1", "max": "2"}}) == variables(
-        {"enable_gpus": False, "disk_size_gb": 200, "instances": {"min": 1, "max": 2}}
+    typed = {"enable_gpus": "no", "disk_size_gb": "200", "instances": {"min": "1", "max": "2"}, "shared_state": "yes"}
+    assert variables(typed) == variables(
+        {"enable_gpus": False, "disk_size_gb": 200, "instances": {"min": 1, "max": 2}, "shared_state": True}
     )
 
 
@@ -168,6 +170,16 @@ def test_gpus_are_enabled_by_default_if_the_instance_type_has_them() -> None:
             "spec.certificate_arn: needs a load balancer, so set instances",
         ),
         ({"idle_stop_minutes": 30, "instances": {"min": 1, "max": 1}}, "spec.idle_stop_minutes: cannot be combined with instances"),
+        ({"shared_state": True}, "spec.shared_state: needs machines that share it, so set instances with a max of 2 or more"),
+        ({"shared_state": True, "instances": {"min": 1, "max": 1}}, "spec.shared_state: needs machines that share it"),
+        (
+            {
+                "shared_state": True,
+                "instances": {"min": 1, "max": 2},
+                "environment_variables": [{"name": "SD_SHARED_STATE", "value": "rediss://:x@store.example"}],
+            },
+            "spec.environment_variables: SD_SHARED_STATE cannot be combined with shared_state",
+        ),
         ({"idle_stop_minutes": 30, "spot": True}, "spec.idle_stop_minutes: cannot be combined with spot"),
         (
             {"subnet_ids": ["subnet-01234567"], "instances": {"min": 1, "max": 1}},

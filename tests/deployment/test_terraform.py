@@ -36,6 +36,7 @@ SPECIFICATION: dict[str, Any] = {
     "disk_size_gb": 120,
     "spot": False,
     "idle_stop_minutes": 0,
+    "shared_state": False,
     "allowed_cidrs": ["203.0.113.7/32"],
     "subnet_ids": [],
     "environment_variables": [{"name": "SD_WITHOUT_KEYS", "value": "1"}],
@@ -181,9 +182,15 @@ def evaluate(folder: Path, **changes: Any) -> dict[str, Any]:
     assert boot is not None
     names = named(parsed("locals.tf")["locals"])
     outputs = "\n".join(f'output "{name}" {{\n  value = local.{name}\n}}' for name in names)
-    # Only the digest of the image comes from AWS.
-    image = '"${local.image_registry}/${local.image_repository}@sha256:0123"'
-    module = boot[0].replace("local.image\n", f"{image}\n")
+    # Only the digest of the image, the address of the store and the ARN of its password come from AWS.
+    module = boot[0]
+    for value, known in (
+        ("image", '"${local.image_registry}/${local.image_repository}@sha256:0123"'),
+        ("store_address", 'var.shared_state ? "store.example:6379" : ""'),
+        ("store_password_arn", 'var.shared_state ? "arn:aws:secretsmanager:us-west-1:123456789012:secret:sd-store-AbCdEf" : ""'),
+    ):
+        assert module.count(f"local.{value}\n") == 1
+        module = module.replace(f"local.{value}\n", f"{known}\n")
     users = '\noutput "user_data" {\n  value = module.boot.user_data\n}\noutput "plain" {\n  value = module.boot.plain_user_data\n}\n'
     (folder / "main.tf").write_text(f"{module}\n{outputs}\n{users}")
     write_values_for(folder, **changes)
@@ -230,6 +237,26 @@ def test_names_and_switches_follow_from_the_variables(single: dict[str, Any], tm
     )
     assert (group["single"], group["scheme"], group["public_port"]) == (False, "https", 443)
     assert "AUTO_SCALING_GROUP='stable-diffusion'\n" in files_of(group["plain"])["/etc/stable-diffusion/settings"]["content"]
+    assert group["leave_timeout_s"] > group["longest_request_s"]
+    assert group["leave_timeout_s"] <= 7200, "the most that AWS allows"
+
+
+@needs_terraform
+def test_the_user_data_of_a_group_with_shared_state_says_where_the_password_is_and_not_what_it_is(tmp_path: Path) -> None:
+    shared = evaluate(tmp_path / "shared", instances={"min": 1, "max": 2}, shared_state=True)
+    settings = files_of(shared["plain"])["/etc/stable-diffusion/settings"]["content"]
+    assert "STORE_ADDRESS='store.example:6379'\n" in settings
+    assert "STORE_PASSWORD_ARN='arn:aws:secretsmanager:us-west-1:123456789012:secret:sd-store-AbCdEf'\n" in settings
+    # What knows the password is not among the settings, nor in an output.
+    for name in ("main.tf", "outputs.tf"):
+        assert not re.search(r"secret_string|random_password|auth_token", (TEMPLATES / name).read_text())
+
+
+@needs_terraform
+def test_the_costs_are_those_of_the_store_that_terraform_makes(single: dict[str, Any]) -> None:
+    from bentoctl_aws_ec2 import costs
+
+    assert (single["store_node_type"], single["store_nodes"]) == (costs.STORE_NODE_TYPE, costs.STORE_NODES)
 
 
 @needs_terraform

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.http.following import ask, start
 from tests.http.servers import ROOT, Server
 from tests.pages import PAGES
 
@@ -77,6 +79,30 @@ def test_a_picture_that_is_being_drawn_is_a_running_one_and_is_counted_as_cancel
         time.sleep(0.05)
     assert value(page, cancelled) == before + 1
     assert value(page, "stable_diffusion_running_jobs") == 0
+
+
+def seen_by_the_machine_on_aws(page: str, name: str) -> int:
+    """A runner metric as the script counts it that stops an idle machine."""
+    script = (ROOT / "bentoctl/aws-ec2/bentoctl_aws_ec2/terraform/boot/machine.sh").read_text()
+    function = re.search(r"^metric\(\) \{.*?^\}", script, re.MULTILINE | re.DOTALL)
+    assert function is not None
+    command = ["bash", "-euc", f'{function[0]}\nmetrics=$(cat)\nmetric "$1"', "bash", name]
+    return int(subprocess.run(command, input=page, capture_output=True, text=True, check=True).stdout)
+
+
+def test_a_job_that_nobody_waits_for_keeps_a_machine_on_aws_from_stopping_as_idle(server: Server) -> None:
+    before = seen_by_the_machine_on_aws(scrape(server), "bentoml_runner_request_total")
+    location = start(server, num_inference_steps=150, width=256, height=256).headers["location"]
+    began = time.monotonic()
+    while value(page := scrape(server), "stable_diffusion_running_jobs") != 1:
+        assert time.monotonic() - began < 10
+        time.sleep(0.05)
+    assert seen_by_the_machine_on_aws(page, "bentoml_runner_request_in_progress") == 1
+    ask(server, location, "DELETE")
+    while seen_by_the_machine_on_aws(page := scrape(server), "bentoml_runner_request_in_progress"):
+        assert time.monotonic() - began < 20
+        time.sleep(0.05)
+    assert seen_by_the_machine_on_aws(page, "bentoml_runner_request_total") == before + 1
 
 
 def test_the_model_and_the_cap_are_told(server: Server) -> None:

@@ -130,6 +130,31 @@ def test_a_request_that_is_sent_again_elsewhere_before_it_is_answered_attaches(s
     assert post(second, BODY, Idempotency_Key="again").json()["error"]["type"] == "idempotency_mismatch"
 
 
+def backlog_s(server: Server) -> tuple[float, float]:
+    """Seconds of work that wait for the server, and those of them that are in its own hands."""
+    page = ask(server, "/metrics").text
+    gauges = [re.findall(rf"(?m)^stable_diffusion_{name}_seconds (\S+)$", page) for name in ("backlog", "workload")]
+    (backlog,), (workload,) = gauges
+    return float(backlog), float(workload)
+
+
+def test_jobs_that_wait_for_any_machine_are_seconds_of_work_at_each_and_none_when_they_have_ended(servers: tuple[Server, Server]) -> None:
+    first, second = servers
+    for server in servers:
+        draw(server)  # both have measured their steps
+    assert [backlog_s(server)[0] for server in servers] == pytest.approx([0, 0], abs=0.01)
+    locations = [start(first, num_inference_steps=150, width=128, height=128).headers["location"] for _ in range(60)]
+    waiting = [backlog_s(server) for server in servers]
+    for backlog, own in waiting:
+        assert backlog > own + 1 > 1, waiting  # each has as many jobs as share a step, and half of the others
+    for location in locations:
+        ask(first, location, "DELETE")
+    deadline = time.monotonic() + 20
+    while max(backlog_s(server)[0] for server in servers) > 0.01:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def shown(server: Server) -> tuple[bool, float]:
     """What the page of the status and the metrics say of the shared state."""
     reachable = ask(server, "/status").json()["shared_state"]["reachable"]

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from bentoctl_aws_ec2 import registry
+from bentoctl_aws_ec2.costs import cost_notes
 from bentoctl_aws_ec2.deployable import check_docker, image_size, take_bento
 from bentoctl_aws_ec2.generate import VALUES_FILE, built_image, refuse_other_deployment, require_deployment, write_templates, write_values
 from bentoctl_aws_ec2.specification import disk_warning, terraform_variables
@@ -21,7 +22,7 @@ from bentoctl_aws_ec2.state import resources_left
 def generate(name: str, spec: Mapping[str, Any], template_type: str, destination_dir: str, values_only: bool = True) -> list[str]:
     """Writes the Terraform files and bentoctl.tfvars, or only the latter; returns the paths of written and up-to-date files.
 
-    Warns if the image is built and the disk too small for it.
+    Says what a shared state costs. Warns if the image is built and the disk too small for it.
     """
     destination = Path(destination_dir)
     refuse_other_deployment(destination, name)
@@ -29,6 +30,8 @@ def generate(name: str, spec: Mapping[str, Any], template_type: str, destination
     values = terraform_variables(name, {**spec, "image_tag": image_tag})
     if image_tag and (size := image_size(image_tag)) is not None and (warning := disk_warning(spec["disk_size_gb"], size)) is not None:
         click.echo(f"Warning: {warning}", err=True)
+    for note in cost_notes(spec):
+        click.echo(note)
     templates = [] if values_only else write_templates(destination)
     return [str(file) for file in [*templates, write_values(destination, values)]]
 

@@ -44,6 +44,7 @@ def terraform_variables(deployment_name: str, spec: Mapping[str, Any]) -> dict[s
         "spot": spec["spot"],
         "idle_stop_minutes": spec["idle_stop_minutes"],
         "instances": instances(spec),
+        "shared_state": spec["shared_state"],
         "certificate_arn": spec.get("certificate_arn"),
         "allowed_cidrs": spec["allowed_cidrs"],
         "subnet_ids": spec["subnet_ids"],
@@ -127,11 +128,26 @@ def check_combinations(spec: Mapping[str, Any]) -> list[str]:
         problems.append("spec.idle_stop_minutes: cannot be combined with spot, whose machines AWS starts and stops")
     if len(spec["subnet_ids"]) == 1 and grouped:
         problems.append("spec.subnet_ids: a load balancer needs subnets in at least two availability zones, got one subnet")
+    problems += check_shared_state(spec)
     twice = set(spec.get("env") or {}) & {variable["name"] for variable in spec["environment_variables"]}
     problems += [f"spec.environment_variables: {name} is also in env; give it once" for name in sorted(twice)]
     problems += check_keys(spec)
     multiline = [name for name, value in (spec.get("env") or {}).items() if "\n" in value or "\r" in value]
     problems += [f"env: the value of {name} must be a single line" for name in multiline]
+    return problems
+
+
+def check_shared_state(spec: Mapping[str, Any]) -> list[str]:
+    if not spec["shared_state"]:
+        return []
+    group = instances(spec)
+    problems = []
+    if group is None or group["max"] < 2:
+        problems.append("spec.shared_state: needs machines that share it, so set instances with a max of 2 or more")
+    if "SD_SHARED_STATE" in given_variables(spec):
+        problems.append(
+            "spec.environment_variables: SD_SHARED_STATE cannot be combined with shared_state, which sets it; give one of the two"
+        )
     return problems
 
 

@@ -5,6 +5,8 @@ These run in API workers. Facts that only a runner knows come from the status fi
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -15,7 +17,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from stable_diffusion.api.context import Context
 from stable_diffusion.api.responses import with_error_responses
 from stable_diffusion.api.status.responses import capabilities_response, status_response
+from stable_diffusion.core.errors import JobsUnavailable
 from stable_diffusion.state import metrics
+from stable_diffusion.state.jobs import WaitingWork
 from stable_diffusion.state.runner_status import living_runners
 
 _CURRENT_STATE = {"Cache-Control": "no-store"}
@@ -44,11 +48,19 @@ async def _is_store_reachable(context: Context) -> bool | None:
     return None if ask is None else await run_in_threadpool(ask)
 
 
+def _waiting(context: Context) -> WaitingWork | None:
+    """What waits in the queue that machines share; None if they share none or the store is away."""
+    with suppress(JobsUnavailable):
+        return None if context.client.queue is None else context.client.queue.waiting_work()
+    return None
+
+
 def metrics_page(context: Context) -> ASGIApp:
     """`/metrics` as an ASGI application. It replaces BentoML's page, which cannot show the current state of a runner."""
 
     async def show(scope: Scope, receive: Receive, send: Send) -> None:
-        content = await run_in_threadpool(metrics.page, await _is_store_reachable(context))
+        is_store_reachable = await _is_store_reachable(context)
+        content = await run_in_threadpool(lambda: metrics.page(is_store_reachable, _waiting(context)))
         await Response(content, media_type=CONTENT_TYPE_LATEST, headers=_CURRENT_STATE)(scope, receive, send)
 
     return show

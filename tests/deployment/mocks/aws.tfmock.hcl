@@ -58,3 +58,15 @@ mock_resource "aws_lb_target_group" {
 mock_resource "aws_cloudwatch_log_group" {
   defaults = { arn = "arn:aws:logs:us-west-1:123456789012:log-group:/bentoctl/stable-diffusion" }
 }
+mock_data "aws_secretsmanager_random_password" {
+  defaults = { random_password = "Pass0Word" }
+}
+mock_resource "aws_secretsmanager_secret" {
+  defaults = { arn = "arn:aws:secretsmanager:us-west-1:123456789012:secret:stable-diffusion-store-AbCdEf" }
+}
+mock_resource "aws_elasticache_replication_group" {
+  defaults = { primary_endpoint_address = "store.example" }
+}
+mock_resource "aws_autoscaling_policy" {
+  defaults = { arn = "arn:aws:autoscaling:us-west-1:123456789012:scalingPolicy:0123:autoScalingGroupName/sd:policyName/sd" }
+}

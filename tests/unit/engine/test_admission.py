@@ -186,3 +186,14 @@ def test_before_anything_was_measured_nothing_is_refused() -> None:
         unknown.take(job(), 0.001)
     assert unknown.seconds() == 0
     assert NO_LIMITS.seconds == math.inf
+
+
+@pytest.mark.parametrize(("batch_limit", "expected"), [(1, 64 * 64 / 0.1), (4, 4 * 64 * 64 / 0.1)])
+def test_the_speed_is_that_of_full_steps_at_the_native_size_whatever_else_was_measured(batch_limit: int, expected: float) -> None:
+    measured = workload(batch_limit=batch_limit)
+    measured.note_step((512, 512), 1, 60.0)
+    assert measured.pixel_steps_per_s() == pytest.approx(expected)
+
+
+def test_before_anything_was_measured_the_speed_is_unknown() -> None:
+    assert Workload(NO_LIMITS, lambda size: 1).pixel_steps_per_s() == 0

@@ -16,7 +16,7 @@ from stable_diffusion.core.types import Ticket
 from stable_diffusion.runner import taking
 from stable_diffusion.runner.taking import take_jobs
 from stable_diffusion.runner.wire import pack_outcome, pack_taken_on
-from stable_diffusion.state.jobs import Taken
+from stable_diffusion.state.jobs import Taken, WaitingWork
 from stable_diffusion.state.runner_status import RunnerState, StepBatchLimit
 from tests.tasks import make_task
 from tests.unit.runner.test_client import Lines, client_of
@@ -41,6 +41,9 @@ class Queue:
     def give_back(self, ticket: Ticket, *, is_redraw: bool) -> None:
         self._fail()
         self.given_back.append((ticket, is_redraw))
+
+    def waiting_work(self) -> WaitingWork:
+        return WaitingWork(len(self.waiting), 1)
 
     def _fail(self) -> None:
         if self.failures:

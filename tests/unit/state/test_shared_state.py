@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ from stable_diffusion.core.errors import (
 )
 from stable_diffusion.core.settings import read_settings
 from stable_diffusion.core.types import Progress, Task, Ticket
-from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS
+from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS, WaitingWork
 from stable_diffusion.state.shared_state import check_shared_state, open_state
 from stable_diffusion.state.sqlite_rates import SqliteRateLimit
 from tests.http.servers import ROOT, free_port
@@ -417,6 +417,27 @@ def test_a_cancellation_between_two_machines_is_not_forgotten(machines: Callable
 
 
 @needs_redis_server
+def test_the_work_that_waits_is_that_of_the_jobs_that_no_machine_has(machines: Callable[..., RedisJobs], server: RedisServer) -> None:
+    first, second = machines("first"), machines("second")
+    assert first.waiting_work() == WaitingWork(0, 0)
+    for jobs, runner in ((first, 0), (first, 1), (second, 0)):
+        jobs.register_runner(runner)
+    one = 64 * 64 * 8
+    first.accept(ASYNCHRONOUS, [make_task()], None, "print")
+    first.accept(Ticket("b2", "the next", asynchronous=True), [make_task(seed=seed) for seed in range(3)], None, "print")
+    assert first.waiting_work() == second.waiting_work() == WaitingWork(4 * one, 3)
+    ((task, ticket),) = image_of(second)
+    second.begin(ticket, task, 0)
+    assert first.waiting_work() == WaitingWork(3 * one, 3)
+    second.give_back(ticket, is_redraw=False)
+    assert first.waiting_work() == WaitingWork(4 * one, 3)
+    first.cancel("b2")
+    assert first.waiting_work() == WaitingWork(one, 3)
+    let_pass(server, 31)  # they are silent, and nobody has looked yet
+    assert first.waiting_work() == WaitingWork(one, 0)
+
+
+@needs_redis_server
 def test_one_of_many_machines_takes_a_job(machines: Callable[..., RedisJobs]) -> None:
     several = [machines(f"machine {number}") for number in range(4)]
     for number in range(40):
@@ -433,6 +454,28 @@ def test_one_of_many_machines_takes_a_job(machines: Callable[..., RedisJobs]) ->
     for thread in threads:
         thread.join()
     assert sorted(taken) == sorted(f"job {number}" for number in range(40))
+
+
+@needs_redis_server
+def test_when_a_replica_has_taken_over_at_most_one_call_fails_and_the_next_reaches_it(
+    machines: Callable[..., RedisJobs], server: RedisServer, tmp_path: Path
+) -> None:
+    folder = tmp_path / "replica"
+    folder.mkdir()
+    with started(folder, "--replicaof", f"127.0.0.1 {server.port}") as replica, way_to(server) as way:
+        jobs = machines("machine", way.url)
+        jobs.accept(ASYNCHRONOUS, [make_task()], None, "print")
+        with server.client() as old, replica.client() as new:
+            old.config_set("repl-diskless-sync-delay", 0)
+            until(lambda: new.dbsize() == old.dbsize())  # else the job would be lost
+            new.replicaof("NO", "ONE")
+            old.replicaof("127.0.0.1", replica.port)
+            way.target = replica.port  # as the name of ElastiCache's primary
+            # A store that loads everything anew closes its connections itself, and then no call fails.
+            with suppress(SharedStateUnavailable):
+                jobs.note_held("a1")
+            ((_, ticket),) = image_of(jobs)
+            assert ticket.job_id == "a1"
 
 
 @needs_redis_server

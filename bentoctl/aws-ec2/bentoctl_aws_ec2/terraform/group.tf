@@ -36,8 +36,10 @@ resource "aws_lb_target_group" "machine" {
     unhealthy_threshold = 10 # long enough to restart a failed container
   }
 
-  # A server sets this cookie when a response names a running job: requests about the job must reach the same machine.
+  # A server sets this cookie when a response names a running job: requests about the job must reach the same machine. Machines that share
+  # their state all know the job.
   stickiness {
+    enabled         = !var.shared_state
     type            = "app_cookie"
     cookie_name     = "job_server"
     cookie_duration = 3600
@@ -90,6 +92,8 @@ resource "aws_autoscaling_group" "machine" {
   default_instance_warmup   = 60
   # `destroy` does not wait for the longest request.
   force_delete = true
+  # The number of machines, which the policy in scaling.tf needs. AWS charges nothing for it.
+  enabled_metrics = ["GroupInServiceInstances"]
   # terraform_data.group_ready waits instead, and can report what went wrong.
   wait_for_capacity_timeout = "0"
 
@@ -131,34 +135,14 @@ resource "aws_autoscaling_group" "machine" {
   depends_on = [
     aws_iam_role_policy.machine,
     aws_vpc_security_group_egress_rule.machine_https,
+    aws_vpc_security_group_egress_rule.machine_to_store,
+    aws_vpc_security_group_ingress_rule.store_from_machine,
+    aws_secretsmanager_secret_version.store,
     aws_vpc_security_group_ingress_rule.machine_from_balancer,
     aws_vpc_security_group_egress_rule.balancer_to_machine,
     aws_lb_listener.http,
     aws_lb_listener.https,
   ]
-}
-
-resource "aws_autoscaling_policy" "work_waiting" {
-  count = local.single ? 0 : 1
-
-  name                   = "work-waiting"
-  autoscaling_group_name = aws_autoscaling_group.machine[0].name
-  policy_type            = "TargetTrackingScaling"
-
-  target_tracking_configuration {
-    target_value = local.requests_in_progress_per_machine
-
-    customized_metric_specification {
-      namespace   = local.metric_namespace
-      metric_name = local.metric_name
-      statistic   = "Average"
-
-      metric_dimension {
-        name  = "AutoScalingGroupName"
-        value = var.deployment_name
-      }
-    }
-  }
 }
 
 resource "terraform_data" "group_ready" {

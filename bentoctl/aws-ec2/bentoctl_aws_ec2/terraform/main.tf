@@ -21,8 +21,12 @@ module "boot" {
     READY_HOOK           = local.ready_hook
     READY_TIMEOUT_S      = local.ready_timeout_s
     KEEP_ALIVE_S         = local.longest_request_s + 60
+    LEAVE_HOOK           = local.leave_hook
     METRIC_NAMESPACE     = local.metric_namespace
-    METRIC_NAME          = local.metric_name
+    BACKLOG_METRIC       = local.backlog_metric
+    BUSY_METRIC          = local.busy_metric
+    STORE_ADDRESS        = local.store_address
+    STORE_PASSWORD_ARN   = local.store_password_arn
   }
 }
 

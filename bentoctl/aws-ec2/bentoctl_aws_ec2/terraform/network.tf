@@ -28,6 +28,40 @@ resource "aws_vpc_security_group_egress_rule" "machine_updates" {
   cidr_ipv4         = "0.0.0.0/0"
 }
 
+resource "aws_vpc_security_group_egress_rule" "machine_to_store" {
+  count = var.shared_state ? 1 : 0
+
+  security_group_id            = aws_security_group.machine.id
+  description                  = "The Valkey that machines share"
+  ip_protocol                  = "tcp"
+  from_port                    = local.store_port
+  to_port                      = local.store_port
+  referenced_security_group_id = aws_security_group.store[0].id
+}
+
+resource "aws_security_group" "store" {
+  count = var.shared_state ? 1 : 0
+
+  name_prefix = "${var.deployment_name}-store-"
+  description = "The Valkey that the machines of ${var.deployment_name} share"
+  vpc_id      = local.vpc_id
+
+  lifecycle {
+    create_before_destroy = true
+  }
+}
+
+resource "aws_vpc_security_group_ingress_rule" "store_from_machine" {
+  count = var.shared_state ? 1 : 0
+
+  security_group_id            = aws_security_group.store[0].id
+  description                  = "Machines"
+  ip_protocol                  = "tcp"
+  from_port                    = local.store_port
+  to_port                      = local.store_port
+  referenced_security_group_id = aws_security_group.machine.id
+}
+
 resource "aws_vpc_security_group_ingress_rule" "machine" {
   for_each = toset(local.single ? var.allowed_cidrs : [])
 

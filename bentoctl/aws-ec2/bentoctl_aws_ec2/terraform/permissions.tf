@@ -63,7 +63,7 @@ data "aws_iam_policy_document" "machine" {
   dynamic "statement" {
     for_each = local.single ? [] : [var.deployment_name]
     content {
-      sid       = "JoinTheGroup"
+      sid       = "JoinAndLeaveTheGroup"
       actions   = ["autoscaling:CompleteLifecycleAction"]
       resources = ["arn:${local.partition}:autoscaling:${var.region}:${local.account}:autoScalingGroup:*:autoScalingGroupName/${statement.value}"]
     }
@@ -73,6 +73,15 @@ data "aws_iam_policy_document" "machine" {
     for_each = local.uses_secrets_manager ? [var.api_key_arn] : []
     content {
       sid       = "ReadApiKey"
+      actions   = ["secretsmanager:GetSecretValue"]
+      resources = [statement.value]
+    }
+  }
+
+  dynamic "statement" {
+    for_each = var.shared_state ? [local.store_password_arn] : []
+    content {
+      sid       = "ReadStorePassword"
       actions   = ["secretsmanager:GetSecretValue"]
       resources = [statement.value]
     }

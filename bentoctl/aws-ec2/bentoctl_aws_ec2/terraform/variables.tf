@@ -104,6 +104,16 @@ variable "instances" {
   }
 }
 
+variable "shared_state" {
+  description = "Whether the machines share jobs, idempotency keys and limits through a Valkey of Amazon ElastiCache."
+  type        = bool
+
+  validation {
+    condition     = !var.shared_state || try(var.instances.max > 1, false)
+    error_message = "shared_state needs several machines: instances with a max of 2 or more."
+  }
+}
+
 variable "certificate_arn" {
   description = "ACM certificate of the load balancer's HTTPS; null: HTTP."
   type        = string

@@ -13,12 +13,13 @@ export DOCKER_CONFIG=$RUNTIME_DIRECTORY/docker
 # shellcheck source=/dev/null
 source "$CONFIGURATION_DIRECTORY/settings"
 : "${REGION:?}" "${IMAGE:?}" "${LOG_GROUP:?}" "${PORT:?}" "${ENABLE_GPUS:?}" "${MINIMUM_DRIVER_MAJOR:?}" "${STOP_TIMEOUT_S:?}"
-: "${API_KEY_ARN?}" "${IDLE_STOP_MINUTES:?}" "${AUTO_SCALING_GROUP?}" "${METRIC_NAMESPACE:?}" "${METRIC_NAME:?}" "${READY_HOOK:?}"
-: "${READY_TIMEOUT_S:?}" "${KEEP_ALIVE_S:?}"
+: "${API_KEY_ARN?}" "${IDLE_STOP_MINUTES:?}" "${AUTO_SCALING_GROUP?}" "${METRIC_NAMESPACE:?}" "${BACKLOG_METRIC:?}" "${BUSY_METRIC:?}"
+: "${READY_HOOK:?}" "${LEAVE_HOOK:?}" "${READY_TIMEOUT_S:?}" "${KEEP_ALIVE_S:?}" "${STORE_ADDRESS?}" "${STORE_PASSWORD_ARN?}"
 export AWS_REGION=$REGION AWS_DEFAULT_REGION=$REGION AWS_RETRY_MODE=standard AWS_MAX_ATTEMPTS=3
 INSTANCE=$(cloud-init query instance_id)
 # A machine without internet access must not waste time on logging to CloudWatch.
 QUICKLY=(--cli-connect-timeout 5 --cli-read-timeout 10)
+METADATA=http://169.254.169.254/latest
 
 say() {
   local message
@@ -64,7 +65,7 @@ prepare() {
   docker rm --force "$CONTAINER" >/dev/null 2>&1 || true # none exists after a clean stop
   if ! docker image inspect "$IMAGE" >/dev/null 2>&1; then pull; fi
   if [[ $ENABLE_GPUS == true ]]; then check_runtime; fi
-  fetch_api_key
+  fetch_secrets
 }
 
 check_driver() {
@@ -96,24 +97,32 @@ check_runtime() {
     fail "the container sees no GPU (NVIDIA container toolkit): $(tail -n 3 <<<"$answer")"
 }
 
-# Reads the key in the region that its ARN names.
-read_api_key() {
+# read_secret ARN: in the region that the ARN names.
+read_secret() {
   local region
-  region=$(cut -d : -f 4 <<<"$API_KEY_ARN")
-  case $API_KEY_ARN in
-    *:secretsmanager:*) aws secretsmanager get-secret-value --region "$region" --secret-id "$API_KEY_ARN" --query SecretString --output text ;;
-    *) aws ssm get-parameter --region "$region" --with-decryption --name "$API_KEY_ARN" --query Parameter.Value --output text ;;
+  region=$(cut -d : -f 4 <<<"$1")
+  case $1 in
+    *:secretsmanager:*) aws secretsmanager get-secret-value --region "$region" --secret-id "$1" --query SecretString --output text ;;
+    *) aws ssm get-parameter --region "$region" --with-decryption --name "$1" --query Parameter.Value --output text ;;
   esac
 }
 
-fetch_api_key() {
-  local key=""
+# Writes the secret part of the container's environment into memory, for docker's --env-file only.
+fetch_secrets() {
+  local key="" password="" secrets=""
   if [[ -n $API_KEY_ARN ]]; then
-    key=$(retry 3 read_api_key) || fail "the API key could not be read from $API_KEY_ARN"
+    key=$(retry 3 read_secret "$API_KEY_ARN") || fail "the API key could not be read from $API_KEY_ARN"
     if [[ -z $key ]]; then fail "the API key at $API_KEY_ARN is empty"; fi
+    if [[ $key == *$'\n'* ]]; then fail "the API key at $API_KEY_ARN has more than one line; separate several keys with commas"; fi
+    secrets+="SD_API_KEYS=$key"$'\n'
   fi
-  if [[ $key == *$'\n'* ]]; then fail "the API key at $API_KEY_ARN has more than one line; separate several keys with commas"; fi
-  (umask 077 && { [[ -z $key ]] || echo "SD_API_KEYS=$key"; } >"$RUNTIME_DIRECTORY/secrets")
+  if [[ -n $STORE_ADDRESS ]]; then
+    password=$(retry 3 read_secret "$STORE_PASSWORD_ARN") || fail "the password of the Valkey could not be read from $STORE_PASSWORD_ARN"
+    # Other characters would have to be encoded in a URL.
+    if [[ ! $password =~ ^[A-Za-z0-9]+$ ]]; then fail "the password of the Valkey at $STORE_PASSWORD_ARN must consist of letters and digits"; fi
+    secrets+="SD_SHARED_STATE=rediss://:$password@$STORE_ADDRESS"$'\n'
+  fi
+  (umask 077 && printf '%s' "$secrets" >"$RUNTIME_DIRECTORY/secrets")
 }
 
 run() {
@@ -134,7 +143,7 @@ wait_until_ready() {
   local began
   : "${MAINPID:?}" # set by systemd: the process id of docker run
   began=$(<"$RUNTIME_DIRECTORY/began")
-  until curl --silent --fail --max-time 5 "http://127.0.0.1:$PORT/readyz" >/dev/null; do
+  until is_ready; do
     kill -0 "$MAINPID" 2>/dev/null || exit 1
     if (($(date +%s) - began > READY_TIMEOUT_S)); then
       fail "the server is not ready after $READY_TIMEOUT_S s; its last lines: $(last_lines)"
@@ -145,15 +154,42 @@ wait_until_ready() {
   if [[ -n $AUTO_SCALING_GROUP ]]; then join_group; fi
 }
 
+is_ready() {
+  curl --silent --fail --max-time 5 "http://127.0.0.1:$PORT/readyz" >/dev/null
+}
+
 # Lets a new machine join its group. After a reboot AWS refuses this, because there is no launch to complete; that is not an error.
 join_group() {
   local answer
-  answer=$(retry 5 complete_launch 2>&1) || say "the machine could not join its group: $(tail -n 2 <<<"$answer")"
+  answer=$(retry 5 complete "$READY_HOOK" 2>&1) || say "the machine could not join its group: $(tail -n 2 <<<"$answer")"
 }
 
-complete_launch() {
+# Whether the group is ending this machine.
+is_leaving() {
+  local token
+  token=$(curl --silent --fail --max-time 5 --request PUT --header "X-aws-ec2-metadata-token-ttl-seconds: 60" "$METADATA/api/token") &&
+    [[ $(curl --silent --fail --max-time 5 --header "X-aws-ec2-metadata-token: $token" \
+      "$METADATA/meta-data/autoscaling/target-lifecycle-state") == Terminated ]]
+}
+
+# Finishes what the server has accepted, which may take up to STOP_TIMEOUT_S, and then lets the group end the machine. Until that has
+# happened `watch` does it again every minute: AWS knows of no action to complete while the load balancer still waits for requests.
+leave_group() {
   local answer
-  answer=$(aws autoscaling complete-lifecycle-action --auto-scaling-group-name "$AUTO_SCALING_GROUP" --lifecycle-hook-name "$READY_HOOK" \
+  if [[ ! -e $RUNTIME_DIRECTORY/left ]]; then
+    say "leaving the group: finishing what was accepted"
+    sleep 30 # by then the load balancer sends nothing more
+    systemctl stop stable-diffusion.service
+    say "leaving the group: finished"
+    touch "$RUNTIME_DIRECTORY/left"
+  fi
+  answer=$(retry 5 complete "$LEAVE_HOOK" 2>&1) || say "the machine could not leave its group: $(tail -n 2 <<<"$answer")"
+}
+
+# complete HOOK: tell the group to go on.
+complete() {
+  local answer
+  answer=$(aws autoscaling complete-lifecycle-action --auto-scaling-group-name "$AUTO_SCALING_GROUP" --lifecycle-hook-name "$1" \
     --instance-id "$INSTANCE" --lifecycle-action-result CONTINUE 2>&1) || grep -q "No active Lifecycle Action" <<<"$answer" || {
     echo "$answer"
     return 1
@@ -175,6 +211,11 @@ last_lines() {
   docker logs --tail 5 "$CONTAINER" 2>&1 | tail -c 1500
 }
 
+# gauge NAME: the value of a metric without labels.
+gauge() {
+  awk -v name="$1" '$1 == name { print $2 }' <<<"$metrics"
+}
+
 # metric NAME: the sum of a runner metric over the methods that generate, as a whole number. The runner also counts health checks.
 metric() {
   awk -v name="$1" 'index($0, name "{") == 1 && /endpoint="\/(txt2img|img2img|inpaint)"/ { sum += $NF } END { printf "%d\n", sum }' \
@@ -182,20 +223,32 @@ metric() {
 }
 
 watch() {
-  local metrics in_progress
+  local metrics
+  if [[ -n $AUTO_SCALING_GROUP ]] && is_leaving; then
+    leave_group
+    return
+  fi
   if ! metrics=$(curl --silent --fail --max-time 10 "http://127.0.0.1:$PORT/metrics"); then
     # The server is loading or down. A machine that never becomes ready must stop too, but a start may take READY_TIMEOUT_S.
     if ((IDLE_STOP_MINUTES > 0)); then stop_when_idle 0 down $((IDLE_STOP_MINUTES * 60 + READY_TIMEOUT_S)); fi
     return
   fi
-  in_progress=$(metric bentoml_runner_request_in_progress)
-  if [[ -n $AUTO_SCALING_GROUP ]]; then
-    aws cloudwatch put-metric-data --namespace "$METRIC_NAMESPACE" --metric-name "$METRIC_NAME" --unit Count \
-      --dimensions "AutoScalingGroupName=$AUTO_SCALING_GROUP" --value "$in_progress"
-  fi
+  # A machine that does not generate has no backlog either, and would make the group look idle.
+  if [[ -n $AUTO_SCALING_GROUP ]] && is_ready; then report_load; fi
   if ((IDLE_STOP_MINUTES > 0)); then
-    stop_when_idle "$in_progress" "$(metric bentoml_runner_request_total)" $((IDLE_STOP_MINUTES * 60))
+    stop_when_idle "$(metric bentoml_runner_request_in_progress)" "$(metric bentoml_runner_request_total)" $((IDLE_STOP_MINUTES * 60))
   fi
+}
+
+# The policies in scaling.tf use both metrics.
+report_load() {
+  local backlog_s running busy_percent=0 dimensions
+  backlog_s=$(gauge stable_diffusion_backlog_seconds)
+  running=$(gauge stable_diffusion_running_jobs)
+  if [[ $running != 0.0 ]]; then busy_percent=100; fi
+  dimensions="\"Dimensions\": [{\"Name\": \"AutoScalingGroupName\", \"Value\": \"$AUTO_SCALING_GROUP\"}]"
+  aws cloudwatch put-metric-data --namespace "$METRIC_NAMESPACE" --metric-data \
+    "[{\"MetricName\": \"$BACKLOG_METRIC\", \"Unit\": \"Seconds\", \"Value\": $backlog_s, $dimensions}, {\"MetricName\": \"$BUSY_METRIC\", \"Unit\": \"Percent\", \"Value\": $busy_percent, $dimensions}]"
 }
 
 # stop_when_idle IN_PROGRESS TOTAL LIMIT_S: power off if no request is in progress and TOTAL has not changed for LIMIT_S.
