@@ -72,6 +72,11 @@ def is_estimated(records: Sequence[JobRecord]) -> bool:
     return all(record.is_estimated for record in records)
 
 
+def attempt_of(records: Sequence[JobRecord]) -> int:
+    """1, and one more for each time that one of the job's images was taken away from a machine: then the job's steps are fewer again."""
+    return 1 + sum(record.attempt for record in records)
+
+
 def progress_of(records: Sequence[JobRecord]) -> Progress:
     """The progress of all images together."""
     standings = [record.progress for record in records]

@@ -169,33 +169,38 @@ def followed_headers() -> dict[str, str]:
     return {"Set-Cookie": f"{SERVER_COOKIE}={server_token()}; Path=/; Max-Age={PICTURES_KEPT_S}; HttpOnly; SameSite=Lax"}
 
 
-def progress_event(progress: Progress) -> bytes:
+def progress_event(progress: Progress, event_id: str | None = None) -> bytes:
     seconds_left = round(progress.seconds_left, 1)
     if progress.position:
-        return sse.event("queued", QueuedEvent(position=progress.position, seconds_left=seconds_left))
-    return sse.event("progress", ProgressEvent(step=progress.step, steps=progress.steps, seconds_left=seconds_left))
+        return sse.event("queued", QueuedEvent(position=progress.position, seconds_left=seconds_left), event_id)
+    return sse.event("progress", ProgressEvent(step=progress.step, steps=progress.steps, seconds_left=seconds_left), event_id)
 
 
-def preview_event(step: int, preview: Image.Image, task: Task) -> bytes:
+def preview_event(step: int, preview: Image.Image, task: Task, event_id: str | None = None) -> bytes:
     """The event `preview`. Encodes an image: do not call it on an event loop."""
     content = encode_preview(preview, (task.width, task.height))
     data: PreviewEvent = {"step": step, **_as_data(content, "jpeg")}
-    return sse.event("preview", data)
+    return sse.event("preview", data, event_id)
 
 
 def completed_event(
-    task: Task, image: GeneratedImage, model: ModelFolder, image_format: ImageFormat, remarks: Mapping[str, Any] | None = None
+    task: Task,
+    image: GeneratedImage,
+    model: ModelFolder,
+    image_format: ImageFormat,
+    remarks: Mapping[str, Any] | None = None,
+    event_id: str | None = None,
 ) -> bytes:
     """The event `completed`, with `remarks` among the parameters. Encodes an image: do not call it on an event loop."""
     parameters = {**parameters_of(task, image, model), **(remarks or {})}
     content = image_file(task, image, model, image_format)
     data: CompletedEvent = {**_as_data(content, image_format), "parameters": parameters}
-    return sse.event("completed", data)
+    return sse.event("completed", data, event_id)
 
 
-def error_event(error: Exception, where: str) -> bytes:
+def error_event(error: Exception, where: str, event_id: str | None = None) -> bytes:
     known = known_error(error, where)
-    return sse.event("error", error_body(known.type, known.message, known.problems))
+    return sse.event("error", error_body(known.type, known.message, known.problems), event_id)
 
 
 def _as_data(content: bytes, image_format: ImageFormat) -> EncodedImage:

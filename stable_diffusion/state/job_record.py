@@ -40,6 +40,7 @@ class JobRecord:
     ended_at: float | None
     outcome: dict[str, Any]
     picture: bytes | None  # PNG
+    attempt: int = 0  # how often the image was taken away from a machine
 
     @property
     def is_ended(self) -> bool:

@@ -243,4 +243,5 @@ def _record(job_id: str, index: int, fields: Mapping[str, bytes], picture: bytes
         ended_at=float(own["ended_at"]) if "ended_at" in own else None,
         outcome=json.loads(own.get("outcome", b"{}")),
         picture=picture,
+        attempt=int(own.get("attempt", 0)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import httpx
 import pytest
 
 from tests.http.asking import PROMPT, draw, picture_of
-from tests.http.following import NO_WAITING, ask, ended, events_of, start
+from tests.http.following import NO_WAITING, ask, ended, events_of, events_with_ids_of, start
 from tests.http.servers import ROOT, Server, serve
 from tests.redis_server import RedisServer, Way, needs_redis_server, started, way_to
 
@@ -75,6 +76,26 @@ def test_a_job_is_known_followed_and_fetched_at_the_other_server_without_a_cooki
     assert fetched.content == ask(first, job["picture"]).content
     for response in (accepted, fetched, ask(second, location)):
         assert "set-cookie" not in response.headers
+
+
+def test_a_client_that_reads_a_jobs_events_at_both_servers_in_turn_gets_each_once(servers: tuple[Server, Server]) -> None:
+    location = start(servers[0], num_inference_steps=150).headers["location"]
+    ids, steps, names = [""], [], []
+    turns = itertools.cycle(servers)
+    while ids[-1] != "ended":
+        headers = {"Last-Event-ID": ids[-1]}
+        with next(turns).client() as client, client.stream("GET", f"{location}/events", headers=headers) as response:
+            for name, data, event_id in itertools.islice(events_with_ids_of(response), 1):
+                ids.append(event_id)
+                names.append(name)
+                if name == "progress":
+                    steps.append(data["step"])
+    assert names.count("completed") == 1
+    assert len(ids) == len(set(ids))
+    assert steps == sorted(set(steps))
+    assert len(steps) >= 2
+    for server in servers:
+        assert ask(server, f"{location}/events", **{"Last-Event-ID": "ended"}).status_code == 204
 
 
 def test_a_job_is_cancelled_at_the_other_server(servers: tuple[Server, Server]) -> None:
