@@ -99,7 +99,7 @@ async def events_of(
                         await note_fetched(context, records[0])
                 elif is_estimated(records):
                     if (now := event_id_of(records, seen.preview if seen else "")) != seen:
-                        yield progress_event(progress_of(records), str(now))
+                        yield progress_event(progress_of(records), now.attempt, str(now))
                         seen = now
                     png = records[0].preview_png
                     if png is not None and (preview := preview_id(png)) != now.preview:

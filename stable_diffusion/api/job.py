@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, NonNegativeInt
 from typing_extensions import NotRequired, TypedDict
 
-from stable_diffusion.api.responses import ErrorDetails, error_body
+from stable_diffusion.api.responses import Attempt, ErrorDetails, error_body
 from stable_diffusion.api.times import Time, time_at
 from stable_diffusion.core.types import Kind, Progress
 from stable_diffusion.state.job_record import JobRecord, State
@@ -23,6 +23,7 @@ class Job(TypedDict):
         NonNegativeInt | None,
         Field(description="Place among the jobs that wait for their first step, 0 for all others; null until known."),
     ]
+    attempt: Attempt
     step: NonNegativeInt
     steps: NonNegativeInt
     seconds_left: Annotated[
@@ -51,6 +52,7 @@ def description(records: Sequence[JobRecord]) -> Job:
         "kind": first.task.kind,
         "images": len(records),
         "position": progress.position if is_estimated(records) else None,
+        "attempt": attempt_of(records),
         "step": progress.step,
         "steps": progress.steps,
         "seconds_left": round(progress.seconds_left, 1) if is_estimated(records) else None,

@@ -50,12 +50,20 @@ class Error(TypedDict):
     error: ErrorDetails
 
 
+Attempt = Annotated[
+    int,
+    Field(ge=1, description="Above 1 if machines share jobs and images of this one were taken away from a machine. Then `step` fell."),
+]
+
+
 class QueuedEvent(TypedDict):
+    attempt: Attempt
     position: NonNegativeInt
     seconds_left: NonNegativeFloat
 
 
 class ProgressEvent(TypedDict):
+    attempt: Attempt
     step: NonNegativeInt
     steps: NonNegativeInt
     seconds_left: NonNegativeFloat
@@ -169,11 +177,12 @@ def followed_headers() -> dict[str, str]:
     return {"Set-Cookie": f"{SERVER_COOKIE}={server_token()}; Path=/; Max-Age={PICTURES_KEPT_S}; HttpOnly; SameSite=Lax"}
 
 
-def progress_event(progress: Progress, event_id: str | None = None) -> bytes:
+def progress_event(progress: Progress, attempt: int = 1, event_id: str | None = None) -> bytes:
     seconds_left = round(progress.seconds_left, 1)
     if progress.position:
-        return sse.event("queued", QueuedEvent(position=progress.position, seconds_left=seconds_left), event_id)
-    return sse.event("progress", ProgressEvent(step=progress.step, steps=progress.steps, seconds_left=seconds_left), event_id)
+        return sse.event("queued", QueuedEvent(attempt=attempt, position=progress.position, seconds_left=seconds_left), event_id)
+    data = ProgressEvent(attempt=attempt, step=progress.step, steps=progress.steps, seconds_left=seconds_left)
+    return sse.event("progress", data, event_id)
 
 
 def preview_event(step: int, preview: Image.Image, task: Task, event_id: str | None = None) -> bytes:

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from stable_diffusion.api.a1111.responses import progress_response
 from stable_diffusion.api.context import Context
 from stable_diffusion.api.deliver import events_of
 from stable_diffusion.api.event_ids import EventId, read_event_id
+from stable_diffusion.api.job import description
 from stable_diffusion.core.errors import Cancelled, GenerationFailed, JobsUnavailable
 from stable_diffusion.core.shutdown import Unfinished
 from stable_diffusion.core.types import GeneratedImage, Progress, Ticket
@@ -165,11 +167,17 @@ def test_an_error_of_the_store_has_no_id_so_that_its_client_goes_on_after_the_la
 
 
 @pytest.mark.parametrize("store", [pytest.param("redis", marks=needs_redis_server)], indirect=True)
-def test_the_ids_of_a_job_that_another_machine_generates_again_still_grow(store: Store, jobs: Jobs) -> None:
+def test_a_job_that_another_machine_generates_again_says_so_and_its_ids_still_grow(store: Store, jobs: Jobs) -> None:
     assert store.queue is not None
     jobs.note({TICKET: Progress(0, 6, 8, 2.0, RED)})
     before, preview = shown(jobs, count=2)
+    assert (before.data["attempt"], description(jobs.get("a1"))["attempt"]) == (1, 1)
     store.queue.give_back(TICKET, is_redraw=True)
+    job = description(jobs.get("a1"))
+    assert (job["state"], job["attempt"], job["step"], job["steps"], job["seconds_left"]) == ("queued", 2, 0, 8, None)
+    for_a1111 = progress_response(jobs.of_owner("somebody"))
+    assert 0 < for_a1111["progress"] < 0.1, "an idle server has 0"
+    assert for_a1111["state"]["job_count"] == 1
     taken = store.queue.take(9)
     assert taken is not None
     ((task, ticket),) = taken.images
@@ -177,7 +185,40 @@ def test_the_ids_of_a_job_that_another_machine_generates_again_still_grow(store:
     jobs.begin(ticket, task, 0)
     (again,) = told(jobs, lambda: jobs.note({ticket: Progress(0, 2, 8, 6.0)}), preview.id)
     assert again.brief == ("progress", 2)
+    assert again.data["attempt"] == description(jobs.get("a1"))["attempt"] == 2
     (later,) = told(jobs, lambda: jobs.note({ticket: Progress(0, 6, 8, 2.0)}), again.id)
     assert later.brief == ("progress", 6), "which the first machine had reached too"
     ids = [read_event_id(event.id) for event in (before, again, later)]
     assert [(one.attempt, one.step) for one in ids if one] == [(1, 6), (2, 2), (2, 6)]
+
+
+@pytest.mark.parametrize("store", [pytest.param("redis", marks=needs_redis_server)], indirect=True)
+def test_whenever_the_progress_of_several_images_falls_the_attempt_has_grown(store: Store) -> None:
+    assert store.queue is not None
+    store.jobs.accept(TICKET, [make_task(), make_task(seed=2)], None, "print")
+    seen: list[tuple[int, int]] = []
+
+    def take_and_note(step: int) -> list[Ticket]:
+        assert store.queue is not None
+        taken = store.queue.take(9)
+        assert taken is not None
+        for task, ticket in taken.images:
+            store.jobs.begin(ticket, task, 0)
+            store.jobs.note({ticket: Progress(0, step, 8, 5.0)})
+        return [ticket for _, ticket in taken.images]
+
+    def look() -> None:
+        job = description(store.jobs.get("a1"))
+        seen.append((job["attempt"], job["step"]))
+
+    first, second = take_and_note(4)
+    look()
+    store.queue.give_back(first, is_redraw=True)
+    look()
+    take_and_note(2)
+    look()
+    store.queue.give_back(second, is_redraw=False)
+    look()
+    take_and_note(1)
+    look()
+    assert seen == [(1, 8), (2, 4), (2, 6), (3, 2), (3, 3)]
