@@ -69,6 +69,9 @@ def create_service(name: str, runner: bentoml.Runner, folder: Path) -> Service:
             logger.warning("Serving the %s model, which generates coloured shapes only. 'make model' downloads a real one.", served.name)
         logger.info("When the server is ready, open its address in a browser: /ui generates images, / documents the API.")
 
+    def logs_prompts() -> bool:
+        return read_settings(os.environ).log_prompts
+
     unfinished = Unfinished(_grace_s())
     state = open_state(os.environ)
     context = Context(RunnerClient(runner, state.jobs, unfinished, state.queue), model, policy, state.is_reachable)
@@ -78,10 +81,10 @@ def create_service(name: str, runner: bentoml.Runner, folder: Path) -> Service:
     service.mount_asgi_app(_with_requested_path(Starlette(routes=routes)), path="/")
     service.add_asgi_middleware(Connections)
     service.add_asgi_middleware(OnePath, with_slash=[route.path for route in routes if route.path.endswith("/")])
-    service.add_asgi_middleware(RequestLog, with_prompts=lambda: read_settings(os.environ).log_prompts)
+    service.add_asgi_middleware(RequestLog, with_prompts=logs_prompts)
     service.add_asgi_middleware(NoSniffing)
     service.add_asgi_middleware(Draining, unfinished=unfinished, refusal=refuse_while_stopping)
-    service.add_asgi_middleware(Beside, work=functools.partial(take_jobs, context.client))
+    service.add_asgi_middleware(Beside, work=functools.partial(take_jobs, context.client, logs_prompts))
     service.add_asgi_middleware(FrontDoor, routes=routes, pages=make_pages(name, context), access=access, rate_limit=state.rate_limit)
     return service
 

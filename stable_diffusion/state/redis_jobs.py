@@ -136,7 +136,7 @@ class RedisJobs:
         ]
         work = sum(task.width * task.height * task.num_inference_steps for task in tasks)
         values = (ticket.job_id, ticket.owner, key, fingerprint, image_format or "", *_OUTCOMES, ticket.timeout_s, work)
-        answer = self._run(scripts.ACCEPT, *values, *images)
+        answer = self._run(scripts.ACCEPT, *values, ticket.key_name or "", ticket.client_address or "", *images)
         assert isinstance(answer, list)
         match [value.decode() for value in answer]:
             case ["known", job_id]:
@@ -194,8 +194,15 @@ class RedisJobs:
         if answer is None:
             return None
         assert isinstance(answer, list)
-        job_id, owner, timeout_s, *images = answer
-        ticket = Ticket(job_id.decode(), owner.decode(), asynchronous=True, timeout_s=max(float(timeout_s), 0.001))
+        job_id, owner, timeout_s, key_name, client_address, *images = answer
+        ticket = Ticket(
+            job_id.decode(),
+            owner.decode(),
+            asynchronous=True,
+            timeout_s=max(float(timeout_s), 0.001),
+            key_name=key_name.decode() or None,
+            client_address=client_address.decode() or None,
+        )
         taken: list[tuple[Task, Ticket]] = []
         for place in range(0, len(images), 5):
             index, description, attempt, image, mask = images[place : place + 5]
