@@ -95,7 +95,7 @@ async def events_of(
                     last = await run_in_threadpool(_last_event, context, records, image_format)
                     note_end(*_end_of(records))
                     yield last
-                    if records[0].picture is not None:
+                    if records[0].image is not None:
                         await note_fetched(context, records[0])
                 elif is_estimated(records):
                     if (now := event_id_of(records, seen.preview if seen else "")) != seen:
@@ -114,7 +114,7 @@ async def events_of(
 def _last_event(context: Context, records: Sequence[JobRecord], image_format: ImageFormat) -> bytes:
     if (error := _end_of(records)[0]) is not None:
         return error_event(error, _STREAM, ENDED)
-    if (first := records[0]).picture is None:
+    if (first := records[0]).image is None:
         return sse.event("completed", CompletedJobEvent(job=description(records)), ENDED)
     return completed_event(first.task, first.finished(), context.model(), image_format, event_id=ENDED)
 

@@ -58,7 +58,7 @@ def description(records: Sequence[JobRecord]) -> Job:
         "seconds_left": round(progress.seconds_left, 1) if is_estimated(records) else None,
         "created_at": time_at(first.created_at),
         "ended_at": time_at(max(ended)) if is_ended(records) else None,
-        "picture": f"/jobs/{first.id}/picture" if first.picture is not None else None,
+        "picture": f"/jobs/{first.id}/picture" if first.image is not None else None,
         "picture_kept_until": None if first.kept_until is None else time_at(first.kept_until),
     }
     if (error := next((record.error for record in records if record.error is not None), None)) is not None:

@@ -14,7 +14,7 @@ from stable_diffusion.api.job import Job
 from stable_diffusion.api.responses import CompletedEvent, Error, PreviewEvent, ProgressEvent, QueuedEvent
 from stable_diffusion.core.settings import MAX_TIMEOUT_S
 from stable_diffusion.images.encode import MEDIA_TYPES
-from stable_diffusion.state.job_record import PICTURES_KEPT, PICTURES_KEPT_S
+from stable_diffusion.state.job_record import IMAGES_KEPT, IMAGES_KEPT_S
 from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS
 from stable_diffusion.web import sse
 from stable_diffusion.web.headers import TIMEOUT_HEADER
@@ -85,7 +85,7 @@ REQUEST_HEADERS: list[dict[str, Any]] = [
 EVENTS = {"queued": QueuedEvent, "progress": ProgressEvent, "preview": PreviewEvent, "completed": CompletedEvent, "error": Error}
 _EVENT_ID = "Only with Idempotency-Key: where `GET /jobs/{job_id}/events` goes on, with the header Last-Event-ID."
 _ACCEPTED = {
-    **json_response(f"The job was accepted. The server keeps the last {PICTURES_KEPT} images, for {PICTURES_KEPT_S // 60} minutes.", Job),
+    **json_response(f"The job was accepted. The server keeps the last {IMAGES_KEPT} images, for {IMAGES_KEPT_S // 60} minutes.", Job),
     "headers": {"Location": {"description": "The job's address.", "schema": {"type": "string"}}},
 }
 _RESPONSE_HEADERS = {

@@ -25,7 +25,7 @@ from stable_diffusion.images import infotext
 from stable_diffusion.images.encode import MEDIA_TYPES, encode, encode_preview
 from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.state.folder import server_token
-from stable_diffusion.state.job_record import PICTURES_KEPT_S
+from stable_diffusion.state.job_record import IMAGES_KEPT_S
 from stable_diffusion.state.shared_state import is_shared
 from stable_diffusion.web import sse
 
@@ -174,7 +174,7 @@ def followed_headers() -> dict[str, str]:
     """
     if is_shared():
         return {}
-    return {"Set-Cookie": f"{SERVER_COOKIE}={server_token()}; Path=/; Max-Age={PICTURES_KEPT_S}; HttpOnly; SameSite=Lax"}
+    return {"Set-Cookie": f"{SERVER_COOKIE}={server_token()}; Path=/; Max-Age={IMAGES_KEPT_S}; HttpOnly; SameSite=Lax"}
 
 
 def progress_event(progress: Progress, attempt: int = 1, event_id: str | None = None) -> bytes:

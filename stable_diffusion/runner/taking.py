@@ -56,7 +56,7 @@ async def take_jobs(client: RunnerClient, logs_prompts: Callable[[], bool]) -> N
 
 def _take(queue: JobQueue) -> Taken | None:
     """As many images at once as share a step of the model processes that are ready: more would wait here while others are idle."""
-    limits = [runner.batch_limits[0].pictures for runner in living_runners() if runner.stage == "ready" and runner.batch_limits]
+    limits = [runner.batch_limits[0].images for runner in living_runners() if runner.stage == "ready" and runner.batch_limits]
     return queue.take(sum(limits)) if limits else None
 
 

@@ -29,7 +29,7 @@ def _wait_and_say(host: str, port: int, model_name: str) -> None:
     while not _is_ready(_LOOPBACK.get(host, host), port):
         time.sleep(_ASK_INTERVAL_S)
     limits = [runner.batch_limits[0] for runner in living_runners() if runner.stage == "ready" and runner.batch_limits]
-    batch_limit = f", batch limit {limits[0].pictures} at {limits[0].width}x{limits[0].height}" if limits else ""
+    batch_limit = f", batch limit {limits[0].images} at {limits[0].width}x{limits[0].height}" if limits else ""
     logger.info("Ready: http://%s:%d, model %s%s.", f"[{host}]" if ":" in host else host, port, model_name, batch_limit)
 
 

@@ -27,7 +27,7 @@ job and, behind the number of an image and a point, those of its images; and bes
 
 from __future__ import annotations
 
-from stable_diffusion.state.job_record import PICTURES_KEPT_S
+from stable_diffusion.state.job_record import IMAGES_KEPT_S
 from stable_diffusion.state.jobs import HELD_FOR_S, JOBS_REMEMBERED_S, MAX_ASYNCHRONOUS_JOBS
 
 RUNNER_LEASE_S = 30  # after this silence a runner is considered dead
@@ -42,7 +42,7 @@ _WITH_ROOM = "#!lua\n"
 
 _COMMON = (
     f"""
-local LEASE, HELD, KEPT, REMEMBERED_S = {RUNNER_LEASE_S}, {HELD_FOR_S}, {PICTURES_KEPT_S}, {JOBS_REMEMBERED_S}
+local LEASE, HELD, KEPT, REMEMBERED_S = {RUNNER_LEASE_S}, {HELD_FOR_S}, {IMAGES_KEPT_S}, {JOBS_REMEMBERED_S}
 local REMEMBERED, GIVEN_UP, MAX_JOBS = {_JOBS_REMEMBERED}, {_GIVEN_UP_S}, {MAX_ASYNCHRONOUS_JOBS}
 local MAX_REDRAWS, INPUT_BYTES = {_MAX_REDRAWS}, {INPUT_BYTES}
 """
@@ -290,7 +290,7 @@ return 1
 """
 END = _ALWAYS + _END
 # the same, and the image
-END_WITH_PICTURE = _WITH_ROOM + _END
+END_WITH_IMAGE = _WITH_ROOM + _END
 
 # runner, outcomes
 TO_CANCEL = f"""{_ALWAYS}{_COMMON}

@@ -43,7 +43,7 @@ def make_routes(context: Context) -> list[Route]:
         image_format = records[0].image_format or accepted_types(request).image_format or "jpeg"
         return EventStream(events_of(context, records[0].id, image_format, seen=read_event_id(last_id)))
 
-    async def picture(request: Request) -> Response:
+    async def image(request: Request) -> Response:
         records = await _records(request, context)
         image_format = records[0].image_format or accepted_types(request).image_format
         if image_format is None:
@@ -61,7 +61,7 @@ def make_routes(context: Context) -> list[Route]:
         Route("/jobs/{job_id}", with_error_responses(job), methods=["GET"]),
         Route("/jobs/{job_id}", with_error_responses(cancel), methods=["DELETE"]),
         follow_events,
-        Route("/jobs/{job_id}/picture", with_error_responses(picture), methods=["GET"]),
+        Route("/jobs/{job_id}/picture", with_error_responses(image), methods=["GET"]),
     ]
 
 

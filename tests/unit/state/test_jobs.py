@@ -22,7 +22,7 @@ from stable_diffusion.core.errors import (
     UnknownJob,
 )
 from stable_diffusion.core.types import GeneratedImage, Progress, Ticket
-from stable_diffusion.state.job_record import PICTURES_KEPT_S, fingerprint
+from stable_diffusion.state.job_record import IMAGES_KEPT_S, fingerprint
 from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS, Jobs, new_job_id
 from tests.job_stores import Store
 from tests.tasks import make_task
@@ -84,10 +84,10 @@ def test_what_comes_after_the_end_changes_nothing(jobs: Jobs) -> None:
 def test_a_picture_is_gone_after_its_time_and_the_job_after_a_day(store: Store) -> None:
     jobs = store.jobs
     completed(jobs, "old")
-    store.let_pass(PICTURES_KEPT_S + 1)
+    store.let_pass(IMAGES_KEPT_S + 1)
     with pytest.raises(PictureExpired, match="for 60 minutes"):
         jobs.get("old")[0].finished()
-    store.let_pass(24 * 3600 - PICTURES_KEPT_S)
+    store.let_pass(24 * 3600 - IMAGES_KEPT_S)
     completed(jobs, "new")
     with pytest.raises(UnknownJob):
         jobs.get("old")
