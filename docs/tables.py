@@ -16,7 +16,7 @@ from prometheus_client import REGISTRY
 from pydantic import BaseModel
 
 from stable_diffusion.api.a1111.parameters import ImageToImageBody, TextToImageBody
-from stable_diffusion.api.openai.parameters import ALIASES, OpenaiParameters, drawing_fields
+from stable_diffusion.api.openai.parameters import ALIASES, OpenaiParameters, generation_fields
 from stable_diffusion.core import errors, settings
 from stable_diffusion.core.requests import ImageToImageRequest
 from stable_diffusion.core.safety import SafetyPolicy
@@ -127,7 +127,7 @@ def openai_extensions() -> str:
         others = {name: alias for alias, name in ALIASES.items()}
         only_edits = {"strength": "Only edits have it."}
         aliases = {name: f"Another name: `{alias}`." for name, alias in others.items()}
-        yield from _fields(ImageToImageRequest, drawing_fields(ImageToImageRequest), _IN_PROMPTS | only_edits | aliases)
+        yield from _fields(ImageToImageRequest, generation_fields(ImageToImageRequest), _IN_PROMPTS | only_edits | aliases)
 
     return _table(("parameter", *_FIELD_HEAD[1:]), rows())
 

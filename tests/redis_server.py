@@ -1,4 +1,4 @@
-"""A real Redis or Valkey on a free port of loopback, in a folder of its own; and a way to it that can be cut off or slow."""
+"""A real Redis or Valkey on a free port of loopback, in a folder of its own; and a way to a server that can be cut off or slow."""
 
 from __future__ import annotations
 
@@ -75,7 +75,10 @@ def started(folder: Path, *options: str) -> Iterator[RedisServer]:
 
 
 class Way:
-    """A TCP proxy to the store. `delay_s`: each piece that a client sends is held for so long. `is_blocked`: nothing gets through."""
+    """A TCP proxy to a port of loopback.
+
+    `delay_s`: each piece that a client sends is held for so long. `is_blocked`: nothing gets through.
+    """
 
     def __init__(self, port: int) -> None:
         self.target = port  # of new connections
@@ -83,7 +86,7 @@ class Way:
         self.port = self._listening.getsockname()[1]
         self.delay_s = 0.0
         self.is_blocked = False
-        self._sockets: list[socket.socket] = [self._listening]
+        self._sockets: list[socket.socket] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -91,10 +94,14 @@ class Way:
         return f"redis://127.0.0.1:{self.port}/0"
 
     def close(self) -> None:
-        for one in self._sockets:
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
+        self.cut()
+        _close(self._listening)
+
+    def cut(self) -> None:
+        """Break all connections. New ones get through."""
+        broken, self._sockets = self._sockets, []
+        for one in broken:
+            _close(one)
 
     def _accept(self) -> None:
         while True:
@@ -123,6 +130,12 @@ class Way:
         for one in (source, target):
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
+
+
+def _close(one: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        one.shutdown(socket.SHUT_RDWR)
+    one.close()
 
 
 @contextmanager

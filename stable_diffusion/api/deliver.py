@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from stable_diffusion.api.context import Context
+from stable_diffusion.api.event_ids import ENDED, EventId, event_id_of, preview_id
 from stable_diffusion.api.job import CompletedJobEvent, description, is_ended, is_estimated, progress_of
 from stable_diffusion.api.responses import (
     EventStream,
@@ -70,43 +71,52 @@ def _ignore_end(error: ServiceError | None, flagged: bool | None) -> None:
     """Used for requests that only query a job: their log line does not show the job's end."""
 
 
-async def events_of(
-    context: Context, job_id: str, image_format: ImageFormat, note_end: journal.NoteEnd = _ignore_end
-) -> AsyncGenerator[bytes, None]:
-    """The events of a job from now on. The event `completed` contains the image only if it is kept.
+_STREAM = "The event stream of a job"
 
-    `note_end` is called before the last event is sent, because the client may then close the connection.
+
+async def events_of(
+    context: Context,
+    job_id: str,
+    image_format: ImageFormat,
+    note_end: journal.NoteEnd = _ignore_end,
+    seen: EventId | None = None,
+) -> AsyncGenerator[bytes, None]:
+    """The events of a job from now on, or from what the client has `seen`. The event `completed` contains the image only if it is kept.
+
+    An event says where the job stands, so of several that were missed only the last is sent. If the job's state cannot be read, the last
+    event is an error without an id: the job goes on. `note_end` is called before the last event is sent, because the client may then
+    close the connection.
     """
-    sent: tuple[object, ...] = ()
-    preview = None
+    yield sse.RETRY
     try:
         async with aclosing(follow(context.client, job_id)) as standings:
             async for records in standings:
-                if not is_ended(records):
-                    progress = progress_of(records)
-                    if not is_estimated(records):
-                        continue
-                    if (now := (progress.position, progress.step)) != sent:
-                        yield progress_event(progress)
-                        sent = now
-                    if records[0].preview_png is not None and records[0].preview_png != preview:
-                        preview = records[0].preview_png
-                        yield await run_in_threadpool(_preview_event, records[0])
-                elif (error := _end_of(records)[0]) is not None:
-                    raise error
-                elif records[0].picture is None:
+                if is_ended(records):
+                    last = await run_in_threadpool(_last_event, context, records, image_format)
                     note_end(*_end_of(records))
-                    yield sse.event("completed", CompletedJobEvent(job=description(records)))
-                else:
-                    completed = await run_in_threadpool(_completed_event, context, records[0], image_format)
-                    note_end(*_end_of(records))
-                    yield completed
-                    await note_fetched(context, records[0])
+                    yield last
+                    if records[0].image is not None:
+                        await note_fetched(context, records[0])
+                elif is_estimated(records):
+                    if (now := event_id_of(records, seen.preview if seen else "")) != seen:
+                        yield progress_event(progress_of(records), now.attempt, str(now))
+                        seen = now
+                    png = records[0].preview_png
+                    if png is not None and (preview := preview_id(png)) != now.preview:
+                        seen = replace(now, preview=preview)
+                        yield await run_in_threadpool(_preview_event, records[0], str(seen))
     except Exception as error:
-        where = "The event stream of a job"
-        known = known_error(error, where)
+        known = known_error(error, _STREAM)
         note_end(known, None)
-        yield error_event(known, where)
+        yield error_event(known, _STREAM)
+
+
+def _last_event(context: Context, records: Sequence[JobRecord], image_format: ImageFormat) -> bytes:
+    if (error := _end_of(records)[0]) is not None:
+        return error_event(error, _STREAM, ENDED)
+    if (first := records[0]).image is None:
+        return sse.event("completed", CompletedJobEvent(job=description(records)), ENDED)
+    return completed_event(first.task, first.finished(), context.model(), image_format, event_id=ENDED)
 
 
 def _end_of(records: Sequence[JobRecord]) -> tuple[ServiceError | None, bool | None]:
@@ -115,13 +125,9 @@ def _end_of(records: Sequence[JobRecord]) -> tuple[ServiceError | None, bool | N
     return error, None if error is not None else records[0].outcome.get("flagged")
 
 
-def _completed_event(context: Context, record: JobRecord, image_format: ImageFormat) -> bytes:
-    return completed_event(record.task, record.finished(), context.model(), image_format)
-
-
-def _preview_event(record: JobRecord) -> bytes:
+def _preview_event(record: JobRecord, event_id: str) -> bytes:
     assert record.preview is not None
-    return preview_event(record.progress.step, record.preview, record.task)
+    return preview_event(record.progress.step, record.preview, record.task, event_id)
 
 
 Remarks = Callable[[GeneratedImage], dict[str, Any]]

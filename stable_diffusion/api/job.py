@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field, NonNegativeInt
 from typing_extensions import NotRequired, TypedDict
 
-from stable_diffusion.api.responses import ErrorDetails, error_body
+from stable_diffusion.api.responses import Attempt, ErrorDetails, error_body
 from stable_diffusion.api.times import Time, time_at
 from stable_diffusion.core.types import Kind, Progress
 from stable_diffusion.state.job_record import JobRecord, State
@@ -23,6 +23,7 @@ class Job(TypedDict):
         NonNegativeInt | None,
         Field(description="Place among the jobs that wait for their first step, 0 for all others; null until known."),
     ]
+    attempt: Attempt
     step: NonNegativeInt
     steps: NonNegativeInt
     seconds_left: Annotated[
@@ -51,12 +52,13 @@ def description(records: Sequence[JobRecord]) -> Job:
         "kind": first.task.kind,
         "images": len(records),
         "position": progress.position if is_estimated(records) else None,
+        "attempt": attempt_of(records),
         "step": progress.step,
         "steps": progress.steps,
         "seconds_left": round(progress.seconds_left, 1) if is_estimated(records) else None,
         "created_at": time_at(first.created_at),
         "ended_at": time_at(max(ended)) if is_ended(records) else None,
-        "picture": f"/jobs/{first.id}/picture" if first.picture is not None else None,
+        "picture": f"/jobs/{first.id}/picture" if first.image is not None else None,
         "picture_kept_until": None if first.kept_until is None else time_at(first.kept_until),
     }
     if (error := next((record.error for record in records if record.error is not None), None)) is not None:
@@ -70,6 +72,11 @@ def is_ended(records: Sequence[JobRecord]) -> bool:
 
 def is_estimated(records: Sequence[JobRecord]) -> bool:
     return all(record.is_estimated for record in records)
+
+
+def attempt_of(records: Sequence[JobRecord]) -> int:
+    """1, and one more for each time that one of the job's images was taken away from a machine: then the job's steps are fewer again."""
+    return 1 + sum(record.attempt for record in records)
 
 
 def progress_of(records: Sequence[JobRecord]) -> Progress:

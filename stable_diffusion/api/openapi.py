@@ -14,7 +14,7 @@ from stable_diffusion.api.job import Job
 from stable_diffusion.api.responses import CompletedEvent, Error, PreviewEvent, ProgressEvent, QueuedEvent
 from stable_diffusion.core.settings import MAX_TIMEOUT_S
 from stable_diffusion.images.encode import MEDIA_TYPES
-from stable_diffusion.state.job_record import PICTURES_KEPT, PICTURES_KEPT_S
+from stable_diffusion.state.job_record import IMAGES_KEPT, IMAGES_KEPT_S
 from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS
 from stable_diffusion.web import sse
 from stable_diffusion.web.headers import TIMEOUT_HEADER
@@ -37,12 +37,17 @@ def errors(descriptions: dict[str, str], model: Any = Error) -> dict[str, Any]:
     return {status: json_response(description, model) for status, description in descriptions.items()}
 
 
-def event_content(events: dict[str, Any]) -> dict[str, Any]:
-    """The content of a stream: one event's schema. `events` has the type of each event's data, which is JSON."""
+def event_content(events: dict[str, Any], event_id: str | None = None) -> dict[str, Any]:
+    """The content of a stream: one event's schema. `events` has the type of each event's data, which is JSON.
+
+    `event_id` describes the events' ids, if they have any.
+    """
     kinds = []
     for name, data in events.items():
-        encoded = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
-        kinds.append({"type": "object", "required": ["event", "data"], "properties": {"event": {"const": name}, "data": encoded}})
+        properties = {"event": {"const": name}, "data": {"type": "string", "contentMediaType": "application/json", "contentSchema": data}}
+        if event_id is not None:
+            properties["id"] = {"type": "string", "description": event_id}
+        kinds.append({"type": "object", "required": ["event", "data"], "properties": properties})
     return {sse.MEDIA_TYPE: {"schema": {"oneOf": kinds}}}
 
 
@@ -78,8 +83,9 @@ REQUEST_HEADERS: list[dict[str, Any]] = [
     IDEMPOTENCY_KEY,
 ]
 EVENTS = {"queued": QueuedEvent, "progress": ProgressEvent, "preview": PreviewEvent, "completed": CompletedEvent, "error": Error}
+_EVENT_ID = "Only with Idempotency-Key: where `GET /jobs/{job_id}/events` goes on, with the header Last-Event-ID."
 _ACCEPTED = {
-    **json_response(f"The job was accepted. The server keeps the last {PICTURES_KEPT} images, for {PICTURES_KEPT_S // 60} minutes.", Job),
+    **json_response(f"The job was accepted. The server keeps the last {IMAGES_KEPT} images, for {IMAGES_KEPT_S // 60} minutes.", Job),
     "headers": {"Location": {"description": "The job's address.", "schema": {"type": "string"}}},
 }
 _RESPONSE_HEADERS = {
@@ -155,7 +161,7 @@ def generates(
             "description": "The image. Or, if Accept asks for text/event-stream, events until the image is ready: queued, progress, "
             "preview, completed and error, each with JSON.",
             "headers": {header: {"description": text, "schema": {"type": "string"}} for header, text in headers.items()},
-            "content": {**{media_type: {} for media_type in MEDIA_TYPES.values()}, **event_content(EVENTS), **more},
+            "content": {**{media_type: {} for media_type in MEDIA_TYPES.values()}, **event_content(EVENTS, _EVENT_ID), **more},
         },
         "202": _ACCEPTED,
         **errors(_ERRORS),

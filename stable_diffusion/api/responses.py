@@ -25,7 +25,7 @@ from stable_diffusion.images import infotext
 from stable_diffusion.images.encode import MEDIA_TYPES, encode, encode_preview
 from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.state.folder import server_token
-from stable_diffusion.state.job_record import PICTURES_KEPT_S
+from stable_diffusion.state.job_record import IMAGES_KEPT_S
 from stable_diffusion.state.shared_state import is_shared
 from stable_diffusion.web import sse
 
@@ -50,12 +50,20 @@ class Error(TypedDict):
     error: ErrorDetails
 
 
+Attempt = Annotated[
+    int,
+    Field(ge=1, description="Above 1 if machines share jobs and images of this one were taken away from a machine. Then `step` fell."),
+]
+
+
 class QueuedEvent(TypedDict):
+    attempt: Attempt
     position: NonNegativeInt
     seconds_left: NonNegativeFloat
 
 
 class ProgressEvent(TypedDict):
+    attempt: Attempt
     step: NonNegativeInt
     steps: NonNegativeInt
     seconds_left: NonNegativeFloat
@@ -166,36 +174,42 @@ def followed_headers() -> dict[str, str]:
     """
     if is_shared():
         return {}
-    return {"Set-Cookie": f"{SERVER_COOKIE}={server_token()}; Path=/; Max-Age={PICTURES_KEPT_S}; HttpOnly; SameSite=Lax"}
+    return {"Set-Cookie": f"{SERVER_COOKIE}={server_token()}; Path=/; Max-Age={IMAGES_KEPT_S}; HttpOnly; SameSite=Lax"}
 
 
-def progress_event(progress: Progress) -> bytes:
+def progress_event(progress: Progress, attempt: int = 1, event_id: str | None = None) -> bytes:
     seconds_left = round(progress.seconds_left, 1)
     if progress.position:
-        return sse.event("queued", QueuedEvent(position=progress.position, seconds_left=seconds_left))
-    return sse.event("progress", ProgressEvent(step=progress.step, steps=progress.steps, seconds_left=seconds_left))
+        return sse.event("queued", QueuedEvent(attempt=attempt, position=progress.position, seconds_left=seconds_left), event_id)
+    data = ProgressEvent(attempt=attempt, step=progress.step, steps=progress.steps, seconds_left=seconds_left)
+    return sse.event("progress", data, event_id)
 
 
-def preview_event(step: int, preview: Image.Image, task: Task) -> bytes:
+def preview_event(step: int, preview: Image.Image, task: Task, event_id: str | None = None) -> bytes:
     """The event `preview`. Encodes an image: do not call it on an event loop."""
     content = encode_preview(preview, (task.width, task.height))
     data: PreviewEvent = {"step": step, **_as_data(content, "jpeg")}
-    return sse.event("preview", data)
+    return sse.event("preview", data, event_id)
 
 
 def completed_event(
-    task: Task, image: GeneratedImage, model: ModelFolder, image_format: ImageFormat, remarks: Mapping[str, Any] | None = None
+    task: Task,
+    image: GeneratedImage,
+    model: ModelFolder,
+    image_format: ImageFormat,
+    remarks: Mapping[str, Any] | None = None,
+    event_id: str | None = None,
 ) -> bytes:
     """The event `completed`, with `remarks` among the parameters. Encodes an image: do not call it on an event loop."""
     parameters = {**parameters_of(task, image, model), **(remarks or {})}
     content = image_file(task, image, model, image_format)
     data: CompletedEvent = {**_as_data(content, image_format), "parameters": parameters}
-    return sse.event("completed", data)
+    return sse.event("completed", data, event_id)
 
 
-def error_event(error: Exception, where: str) -> bytes:
+def error_event(error: Exception, where: str, event_id: str | None = None) -> bytes:
     known = known_error(error, where)
-    return sse.event("error", error_body(known.type, known.message, known.problems))
+    return sse.event("error", error_body(known.type, known.message, known.problems), event_id)
 
 
 def _as_data(content: bytes, image_format: ImageFormat) -> EncodedImage:

@@ -17,7 +17,7 @@ from datetime import datetime, timezone
 from typing import Any, TypeVar
 
 from stable_diffusion.core.errors import GenerationFailed, ServiceError
-from stable_diffusion.core.types import GeneratedImage, RequestContext, Task
+from stable_diffusion.core.types import GeneratedImage, RequestContext, Task, Ticket
 
 T = TypeVar("T")
 # Takes the job's error, or None and whether its image was flagged.
@@ -152,9 +152,9 @@ async def as_job(generation: Coroutine[Any, Any, T], is_accepted: Callable[[], b
             write_line(line)
 
 
-async def as_taken_job(job_id: str, generation: Coroutine[Any, Any, T], is_accepted: Callable[[], bool]) -> T:
-    """As `as_job`, for a job that any machine may have accepted."""
-    current_line.set(Line(context=RequestContext(job_id)))
+async def as_taken_job(ticket: Ticket, generation: Coroutine[Any, Any, T], is_accepted: Callable[[], bool], *, with_prompts: bool) -> T:
+    """As `as_job`, for a job that any machine may have accepted: the ticket says for whom."""
+    current_line.set(Line(with_prompts, ticket.client_address, RequestContext(ticket.job_id, key_name=ticket.key_name)))
     return await as_job(generation, is_accepted)
 
 

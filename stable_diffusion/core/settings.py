@@ -51,7 +51,7 @@ _MAX_QUEUED_IMAGES = 400.0
 # For each field of Limits: its variable and its maximum.
 LIMIT_VARIABLES = {
     "queue_s": ("SD_MAX_QUEUE_S", _DAY_S),
-    "queue_pictures": ("SD_MAX_QUEUE_PICTURES", _MAX_QUEUED_IMAGES),
+    "queue_images": ("SD_MAX_QUEUE_PICTURES", _MAX_QUEUED_IMAGES),
     "stuck_step_s": ("SD_STUCK_STEP_S", _DAY_S),
     "stop_grace_s": ("SD_STOP_GRACE_S", _DAY_S),
 }
@@ -69,7 +69,7 @@ class Limits:
     """Limits in seconds, and the number of images in the queue."""
 
     queue_s: float = 600.0
-    queue_pictures: float = 200.0
+    queue_images: float = 200.0
     stuck_step_s: float = 60.0
     stop_grace_s: float = MAX_TIMEOUT_S
 

@@ -96,7 +96,7 @@ class Ticket:
     """For whom a task runs. `index`: the number of the image in its job. `timeout_s`: how long it may take from now.
 
     An asynchronous task runs to its end even if no client waits, and its image is kept. `attempt` grows when a job that machines share is
-    taken away from one of them.
+    taken away from one of them. `key_name` and `client_address` are for the request log, as the request's own line has them.
     """
 
     job_id: str
@@ -105,6 +105,8 @@ class Ticket:
     asynchronous: bool = False
     timeout_s: float = MAX_TIMEOUT_S
     attempt: int = 0
+    key_name: str | None = None
+    client_address: str | None = None
 
 
 @dataclass

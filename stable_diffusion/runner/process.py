@@ -141,7 +141,7 @@ class ModelProcess:
         if not ticket.asynchronous:
             self._keep(self._store_end(ticket, _without_pixels(outcome)))
             return
-        if not await self._store_picture(ticket, outcome):
+        if not await self._store_image(ticket, outcome):
             outcome = GenerationFailed("the image was generated but could not be stored")
             await self._call_store(self._jobs.end, ticket, outcome)
         generation.updates.put_nowait(outcome)
@@ -155,7 +155,7 @@ class ModelProcess:
             if (ticket.job_id, ticket.index) not in self._generations:
                 return  # its end is stored next, which says enough
 
-    async def _store_picture(self, ticket: Ticket, outcome: GeneratedImage | ServiceError) -> bool:
+    async def _store_image(self, ticket: Ticket, outcome: GeneratedImage | ServiceError) -> bool:
         """Store the end of an asynchronous job. Returns whether that worked, after waiting for a shared store that is away."""
         deadline_s = time.monotonic() + _KEPT_FOR_STORE_S
         while not await self._call_store(self._jobs.end, ticket, outcome):

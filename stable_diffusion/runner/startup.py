@@ -111,7 +111,7 @@ def start_engine(
                 StepBatchLimit(record.width, record.height, record.jobs, f"{record.tried} images did not fit into memory")
             )
 
-    queue = NO_LIMITS if limits is None else QueueLimits(limits.queue_s, limits.queue_pictures)
+    queue = NO_LIMITS if limits is None else QueueLimits(limits.queue_s, limits.queue_images)
     watchdog = None if limits is None else Watchdog(limits.stuck_step_s)
     engine = Engine(load_and_warm_up, max_batch_size, note_step, batch_limit_for, note, queue, watchdog)
     engine.assume_step(height, width, step_seconds[0])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 
 from starlette.concurrency import run_in_threadpool
@@ -25,11 +26,12 @@ _RETRY_S = 1.0
 _PASSED_ON = (QueueFull, ModelLoading, ModelUnavailable, ShuttingDown)
 
 
-async def take_jobs(client: RunnerClient) -> None:
-    """Take jobs until the server stops. Returns at once if machines share no queue."""
+async def take_jobs(client: RunnerClient, logs_prompts: Callable[[], bool]) -> None:
+    """Take jobs until the server stops. Returns at once if machines share no queue. `logs_prompts`: whether log lines contain them."""
     queue = client.queue
     if queue is None:
         return
+    with_prompts = logs_prompts()
     in_progress: set[asyncio.Task[None]] = set()
     while not client.unfinished.is_stopping:
         client.may_take.clear()
@@ -47,22 +49,26 @@ async def take_jobs(client: RunnerClient) -> None:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(client.may_take.wait(), _LOOK_S)
         elif taken.images:
-            generation = asyncio.create_task(_generate(client, queue, taken))
+            generation = asyncio.create_task(_generate(client, queue, taken, with_prompts))
             in_progress.add(generation)
             generation.add_done_callback(in_progress.discard)
 
 
 def _take(queue: JobQueue) -> Taken | None:
     """As many images at once as share a step of the model processes that are ready: more would wait here while others are idle."""
-    limits = [runner.batch_limits[0].pictures for runner in living_runners() if runner.stage == "ready" and runner.batch_limits]
+    limits = [runner.batch_limits[0].images for runner in living_runners() if runner.stage == "ready" and runner.batch_limits]
     return queue.take(sum(limits)) if limits else None
 
 
-async def _generate(client: RunnerClient, queue: JobQueue, taken: Taken) -> None:
+async def _generate(client: RunnerClient, queue: JobQueue, taken: Taken, with_prompts: bool) -> None:
     refusal: asyncio.Future[ServiceError | None] = asyncio.get_running_loop().create_future()
+
+    def is_accepted() -> bool:
+        return refusal.done() and refusal.result() is None
+
     with client.unfinished.piece_of_work():
         holding = hold_images(client, taken.images, refusal)
-        error = await journal.as_taken_job(taken.job_id, holding, lambda: refusal.done() and refusal.result() is None)
+        error = await journal.as_taken_job(taken.images[0][1], holding, is_accepted, with_prompts=with_prompts)
         if isinstance(error, _PASSED_ON) and not isinstance(error, ModelUnavailable):
             await asyncio.sleep(_RETRY_S)  # else this machine would take it again at once
         while True:

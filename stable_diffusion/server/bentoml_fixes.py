@@ -50,6 +50,11 @@ def port() -> int:
     return int(_options().get("port") or BentoMLContainer.http.port.get())
 
 
+def is_encrypted() -> bool:
+    """Whether `bentoml serve` is about to speak TLS."""
+    return bool(_options().get("ssl_certfile") or BentoMLContainer.ssl.enabled.get())
+
+
 def _options() -> dict[str, Any]:
     command = click.get_current_context(silent=True)
     return command.params if command is not None else {}

@@ -34,6 +34,7 @@ from stable_diffusion.server.access.policy import read_access
 from stable_diffusion.server.connections import Connections
 from stable_diffusion.server.front_door import FrontDoor, refuse_while_stopping
 from stable_diffusion.server.middleware import Beside, Draining, NoSniffing, OnePath, RequestLog
+from stable_diffusion.server.ready_line import say_when_ready
 from stable_diffusion.server.start import check_address, checked_model, warn_of_settings_without_effect
 from stable_diffusion.state.folder import name_shared_folder
 from stable_diffusion.state.shared_state import open_state
@@ -68,6 +69,11 @@ def create_service(name: str, runner: bentoml.Runner, folder: Path) -> Service:
         if served.is_demo:
             logger.warning("Serving the %s model, which generates coloured shapes only. 'make model' downloads a real one.", served.name)
         logger.info("When the server is ready, open its address in a browser: /ui generates images, / documents the API.")
+        if not bentoml_fixes.is_encrypted():
+            say_when_ready(bentoml_fixes.host(), bentoml_fixes.port(), served.name)
+
+    def logs_prompts() -> bool:
+        return read_settings(os.environ).log_prompts
 
     unfinished = Unfinished(_grace_s())
     state = open_state(os.environ)
@@ -78,10 +84,10 @@ def create_service(name: str, runner: bentoml.Runner, folder: Path) -> Service:
     service.mount_asgi_app(_with_requested_path(Starlette(routes=routes)), path="/")
     service.add_asgi_middleware(Connections)
     service.add_asgi_middleware(OnePath, with_slash=[route.path for route in routes if route.path.endswith("/")])
-    service.add_asgi_middleware(RequestLog, with_prompts=lambda: read_settings(os.environ).log_prompts)
+    service.add_asgi_middleware(RequestLog, with_prompts=logs_prompts)
     service.add_asgi_middleware(NoSniffing)
     service.add_asgi_middleware(Draining, unfinished=unfinished, refusal=refuse_while_stopping)
-    service.add_asgi_middleware(Beside, work=functools.partial(take_jobs, context.client))
+    service.add_asgi_middleware(Beside, work=functools.partial(take_jobs, context.client, logs_prompts))
     service.add_asgi_middleware(FrontDoor, routes=routes, pages=make_pages(name, context), access=access, rate_limit=state.rate_limit)
     return service
 

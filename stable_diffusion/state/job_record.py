@@ -17,8 +17,8 @@ from PIL import Image
 from stable_diffusion.core.errors import Cancelled, PictureExpired, PictureNotKept, ServiceError, error_of_type
 from stable_diffusion.core.types import GeneratedImage, ImageFormat, LoraChoice, Progress, Task
 
-PICTURES_KEPT_S = 3600
-PICTURES_KEPT = 100  # on one machine
+IMAGES_KEPT_S = 3600
+IMAGES_KEPT = 100  # on one machine
 
 State = Literal["queued", "running", "completed", "failed", "cancelled"]
 
@@ -39,7 +39,8 @@ class JobRecord:
     created_at: float
     ended_at: float | None
     outcome: dict[str, Any]
-    picture: bytes | None  # PNG
+    image: bytes | None  # PNG
+    attempt: int = 0  # how often the image was taken away from a machine
 
     @property
     def is_ended(self) -> bool:
@@ -51,7 +52,7 @@ class JobRecord:
 
     @property
     def kept_until(self) -> float | None:
-        return None if self.picture is None or self.ended_at is None else self.ended_at + PICTURES_KEPT_S
+        return None if self.image is None or self.ended_at is None else self.ended_at + IMAGES_KEPT_S
 
     @property
     def error(self) -> ServiceError | None:
@@ -63,10 +64,10 @@ class JobRecord:
             raise self.error
         if not self.asynchronous:
             raise PictureNotKept("this job's image was sent in the response and is not kept")
-        if self.picture is None:
-            minutes = PICTURES_KEPT_S // 60
+        if self.image is None:
+            minutes = IMAGES_KEPT_S // 60
             raise PictureExpired(f"the image has been deleted: images are kept for {minutes} minutes, the oldest only while there is room")
-        return GeneratedImage(from_png(self.picture), **self.outcome)
+        return GeneratedImage(from_png(self.image), **self.outcome)
 
 
 def fingerprint(path: str, tasks: Sequence[Task], seed: int | None) -> str:

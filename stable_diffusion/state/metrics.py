@@ -228,9 +228,7 @@ def _caps(runners: list[RunnerState]) -> GaugeMetricFamily:
     )
     for runner in runners:
         for batch_limit in runner.batch_limits:
-            family.add_metric(
-                [str(runner.index), str(batch_limit.width), str(batch_limit.height), batch_limit.reason], batch_limit.pictures
-            )
+            family.add_metric([str(runner.index), str(batch_limit.width), str(batch_limit.height), batch_limit.reason], batch_limit.images)
     return family
 
 

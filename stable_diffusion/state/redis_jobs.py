@@ -112,7 +112,7 @@ class RedisJobs:
         state = "completed" if isinstance(outcome, GeneratedImage) else state_of_error(outcome)
         values = (ticket.job_id, ticket.index, state, json.dumps(outcome.facts()), self._kept_bytes, ticket.attempt)
         if isinstance(outcome, GeneratedImage) and ticket.asynchronous:
-            self._run(scripts.END_WITH_PICTURE, *values, as_png(outcome.image))
+            self._run(scripts.END_WITH_IMAGE, *values, as_png(outcome.image))
         else:
             self._run(scripts.END, *values)
 
@@ -136,7 +136,7 @@ class RedisJobs:
         ]
         work = sum(task.width * task.height * task.num_inference_steps for task in tasks)
         values = (ticket.job_id, ticket.owner, key, fingerprint, image_format or "", *_OUTCOMES, ticket.timeout_s, work)
-        answer = self._run(scripts.ACCEPT, *values, *images)
+        answer = self._run(scripts.ACCEPT, *values, ticket.key_name or "", ticket.client_address or "", *images)
         assert isinstance(answer, list)
         match [value.decode() for value in answer]:
             case ["known", job_id]:
@@ -194,8 +194,15 @@ class RedisJobs:
         if answer is None:
             return None
         assert isinstance(answer, list)
-        job_id, owner, timeout_s, *images = answer
-        ticket = Ticket(job_id.decode(), owner.decode(), asynchronous=True, timeout_s=max(float(timeout_s), 0.001))
+        job_id, owner, timeout_s, key_name, client_address, *images = answer
+        ticket = Ticket(
+            job_id.decode(),
+            owner.decode(),
+            asynchronous=True,
+            timeout_s=max(float(timeout_s), 0.001),
+            key_name=key_name.decode() or None,
+            client_address=client_address.decode() or None,
+        )
         taken: list[tuple[Task, Ticket]] = []
         for place in range(0, len(images), 5):
             index, description, attempt, image, mask = images[place : place + 5]
@@ -226,13 +233,13 @@ def _paired(values: list[bytes]) -> dict[str, bytes]:
     return {name.decode(): value for name, value in zip(values[::2], values[1::2], strict=True)}
 
 
-def _records(job_id: str, fields: Mapping[str, bytes], pictures: Mapping[str, bytes]) -> list[JobRecord]:
-    """The images of a job in order. `pictures`: those that are kept, by index."""
+def _records(job_id: str, fields: Mapping[str, bytes], images: Mapping[str, bytes]) -> list[JobRecord]:
+    """The images of a job in order. `images`: those that are kept, by index."""
     indices = [index for index in range(int(fields.get("images", 0))) if f"{index}.task" in fields]
-    return [_record(job_id, index, fields, pictures.get(str(index))) for index in indices]
+    return [_record(job_id, index, fields, images.get(str(index))) for index in indices]
 
 
-def _record(job_id: str, index: int, fields: Mapping[str, bytes], picture: bytes | None) -> JobRecord:
+def _record(job_id: str, index: int, fields: Mapping[str, bytes], image: bytes | None) -> JobRecord:
     own = {name.partition(".")[2]: value for name, value in fields.items() if name.startswith(f"{index}.")}
     seconds_left = own.get("seconds_left")
     return JobRecord(
@@ -248,5 +255,6 @@ def _record(job_id: str, index: int, fields: Mapping[str, bytes], picture: bytes
         created_at=float(own["created_at"]),
         ended_at=float(own["ended_at"]) if "ended_at" in own else None,
         outcome=json.loads(own.get("outcome", b"{}")),
-        picture=picture,
+        image=image,
+        attempt=int(own.get("attempt", 0)),
     )

@@ -27,7 +27,7 @@ job and, behind the number of an image and a point, those of its images; and bes
 
 from __future__ import annotations
 
-from stable_diffusion.state.job_record import PICTURES_KEPT_S
+from stable_diffusion.state.job_record import IMAGES_KEPT_S
 from stable_diffusion.state.jobs import HELD_FOR_S, JOBS_REMEMBERED_S, MAX_ASYNCHRONOUS_JOBS
 
 RUNNER_LEASE_S = 30  # after this silence a runner is considered dead
@@ -42,7 +42,7 @@ _WITH_ROOM = "#!lua\n"
 
 _COMMON = (
     f"""
-local LEASE, HELD, KEPT, REMEMBERED_S = {RUNNER_LEASE_S}, {HELD_FOR_S}, {PICTURES_KEPT_S}, {JOBS_REMEMBERED_S}
+local LEASE, HELD, KEPT, REMEMBERED_S = {RUNNER_LEASE_S}, {HELD_FOR_S}, {IMAGES_KEPT_S}, {JOBS_REMEMBERED_S}
 local REMEMBERED, GIVEN_UP, MAX_JOBS = {_JOBS_REMEMBERED}, {_GIVEN_UP_S}, {MAX_ASYNCHRONOUS_JOBS}
 local MAX_REDRAWS, INPUT_BYTES = {_MAX_REDRAWS}, {INPUT_BYTES}
 """
@@ -131,6 +131,7 @@ local function finish(id, index, state, outcome, is_given_up)
   if redis.call('HINCRBY', key, 'unfinished', -1) <= 0 then
     take_out_of_queue(id, owner)
     redis.call('ZREM', PREFIX .. 'owner:' .. owner, id)
+    redis.call('HDEL', key, 'key_name', 'client_address')
     redis.call('ZADD', PREFIX .. 'ended', NOW, id)
     redis.call('EXPIRE', key, REMEMBERED_S)
   end
@@ -289,7 +290,7 @@ return 1
 """
 END = _ALWAYS + _END
 # the same, and the image
-END_WITH_PICTURE = _WITH_ROOM + _END
+END_WITH_IMAGE = _WITH_ROOM + _END
 
 # runner, outcomes
 TO_CANCEL = f"""{_ALWAYS}{_COMMON}
@@ -313,8 +314,9 @@ end
 hear_of(ARGV[1])
 """
 
-# id, owner, digest of the idempotency key or nothing, fingerprint, image format or nothing, outcomes, seconds until the deadline, work;
-# for each image: task, steps, input image or nothing, mask or nothing
+# id, owner, digest of the idempotency key or nothing, fingerprint, image format or nothing, outcomes, seconds until the deadline, work,
+# for the request log the name of the caller's API key or nothing and the caller's address or nothing; for each image: task, steps, input
+# image or nothing, mask or nothing
 ACCEPT = f"""{_WITH_ROOM}{_COMMON}
 local id, owner, key = ARGV[1], ARGV[2], PREFIX .. 'key:' .. ARGV[3]
 local function is_of_use(known)
@@ -352,18 +354,19 @@ if unfinished >= limit and not (owned < limit / owners and unfinished < 2 * limi
   return {{'too many', tostring(unfinished), tostring(soonest or 1)}}
 end
 local bytes = 0
-for place = 11, #ARGV, 4 do bytes = bytes + #ARGV[place + 2] + #ARGV[place + 3] end
+for place = 13, #ARGV, 4 do bytes = bytes + #ARGV[place + 2] + #ARGV[place + 3] end
 if tonumber(redis.call('GET', PREFIX .. 'input_bytes') or 0) + bytes > INPUT_BYTES then return {{'no room'}} end
 redis.call('INCRBY', PREFIX .. 'input_bytes', bytes)
-for place = 11, #ARGV, 4 do
-  local index = tostring((place - 11) / 4)
+for place = 13, #ARGV, 4 do
+  local index = tostring((place - 13) / 4)
   insert(id, index, owner, '1', ARGV[place], ARGV[place + 1])
   redis.call('HSET', key_of(id), index .. '.waits', '1')
   local input = PREFIX .. 'input:' .. id .. ':' .. index
   if ARGV[place + 2] ~= '' then redis.call('HSET', input, 'image', ARGV[place + 2]) end
   if ARGV[place + 3] ~= '' then redis.call('HSET', input, 'mask', ARGV[place + 3]) end
 end
-redis.call('HSET', key_of(id), 'images', (#ARGV - 10) / 4, 'image_format', ARGV[5], 'deadline_at', stamp(NOW + ARGV[9]), 'work', ARGV[10])
+redis.call('HSET', key_of(id), 'images', (#ARGV - 12) / 4, 'image_format', ARGV[5], 'deadline_at', stamp(NOW + ARGV[9]),
+  'work', ARGV[10], 'key_name', ARGV[11], 'client_address', ARGV[12])
 put_into_queue(id, owner, false)
 if ARGV[3] ~= '' then
   redis.call('HSET', key, 'fingerprint', ARGV[4], 'job', id)
@@ -425,7 +428,8 @@ forget(tonumber(ARGV[4]))
 """
 
 # machine, how many unfinished images it may have, outcomes. Returns nothing, or of the job that is taken: id, owner, seconds until its
-# deadline and, for each of its images that nobody generates, index, task, attempt, input image or nothing, mask or nothing.
+# deadline, the name of the caller's key, the caller's address and, for each of its images that nobody generates, index, task, attempt,
+# input image or nothing, mask or nothing.
 TAKE = f"""{_ALWAYS}{_COMMON}
 local machine = ARGV[1]
 reap(ARGV[3], ARGV[4], ARGV[5])
@@ -442,7 +446,8 @@ local key = key_of(id)
 redis.call('SET', PREFIX .. 'taken_until', level)
 redis.call('ZINCRBY', PREFIX .. 'callers', redis.call('HGET', key, 'work') or 0, owner)
 take_out_of_queue(id, owner)
-local taken = {{id, owner, stamp(tonumber(redis.call('HGET', key, 'deadline_at') or NOW) - NOW)}}
+local job = redis.call('HMGET', key, 'deadline_at', 'key_name', 'client_address')
+local taken = {{id, owner, stamp(tonumber(job[1] or NOW) - NOW), job[2] or '', job[3] or ''}}
 for _, index in ipairs(images_of(id, true)) do
   local member = id .. ':' .. index
   if redis.call('HDEL', key, index .. '.waits') == 1 then

@@ -30,7 +30,7 @@ class StepBatchLimit:
 
     width: int
     height: int
-    pictures: int
+    images: int
     reason: str
 
 

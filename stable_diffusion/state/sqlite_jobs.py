@@ -25,8 +25,8 @@ from stable_diffusion.core.errors import (
 from stable_diffusion.core.fair_share import share_is_left
 from stable_diffusion.core.types import GeneratedImage, ImageFormat, Progress, Task, Ticket
 from stable_diffusion.state.job_record import (
-    PICTURES_KEPT,
-    PICTURES_KEPT_S,
+    IMAGES_KEPT,
+    IMAGES_KEPT_S,
     JobRecord,
     State,
     as_png,
@@ -108,14 +108,14 @@ class SqliteJobs:
             )
 
     def end(self, ticket: Ticket, outcome: GeneratedImage | ServiceError) -> None:
-        picture = as_png(outcome.image) if isinstance(outcome, GeneratedImage) and ticket.asynchronous else None
+        image = as_png(outcome.image) if isinstance(outcome, GeneratedImage) and ticket.asynchronous else None
         state: State = "completed" if isinstance(outcome, GeneratedImage) else state_of_error(outcome)
         now = time.time()
         with self._database() as database:
             database.execute(
                 "UPDATE jobs SET state = ?, step = iif(?, steps, step), outcome = ?, picture = ?, ended_at = ?, position = 0,"
                 " seconds_left = 0, preview = NULL WHERE id = ? AND image_index = ? AND ended_at IS NULL",
-                (state, state == "completed", json.dumps(outcome.facts()), picture, now, ticket.job_id, ticket.index),
+                (state, state == "completed", json.dumps(outcome.facts()), image, now, ticket.job_id, ticket.index),
             )
             _forget(database, now)
 
@@ -169,7 +169,7 @@ class SqliteJobs:
             " AND EXISTS (SELECT 1 FROM jobs WHERE id = job_id)"
             " AND NOT EXISTS (SELECT 1 FROM jobs WHERE id = job_id"
             " AND ended_at IS NOT NULL AND (picture IS NULL OR ended_at <= ?))",
-            (key, time.time() - PICTURES_KEPT_S),
+            (key, time.time() - IMAGES_KEPT_S),
         ).fetchone()
         return row
 
@@ -258,11 +258,11 @@ def _fail(database: sqlite3.Connection, which: str, values: tuple[object, ...], 
 
 
 def _forget(database: sqlite3.Connection, now: float) -> None:
-    database.execute("UPDATE jobs SET picture = NULL WHERE picture IS NOT NULL AND ended_at < ?", (now - PICTURES_KEPT_S,))
+    database.execute("UPDATE jobs SET picture = NULL WHERE picture IS NOT NULL AND ended_at < ?", (now - IMAGES_KEPT_S,))
     database.execute(
         "UPDATE jobs SET picture = NULL WHERE rowid IN"
         " (SELECT rowid FROM jobs WHERE picture IS NOT NULL ORDER BY ended_at DESC LIMIT -1 OFFSET ?)",
-        (PICTURES_KEPT,),
+        (IMAGES_KEPT,),
     )
     database.execute("DELETE FROM jobs WHERE ended_at < ?", (now - JOBS_REMEMBERED_S,))
     database.execute("DELETE FROM jobs WHERE ended_at IS NOT NULL AND rowid <= (SELECT max(rowid) FROM jobs) - ?", (_JOBS_REMEMBERED,))
@@ -270,7 +270,7 @@ def _forget(database: sqlite3.Connection, now: float) -> None:
 
 
 def _record(row: sqlite3.Row, now: float) -> JobRecord:
-    is_too_old = row["ended_at"] is not None and row["ended_at"] < now - PICTURES_KEPT_S
+    is_too_old = row["ended_at"] is not None and row["ended_at"] < now - IMAGES_KEPT_S
     return JobRecord(
         id=row["id"],
         index=row["image_index"],
@@ -284,5 +284,5 @@ def _record(row: sqlite3.Row, now: float) -> JobRecord:
         created_at=row["created_at"],
         ended_at=row["ended_at"],
         outcome=json.loads(row["outcome"] or "{}"),
-        picture=None if is_too_old else row["picture"],
+        image=None if is_too_old else row["picture"],
     )

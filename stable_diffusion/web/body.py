@@ -50,17 +50,17 @@ async def json_content(request: Request, max_bytes: int) -> bytes:
 async def read_parts(request: Request, required: Sequence[str], optional: Sequence[str]) -> tuple[dict[str, bytes], bytes | str | None]:
     """The file parts by name, and the content of the `data` part, None if it is missing."""
     files = (*required, *optional)
-    async with opened_form(request, max_pictures=max(2, len(files)), max_parts=8) as form:
+    async with opened_form(request, max_images=max(2, len(files)), max_parts=8) as form:
         _refuse_unknown_or_repeated_parts(form, (*files, "data"))
         contents = {name: await file_part(form, name) for name in files if name in required or name in form}
         return contents, await _data_part(form)
 
 
 @asynccontextmanager
-async def opened_form(request: Request, *, max_pictures: int, max_parts: int) -> AsyncIterator[FormData]:
-    """Yield the parts of a multipart body. Its files can be read until the block ends. `max_pictures` uploads of maximum size fit."""
+async def opened_form(request: Request, *, max_images: int, max_parts: int) -> AsyncIterator[FormData]:
+    """Yield the parts of a multipart body. Its files can be read until the block ends. `max_images` uploads of maximum size fit."""
     require_content_type(request, "multipart/form-data")
-    whole = limited(request, max_pictures * MAX_UPLOAD_BYTES + 2 * MAX_JSON_BYTES)
+    whole = limited(request, max_images * MAX_UPLOAD_BYTES + 2 * MAX_JSON_BYTES)
     try:
         form = await read_form(whole, max_parts=max_parts, max_text_bytes=MAX_JSON_BYTES)
         try:

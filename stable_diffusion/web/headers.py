@@ -37,7 +37,13 @@ def ticket_of(request: Request) -> Ticket:
     left_s = _timeout_s(request) - (time.monotonic() - found.received_s)
     if left_s <= 0:
         raise DeadlineExceeded(f"{TIMEOUT_HEADER}: the time was over before the request was read")
-    return Ticket(job_id=found.job_id, owner=owner_of(request), timeout_s=left_s)
+    return Ticket(
+        job_id=found.job_id,
+        owner=owner_of(request),
+        timeout_s=left_s,
+        key_name=found.key_name,
+        client_address=request.client.host if request.client else None,
+    )
 
 
 def _timeout_s(request: Request) -> float:

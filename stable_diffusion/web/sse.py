@@ -11,13 +11,20 @@ MEDIA_TYPE = "text/event-stream"
 # Load balancers and proxies close connections without traffic, most of them after 60 seconds by default.
 KEEP_ALIVE_S = 15.0
 _COMMENT = b": still here\n\n"
+# How long a browser waits before it connects again; the HTML standard leaves it to the browser, which takes three to five seconds.
+RETRY = b"retry: 1000\n\n"
+LAST_ID_HEADER = "Last-Event-ID"
 # Without these, nginx buffers a stream.
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
-def event(name: str, data: Mapping[str, Any]) -> bytes:
-    """One event with its data as JSON on a single line."""
-    return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode("utf-8", "replace")
+def event(name: str, data: Mapping[str, Any], event_id: str | None = None) -> bytes:
+    """One event with its data as JSON on a single line.
+
+    The id comes last: a client that notes it at once, and not at the event's end as the standard says, then has the data too.
+    """
+    id_line = "" if event_id is None else f"id: {event_id}\n"
+    return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n{id_line}\n".encode("utf-8", "replace")
 
 
 async def kept_alive(pieces: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:

@@ -40,15 +40,21 @@ def ended(server: Server, path: str) -> dict[str, Any]:
 
 
 def events_of(response: httpx.Response) -> Iterator[Event]:
-    """As a browser's EventSource reads them."""
-    name, data = "message", ""
+    return ((name, data) for name, data, _ in events_with_ids_of(response))
+
+
+def events_with_ids_of(response: httpx.Response) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """As a browser's EventSource reads them: an event without an id has that of the one before."""
+    name, data, last_id = "message", "", ""
     for line in response.iter_lines():
         if line.startswith("event: "):
             name = line.removeprefix("event: ")
         elif line.startswith("data: "):
             data += line.removeprefix("data: ")
+        elif line.startswith("id: "):
+            last_id = line.removeprefix("id: ")
         elif not line and data:
-            yield name, json.loads(data)
+            yield name, json.loads(data), last_id
             name, data = "message", ""
 
 

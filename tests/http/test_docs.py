@@ -131,7 +131,7 @@ def of_api(printed: list[str], folder: Path, server: Server) -> None:
 
 
 def of_jobs(printed: list[str], folder: Path, server: Server) -> None:
-    accepted, followed, cancelled, _ = printed
+    accepted, followed, cancelled, continued, _ = printed
     assert accepted.startswith("HTTP/1.1 202 Accepted")
     location = re.search(r"location: (/jobs/\w+)", accepted)
     assert location
@@ -140,6 +140,10 @@ def of_jobs(printed: list[str], folder: Path, server: Server) -> None:
     assert "event: progress" in followed
     assert "event: completed" in followed
     assert json.loads(cancelled)["state"] in ("cancelled", "running")
+    read = re.findall("(?m)^id: (.*)$", (folder / "events.txt").read_text())
+    assert read
+    assert not set(read) & set(re.findall("(?m)^id: (.*)$", continued))
+    assert "event: completed" in continued
 
 
 def of_reproduce(printed: list[str], folder: Path, server: Server) -> None:

@@ -43,6 +43,7 @@ def test_every_step_is_told_and_the_picture_is_that_of_a_plain_answer(server: Se
     assert steps[-1] == 11, "PNDM takes one step more"
     assert len(steps) >= 8
     assert {data["steps"] for _, data in progress} == {11}
+    assert {data["attempt"] for _, data in progress} == {1}
     assert all(0 <= data["seconds_left"] < 60 for _, data in progress)
     assert last == "completed"
     assert completed["media_type"] == "image/png"

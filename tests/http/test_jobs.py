@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import sqlite3
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -16,7 +18,7 @@ import pytest
 from PIL import Image
 
 from tests.http.asking import PROMPT, as_file, draw, picture_of, redraw, refused
-from tests.http.following import NO_WAITING, ask, ended, events_of, start
+from tests.http.following import NO_WAITING, ask, ended, events_of, events_with_ids_of, start
 from tests.http.servers import Server, wait_until_ready
 
 
@@ -121,6 +123,43 @@ def test_the_events_of_a_job_are_followed_by_whoever_knows_its_id(server: Server
     assert steps == sorted(set(steps))
     completed = events[-1][1]
     assert (completed["media_type"], completed["parameters"]["seed"]) == ("image/png", 8)
+
+
+def test_a_client_of_a_jobs_events_goes_on_where_its_connection_broke(server: Server) -> None:
+    location = start(server, num_inference_steps=150, preview_every_steps=20).headers["location"]
+    read: list[tuple[str, dict[str, Any], str]] = []
+    last_id = "a client sends none at first, and here one that nobody has given it"
+    while last_id != "ended":
+        with server.client() as client, client.stream("GET", f"{location}/events", headers={"Last-Event-ID": last_id}) as response:
+            assert response.status_code == 200
+            read += itertools.islice(events_with_ids_of(response), 2)  # then it breaks
+            last_id = read[-1][2]
+    *names, last = [name for name, *_ in read]
+    assert (last, set(names)) == ("completed", {"progress", "preview"})
+    ids = [event_id for *_, event_id in read]
+    assert len(ids) == len(set(ids))
+    steps = [data["step"] for name, data, _ in read if name == "progress"]
+    assert steps == sorted(set(steps))
+    assert len(steps) >= 3
+    over = ask(server, f"{location}/events", **{"Last-Event-ID": "ended"})
+    assert (over.status_code, over.content) == (204, b"")
+    for no_id in ("", "ended too", "9" * 4000, "1.\xe9.0."):
+        with server.client() as client:
+            again = client.get(f"{location}/events", headers={b"Last-Event-ID": no_id.encode("latin-1")})
+        assert [name for name, _ in events_of(again)] == ["completed"]
+
+
+def test_the_events_of_a_request_with_a_key_are_continued_as_those_of_its_job(server: Server) -> None:
+    body = {"prompt": PROMPT, "num_inference_steps": 100}
+    headers = {"Idempotency-Key": f"continued {time.time()}", "Accept": "text/event-stream"}
+    with server.client() as client, client.stream("POST", "/txt2img", json=body, headers=headers) as response:
+        job_id = response.headers["job-id"]
+        _, first, last_id = next(events_with_ids_of(response))
+    with server.client() as client:
+        rest = client.get(f"/jobs/{job_id}/events", headers={"Last-Event-ID": last_id})
+    read = list(events_of(rest))
+    assert read[-1][0] == "completed"
+    assert all(data["step"] > first["step"] for name, data in read if name == "progress")
 
 
 def test_a_client_that_vanishes_from_the_events_does_not_end_the_job(server: Server) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.http.asking import PROMPT, draw, picture_of
-from tests.http.following import NO_WAITING, ask, ended, events_of, start
+from tests.http.following import NO_WAITING, ask, ended, events_of, events_with_ids_of, start
+from tests.http.log_lines import lines_of
 from tests.http.servers import ROOT, Server, serve
 from tests.redis_server import RedisServer, Way, needs_redis_server, started, way_to
 
@@ -21,6 +24,7 @@ pytestmark = needs_redis_server
 
 LONGEST_CALL_S = 5
 KEY = "correct-horse-battery-staple"
+KEY_OF_BOB = "staple-battery-horse-correct"
 BODY = {"prompt": PROMPT, "num_inference_steps": 2, "width": 64, "height": 64}
 
 
@@ -75,6 +79,26 @@ def test_a_job_is_known_followed_and_fetched_at_the_other_server_without_a_cooki
     assert fetched.content == ask(first, job["picture"]).content
     for response in (accepted, fetched, ask(second, location)):
         assert "set-cookie" not in response.headers
+
+
+def test_a_client_that_reads_a_jobs_events_at_both_servers_in_turn_gets_each_once(servers: tuple[Server, Server]) -> None:
+    location = start(servers[0], num_inference_steps=150).headers["location"]
+    ids, steps, names = [""], [], []
+    turns = itertools.cycle(servers)
+    while ids[-1] != "ended":
+        headers = {"Last-Event-ID": ids[-1]}
+        with next(turns).client() as client, client.stream("GET", f"{location}/events", headers=headers) as response:
+            for name, data, event_id in itertools.islice(events_with_ids_of(response), 1):
+                ids.append(event_id)
+                names.append(name)
+                if name == "progress":
+                    steps.append(data["step"])
+    assert names.count("completed") == 1
+    assert len(ids) == len(set(ids))
+    assert steps == sorted(set(steps))
+    assert len(steps) >= 2
+    for server in servers:
+        assert ask(server, f"{location}/events", **{"Last-Event-ID": "ended"}).status_code == 204
 
 
 def test_a_job_is_cancelled_at_the_other_server(servers: tuple[Server, Server]) -> None:
@@ -257,9 +281,21 @@ def test_a_full_store_is_a_clear_refusal(servers: tuple[Server, Server], store: 
     assert ended(second, start(first).headers["location"])["state"] == "completed"
 
 
-def test_two_servers_let_a_key_in_as_often_as_one(way: Way, tmp_path: Path) -> None:
-    changes = {"SD_SHARED_STATE": way.url, "SD_RATE_LIMIT": "30", "SD_API_KEYS": f"alice:{KEY}", "BENTOML_CONFIG": "configuration.yaml"}
-    changes["BENTOML_CONFIG_OPTIONS"] = "runners.resources.cpu=1"
+def end_line(job_id: str, machines: Sequence[Server]) -> dict[str, Any]:
+    """The line of a job's end, in the log of the machine that has generated it."""
+    deadline = time.monotonic() + 60
+    while not (found := [line for machine in machines for line in lines_of(machine, job_id) if "method" not in line]):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (line,) = found
+    return line
+
+
+def test_two_servers_let_a_key_in_as_often_as_one_and_log_whose_job_they_have_generated(
+    servers: tuple[Server, Server], way: Way, tmp_path: Path
+) -> None:
+    changes = {"SD_SHARED_STATE": way.url, "SD_RATE_LIMIT": "30", "SD_API_KEYS": f"alice:{KEY},bob:{KEY_OF_BOB}"}
+    changes |= {"BENTOML_CONFIG": "configuration.yaml", "BENTOML_CONFIG_OPTIONS": "runners.resources.cpu=1"}
     wrong = {**BODY, "height": 1}  # counted all the same, and quick
     with ExitStack() as running, ThreadPoolExecutor(8) as threads:
         starting = [
@@ -270,6 +306,10 @@ def test_two_servers_let_a_key_in_as_often_as_one(way: Way, tmp_path: Path) -> N
         asked = [threads.submit(post, both[number % 2], wrong, X_API_Key=KEY) for number in range(80)]
         statuses = [one.result().status_code for one in asked]
         took_s = time.monotonic() - began_s
+        jobs = [post(both[0], BODY, X_API_Key=KEY_OF_BOB, Prefer="respond-async").headers["job-id"] for _ in range(6)]
+        ends = [end_line(job_id, (*servers, *both)) for job_id in jobs]
+    for end in ends:
+        assert (end["key"], end["client"], end["outcome"]) == ("bob", "127.0.0.1", "completed")
     assert set(statuses) == {400, 429}
     assert 30 <= statuses.count(400) <= 31 + took_s / 2
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import re
+import time
 from datetime import datetime, timezone
 from importlib import metadata
 from typing import Any
@@ -45,6 +47,17 @@ def test_the_status_of_a_started_server(server: Server) -> None:
     for name in ("torch", "diffusers", "transformers", "bentoml"):
         assert runner["versions"][name] == metadata.version(name)
     assert str(ROOT) not in str(status), "a path leaks"
+
+
+def test_the_log_says_once_that_the_server_is_ready(server: Server) -> None:
+    batch_limit = get(server, "/status")["runners"][0]["caps"][0]["pictures"]
+    deadline = time.monotonic() + 20
+    while "Ready: " not in server.log:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    time.sleep(1)
+    lines = re.findall("Ready: .*", server.log)
+    assert lines == [f"Ready: {server.url}, model demo, batch limit {batch_limit} at 64x64."]
 
 
 def test_the_capabilities_are_the_limits_that_requests_meet(server: Server) -> None:

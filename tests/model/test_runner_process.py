@@ -74,7 +74,7 @@ def test_drawing_yields_one_line_and_notes_the_end(engine: Engine, jobs: Jobs) -
         assert isinstance(picture, GeneratedImage)
         assert picture.image.size == (64, 64)
         await until(lambda: jobs.get("a1")[0].state == "completed")
-        assert jobs.get("a1")[0].picture is None, "it went to whoever asked"
+        assert jobs.get("a1")[0].image is None, "it went to whoever asked"
 
     asyncio.run(draw())
 

@@ -12,12 +12,14 @@ from starlette.routing import Route
 
 from stable_diffusion.api.context import Context
 from stable_diffusion.api.deliver import accepted_response, events_of, kept_image_response, note_fetched
+from stable_diffusion.api.event_ids import ENDED, read_event_id
 from stable_diffusion.api.job import description, is_ended
 from stable_diffusion.api.responses import EventStream, followed_headers, with_error_responses
 from stable_diffusion.core.errors import NotAcceptable
 from stable_diffusion.images.encode import MEDIA_TYPES
 from stable_diffusion.state.job_record import JobRecord
 from stable_diffusion.web.headers import accepted_types, key_name_of, owner_of
+from stable_diffusion.web.sse import LAST_ID_HEADER
 
 _CANCELLED_WITHIN_S = 2.0  # a step of a large image on a CPU takes longer
 
@@ -35,9 +37,13 @@ def make_routes(context: Context) -> list[Route]:
 
     async def events(request: Request) -> Response:
         records = await _records(request, context)
-        return EventStream(events_of(context, records[0].id, records[0].image_format or accepted_types(request).image_format or "jpeg"))
+        last_id = request.headers.get(LAST_ID_HEADER)
+        if last_id == ENDED and is_ended(records):
+            return Response(status_code=204)  # a browser connects again after the end of every stream, until it gets this
+        image_format = records[0].image_format or accepted_types(request).image_format or "jpeg"
+        return EventStream(events_of(context, records[0].id, image_format, seen=read_event_id(last_id)))
 
-    async def picture(request: Request) -> Response:
+    async def image(request: Request) -> Response:
         records = await _records(request, context)
         image_format = records[0].image_format or accepted_types(request).image_format
         if image_format is None:
@@ -55,7 +61,7 @@ def make_routes(context: Context) -> list[Route]:
         Route("/jobs/{job_id}", with_error_responses(job), methods=["GET"]),
         Route("/jobs/{job_id}", with_error_responses(cancel), methods=["DELETE"]),
         follow_events,
-        Route("/jobs/{job_id}/picture", with_error_responses(picture), methods=["GET"]),
+        Route("/jobs/{job_id}/picture", with_error_responses(image), methods=["GET"]),
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stable_diffusion.api.openai.parameters import ALIASES, OpenaiParameters, drawing_fields
+from stable_diffusion.api.openai.parameters import ALIASES, OpenaiParameters, generation_fields
 from stable_diffusion.api.openai.responses import EVENTS, OpenaiError, OpenaiImages, OpenaiModel, OpenaiModels
 from stable_diffusion.api.openapi import (
     IDEMPOTENCY_KEY,
@@ -75,7 +75,7 @@ def schemas() -> dict[str, Any]:
 def _parameters(model: type[GenerationRequest]) -> dict[str, Any]:
     ours = model.model_json_schema(ref_template="#/components/schemas/{model}")["properties"]
     ours["seed"]["anyOf"][0]["minimum"] = -1  # random, as without a seed
-    shared = {name: ours[name] for name in drawing_fields(model)}
+    shared = {name: ours[name] for name in generation_fields(model)}
     aliases = {alias: ours[name] | {"description": f"Alias of {name}."} for alias, name in ALIASES.items()}
     return {
         "type": "object",

@@ -110,13 +110,13 @@ def parse_edit(document: dict[str, Any]) -> tuple[OpenaiParameters, ImageToImage
     return _parsed(document, ImageToImageRequest)
 
 
-def drawing_fields(model: type[GenerationRequest]) -> list[str]:
+def generation_fields(model: type[GenerationRequest]) -> list[str]:
     """The fields of our request models that keep their names: the prompt and our extensions."""
     return [name for name in model.model_fields if name not in _RENAMED]
 
 
 def _parsed(document: dict[str, Any], model: type[Parameters]) -> tuple[OpenaiParameters, Parameters]:
-    allowed = [*OpenaiParameters.model_fields, *drawing_fields(model), *ALIASES]
+    allowed = [*OpenaiParameters.model_fields, *generation_fields(model), *ALIASES]
     for name, value in document.items():
         if name in _NOT_OF_STILL_IMAGES:
             _refuse_unless_null(name, value)

@@ -84,7 +84,7 @@ async def _read_edit_task(request: Request, context: Context) -> tuple[Task, Ope
 
 async def _read_edit(request: Request) -> tuple[dict[str, str], bytes, bytes | None]:
     """The text fields, the image and the mask, if there is one."""
-    async with opened_form(request, max_pictures=2, max_parts=64) as form:
+    async with opened_form(request, max_images=2, max_parts=64) as form:
         count = len(form.getlist("image")) + len(form.getlist("image[]"))
         if count > 1:
             raise InvalidRequest(f"image: exactly one can be edited, got {count}", field="image")

@@ -154,7 +154,7 @@ def _runner(runner: RunnerState) -> RunnerStatus:
         "dtype": None if placement is None else placement.dtype,
         "prediction_type": None if placement is None else placement.prediction_type,
         "caps": [
-            {"width": batch_limit.width, "height": batch_limit.height, "pictures": batch_limit.pictures, "reason": batch_limit.reason}
+            {"width": batch_limit.width, "height": batch_limit.height, "pictures": batch_limit.images, "reason": batch_limit.reason}
             for batch_limit in runner.batch_limits
         ],
         "versions": {} if placement is None else placement.versions,

@@ -192,7 +192,7 @@ def of_a1111_picture(document: dict[str, Any]) -> Parsed:
 Door = tuple[Callable[[dict[str, Any]], Parsed], list[str], Callable[[ServiceError], Response]]
 _OPENAI_FIELDS = [
     *openai_parameters.OpenaiParameters.model_fields,
-    *openai_parameters.drawing_fields(ImageToImageRequest),
+    *openai_parameters.generation_fields(ImageToImageRequest),
     "steps",
     "cfg_scale",
 ]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from stable_diffusion.core.errors import GenerationFailed, InvalidRequest, QueueFull, SharedStateUnavailable
 from stable_diffusion.core.shutdown import Unfinished
-from stable_diffusion.core.types import Ticket
+from stable_diffusion.core.types import GeneratedImage, Ticket
 from stable_diffusion.runner import taking
 from stable_diffusion.runner.taking import take_jobs
 from stable_diffusion.runner.wire import pack_outcome, pack_taken_on
@@ -65,14 +68,14 @@ def job(images: int = 1) -> Taken:
     return Taken("a1", tuple((make_task(seed=index), replace(TICKET, index=index)) for index in range(images)))
 
 
-def work_off(queue: Queue, lines: Lines, seconds: float = 0.5) -> list[tuple[str, str, int | None]]:
+def work_off(queue: Queue, lines: Lines, seconds: float = 0.5, *, logs_prompts: bool = False) -> list[tuple[str, str, int | None]]:
     """Take jobs for a while. Returns what was abandoned: job, type of error, attempt."""
     abandoned: list[tuple[str, str, int | None]] = []
 
     async def run() -> None:
         client = replace(client_of(lines), queue=queue, unfinished=Unfinished(60))
         client.jobs.abandon = lambda job_id, error, attempt=None: abandoned.append((job_id, error.type, attempt))  # type: ignore[method-assign]
-        working = asyncio.create_task(take_jobs(client))
+        working = asyncio.create_task(take_jobs(client, lambda: logs_prompts))
         await asyncio.sleep(seconds)
         with client.unfinished.piece_of_work():
             client.unfinished.stop_when_done(lambda: None)
@@ -108,6 +111,24 @@ def test_each_image_is_handed_to_the_model_process_with_its_ticket() -> None:
     assert set(abandoned) == {("a1", "generation_failed", 2)}, "unless the model process has stored the end"
     assert queue.given_back == []
     assert set(queue.asked) == {4}, "as many as share a step"
+
+
+@pytest.mark.parametrize("logs_prompts", [False, True])
+def test_the_line_of_a_job_that_another_machine_has_accepted_names_the_caller(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, logs_prompts: bool
+) -> None:
+    async def generates(_: dict[str, Any]) -> AsyncGenerator[str, None]:
+        yield pack_taken_on()
+        yield pack_outcome(GeneratedImage(Image.new("RGB", (8, 8)), False, "", "", waited_s=0.5))
+
+    monkeypatch.setattr(logging.getLogger("stable_diffusion.requests"), "propagate", True)
+    caplog.set_level(logging.INFO, "stable_diffusion.requests")
+    ticket = replace(TICKET, key_name="laptop", client_address="192.0.2.1")
+    work_off(Queue([Taken("a1", ((make_task(seed=7, prompt="a circle"), ticket),))]), generates, logs_prompts=logs_prompts)
+    (line,) = [json.loads(record.message) for record in caplog.records if record.name == "stable_diffusion.requests"]
+    wanted = {"id": "a1", "key": "laptop", "client": "192.0.2.1", "seed": 7, "wait_s": 0.5, "outcome": "completed"}
+    assert line.items() >= wanted.items()
+    assert line.get("prompt") == ("a circle" if logs_prompts else None)
 
 
 def test_an_image_whose_model_process_dies_goes_to_any_machine_and_that_counts() -> None:
@@ -165,11 +186,11 @@ def test_a_worker_that_stops_takes_nothing_more() -> None:
         client = replace(client_of(dies), queue=queue)
         with client.unfinished.piece_of_work():
             client.unfinished.stop_when_done(lambda: None)
-            await asyncio.wait_for(take_jobs(client), 5)
+            await asyncio.wait_for(take_jobs(client, lambda: False), 5)
 
     asyncio.run(stop())
     assert queue.asked == []
 
 
 def test_a_worker_that_shares_no_queue_has_nothing_to_do() -> None:
-    asyncio.run(asyncio.wait_for(take_jobs(client_of(dies)), 5))
+    asyncio.run(asyncio.wait_for(take_jobs(client_of(dies), lambda: False), 5))

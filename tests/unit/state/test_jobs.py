@@ -6,10 +6,7 @@ The same tests run on each store: the file of one machine, and a real Redis or V
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,50 +21,16 @@ from stable_diffusion.core.errors import (
     TooManyJobs,
     UnknownJob,
 )
-from stable_diffusion.core.settings import read_settings
 from stable_diffusion.core.types import GeneratedImage, Progress, Ticket
-from stable_diffusion.state.job_record import PICTURES_KEPT_S, fingerprint
+from stable_diffusion.state.job_record import IMAGES_KEPT_S, fingerprint
 from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS, Jobs, new_job_id
-from stable_diffusion.state.sqlite_jobs import SqliteJobs
-from tests.redis_server import let_pass, needs_redis_server, started
+from tests.job_stores import Store
 from tests.tasks import make_task
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (8, 16, 3), dtype=np.uint8))
 PICTURE = GeneratedImage(IMAGE, True, "\u732b", "")
 TICKET = Ticket("a1", "somebody")
 ASYNCHRONOUS = replace(TICKET, asynchronous=True)
-
-
-@dataclass(frozen=True)
-class Store:
-    jobs: Jobs
-    let_pass: Callable[[float], None]  # so many seconds
-
-
-@pytest.fixture(params=["sqlite", pytest.param("redis", marks=needs_redis_server)])
-def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    if request.param == "sqlite":
-        later_s = 0.0
-        clock = time.time
-
-        def wait(seconds: float) -> None:
-            nonlocal later_s
-            later_s += seconds
-
-        monkeypatch.setattr(time, "time", lambda: clock() + later_s)
-        yield Store(SqliteJobs(lambda: tmp_path), wait)
-        return
-    from stable_diffusion.state.redis_jobs import RedisJobs
-    from stable_diffusion.state.shared_store import SharedStore
-
-    with started(tmp_path) as server:
-        address = read_settings({"SD_SHARED_STATE": server.url}).shared_state
-        assert address is not None
-        shared = SharedStore(address)
-        jobs = RedisJobs(shared, "machine")
-        yield Store(jobs, lambda seconds: let_pass(server, seconds))
-        jobs.close()
-        shared.close()
 
 
 @pytest.fixture
@@ -121,10 +84,10 @@ def test_what_comes_after_the_end_changes_nothing(jobs: Jobs) -> None:
 def test_a_picture_is_gone_after_its_time_and_the_job_after_a_day(store: Store) -> None:
     jobs = store.jobs
     completed(jobs, "old")
-    store.let_pass(PICTURES_KEPT_S + 1)
+    store.let_pass(IMAGES_KEPT_S + 1)
     with pytest.raises(PictureExpired, match="for 60 minutes"):
         jobs.get("old")[0].finished()
-    store.let_pass(24 * 3600 - PICTURES_KEPT_S)
+    store.let_pass(24 * 3600 - IMAGES_KEPT_S)
     completed(jobs, "new")
     with pytest.raises(UnknownJob):
         jobs.get("old")

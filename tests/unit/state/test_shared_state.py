@@ -542,6 +542,26 @@ def test_the_last_images_are_kept_up_to_a_number_of_bytes(machines: Callable[...
 
 
 @needs_redis_server
+def test_who_asked_for_a_job_is_known_to_each_machine_that_takes_it_and_forgotten_at_its_end(
+    machines: Callable[..., RedisJobs], server: RedisServer
+) -> None:
+    first, second = machines("first"), machines("second")
+    first.accept(replace(ASYNCHRONOUS, key_name="laptop \u732b", client_address="2001:db8::1"), [make_task()], None, "print")
+    for machine in (second, first):
+        ((task, ticket),) = image_of(machine)
+        assert (ticket.key_name, ticket.client_address) == ("laptop \u732b", "2001:db8::1")
+        machine.begin(ticket, task, 0)
+        if machine is second:
+            machine.give_back(ticket, is_redraw=True)
+    first.end(ticket, PICTURE)
+    with server.client() as client:
+        assert not {b"key_name", b"client_address"} & client.hgetall("stable_diffusion:{jobs}:job:a1").keys()
+    first.accept(replace(ASYNCHRONOUS, job_id="b2"), [make_task()], None, "print")
+    ((_, ticket),) = image_of(second)
+    assert (ticket.key_name, ticket.client_address) == (None, None), "of a server without keys, on a Unix socket"
+
+
+@needs_redis_server
 def test_what_has_ended_leaves_nothing_that_never_expires(machines: Callable[..., RedisJobs], server: RedisServer) -> None:
     jobs = machines("machine")
     jobs.accept(ASYNCHRONOUS, [make_task()], "key", "print")

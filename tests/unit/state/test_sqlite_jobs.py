@@ -12,7 +12,7 @@ import pytest
 
 from stable_diffusion.core.errors import JobsUnavailable, PictureExpired, UnknownJob
 from stable_diffusion.core.types import Ticket
-from stable_diffusion.state.job_record import PICTURES_KEPT
+from stable_diffusion.state.job_record import IMAGES_KEPT
 from stable_diffusion.state.jobs import MAX_ASYNCHRONOUS_JOBS
 from stable_diffusion.state.sqlite_jobs import SqliteJobs
 from tests.tasks import make_task
@@ -21,7 +21,7 @@ from tests.unit.state.test_jobs import ASYNCHRONOUS, PICTURE, completed
 
 def test_the_last_pictures_are_kept_and_attended_jobs_do_not_count(tmp_path: Path) -> None:
     jobs = SqliteJobs(lambda: tmp_path)
-    for number in range(PICTURES_KEPT + 1):
+    for number in range(IMAGES_KEPT + 1):
         completed(jobs, f"job {number}")
         attended = Ticket(f"attended {number}", "somebody")
         jobs.begin(attended, make_task(), 0)

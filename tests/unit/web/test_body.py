@@ -104,7 +104,7 @@ def test_an_aborted_upload_leaves_no_file_open() -> None:
 
     async def abandon(pieces: AsyncIterator[bytes], error: type[Exception]) -> Any:
         with pytest.raises(error):
-            async with body.opened_form(request(pieces, FORM), max_pictures=1, max_parts=4):
+            async with body.opened_form(request(pieces, FORM), max_images=1, max_parts=4):
                 raise AssertionError("the form must not be complete")
 
     before = len(os.listdir("/proc/self/fd"))

@@ -44,7 +44,7 @@ def read(content: bytes, piece_bytes: int = 2**16, content_type: str = "multipar
     """Files as bytes, fields as text."""
 
     async def whole() -> dict[str, bytes | str]:
-        async with body.opened_form(request(content, piece_bytes, content_type), max_pictures=2, max_parts=8) as form:
+        async with body.opened_form(request(content, piece_bytes, content_type), max_images=2, max_parts=8) as form:
             return {name: await one.read() if isinstance(one, UploadFile) else one for name, one in form.multi_items()}
 
     return asyncio.run(whole())

@@ -19,6 +19,10 @@ def test_an_event_has_a_name_and_one_line_of_json() -> None:
     assert end == ["", ""]
 
 
+def test_an_id_follows_the_data() -> None:
+    assert sse.event("progress", {"step": 1}, "1.1.0.") == b'event: progress\ndata: {"step": 1}\nid: 1.1.0.\n\n'
+
+
 def test_comments_keep_the_stream_alive_and_no_event_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.02)
 

@@ -35,7 +35,7 @@ def record(step: int, steps: int = 10) -> JobRecord:
         created_at=0.0,
         ended_at=None,
         outcome={},
-        picture=None,
+        image=None,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stable_diffusion.api.openai.parameters import OpenaiParameters, drawing_fields, parse_edit, parse_generation, read_texts
+from stable_diffusion.api.openai.parameters import OpenaiParameters, generation_fields, parse_edit, parse_generation, read_texts
 from stable_diffusion.core.errors import InvalidRequest, UnknownParameter
 from stable_diffusion.core.requests import ImageToImageRequest
 
@@ -29,7 +29,7 @@ def test_size_becomes_width_and_height_and_extensions_keep_their_names() -> None
 
 
 def test_null_stands_for_the_default_of_every_field() -> None:
-    names = {*OpenaiParameters.model_fields, *drawing_fields(ImageToImageRequest)} - {"prompt"}
+    names = {*OpenaiParameters.model_fields, *generation_fields(ImageToImageRequest)} - {"prompt"}
     assert parse_edit({"prompt": PROMPT, **dict.fromkeys(names)}) == parse_edit({"prompt": PROMPT})
 
 
