@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from stable_diffusion.core.errors import InvalidRequest, ModelFolderError
-from stable_diffusion.core.requests import MAX_GUIDANCE_SCALE, MAX_STEPS, Side, validated
+from stable_diffusion.core.limits import MAX_GUIDANCE_SCALE, MAX_STEPS
+from stable_diffusion.core.requests import Side, validated
 from stable_diffusion.core.schedulers import class_and_options, known_scheduler
 
 FILE_NAME = "defaults.json"
