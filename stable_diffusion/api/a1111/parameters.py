@@ -20,9 +20,9 @@ from stable_diffusion.core.requests import (
     TextToImageRequest,
     parse_image_to_image,
     parse_text_to_image,
-    validated,
 )
 from stable_diffusion.core.schedulers import SCHEDULERS, has_eta, known_schedule, sampler_of, scheduler_of
+from stable_diffusion.core.validation import validated
 from stable_diffusion.models.defaults import Defaults
 from stable_diffusion.models.folder import ModelFolder
 
