@@ -13,19 +13,9 @@ from PIL import Image
 
 from stable_diffusion.api.context import Served
 from stable_diffusion.core.errors import InvalidRequest
+from stable_diffusion.core.limits import MAX_LORA_BYTES, MAX_LORAS, MAX_PARTS, MAX_TEXTS, SEED_LIMIT
 from stable_diffusion.core.prompt_syntax import LoraTag, PromptError, check, check_negative, composed, scheduled, without_lora_tags
-from stable_diffusion.core.requests import (
-    MAX_LORA_BYTES,
-    MAX_LORAS,
-    MAX_PARTS,
-    MAX_TEXTS,
-    SEED_LIMIT,
-    GenerationRequest,
-    ImageToImageRequest,
-    TextToImageRequest,
-    random_seed,
-    require_a_step,
-)
+from stable_diffusion.core.requests import GenerationRequest, ImageToImageRequest, TextToImageRequest, random_seed, require_a_step
 from stable_diffusion.core.safety import SafetyPolicy, is_checked
 from stable_diffusion.core.schedulers import has_eta, sampler_of
 from stable_diffusion.core.types import Kind, LoraChoice, Task

@@ -7,36 +7,23 @@ own steps, guidance and noise scheduler) stays None here; `api/tasks.py` resolve
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import ftfy
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
-from stable_diffusion.core.errors import FieldError, InvalidRequest
+from stable_diffusion.core.limits import (
+    MAX_CLIP_SKIP,
+    MAX_GUIDANCE_SCALE,
+    MAX_LORA_WEIGHT,
+    MAX_LORAS,
+    MAX_PROMPT_CHARACTERS,
+    MAX_PROMPT_CHUNKS,
+    MAX_STEPS,
+    SEED_LIMIT,
+)
 from stable_diffusion.core.schedulers import SCHEDULERS, known_scheduler
-
-MIN_SIDE = 64
-USUAL_MAX_SIDE = 1024
-MAX_SIDE = 2048  # of models for large images (models/folder.py)
-SIDE_MULTIPLE = 8
-MAX_STEPS = 150
-MAX_GUIDANCE_SCALE = 30.0
-MAX_PROMPT_CHARACTERS = 2000
-MAX_PROMPT_CHUNKS = 6  # of 75 tokens, in each prompt
-MAX_PARTS = 4  # of a prompt, joined with AND; each costs as much as half an image
-MAX_TEXTS = 32  # different texts of a prompt that changes with the steps; each is encoded
-MAX_CLIP_SKIP = 12
-MAX_LORAS = 8
-MAX_LORA_BYTES = 2**30  # of all LoRAs of a request, as float32; the model process keeps no more on the device
-MAX_LORA_WEIGHT = 10.0
-MAX_IMAGES = 10  # per request, in APIs that generate several images
-# Per request: pixels x steps, summed over its images, for a native size of 512x512. Allows ten such images in 150 steps, but not three of
-# 1024x1024.
-MAX_PIXEL_STEPS = 400_000_000
-SEED_LIMIT = 2**32  # every client's language represents such a number exactly
-
-_MAX_PROBLEMS = 20  # reported per request
-_BLANK_PROMPTS = "blank prompts are allowed"
+from stable_diffusion.core.validation import BLANK_PROMPTS, Side, validated
 
 
 def _clean_text(text: str) -> str:
@@ -46,23 +33,12 @@ def _clean_text(text: str) -> str:
 
 
 def _not_blank(text: str, info: ValidationInfo) -> str:
-    if not text and not (info.context or {}).get(_BLANK_PROMPTS):
+    if not text and not (info.context or {}).get(BLANK_PROMPTS):
         raise ValueError("must not be empty")
     return text
 
 
-def _whole_blocks(side: int | None) -> int | None:
-    if side is not None and side % SIDE_MULTIPLE:
-        raise ValueError(f"must be a multiple of {SIDE_MULTIPLE}, {side} is not")
-    return side
-
-
 Prompt = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS), AfterValidator(_clean_text)]
-Side = Annotated[
-    int | None,
-    Field(ge=MIN_SIDE, le=MAX_SIDE, json_schema_extra={"multipleOf": SIDE_MULTIPLE}),
-    AfterValidator(_whole_blocks),
-]
 
 
 class LoraRequest(BaseModel):
@@ -188,9 +164,6 @@ class ReproductionRequest(BaseModel):
     metadata: bool = Field(True, description="Write the generation parameters into the image file.")
 
 
-Model = TypeVar("Model", bound=BaseModel)
-
-
 def random_seed() -> int:
     return secrets.randbelow(SEED_LIMIT)
 
@@ -205,38 +178,3 @@ def parse_image_to_image(document: dict[str, Any], *, blank_prompts: bool = Fals
 
 def parse_reproduction(document: dict[str, Any]) -> ReproductionRequest:
     return validated(ReproductionRequest, document)
-
-
-def validated(model: type[Model], document: dict[str, Any], *, blank_prompts: bool = False) -> Model:
-    """Validate `document`. Raises InvalidRequest, which names each wrong field and what is allowed."""
-    try:
-        return model.model_validate(document, context={_BLANK_PROMPTS: blank_prompts})
-    except ValidationError as error:
-        details = error.errors(include_url=False, include_input=False)[:_MAX_PROBLEMS]
-        problems = [_problem(detail, model) for detail in details]
-        message = "; ".join(problem.message for problem in problems[:5])
-        raise InvalidRequest(message, problems=problems) from None
-
-
-def _problem(detail: Any, model: type[BaseModel]) -> FieldError:
-    """Describe a pydantic error in words that name the field and the limit."""
-    # Errors of whole-model validators have no location. The only such validator concerns strength.
-    is_about_strength = detail["type"] == "value_error" and not detail["loc"]
-    field = "strength" if is_about_strength else str(next(iter(detail["loc"]), "body"))[:60]
-    context = detail.get("ctx", {})
-    match detail["type"]:
-        case "missing":
-            reason = "is required"
-        case "extra_forbidden":
-            reason = f"is not a known field, allowed are {', '.join(model.model_fields)}"
-        case "value_error":
-            reason = str(context["error"])
-        case "literal_error":
-            reason = f"must be one of {context['expected']}"
-        case "string_too_long":
-            reason = f"must have at most {context['max_length']} characters"
-        case _:
-            reason = detail["msg"][:1].lower() + detail["msg"][1:]
-            reason = reason.removeprefix("input ").removeprefix("should").strip()
-            reason = f"must {reason}" if not reason.startswith("must") else reason
-    return FieldError(field, reason if is_about_strength else f"{field}: {reason}")

@@ -24,8 +24,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from stable_diffusion.core.errors import GenerationFailed, InvalidRequest
+from stable_diffusion.core.limits import MAX_PROMPT_CHUNKS, MAX_STEPS
 from stable_diffusion.core.prompt_syntax import Emphasis, composed, emphasized, scheduled, without_lora_tags
-from stable_diffusion.core.requests import MAX_PROMPT_CHUNKS, MAX_STEPS
 from stable_diffusion.core.schedulers import class_and_options, sampler_of
 from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.engine import previews, threads

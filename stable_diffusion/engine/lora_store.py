@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from stable_diffusion.core.errors import InvalidRequest
-from stable_diffusion.core.requests import MAX_LORA_BYTES
+from stable_diffusion.core.limits import MAX_LORA_BYTES
 from stable_diffusion.core.types import LoraChoice
 from stable_diffusion.engine.adapters import Lora, LowRank
 from stable_diffusion.models.lora_names import COMPONENTS, Component

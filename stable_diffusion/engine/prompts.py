@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from stable_diffusion.core.limits import MAX_PROMPT_CHUNKS
 from stable_diffusion.core.prompt_syntax import Emphasis
-from stable_diffusion.core.requests import MAX_PROMPT_CHUNKS
 from stable_diffusion.engine.adapters import AdaptedLayers, Lora, LowRank
 from stable_diffusion.engine.chunks import Chunk, Chunker
 

@@ -8,7 +8,7 @@ import math
 from PIL import Image, ImageOps
 
 from stable_diffusion.core.errors import InvalidRequest
-from stable_diffusion.core.requests import MIN_SIDE, SIDE_MULTIPLE
+from stable_diffusion.core.limits import MIN_SIDE, SIDE_MULTIPLE
 
 _SAME_PROPORTIONS = 0.02  # a mask painted on a scaled-down image may be off by a pixel
 

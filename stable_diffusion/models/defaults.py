@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from stable_diffusion.core.errors import InvalidRequest, ModelFolderError
-from stable_diffusion.core.requests import MAX_GUIDANCE_SCALE, MAX_STEPS, Side, validated
+from stable_diffusion.core.limits import MAX_GUIDANCE_SCALE, MAX_STEPS
 from stable_diffusion.core.schedulers import class_and_options, known_scheduler
+from stable_diffusion.core.validation import Side, validated
 
 FILE_NAME = "defaults.json"
 _USUAL_STEPS, _USUAL_GUIDANCE_SCALE = 50, 7.5

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_diffusion.core.errors import ModelFolderError
-from stable_diffusion.core.requests import MAX_PIXEL_STEPS, MAX_SIDE, USUAL_MAX_SIDE
+from stable_diffusion.core.limits import MAX_PIXEL_STEPS, MAX_SIDE, USUAL_MAX_SIDE
 from stable_diffusion.core.settings import MODEL_VARIABLE, read_settings
 from stable_diffusion.models.defaults import FILE_NAME as DEFAULTS_FILE_NAME
 from stable_diffusion.models.defaults import Defaults, DefaultsFile, defaults_of, read_defaults

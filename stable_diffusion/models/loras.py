@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stable_diffusion.core.errors import LoraNotFound, ModelFolderError
-from stable_diffusion.core.requests import MAX_LORA_BYTES
+from stable_diffusion.core.limits import MAX_LORA_BYTES
 from stable_diffusion.models.folder import ModelFolder
 from stable_diffusion.models.lora_names import (
     COMPONENTS,

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-from stable_diffusion.core.requests import MAX_PROMPT_CHUNKS
+from stable_diffusion.core.limits import MAX_PROMPT_CHUNKS
 from stable_diffusion.core.telemetry import (
     DecodedAgainRecord,
     EndRecord,

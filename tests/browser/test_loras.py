@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 
-from stable_diffusion.core.requests import MAX_LORA_WEIGHT
+from stable_diffusion.core.limits import MAX_LORA_WEIGHT
 from tests.browser.chromium import CHROMIUM
 from tests.browser.visit import Visit, body_of
 from tests.http.asking import picture_of

@@ -31,8 +31,8 @@ from tests.http.servers import BENTOML, PLAIN_HTTP, ROOT, Server, environment, s
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of what BentoML is made of, while it is loaded
+    from stable_diffusion.server.application import all_routes, make_pages
     from stable_diffusion.server.front_door import FrontDoor
-    from stable_diffusion.server.service import all_routes, make_pages
 
 from stable_diffusion.api.context import Context
 from stable_diffusion.core.shutdown import Unfinished

@@ -1,4 +1,4 @@
-"""Parses A1111's bodies into our request models: the names, defaults and types of its fields. Limits are in `core/requests.py`.
+"""Parses A1111's bodies into our request models: the names, defaults and types of its fields. Limits are in `core/limits.py`.
 
 Does not depend on HTTP, on images or on the loaded model.
 """
@@ -13,22 +13,16 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from stable_diffusion.core.errors import FieldError, InvalidRequest, NotFound
+from stable_diffusion.core.limits import MAX_IMAGES, MAX_SIDE, MAX_STEPS, MIN_SIDE, SEED_LIMIT, SIDE_MULTIPLE, USUAL_MAX_SIDE
 from stable_diffusion.core.requests import (
-    MAX_IMAGES,
-    MAX_SIDE,
-    MAX_STEPS,
-    MIN_SIDE,
-    SEED_LIMIT,
-    SIDE_MULTIPLE,
-    USUAL_MAX_SIDE,
     GenerationRequest,
     ImageToImageRequest,
     TextToImageRequest,
     parse_image_to_image,
     parse_text_to_image,
-    validated,
 )
 from stable_diffusion.core.schedulers import SCHEDULERS, has_eta, known_schedule, sampler_of, scheduler_of
+from stable_diffusion.core.validation import validated
 from stable_diffusion.models.defaults import Defaults
 from stable_diffusion.models.folder import ModelFolder
 

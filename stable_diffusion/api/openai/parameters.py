@@ -12,18 +12,10 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from stable_diffusion.core.errors import InvalidRequest, UnknownParameter
-from stable_diffusion.core.requests import (
-    MAX_IMAGES,
-    MAX_SIDE,
-    MIN_SIDE,
-    SIDE_MULTIPLE,
-    USUAL_MAX_SIDE,
-    GenerationRequest,
-    ImageToImageRequest,
-    TextToImageRequest,
-    validated,
-)
+from stable_diffusion.core.limits import MAX_IMAGES, MAX_SIDE, MIN_SIDE, SIDE_MULTIPLE, USUAL_MAX_SIDE
+from stable_diffusion.core.requests import GenerationRequest, ImageToImageRequest, TextToImageRequest
 from stable_diffusion.core.types import ImageFormat
+from stable_diffusion.core.validation import validated
 
 _RANDOM_SEED = -1  # as other programs' clients write it
 MAX_PARTIAL_IMAGES = 3  # OpenAI's limit

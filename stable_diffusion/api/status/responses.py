@@ -11,7 +11,8 @@ from typing_extensions import NotRequired, TypedDict
 from stable_diffusion import __version__
 from stable_diffusion.api.tasks import kinds_of
 from stable_diffusion.api.times import Time, time_at
-from stable_diffusion.core.requests import MAX_CLIP_SKIP, MAX_IMAGES, ImageToImageRequest, LoraRequest
+from stable_diffusion.core.limits import MAX_CLIP_SKIP, MAX_IMAGES
+from stable_diffusion.core.requests import ImageToImageRequest, LoraRequest
 from stable_diffusion.core.safety import SafetyPolicy
 from stable_diffusion.core.schedulers import SCHEDULERS
 from stable_diffusion.core.types import ImageFormat, Kind

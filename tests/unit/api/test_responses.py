@@ -12,7 +12,7 @@ from PIL import Image
 from starlette.types import Message
 
 from stable_diffusion.api.responses import EventStream, as_headers, image_file
-from stable_diffusion.core.requests import MAX_PROMPT_CHARACTERS
+from stable_diffusion.core.limits import MAX_PROMPT_CHARACTERS
 from stable_diffusion.core.types import GeneratedImage, ImageFormat
 from stable_diffusion.images import infotext
 from stable_diffusion.images.decode import read_description

@@ -9,7 +9,8 @@ from PIL import Image
 
 from stable_diffusion.api.tasks import consecutive_tasks, image_task, text_task, with_previews
 from stable_diffusion.core.errors import InvalidRequest
-from stable_diffusion.core.requests import SEED_LIMIT, parse_image_to_image, parse_text_to_image
+from stable_diffusion.core.limits import SEED_LIMIT
+from stable_diffusion.core.requests import parse_image_to_image, parse_text_to_image
 from stable_diffusion.models.defaults import Defaults
 from stable_diffusion.models.folder import DEMO_FOLDER, check_model
 from tests.tasks import make_task, served
