@@ -29,14 +29,16 @@ from stable_diffusion.core.requests import MAX_PROMPT_CHUNKS, MAX_STEPS
 from stable_diffusion.core.schedulers import class_and_options, sampler_of
 from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.engine import previews, threads
-from stable_diffusion.engine.adapters import AdaptedLayers, Lora
-from stable_diffusion.engine.cuda_graphs import RecordedCalls, Recorder
+from stable_diffusion.engine.adapters import Lora
+from stable_diffusion.engine.cuda_graphs import CudaGraphs, Recorder
 from stable_diffusion.engine.job import Conditioning, Job, Latents, TextRows, TextSchedule
 from stable_diffusion.engine.lms import KeptLMSDiscreteScheduler
 from stable_diffusion.engine.loading import Parts
 from stable_diffusion.engine.lora_store import Claim, LoraStore, claimed
 from stable_diffusion.engine.prompts import PromptEncoder, Text
 from stable_diffusion.engine.row_inputs import RowInputs, joined, stacked
+from stable_diffusion.engine.unet_calls import UNetCalls
+from stable_diffusion.engine.ways import Way
 
 logger = logging.getLogger("stable_diffusion")
 
@@ -50,7 +52,8 @@ _BLACK = -1 + 1 / 255  # values up to it become level 0 of 255
 class Denoiser:
     """The model's arithmetic. All calls must come from one thread. Only `prepare` and `advance` change a job's tensors."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, make_recorder: Callable[[], Recorder] = CudaGraphs) -> None:
+        """`make_recorder`: of CUDA graphs; for tests, which have no GPU."""
         self._parts = parts
         pixels_per_latent = 2 ** (len(parts.vae.config.block_out_channels) - 1)
         self._images = VaeImageProcessor(vae_scale_factor=pixels_per_latent)
@@ -58,37 +61,42 @@ class Denoiser:
         self._pixels_per_latent = pixels_per_latent
         self._device_name = torch.cuda.get_device_name(parts.device) if parts.device.type == "cuda" else parts.device.type
         self._prompts = PromptEncoder(parts.text_encoders, parts.dtype, parts.inversions)
-        self._adapted = AdaptedLayers(parts.unet)
         self.loras = LoraStore(parts.loras, parts.device, parts.dtype)
-        self.call_unet = RecordedCalls(self._run_unet)
+        self.call_unet = UNetCalls(parts.unet, make_recorder)
         is_on_cpu = parts.device.type == "cpu"
         self._threads = threads.of_process(os.environ, torch.get_num_threads(), torch.set_num_threads, logger.info) if is_on_cpu else None
 
-    @torch.inference_mode()
-    def _run_unet(self, inputs: RowInputs) -> torch.Tensor:
-        with self._adapted.applied(inputs.adapters):
-            predicted: torch.Tensor = self._parts.unet(
-                inputs.latents,
-                inputs.timesteps,
-                encoder_hidden_states=inputs.embeddings,
-                encoder_attention_mask=inputs.mask,
-                timestep_cond=inputs.guidance,
-                added_cond_kwargs=None if inputs.pooled is None else {"text_embeds": inputs.pooled, "time_ids": inputs.time_ids},
-                return_dict=False,
-            )[0]
-        return predicted
+    def use(self, way: Way, width: int, height: int, jobs: Sequence[int]) -> int:
+        """Compute UNet calls of each number of `jobs` of one size in this way from now on, and of one row; others stay eager.
+
+        Returns the most rows for which it could be set up. If it raises, all calls are eager.
+        """
+        return self.call_unet.use(way, self.sample_inputs(1, width, height).first(), sorted({1, *(2 * count for count in jobs)}))
+
+    @property
+    def execution(self) -> str:
+        """The name of the way in which the last UNet call was computed."""
+        return self.call_unet.last_way.name
+
+    def sample_inputs(self, jobs: int, width: int, height: int) -> RowInputs:
+        """Inputs of a guided step of `jobs` different jobs of one size."""
+        tasks = [Task("txt2img", "", "", width, height, 1, 7.5, seed, "DDIMScheduler", False) for seed in range(jobs)]
+        batch = [Job(task, on_end=lambda outcome: None) for task in tasks]
+        for job in batch:
+            job.tensors = self.prepare(job.task)
+        inputs = self.unet_inputs(batch)
+        missing = self._parts.unet.config.in_channels - inputs.latents.shape[1]
+        if missing:  # made for inpainting: mask and masked image
+            others = inputs.latents.new_zeros(inputs.rows, missing, *inputs.latents.shape[2:])
+            inputs = replace(inputs, latents=torch.cat([inputs.latents, others], dim=1))
+        return inputs
 
     @torch.inference_mode()
-    def record_steps(self, record: Recorder, width: int, height: int, most_jobs: int) -> int:
-        """Record the UNet calls of 1 to `most_jobs` jobs of one size, to be replayed. Returns how many rows fitted into memory."""
-        job = Job(Task("txt2img", "", "", width, height, 1, 1.0, 0, "DDIMScheduler", False), on_end=lambda outcome: None)
-        job.tensors = self.prepare(job.task)
-        row = self.unet_inputs([job])
-        if self._parts.unet.config.in_channels != row.latents.shape[1]:
-            latents = row.latents.new_zeros(1, self._parts.unet.config.in_channels, *row.latents.shape[2:])
-            row = replace(row, latents=latents)
-        # Of the odd numbers only 1: other odd numbers run with one surplus row.
-        return self.call_unet.record(record, row, (1, *range(2, 2 * most_jobs + 1, 2)))
+    def compute(self, inputs: RowInputs) -> torch.Tensor:
+        """A UNet call. Returns when the device has finished it."""
+        predicted = self.call_unet(inputs)
+        self._wait_for_device()
+        return predicted
 
     def warm_up(self, width: int, height: int) -> float:
         """Generate an image in two steps, so that kernels are chosen, memory is allocated and a broken model fails at start.

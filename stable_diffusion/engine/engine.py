@@ -50,6 +50,8 @@ _POLL_INTERVAL_S = 0.005
 class Steps(Protocol):
     """The part of a denoiser that the engine uses."""
 
+    @property
+    def execution(self) -> str: ...
     def can_prepare(self, job: Job) -> bool: ...
     def prepare(self, task: Task, claim: Claim | None = None) -> Latents: ...
     def predict(self, jobs: Sequence[Job]) -> list[torch.Tensor]: ...
@@ -365,8 +367,9 @@ class Engine:
             failure = error
         else:
             if self._on_step is not None:
+                numbers, rows = tuple(job.number for job in jobs), sum(job.rows for job in jobs)
                 rows_with_loras = sum(job.rows for job in jobs if job.tensors is not None and job.tensors.adapters)
-                self._on_step(StepRecord(tuple(job.number for job in jobs), sum(job.rows for job in jobs), rows_with_loras))
+                self._on_step(StepRecord(numbers, rows, rows_with_loras, self._denoiser.execution))
             return predicted
         if _is_out_of_memory(failure):
             failure.__traceback__ = None  # it references the call's intermediate tensors

@@ -30,6 +30,8 @@ from tests.tasks import make_task
 class CountingSteps:
     """Takes steps that compute nothing: what a task's prompt says goes wrong with it."""
 
+    execution = "eager"
+
     def __init__(self) -> None:
         self.jobs_that_fit = 100
         self.at_call: Callable[[], object] = lambda: None
