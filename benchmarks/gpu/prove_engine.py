@@ -154,7 +154,7 @@ class Proof:
         return self._compared([differences(one, other) for one, other in zip(ours, theirs, strict=True)])
 
     def like_eager(self, way: Way) -> Finding:
-        """The same UNet calls of 1 to 4 jobs and then a whole image in this way and eagerly, with LoRA rows in between; then eager again."""
+        """UNet calls of 1 to 4 jobs, without and with LoRA rows, and an image: in this way and eagerly; then eagerly again."""
         if problem := obstacle(way, self._parts.device.type):
             return Finding(None, problem)
         denoiser = Denoiser(self._parts)

@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from stable_diffusion.core.schedulers import class_and_options, sampler_of
 from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.engine import previews, threads
 from stable_diffusion.engine.adapters import Lora
+from stable_diffusion.engine.copies import AsynchronousCopies
 from stable_diffusion.engine.cuda_graphs import CudaGraphs, Recorder
 from stable_diffusion.engine.job import Conditioning, Job, Latents, TextRows, TextSchedule
 from stable_diffusion.engine.lms import KeptLMSDiscreteScheduler
@@ -63,6 +65,7 @@ class Denoiser:
         self._prompts = PromptEncoder(parts.text_encoders, parts.dtype, parts.inversions)
         self.loras = LoraStore(parts.loras, parts.device, parts.dtype)
         self.call_unet = UNetCalls(parts.unet, make_recorder)
+        self.copies: Callable[[], AbstractContextManager[object]] = AsynchronousCopies if parts.device.type == "cuda" else nullcontext
         is_on_cpu = parts.device.type == "cpu"
         self._threads = threads.of_process(os.environ, torch.get_num_threads(), torch.set_num_threads, logger.info) if is_on_cpu else None
 
@@ -155,6 +158,10 @@ class Denoiser:
         Raises InvalidRequest for a prompt that is too long, LoRAs that cannot be used, or a number of steps that the noise scheduler does
         not support.
         """
+        with self.copies():
+            return self._prepared(task, claim)
+
+    def _prepared(self, task: Task, claim: Claim | None) -> Latents:
         loras = () if claim is None else claim.adapters()
         scheduler = self._new_scheduler(task.scheduler)
         # Timesteps stay on the CPU: schedulers use them as table indices, and on a GPU each access would wait for the device.
@@ -248,7 +255,8 @@ class Denoiser:
         step = state.step_index // state.scheduler.order + 1
         texts = state.conditioning.at(step)[-state.rows :]
         if texts != state.texts or state.embeddings is None:
-            rows = [self._prompts.encode(text) for text in texts]
+            with self.copies():
+                rows = [self._prompts.encode(text) for text in texts]
             tokens, mask = stacked([row.tokens for row in rows])
             summaries = [row.pooled for row in rows if row.pooled is not None]
             state.embeddings = TextRows(tokens, mask, torch.cat(summaries) if summaries else None)
@@ -353,7 +361,10 @@ class Denoiser:
     @torch.inference_mode()
     def advance(self, job: Job, predicted: torch.Tensor) -> None:
         """Apply guidance and the noise scheduler to one job's rows. Reads no value, so only a preview waits for the device."""
-        state = _tensors_of(job)
+        with self.copies():
+            self._advance(job, _tensors_of(job), predicted)
+
+    def _advance(self, job: Job, state: Latents, predicted: torch.Tensor) -> None:
         timestep = state.timesteps[state.step_index]
         if job.is_guided:
             unconditional, *conditional = torch.split(predicted, 1)
