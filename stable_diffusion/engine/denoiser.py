@@ -33,6 +33,7 @@ from stable_diffusion.engine import previews, threads
 from stable_diffusion.engine.adapters import Lora
 from stable_diffusion.engine.copies import AsynchronousCopies
 from stable_diffusion.engine.cuda_graphs import CudaGraphs, Recorder
+from stable_diffusion.engine.decoding import useful_counts
 from stable_diffusion.engine.job import Conditioning, Job, Latents, TextRows, TextSchedule
 from stable_diffusion.engine.lms import KeptLMSDiscreteScheduler
 from stable_diffusion.engine.loading import Parts
@@ -48,6 +49,11 @@ _TIMED_STEPS = 5
 # A step this slow is not measured again: the first launch hardly affects its time.
 _SLOW_STEP_S = 1.0
 _TILE_SIDE = 512  # pixels; diffusers' own tiles are as large as a native image
+_COPYING_SCHEDULERS = frozenset(
+    {"EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LCMScheduler", "UniPCMultistepScheduler"}
+)
+_TIMED_DECODINGS = 3
+_LEVELS_APART = 3.0  # of 255, that decoding several images together may change
 _BLACK = -1 + 1 / 255  # values up to it become level 0 of 255
 
 
@@ -65,6 +71,7 @@ class Denoiser:
         self._prompts = PromptEncoder(parts.text_encoders, parts.dtype, parts.inversions)
         self.loras = LoraStore(parts.loras, parts.device, parts.dtype)
         self.call_unet = UNetCalls(parts.unet, make_recorder)
+        self.decode_counts: dict[int, float] = {}  # how many images of the native size are worth decoding together, and the seconds
         self.copies: Callable[[], AbstractContextManager[object]] = AsynchronousCopies if parts.device.type == "cuda" else nullcontext
         is_on_cpu = parts.device.type == "cpu"
         self._threads = threads.of_process(os.environ, torch.get_num_threads(), torch.set_num_threads, logger.info) if is_on_cpu else None
@@ -195,6 +202,7 @@ class Denoiser:
             order = scheduler.order
             steps = math.ceil(len(latents.timesteps) / order)
             latents.guided_steps = min(order * round(task.guidance_end * steps), len(latents.timesteps))
+        latents.copies_in_steps = latents.inpainting_mask is not None or _copies_in_steps(scheduler, task)
         latents.unet_timesteps = latents.timesteps.to(device=self._parts.device, dtype=torch.float32)
         self._embed(latents)
         return latents
@@ -361,8 +369,10 @@ class Denoiser:
     @torch.inference_mode()
     def advance(self, job: Job, predicted: torch.Tensor) -> None:
         """Apply guidance and the noise scheduler to one job's rows. Reads no value, so only a preview waits for the device."""
-        with self.copies():
-            self._advance(job, _tensors_of(job), predicted)
+        state = _tensors_of(job)
+        # Noticing copies doubles the CPU's work for a step.
+        with self.copies() if state.copies_in_steps else nullcontext():
+            self._advance(job, state, predicted)
 
     def _advance(self, job: Job, state: Latents, predicted: torch.Tensor) -> None:
         timestep = state.timesteps[state.step_index]
@@ -407,6 +417,10 @@ class Denoiser:
             pixels = self._to_pixels(self._vae_in_float32(), state)
             if not torch.isfinite(pixels).all():
                 raise GenerationFailed("the image could not be decoded, even in float32; try another seed or scheduler")
+        return self._finished(job, pixels, decoded_again=decoded_again)
+
+    def _finished(self, job: Job, pixels: torch.Tensor, *, decoded_again: bool = False) -> GeneratedImage:
+        state = _tensors_of(job)
         flagged = None
         if job.task.safety_check and self._parts.safety_checker is not None:
             pixels, flagged = self._check_safety(pixels)
@@ -421,6 +435,63 @@ class Denoiser:
             decoded_again=decoded_again,
             tiled=state.tiled,
         )
+
+    @torch.inference_mode()
+    def decode_together(self, jobs: Sequence[Job]) -> list[GeneratedImage | Exception]:
+        """Decode several jobs of one size in one call. Each has its image or its own error, as `decode` gives them.
+
+        What does not work together, or does not fit into memory, is decoded one by one.
+        """
+        pixels = self._pixels_together(jobs) if len(jobs) > 1 else None
+        found: list[GeneratedImage | Exception] = []
+        for number, job in enumerate(jobs):
+            try:
+                usable = pixels is not None and _is_usable(pixels[number : number + 1])
+                found.append(self._finished(job, pixels[number : number + 1]) if pixels is not None and usable else self.decode(job))
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                found.append(error)
+        return found
+
+    def _pixels_together(self, jobs: Sequence[Job]) -> torch.Tensor | None:
+        """None if it does not fit into memory. Such an autoencoder is not put into tiles: one image may fit."""
+        try:
+            latents = torch.cat([_tensors_of(job).latents for job in jobs])
+            return self._decoded(latents)
+        except torch.OutOfMemoryError:
+            pass
+        torch.cuda.empty_cache()  # outside the handler: the error's traceback holds the intermediate tensors
+        return None
+
+    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        vae: Any = self._parts.vae
+        pixels: torch.Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        return pixels
+
+    @torch.inference_mode()
+    def measure_decoding(self, width: int, height: int) -> None:
+        """Find out how many images of this size are worth decoding together. On a CPU one: its images keep the bits of diffusers'."""
+        if self._parts.device.type == "cpu":
+            return
+        latents = torch.cat([self._draw_noise(_unprompted(width, height), torch.Generator("cpu").manual_seed(seed)) for seed in range(4)])
+        alone = self._decoded(latents[:1])
+
+        def seconds(count: int) -> float | None:
+            times: list[float] = []
+            try:
+                for _ in range(_TIMED_DECODINGS + 1):
+                    began_s = time.perf_counter()
+                    together = self._decoded(latents[:count])
+                    self._wait_for_device()
+                    times.append(time.perf_counter() - began_s)
+            except torch.OutOfMemoryError:
+                return None
+            levels = float((together[:1] - alone).clamp(-2, 2).abs().max()) * 127.5
+            return min(times[1:]) if levels <= _LEVELS_APART else None
+
+        self.decode_counts = useful_counts(seconds)
+        torch.cuda.empty_cache()
 
     def _to_pixels(self, vae: Any, state: Latents) -> torch.Tensor:
         latents = state.latents.to(vae.dtype) / vae.config.scaling_factor
@@ -441,6 +512,10 @@ class Denoiser:
         # The checker writes into its input, which inference tensors allow only for a copy.
         pixels, (flagged,) = self._parts.safety_checker(images=pixels.clone(), clip_input=clip_input)
         return pixels, bool(flagged)
+
+
+def _unprompted(width: int, height: int) -> Task:
+    return Task("txt2img", "", "", width, height, 1, 1.0, 0, "DDIMScheduler", False)
 
 
 def _within_memory(vae: Any, state: Latents, work: Callable[[], Any]) -> Any:
@@ -500,6 +575,12 @@ def _supports(scheduler: Any, steps: int) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _copies_in_steps(scheduler: Any, task: Task) -> bool:
+    """Whether a step of the noise scheduler copies something to the device: its noise, drawn on the CPU, or coefficients."""
+    draws_noise = task.eta > 0 or str(scheduler.config.get("algorithm_type")).startswith("sde")
+    return draws_noise or type(scheduler).__name__ in _COPYING_SCHEDULERS
 
 
 def _step_arguments(scheduler: Any, task: Task, generator: torch.Generator) -> dict[str, Any]:

@@ -89,6 +89,7 @@ def start_engine(
         state.enter("warming up")
         denoiser = (make_denoiser or Denoiser)(parts)
         step_seconds.append(denoiser.warm_up(width, height))
+        denoiser.measure_decoding(width, height)
         state.enter("measuring the cap")  # a value that clients of /status see
         key = _conditions(parts, model, max_batch_size)
 
