@@ -86,12 +86,12 @@ def plain_diffusers(connection: Connection, setup: Setup) -> None:
 
 def engine(connection: Connection, setup: Setup) -> None:
     """This project's engine as the runner starts it, with a measured batch limit, without HTTP."""
-    from stable_diffusion.core.settings import CUDA_GRAPHS_VARIABLE
+    from stable_diffusion.core.settings import EXECUTION_VARIABLE
     from stable_diffusion.core.telemetry import StepRecord
     from stable_diffusion.models.folder import check_model
     from stable_diffusion.runner.startup import start_engine
 
-    os.environ[CUDA_GRAPHS_VARIABLE] = str(int(setup.cuda_graphs))
+    os.environ[EXECUTION_VARIABLE] = setup.execution
     # The batch limit is measured in this run, not recalled from an earlier one.
     os.environ["XDG_CACHE_HOME"] = str(setup.cache or tempfile.mkdtemp())
     steps: list[StepRecord] = []

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the proofs against diffusers and then the benchmarks on a GPU, in one call of under nine minutes on a bare machine.
-# usage: benchmarks/gpu.sh all|PART... [OPTION...]      an unknown PART lists all of them
+# Runs the proofs against diffusers and then the benchmarks on a GPU: first (under nine minutes on a bare machine), then second (five).
+# usage: benchmarks/gpu.sh all|first|second|PART... [OPTION...]      an unknown PART lists all of them
 #   WHEELS: the folder of gpu_wheels.sh, for a machine that has torch but no network
 #   OUT: the folder of gpu.json, gpu.md and gpu.log, by default benchmarks/results
 #   OPTIONs go to python3 -m benchmarks.gpu: --budget-s, --clock, --model, --side, --steps

@@ -28,8 +28,9 @@ from stable_diffusion.models.folder import DEMO_FOLDER
 # Plain diffusers is first, because the others are compared with the first.
 CONTENDERS: dict[str, Callable[[Setup], Contender]] = {
     "plain": lambda setup: InProcess("plain diffusers", plain_diffusers, setup),
-    "engine": lambda setup: InProcess("engine", engine, replace(setup, cuda_graphs=False)),
-    "graphs": lambda setup: InProcess("engine, CUDA graphs", engine, replace(setup, cuda_graphs=True)),
+    "engine": lambda setup: InProcess("engine", engine, replace(setup, execution="eager")),
+    "graphs": lambda setup: InProcess("engine, CUDA graphs", engine, replace(setup, execution="graphs")),
+    "auto": lambda setup: InProcess("engine, auto", engine, replace(setup, execution="auto")),
     "http": servers.this_project,
     "batching": servers.request_batching,
 }
@@ -93,7 +94,7 @@ def main() -> None:
     arguments = _arguments()
     # As after Ctrl+C, so that no server is left running.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    setup = Setup(arguments.model.resolve(), arguments.precision, arguments.side, cuda_graphs=arguments.cuda_graphs)
+    setup = Setup(arguments.model.resolve(), arguments.precision, arguments.side, execution=arguments.execution)
     about = {**machine(), "model": setup.model.parent.name if setup.model == DEMO_FOLDER else setup.model.name, "side": str(setup.side)}
     report = Report({**about, "precision": setup.precision})
     side, steps = setup.side, arguments.steps
@@ -143,9 +144,7 @@ def _arguments() -> argparse.Namespace:
     default = ["plain", "engine", "http", "batching"]
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=default, help="the others are compared with the first")
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 8, 16], help="of the closed loops")
-    parser.add_argument(
-        "--cuda-graphs", action="store_true", help="use CUDA graphs in the timed steps; of the contenders only `graphs` uses them"
-    )
+    parser.add_argument("--execution", default="eager", help="how timed steps are computed, as in SD_EXECUTION; contenders have their own")
     parser.add_argument("--jobs", nargs="+", type=int, default=list(JOBS), help="numbers of jobs whose shared steps are timed")
     parser.add_argument("--requests-per-client", type=int, default=2, help="in the closed loops")
     parser.add_argument("--least-requests", type=int, default=1, help="minimum for a closed loop with few clients")

@@ -10,10 +10,14 @@ from stable_diffusion.core.types import Precision
 
 @dataclass(frozen=True)
 class Setup:
-    """The settings of all contenders. `side`: pixels. `cache`: the folder of measured batch limits; None: each measures its own."""
+    """The settings of all contenders. `side`: pixels.
+
+    `execution`: the way of computing, as SD_EXECUTION names it. `cache`: the folder of measurements; None: each
+    makes its own.
+    """
 
     model: Path
     precision: Precision
     side: int
-    cuda_graphs: bool = False
+    execution: str = "eager"
     cache: Path | None = None

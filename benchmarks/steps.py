@@ -59,9 +59,9 @@ def time_steps(setup: Setup, jobs: Sequence[int]) -> Iterator[StepTime]:
 
 def step_times(connection: Connection, setup: Setup) -> None:
     """Run the engine's arithmetic without its loop, in a process of its own."""
-    from stable_diffusion.engine.cuda_graphs import CudaGraphs
     from stable_diffusion.engine.denoiser import Denoiser
     from stable_diffusion.engine.loading import load
+    from stable_diffusion.engine.ways import way_named
     from stable_diffusion.models.folder import check_model
 
     # Everything on one thread: a second one that used OpenMP would slow it down on a CPU.
@@ -69,11 +69,11 @@ def step_times(connection: Connection, setup: Setup) -> None:
         denoiser = thread.submit(lambda: Denoiser(load(check_model(setup.model), setup.precision))).result()
         # Before any CUDA graph is recorded: the counter cannot see into a replay.
         tflop = thread.submit(count_tflop, denoiser, setup.side).result()
-        if setup.cuda_graphs:
-            thread.submit(lambda: denoiser.record_steps(CudaGraphs(), setup.side, setup.side, MAX_BATCH_SIZE)).result()
+        jobs = range(1, MAX_BATCH_SIZE + 1)
+        thread.submit(lambda: denoiser.use(way_named(setup.execution), setup.side, setup.side, jobs)).result()
         connection.send("loaded")
-        while (jobs := connection.recv()) is not None:
-            connection.send(thread.submit(time_step, denoiser, jobs, setup.side, tflop).result())
+        while (count := connection.recv()) is not None:
+            connection.send(thread.submit(time_step, denoiser, count, setup.side, tflop).result())
 
 
 def time_step(denoiser: Denoiser, jobs: int, side: int, tflop: float) -> StepTime | None:

@@ -229,10 +229,11 @@ _MEANINGS = {
         "A Redis 7 or Valkey through which machines share jobs, limits and idempotency keys: see [fleet.md](fleet.md).",
     ),
     settings.LOG_PROMPTS_VARIABLE: ("off", _ON_OR_OFF, "Write prompts into the request log."),
-    settings.CUDA_GRAPHS_VARIABLE: (
-        "off",
-        _ON_OR_OFF,
-        "Replay recorded steps on a GPU instead of launching each kernel: see [performance.md](performance.md#cuda-graphs).",
+    settings.EXECUTION_VARIABLE: (
+        f"`{settings.Settings.execution}`",
+        ", ".join(f"`{name}`" for name in (*settings.EXECUTIONS, *settings.EXECUTION_PARTS)) + ", the last three also joined by `+`",
+        "How a step is computed; by default in the way that is measured as the fastest at startup: see "
+        "[performance.md](performance.md#ways-of-computing).",
     ),
 }
 
@@ -265,7 +266,7 @@ def metric_names() -> str:
             name = f"{family.name}_total" if family.type == "counter" else family.name
             yield f"`{name}`", family.type, ", ".join(f"`{label}`" for label in labels), family.documentation
         # These have no series before a runner has started.
-        for current in (metrics._caps([]), metrics._models([]), metrics._backlog(0), metrics._shared_state(True)):
+        for current in (metrics._caps([]), metrics._models([]), metrics._executions([]), metrics._backlog(0), metrics._shared_state(True)):
             yield f"`{current.name}`", current.type, ", ".join(f"`{label}`" for label in current._labelnames), current.documentation
 
     return _table(("metric", "type", "labels", "meaning"), rows())

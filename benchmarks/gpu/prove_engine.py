@@ -27,11 +27,11 @@ from benchmarks.setup import Setup
 from stable_diffusion.core.schedulers import SCHEDULERS
 from stable_diffusion.core.telemetry import BatchLimitRecord, OutOfMemoryRecord, Record
 from stable_diffusion.core.types import GeneratedImage, Kind, Precision, Task
-from stable_diffusion.engine.cuda_graphs import CudaGraphs
+from stable_diffusion.engine.adapters import LowRank
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.engine import Engine
-from stable_diffusion.engine.job import Job
 from stable_diffusion.engine.loading import Parts, load
+from stable_diffusion.engine.ways import EAGER, Way, obstacle, tolerance, ways_to_try
 from stable_diffusion.models.folder import check_model
 from tests.model.recording_engine import RecordingEngine
 from tests.safety_checkers import make_checked_model
@@ -87,7 +87,7 @@ class Proof:
         self._parts = load(check_model(folder), precision)
         self._on_gpu = self._parts.device.type == "cuda"
         self._running = Running(self._parts)
-        self._plain = Plain(Setup(folder, precision, side), self._parts)
+        self._plain = None if self._parts.is_xl else Plain(Setup(folder, precision, side), self._parts)
 
     def close(self) -> None:
         self._running.close()
@@ -98,6 +98,8 @@ class Proof:
 
     def like_diffusers(self, kind: Kind) -> Finding:
         """Each noise scheduler: the engine's only job against diffusers' pipeline."""
+        if self._plain is None:
+            return Finding(None, "the comparison has no pipelines of Stable Diffusion XL")
         largest: dict[str, int] = {}
         for number, scheduler in enumerate(SCHEDULERS):
             task = self._task(number, kind=kind, scheduler=scheduler)
@@ -151,26 +153,53 @@ class Proof:
         ours = [self._running.generate([task])[0].image for task in tasks]
         return self._compared([differences(one, other) for one, other in zip(ours, theirs, strict=True)])
 
-    def graphs_like_eager(self) -> Finding:
-        """The same UNet calls of 1 to 4 jobs, then a whole image, with recorded calls and without."""
-        if not self._on_gpu:
-            return NO_GPU
-        with torch.inference_mode():
-            eager, recorded = Denoiser(self._parts), Denoiser(self._parts)
-            recorded.record_steps(CudaGraphs(), self._side, self._side, 4)
-            largest = 0.0
-            for count in (1, 2, 3, 4):
-                jobs = [Job(self._task(number), on_end=lambda outcome: None) for number in range(count)]
-                for job in jobs:
-                    job.tensors = eager.prepare(job.task)
-                for one, other in zip(eager.predict(jobs), recorded.predict(jobs), strict=True):
-                    largest = max(largest, float((one.float() - other.float()).abs().max()))
-        running = Running(self._parts, denoiser=recorded)
-        task = self._task(0)
-        image = differences(running.generate([task])[0].image, self._running.generate([task])[0].image)
+    def like_eager(self, way: Way) -> Finding:
+        """UNet calls of 1 to 4 jobs, without and with LoRA rows, and an image: in this way and eagerly; then eagerly again."""
+        if problem := obstacle(way, self._parts.device.type):
+            return Finding(None, problem)
+        denoiser = Denoiser(self._parts)
+        inputs = {count: denoiser.sample_inputs(count, self._side, self._side) for count in (1, 2, 3, 4)}
+        lora = (self._random_lora(), 1.0)
+        inputs |= {10 * count: replace(one, adapters=((lora,), *((),) * (one.rows - 1))) for count, one in inputs.items()}
+        expected = {count: denoiser.compute(one) for count, one in inputs.items()}
+        (usual,) = self._running.generate([self._task(0)])
+        denoiser.use(way, self._side, self._side, (1, 2, 3, 4))
+        differs, computed = 0.0, []
+        for count in (1, 10, 2, 20, 3, 30, 4, 40, 1):
+            difference = denoiser.compute(inputs[count]).float() - expected[count].float()
+            differs = max(differs, float(difference.norm() / expected[count].float().norm()))
+            computed.append(denoiser.execution)
+        running = Running(self._parts, denoiser=denoiser)
+        image = differences(running.generate([self._task(0)])[0].image, usual.image)
         running.close()
+        denoiser.use(EAGER, self._side, self._side, (1,))
+        restored = all(torch.equal(denoiser.compute(inputs[count]), expected[count]) for count in (1, 10, 4))
+        allowed = tolerance(self._parts.device.type, str(self._parts.dtype)) or 1e-5  # a CPU is held to less only at a start
         finding = self._compared([image])
-        return Finding(finding.passed, f"UNet outputs differ by at most {largest:.2g}; the image: {finding.detail}")
+        kinds = ", ".join(dict.fromkeys(computed))
+        detail = f"UNet outputs differ by {differs:.1e} of {allowed:.0e}; computed: {kinds}; eager again equal: {restored}; the image: "
+        return Finding(bool(finding.passed) and differs <= allowed and restored, detail + finding.detail)
+
+    def _random_lora(self) -> dict[str, LowRank]:
+        """A LoRA of rank 4 for every attention layer."""
+        lora = {}
+        for name, layer in self._parts.unet.named_modules():
+            if ".attn" in name and isinstance(layer, torch.nn.Linear):
+                shapes = (4, layer.in_features), (layer.out_features, 4)
+                down, up = (0.05 * torch.randn(shape, device=self._parts.device, dtype=self._parts.dtype) for shape in shapes)
+                lora[name] = LowRank(down, up, 4.0)
+        return lora
+
+    def decoded_together(self) -> Finding:
+        """Four images decoded in one call against each alone."""
+        vae: Any = self._parts.vae
+        side = self._side // 2 ** (len(vae.config.block_out_channels) - 1)
+        with torch.inference_mode():
+            latents = torch.randn(4, vae.config.latent_channels, side, side, device=self._parts.device).to(vae.dtype)
+            together = vae.decode(latents, return_dict=False)[0].float()
+            alone = torch.cat([vae.decode(one[None], return_dict=False)[0] for one in latents]).float()
+        levels = float((together - alone).abs().max()) * 127.5
+        return Finding(levels <= 3, f"differ by at most {levels:.2f} of 255 levels; allowed are 3")
 
     def survives_an_overflowing_decoder(self) -> Finding:
         """A decoder whose values exceed float16's range without changing the image: normalisation cancels the last block's scale."""
@@ -252,7 +281,8 @@ def _forget_memory() -> None:
 CHECKS: dict[str, Callable[[Proof], Finding]] = {
     **{f"{kind} equals diffusers": partial(Proof.like_diffusers, kind=kind) for kind in loads.KINDS},
     "in a batch as alone": Proof.in_a_batch,
-    "CUDA graphs as eager": Proof.graphs_like_eager,
+    **{f"{way.name} as eager": partial(Proof.like_eager, way=way) for way in ways_to_try("cuda") if not way.compiled},
+    "decoded together as alone": Proof.decoded_together,
     "as on the CPU": Proof.like_the_cpu,
     "a decoder that overflows": Proof.survives_an_overflowing_decoder,
     "safety checker": Proof.safety_checker,

@@ -1,4 +1,4 @@
-"""Compares ways of computing a UNet call with eager mode: the time by rows, and the difference of the result.
+"""Times UNet calls in every way of computing by the number of jobs, with and without a LoRA, and compares the results with eager's.
 
 Also times the work around the steps of one image: encoding the text, decoding the latents. The table is for people; no code reads it.
 """
@@ -6,7 +6,6 @@ Also times the work around the steps of one image: encoding the text, decoding t
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import time
@@ -19,24 +18,27 @@ import torch
 
 from benchmarks import loads
 from benchmarks.report import machine
-from stable_diffusion.engine.cuda_graphs import CudaGraphs
+from stable_diffusion.engine.adapters import LowRank
 from stable_diffusion.engine.denoiser import Denoiser
-from stable_diffusion.engine.job import Job
-from stable_diffusion.engine.loading import Parts, load
-from stable_diffusion.engine.row_inputs import RowInputs
+from stable_diffusion.engine.loading import load
+from stable_diffusion.engine.ways import EAGER, Way, ways_to_try
 from stable_diffusion.models.folder import check_model
 
 _ROUNDS = 15
+_RANK = 8
 
 
 @dataclass(frozen=True)
 class Timed:
-    """`difference`: the norm of the difference from eager's result, divided by the norm of eager's result."""
+    """`difference`: the norm of the difference from eager's result, divided by the norm of eager's result. `computed`: the way in which
+    the call was computed in the end."""
 
     way: str
+    rows: str
     jobs: int
     unet_ms: float
     difference: float
+    computed: str
 
 
 @dataclass(frozen=True)
@@ -47,59 +49,39 @@ class Around:
 
 
 class Ways:
+    """One model; the ways change it and restore it."""
+
     def __init__(self, folder: Path, precision: Any, side: int, jobs: Sequence[int]) -> None:
         self._side = side
         self._jobs = jobs
         self._parts = load(check_model(folder), precision)
-        self._eager = Denoiser(self._parts)
-        self._inputs = {count: self._inputs_of(count) for count in jobs}
-        self._expected = {count: self._eager.call_unet(given) for count, given in self._inputs.items()}
-        self.on_gpu = self._parts.device.type == "cuda"
+        self._denoiser = Denoiser(self._parts)
+        plain = {count: self._denoiser.sample_inputs(count, side, side) for count in jobs}
+        lora = (self._random_lora(), 1.0)
+        with_lora = {count: replace(given, adapters=((lora,),) * given.rows) for count, given in plain.items()}
+        self.inputs = {"plain": plain, "LoRA": with_lora}
+        self._expected = {rows: {count: self._denoiser.compute(one) for count, one in given.items()} for rows, given in self.inputs.items()}
+        self.device = self._parts.device.type
+
+    def _random_lora(self) -> dict[str, LowRank]:
+        """A LoRA of rank 8 for every attention layer."""
+        lora = {}
+        for name, layer in self._parts.unet.named_modules():
+            if ".attn" in name and isinstance(layer, torch.nn.Linear):
+                shapes = (_RANK, layer.in_features), (layer.out_features, _RANK)
+                down, up = (0.01 * torch.randn(shape, device=self._parts.device, dtype=self._parts.dtype) for shape in shapes)
+                lora[name] = LowRank(down, up, float(_RANK))
+        return lora
+
+    def enter(self, way: Way) -> None:
+        self._denoiser.use(way, self._side, self._side, self._jobs)
 
     @torch.inference_mode()
-    def _inputs_of(self, count: int) -> RowInputs:
-        jobs = [Job(loads.task(number, self._side, 20), on_end=lambda outcome: None) for number in range(count)]
-        for job in jobs:
-            job.tensors = self._eager.prepare(job.task)
-        return self._eager.unet_inputs(jobs)
-
-    def eager(self) -> Denoiser:
-        return self._eager
-
-    def graphs(self) -> Denoiser:
-        return self._recorded(Denoiser(self._parts))
-
-    def channels_last(self) -> Denoiser:
-        return Denoiser(self._channels_last_parts())
-
-    def channels_last_graphs(self) -> Denoiser:
-        return self._recorded(self.channels_last())
-
-    def compiled(self) -> Denoiser:
-        parts = self._channels_last_parts()
-        # After the second, every number of rows would be compiled again, which takes a minute each.
-        unet: Any = torch.compile(parts.unet, dynamic=False)
-        return Denoiser(replace(parts, unet=unet))
-
-    def compiled_graphs(self) -> Denoiser:
-        return self._recorded(self.compiled())
-
-    def _channels_last_parts(self) -> Parts:
-        unet: Any = copy.deepcopy(self._parts.unet)
-        return replace(self._parts, unet=unet.to(memory_format=torch.channels_last))
-
-    def _recorded(self, denoiser: Denoiser) -> Denoiser:
-        row = self._inputs[self._jobs[0]].first()
-        denoiser.call_unet.record(CudaGraphs(), row, [2 * count for count in self._jobs])
-        return denoiser
-
-    @torch.inference_mode()
-    def time(self, way: str, denoiser: Denoiser, jobs: int) -> Timed:
-        given, expected = self._inputs[jobs], self._expected[jobs].float()
-        result = denoiser.call_unet(given).float()
+    def time(self, way: Way, rows: str, jobs: int) -> Timed:
+        given, expected = self.inputs[rows][jobs], self._expected[rows][jobs].float()
+        result = self._denoiser.compute(given).float()
         difference = float((result - expected).norm() / expected.norm())
-        spent = _spent(lambda: denoiser.call_unet(given))
-        return Timed(way, jobs, 1000 * spent, difference)
+        return Timed(way.name, rows, jobs, 1000 * _spent(lambda: self._denoiser.compute(given)), difference, self._denoiser.execution)
 
     @torch.inference_mode()
     def around(self) -> list[Around]:
@@ -109,7 +91,7 @@ class Ways:
         vae: Any = parts.vae
         shape = (1, vae.config.latent_channels, self._side // 8, self._side // 8)
         found = [
-            Around("encode text, draw noise", 1, 1000 * _spent(lambda: self._eager.prepare(self._new_task(next(numbers))))),
+            Around("encode text, draw noise", 1, 1000 * _spent(lambda: self._denoiser.prepare(self._new_task(next(numbers))))),
         ]
         for count in (1, 4):
             latents = torch.randn(shape, device=parts.device, dtype=parts.dtype).repeat(count, 1, 1, 1)
@@ -142,11 +124,14 @@ def _spent(work: Callable[[], object]) -> float:
 def markdown(about: dict[str, str], timed: list[Timed], around: list[Around], failed: dict[str, str]) -> str:
     jobs = sorted({one.jobs for one in timed})
     lines = [", ".join(f"{name}: {value}" for name, value in about.items()), ""]
-    lines += [f"| UNet call, ms, by jobs with guidance | {' | '.join(map(str, jobs))} | difference |", "|---" * (len(jobs) + 2) + "|"]
-    for way in dict.fromkeys(one.way for one in timed):
-        of_way = {one.jobs: one for one in timed if one.way == way}
+    heads = ["UNet call, ms, by jobs with guidance", "rows", *map(str, jobs), "difference", "computed"]
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for way, rows in dict.fromkeys((one.way, one.rows) for one in timed):
+        of_way = {one.jobs: one for one in timed if (one.way, one.rows) == (way, rows)}
         cells = [f"{of_way[count].unet_ms:.1f}" if count in of_way else "" for count in jobs]
-        lines.append(f"| {way} | {' | '.join(cells)} | {max(one.difference for one in of_way.values()):.1e} |")
+        computed = ", ".join(dict.fromkeys(one.computed for one in of_way.values()))
+        difference = f"{max(one.difference for one in of_way.values()):.1e}"
+        lines.append(f"| {' | '.join([way, rows, *cells, difference, computed])} |")
     lines += ["", "| beside the steps | images | ms |", "|---|---|---|"]
     lines += [f"| {one.what} | {one.images} | {one.ms:.1f} |" for one in around]
     lines += [f"\n{way}: {reason}" for way, reason in failed.items()]
@@ -161,7 +146,7 @@ def main() -> None:
     parser.add_argument(
         "--jobs", nargs="+", type=int, default=[1, 2, 4, 8, 16], help="numbers of jobs that share a call, each with guidance"
     )
-    parser.add_argument("--compile", action="store_true", help="include the ways that compile, which take minutes")
+    parser.add_argument("--compile", action="store_true", help="only eager and the ways that compile, which take minutes")
     parser.add_argument("--name", required=True, help="name of the output files")
     parser.add_argument("--output", type=Path, required=True, help="an existing folder")
     arguments = parser.parse_args()
@@ -176,21 +161,22 @@ def main() -> None:
         (arguments.output / f"{arguments.name}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         (arguments.output / f"{arguments.name}.md").write_text(markdown(about, timed, around, failed), encoding="utf-8")
 
-    around += ways.around()
-    wanted: dict[str, Callable[[], Denoiser]] = {"eager": ways.eager, "channels_last": ways.channels_last}
-    if ways.on_gpu:
-        wanted |= {"graphs": ways.graphs, "channels_last, graphs": ways.channels_last_graphs}
-    if arguments.compile:
-        wanted |= {"compiled": ways.compiled} if not ways.on_gpu else {"compiled, graphs": ways.compiled_graphs}
-    for name, make in wanted.items():
+    if not arguments.compile:
+        around += ways.around()
+    wanted = [EAGER, *(way for way in ways_to_try(ways.device) if way.compiled == arguments.compile)]
+    for way in wanted:
         try:
-            denoiser = make()
-            for count in arguments.jobs:
-                timed.append(ways.time(name, denoiser, count))
-                save()
+            ways.enter(way)
+            for rows in ways.inputs:
+                for count in arguments.jobs:
+                    timed.append(ways.time(way, rows, count))
+                    save()
         except Exception as error:
-            failed[name] = f"{type(error).__name__}: {error}"[:500]
+            failed[way.name] = f"{type(error).__name__}: {error}"[:500]
             save()
+    ways.enter(EAGER)
+    after = ways.time(EAGER, "plain", arguments.jobs[0])
+    timed.append(replace(after, way="eager, after all others"))
     save()
 
 

@@ -22,7 +22,7 @@ SAFETY_VARIABLE = "SD_SAFETY"
 LORAS_VARIABLE = "SD_LORAS"
 EMBEDDINGS_VARIABLE = "SD_EMBEDDINGS"
 LOG_PROMPTS_VARIABLE = "SD_LOG_PROMPTS"
-CUDA_GRAPHS_VARIABLE = "SD_CUDA_GRAPHS"
+EXECUTION_VARIABLE = "SD_EXECUTION"
 KEYS_VARIABLE = "SD_API_KEYS"
 KEYS_FILE_VARIABLE = "SD_API_KEYS_FILE"
 OPEN_VARIABLE = "SD_OPEN"
@@ -37,6 +37,8 @@ SET_BY_THE_SERVER = frozenset({OPERATORS_THREADS_VARIABLE, SHARED_FOLDER_VARIABL
 
 MAX_TIMEOUT_S = 3600.0  # of a request; configuration.yaml of both services sets the same number for BentoML
 OPENABLE = ("docs", "metrics")
+EXECUTIONS = ("auto", "eager")
+EXECUTION_PARTS = ("channels_last", "compile", "graphs")  # any of them, joined by "+"
 
 _THREAD_PREFIXES = ("OMP_", "GOMP_", "MKL_NUM", "MKL_DYNAMIC", "KMP_")
 _QUOTED_CHARACTERS = 60  # of a wrong value, in messages
@@ -56,8 +58,10 @@ LIMIT_VARIABLES = {
     "stop_grace_s": ("SD_STOP_GRACE_S", _DAY_S),
 }
 _PREFIX = "SD_"
+# Names of earlier versions, each with what to do. A start that ignored one would compute in another way than the operator has chosen.
+_RENAMED = {"SD_CUDA_GRAPHS": f"is now {EXECUTION_VARIABLE}: graphs for on, eager for off, or auto to have the fastest way measured"}
 _NAMES = (
-    *(MODEL_VARIABLE, VAE_VARIABLE, SAFETY_VARIABLE, LORAS_VARIABLE, EMBEDDINGS_VARIABLE, LOG_PROMPTS_VARIABLE, CUDA_GRAPHS_VARIABLE),
+    *(MODEL_VARIABLE, VAE_VARIABLE, SAFETY_VARIABLE, LORAS_VARIABLE, EMBEDDINGS_VARIABLE, LOG_PROMPTS_VARIABLE, EXECUTION_VARIABLE),
     *(KEYS_VARIABLE, KEYS_FILE_VARIABLE, OPEN_VARIABLE, WITHOUT_KEYS_VARIABLE, RATE_LIMIT_VARIABLE),
     SHARED_STATE_VARIABLE,
     *(name for name, _ in LIMIT_VARIABLES.values()),
@@ -101,7 +105,7 @@ class Settings:
     limits: Limits = Limits()
     safety: SafetyPolicy = "default-on"
     log_prompts: bool = False
-    cuda_graphs: bool = False
+    execution: str = "auto"  # or "eager", or some of EXECUTION_PARTS in their order, joined by "+"
     open: frozenset[str] = frozenset()  # the members of OPENABLE that need no key
     without_keys: bool = False
     requests_per_minute: int | None = None  # None: unlimited
@@ -110,6 +114,9 @@ class Settings:
 
 def read_settings(environment: Mapping[str, str]) -> Settings:
     """Raises SettingError, which names the first wrong variable and what is allowed."""
+    for name, hint in _RENAMED.items():
+        if environment.get(name, "").strip():
+            raise SettingError(f"{name} {hint}")
     return Settings(
         model=unquoted(environment, MODEL_VARIABLE),
         vae=unquoted(environment, VAE_VARIABLE),
@@ -118,7 +125,7 @@ def read_settings(environment: Mapping[str, str]) -> Settings:
         limits=_limits(environment),
         safety=_safety(environment),
         log_prompts=_flag(environment, LOG_PROMPTS_VARIABLE),
-        cuda_graphs=_flag(environment, CUDA_GRAPHS_VARIABLE),
+        execution=_execution(environment),
         open=_open(environment),
         without_keys=_flag(environment, WITHOUT_KEYS_VARIABLE),
         requests_per_minute=_requests_per_minute(environment),
@@ -204,6 +211,19 @@ def _open(environment: Mapping[str, str]) -> frozenset[str]:
     if unknown := sorted(names - set(OPENABLE)):
         raise SettingError(f"{OPEN_VARIABLE}: {_quoted(unknown[0])} cannot be opened, only {' and '.join(OPENABLE)}")
     return names
+
+
+def _execution(environment: Mapping[str, str]) -> str:
+    text = unquoted(environment, EXECUTION_VARIABLE) or Settings.execution
+    if text in EXECUTIONS:
+        return text
+    parts = [part.strip() for part in text.split("+")]
+    if len(set(parts)) < len(parts) or not set(parts) <= set(EXECUTION_PARTS):
+        raise SettingError(
+            f"{EXECUTION_VARIABLE} must be {', '.join(EXECUTIONS)}, or one or more of {', '.join(EXECUTION_PARTS)} "
+            f"joined by +, not {_quoted(text)}"
+        )
+    return "+".join(part for part in EXECUTION_PARTS if part in parts)
 
 
 def _requests_per_minute(environment: Mapping[str, str]) -> int | None:

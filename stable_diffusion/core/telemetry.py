@@ -17,11 +17,12 @@ Refusal = Literal["queue_full", "deadline_exceeded"]
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One UNet call: the numbers of the jobs that shared it, its rows, and how many of them have LoRAs."""
+    """One UNet call: the numbers of the jobs that shared it, its rows, how many of them have LoRAs, and the way of computing."""
 
     job_numbers: tuple[int, ...]
     rows: int
     rows_with_loras: int = 0
+    execution: str = "eager"  # as SD_EXECUTION names it
 
 
 @dataclass(frozen=True)

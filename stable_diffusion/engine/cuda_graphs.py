@@ -31,6 +31,7 @@ class RecordedCalls:
     def __init__(self, call: UNetCall) -> None:
         self._call = call
         self._recordings: dict[tuple[object, ...], _Recording] = {}
+        self.was_replayed = False  # the last call
 
     @torch.inference_mode()
     def record(self, record: Recorder, row: RowInputs, rows: Sequence[int]) -> int:
@@ -49,9 +50,14 @@ class RecordedCalls:
             self._recordings[_key(count, inputs)] = _Recording(inputs, replay, result)
         return most
 
+    def forget(self) -> None:
+        """Drop all recordings, and the memory that they hold."""
+        self._recordings.clear()
+
     def __call__(self, inputs: RowInputs) -> torch.Tensor:
         rows = inputs.rows
         recording = self._recordings.get(_key(rows, inputs)) or self._recordings.get(_key(rows + 1, inputs))
+        self.was_replayed = recording is not None and not inputs.adapters
         if recording is None or inputs.adapters:
             return self._call(inputs)
         # A surplus row keeps the values of an earlier call, and its result is ignored.
@@ -60,6 +66,11 @@ class RecordedCalls:
             tensor[:rows].copy_(tensors[name])
         recording.replay()
         return recording.result[:rows].clone()
+
+
+def shapes_of(inputs: RowInputs) -> tuple[object, ...]:
+    """Equal for inputs whose tensors have the same shapes and dtypes."""
+    return _key(inputs.rows, inputs)
 
 
 def _key(rows: int, inputs: RowInputs) -> tuple[object, ...]:

@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -29,14 +30,18 @@ from stable_diffusion.core.prompt_syntax import Emphasis, composed, emphasized, 
 from stable_diffusion.core.schedulers import class_and_options, sampler_of
 from stable_diffusion.core.types import GeneratedImage, Task
 from stable_diffusion.engine import previews, threads
-from stable_diffusion.engine.adapters import AdaptedLayers, Lora
-from stable_diffusion.engine.cuda_graphs import RecordedCalls, Recorder
+from stable_diffusion.engine.adapters import Lora
+from stable_diffusion.engine.copies import AsynchronousCopies
+from stable_diffusion.engine.cuda_graphs import CudaGraphs, Recorder
+from stable_diffusion.engine.decoding import useful_counts
 from stable_diffusion.engine.job import Conditioning, Job, Latents, TextRows, TextSchedule
 from stable_diffusion.engine.lms import KeptLMSDiscreteScheduler
 from stable_diffusion.engine.loading import Parts
 from stable_diffusion.engine.lora_store import Claim, LoraStore, claimed
 from stable_diffusion.engine.prompts import PromptEncoder, Text
 from stable_diffusion.engine.row_inputs import RowInputs, joined, stacked
+from stable_diffusion.engine.unet_calls import UNetCalls
+from stable_diffusion.engine.ways import Way
 
 logger = logging.getLogger("stable_diffusion")
 
@@ -44,13 +49,19 @@ _TIMED_STEPS = 5
 # A step this slow is not measured again: the first launch hardly affects its time.
 _SLOW_STEP_S = 1.0
 _TILE_SIDE = 512  # pixels; diffusers' own tiles are as large as a native image
+_COPYING_SCHEDULERS = frozenset(
+    {"EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LCMScheduler", "UniPCMultistepScheduler"}
+)
+_TIMED_DECODINGS = 3
+_LEVELS_APART = 3.0  # of 255, that decoding several images together may change
 _BLACK = -1 + 1 / 255  # values up to it become level 0 of 255
 
 
 class Denoiser:
     """The model's arithmetic. All calls must come from one thread. Only `prepare` and `advance` change a job's tensors."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, make_recorder: Callable[[], Recorder] = CudaGraphs) -> None:
+        """`make_recorder`: of CUDA graphs; for tests, which have no GPU."""
         self._parts = parts
         pixels_per_latent = 2 ** (len(parts.vae.config.block_out_channels) - 1)
         self._images = VaeImageProcessor(vae_scale_factor=pixels_per_latent)
@@ -58,37 +69,44 @@ class Denoiser:
         self._pixels_per_latent = pixels_per_latent
         self._device_name = torch.cuda.get_device_name(parts.device) if parts.device.type == "cuda" else parts.device.type
         self._prompts = PromptEncoder(parts.text_encoders, parts.dtype, parts.inversions)
-        self._adapted = AdaptedLayers(parts.unet)
         self.loras = LoraStore(parts.loras, parts.device, parts.dtype)
-        self.call_unet = RecordedCalls(self._run_unet)
+        self.call_unet = UNetCalls(parts.unet, make_recorder)
+        self.decode_counts: dict[int, float] = {}  # how many images of the native size are worth decoding together, and the seconds
+        self.copies: Callable[[], AbstractContextManager[object]] = AsynchronousCopies if parts.device.type == "cuda" else nullcontext
         is_on_cpu = parts.device.type == "cpu"
         self._threads = threads.of_process(os.environ, torch.get_num_threads(), torch.set_num_threads, logger.info) if is_on_cpu else None
 
-    @torch.inference_mode()
-    def _run_unet(self, inputs: RowInputs) -> torch.Tensor:
-        with self._adapted.applied(inputs.adapters):
-            predicted: torch.Tensor = self._parts.unet(
-                inputs.latents,
-                inputs.timesteps,
-                encoder_hidden_states=inputs.embeddings,
-                encoder_attention_mask=inputs.mask,
-                timestep_cond=inputs.guidance,
-                added_cond_kwargs=None if inputs.pooled is None else {"text_embeds": inputs.pooled, "time_ids": inputs.time_ids},
-                return_dict=False,
-            )[0]
-        return predicted
+    def use(self, way: Way, width: int, height: int, jobs: Sequence[int]) -> int:
+        """Compute UNet calls of each number of `jobs` of one size in this way from now on, and of one row; others stay eager.
+
+        Returns the most rows for which it could be set up. If it raises, all calls are eager.
+        """
+        return self.call_unet.use(way, self.sample_inputs(1, width, height).first(), sorted({1, *(2 * count for count in jobs)}))
+
+    @property
+    def execution(self) -> str:
+        """The name of the way in which the last UNet call was computed."""
+        return self.call_unet.last_way.name
+
+    def sample_inputs(self, jobs: int, width: int, height: int) -> RowInputs:
+        """Inputs of a guided step of `jobs` different jobs of one size."""
+        tasks = [Task("txt2img", "", "", width, height, 1, 7.5, seed, "DDIMScheduler", False) for seed in range(jobs)]
+        batch = [Job(task, on_end=lambda outcome: None) for task in tasks]
+        for job in batch:
+            job.tensors = self.prepare(job.task)
+        inputs = self.unet_inputs(batch)
+        missing = self._parts.unet.config.in_channels - inputs.latents.shape[1]
+        if missing:  # made for inpainting: mask and masked image
+            others = inputs.latents.new_zeros(inputs.rows, missing, *inputs.latents.shape[2:])
+            inputs = replace(inputs, latents=torch.cat([inputs.latents, others], dim=1))
+        return inputs
 
     @torch.inference_mode()
-    def record_steps(self, record: Recorder, width: int, height: int, most_jobs: int) -> int:
-        """Record the UNet calls of 1 to `most_jobs` jobs of one size, to be replayed. Returns how many rows fitted into memory."""
-        job = Job(Task("txt2img", "", "", width, height, 1, 1.0, 0, "DDIMScheduler", False), on_end=lambda outcome: None)
-        job.tensors = self.prepare(job.task)
-        row = self.unet_inputs([job])
-        if self._parts.unet.config.in_channels != row.latents.shape[1]:
-            latents = row.latents.new_zeros(1, self._parts.unet.config.in_channels, *row.latents.shape[2:])
-            row = replace(row, latents=latents)
-        # Of the odd numbers only 1: other odd numbers run with one surplus row.
-        return self.call_unet.record(record, row, (1, *range(2, 2 * most_jobs + 1, 2)))
+    def compute(self, inputs: RowInputs) -> torch.Tensor:
+        """A UNet call. Returns when the device has finished it."""
+        predicted = self.call_unet(inputs)
+        self._wait_for_device()
+        return predicted
 
     def warm_up(self, width: int, height: int) -> float:
         """Generate an image in two steps, so that kernels are chosen, memory is allocated and a broken model fails at start.
@@ -147,6 +165,10 @@ class Denoiser:
         Raises InvalidRequest for a prompt that is too long, LoRAs that cannot be used, or a number of steps that the noise scheduler does
         not support.
         """
+        with self.copies():
+            return self._prepared(task, claim)
+
+    def _prepared(self, task: Task, claim: Claim | None) -> Latents:
         loras = () if claim is None else claim.adapters()
         scheduler = self._new_scheduler(task.scheduler)
         # Timesteps stay on the CPU: schedulers use them as table indices, and on a GPU each access would wait for the device.
@@ -180,6 +202,7 @@ class Denoiser:
             order = scheduler.order
             steps = math.ceil(len(latents.timesteps) / order)
             latents.guided_steps = min(order * round(task.guidance_end * steps), len(latents.timesteps))
+        latents.copies_in_steps = latents.inpainting_mask is not None or _copies_in_steps(scheduler, task)
         latents.unet_timesteps = latents.timesteps.to(device=self._parts.device, dtype=torch.float32)
         self._embed(latents)
         return latents
@@ -240,7 +263,8 @@ class Denoiser:
         step = state.step_index // state.scheduler.order + 1
         texts = state.conditioning.at(step)[-state.rows :]
         if texts != state.texts or state.embeddings is None:
-            rows = [self._prompts.encode(text) for text in texts]
+            with self.copies():
+                rows = [self._prompts.encode(text) for text in texts]
             tokens, mask = stacked([row.tokens for row in rows])
             summaries = [row.pooled for row in rows if row.pooled is not None]
             state.embeddings = TextRows(tokens, mask, torch.cat(summaries) if summaries else None)
@@ -346,6 +370,11 @@ class Denoiser:
     def advance(self, job: Job, predicted: torch.Tensor) -> None:
         """Apply guidance and the noise scheduler to one job's rows. Reads no value, so only a preview waits for the device."""
         state = _tensors_of(job)
+        # Noticing copies doubles the CPU's work for a step.
+        with self.copies() if state.copies_in_steps else nullcontext():
+            self._advance(job, state, predicted)
+
+    def _advance(self, job: Job, state: Latents, predicted: torch.Tensor) -> None:
         timestep = state.timesteps[state.step_index]
         if job.is_guided:
             unconditional, *conditional = torch.split(predicted, 1)
@@ -388,6 +417,10 @@ class Denoiser:
             pixels = self._to_pixels(self._vae_in_float32(), state)
             if not torch.isfinite(pixels).all():
                 raise GenerationFailed("the image could not be decoded, even in float32; try another seed or scheduler")
+        return self._finished(job, pixels, decoded_again=decoded_again)
+
+    def _finished(self, job: Job, pixels: torch.Tensor, *, decoded_again: bool = False) -> GeneratedImage:
+        state = _tensors_of(job)
         flagged = None
         if job.task.safety_check and self._parts.safety_checker is not None:
             pixels, flagged = self._check_safety(pixels)
@@ -402,6 +435,63 @@ class Denoiser:
             decoded_again=decoded_again,
             tiled=state.tiled,
         )
+
+    @torch.inference_mode()
+    def decode_together(self, jobs: Sequence[Job]) -> list[GeneratedImage | Exception]:
+        """Decode several jobs of one size in one call. Each has its image or its own error, as `decode` gives them.
+
+        What does not work together, or does not fit into memory, is decoded one by one.
+        """
+        pixels = self._pixels_together(jobs) if len(jobs) > 1 else None
+        found: list[GeneratedImage | Exception] = []
+        for number, job in enumerate(jobs):
+            try:
+                usable = pixels is not None and _is_usable(pixels[number : number + 1])
+                found.append(self._finished(job, pixels[number : number + 1]) if pixels is not None and usable else self.decode(job))
+            except torch.AcceleratorError:
+                raise
+            except Exception as error:
+                found.append(error)
+        return found
+
+    def _pixels_together(self, jobs: Sequence[Job]) -> torch.Tensor | None:
+        """None if it does not fit into memory. Such an autoencoder is not put into tiles: one image may fit."""
+        try:
+            latents = torch.cat([_tensors_of(job).latents for job in jobs])
+            return self._decoded(latents)
+        except torch.OutOfMemoryError:
+            pass
+        torch.cuda.empty_cache()  # outside the handler: the error's traceback holds the intermediate tensors
+        return None
+
+    def _decoded(self, latents: torch.Tensor) -> torch.Tensor:
+        vae: Any = self._parts.vae
+        pixels: torch.Tensor = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
+        return pixels
+
+    @torch.inference_mode()
+    def measure_decoding(self, width: int, height: int) -> None:
+        """Find out how many images of this size are worth decoding together. On a CPU one: its images keep the bits of diffusers'."""
+        if self._parts.device.type == "cpu":
+            return
+        latents = torch.cat([self._draw_noise(_unprompted(width, height), torch.Generator("cpu").manual_seed(seed)) for seed in range(4)])
+        alone = self._decoded(latents[:1])
+
+        def seconds(count: int) -> float | None:
+            times: list[float] = []
+            try:
+                for _ in range(_TIMED_DECODINGS + 1):
+                    began_s = time.perf_counter()
+                    together = self._decoded(latents[:count])
+                    self._wait_for_device()
+                    times.append(time.perf_counter() - began_s)
+            except torch.OutOfMemoryError:
+                return None
+            levels = float((together[:1] - alone).clamp(-2, 2).abs().max()) * 127.5
+            return min(times[1:]) if levels <= _LEVELS_APART else None
+
+        self.decode_counts = useful_counts(seconds)
+        torch.cuda.empty_cache()
 
     def _to_pixels(self, vae: Any, state: Latents) -> torch.Tensor:
         latents = state.latents.to(vae.dtype) / vae.config.scaling_factor
@@ -422,6 +512,10 @@ class Denoiser:
         # The checker writes into its input, which inference tensors allow only for a copy.
         pixels, (flagged,) = self._parts.safety_checker(images=pixels.clone(), clip_input=clip_input)
         return pixels, bool(flagged)
+
+
+def _unprompted(width: int, height: int) -> Task:
+    return Task("txt2img", "", "", width, height, 1, 1.0, 0, "DDIMScheduler", False)
 
 
 def _within_memory(vae: Any, state: Latents, work: Callable[[], Any]) -> Any:
@@ -481,6 +575,12 @@ def _supports(scheduler: Any, steps: int) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _copies_in_steps(scheduler: Any, task: Task) -> bool:
+    """Whether a step of the noise scheduler copies something to the device: its noise, drawn on the CPU, or coefficients."""
+    draws_noise = task.eta > 0 or str(scheduler.config.get("algorithm_type")).startswith("sde")
+    return draws_noise or type(scheduler).__name__ in _COPYING_SCHEDULERS
 
 
 def _step_arguments(scheduler: Any, task: Task, generator: torch.Generator) -> dict[str, Any]:

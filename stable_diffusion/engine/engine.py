@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -37,6 +37,7 @@ from stable_diffusion.core.telemetry import (
 from stable_diffusion.core.types import GeneratedImage, Progress, Task
 from stable_diffusion.engine.admission import NO_LIMITS, QueueLimits, Workload
 from stable_diffusion.engine.batching import Batching
+from stable_diffusion.engine.decoding import count_to_decode
 from stable_diffusion.engine.job import Job, Latents
 from stable_diffusion.engine.lora_store import Claim
 from stable_diffusion.engine.watchdog import Watchdog
@@ -50,11 +51,15 @@ _POLL_INTERVAL_S = 0.005
 class Steps(Protocol):
     """The part of a denoiser that the engine uses."""
 
+    @property
+    def execution(self) -> str: ...
+    @property
+    def decode_counts(self) -> Mapping[int, float]: ...
     def can_prepare(self, job: Job) -> bool: ...
     def prepare(self, task: Task, claim: Claim | None = None) -> Latents: ...
     def predict(self, jobs: Sequence[Job]) -> list[torch.Tensor]: ...
     def advance(self, job: Job, predicted: torch.Tensor) -> None: ...
-    def decode(self, job: Job) -> GeneratedImage: ...
+    def decode_together(self, jobs: Sequence[Job]) -> Sequence[GeneratedImage | Exception]: ...
     def loras_held(self) -> tuple[int, int]: ...
 
 
@@ -97,6 +102,8 @@ class Engine:
         self._workload = Workload(limits, self._batching.batch_limit)
         self._watchdog = watchdog
         self._to_decode: deque[Job] = deque()
+        self._native_pixels = 1  # of the size for which decoding was measured
+        self._encoding_is_due = False  # an image waits to be encoded, because one was decoded in the last turn
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
         self._on_step = on_step
         self._on_record = on_record
@@ -145,7 +152,8 @@ class Engine:
         return job
 
     def assume_step(self, height: int, width: int, seconds: float) -> None:
-        """Set the expected time of a one-job step of this size, until steps have been measured."""
+        """Set the model's native size, and the expected time of a one-job step of it until steps have been measured."""
+        self._native_pixels = height * width
         self._workload.note_step((height, width), 1, seconds)
         self._emit_workload()
 
@@ -193,15 +201,17 @@ class Engine:
         self._fail_all(error)
 
     def _turn(self) -> None:
-        """Read the inbox, drop late jobs, decode at most one image, take one step."""
+        """Read the inbox, drop late jobs, decode images for no longer than a step takes, or one; take one step."""
         self._read_inbox()
         began = time.perf_counter()
         self._drop_late_jobs(began)
         jobs, batch_limit = self._batching.next_turn()
-        with self._watching(jobs[:batch_limit]):
-            if self._to_decode:
-                self._decode(self._to_decode.popleft())
-            batch = self._prepared(jobs, batch_limit)
+        # In a turn, others wait for a decoding or for an encoding, not for both.
+        decoding = [] if self._encoding_is_due else self._next_to_decode(jobs[:batch_limit])
+        with self._watching(jobs[:batch_limit], decoding):
+            if decoding:
+                self._decode(decoding)
+            batch = self._prepared(jobs, batch_limit, is_after_decoding=bool(decoding))
             self._is_waiting = not batch and not self._to_decode
             if batch:
                 self._step(batch)
@@ -215,13 +225,23 @@ class Engine:
     def _emit_workload(self) -> None:
         self._emit(WorkloadRecord(self._workload.seconds(), self._workload.pixel_steps_per_s()))
 
-    def _watching(self, batch: list[Job]) -> AbstractContextManager[None]:
-        """Watch the decoding of an image and the step of `batch`. Decoding takes about as long as one or a few steps of its size."""
+    def _next_to_decode(self, batch: list[Job]) -> list[Job]:
+        """The finished jobs to decode before the step of `batch`: one or, in one call, several of one size, if others do not wait long."""
+        if not self._to_decode:
+            return []
+        key = self._to_decode[0].batch_key
+        same = [job for job in self._to_decode if job.batch_key == key]
+        most_s = self._workload.step_seconds(batch[0].batch_key, len(batch)) if batch else None
+        count = count_to_decode(self._denoiser.decode_counts, len(same), key[0] * key[1] / self._native_pixels, most_s)
+        return same[:count]
+
+    def _watching(self, batch: list[Job], decoding: list[Job]) -> AbstractContextManager[None]:
+        """Watch the decoding of images and the step of `batch`. Decoding takes about as long as one or a few steps of its size."""
         if self._watchdog is None:
             return nullcontext()
-        decoding = [self._workload.step_seconds(job.batch_key, 1) for job in list(self._to_decode)[:1]]
-        stepping = [self._workload.step_seconds(job.batch_key, len(batch)) for job in batch[:1]]
-        return self._watchdog.watching(sum(decoding + stepping))
+        decoding_s = [self._workload.step_seconds(job.batch_key, len(decoding)) for job in decoding[:1]]
+        stepping_s = [self._workload.step_seconds(job.batch_key, len(batch)) for job in batch[:1]]
+        return self._watchdog.watching(sum(decoding_s + stepping_s))
 
     def _note_turn(self, batch: list[Job], seconds: float) -> None:
         """Update the moving means. The time for decoding and preparing other jobs counts as part of a step."""
@@ -276,13 +296,16 @@ class Engine:
             case _Stop():
                 self._stopping = True
 
-    def _prepared(self, jobs: list[Job], batch_limit: int) -> list[Job]:
+    def _prepared(self, jobs: list[Job], batch_limit: int, *, is_after_decoding: bool) -> list[Job]:
         """The first jobs that can take a step and together cost no more than `batch_limit` jobs; at least one.
 
-        New jobs are prepared, but at most one with an image, so that the others do not wait long.
+        New jobs are prepared, but at most one with an image, so that the others do not wait long; after a decoding, which they have waited
+        for, it is prepared in the next turn.
         """
         ready: list[Job] = []
-        encoded_image = False
+        must_wait = is_after_decoding and any(job.tensors is not None for job in jobs)
+        encoded_image = must_wait
+        self._encoding_is_due = must_wait and any(job.tensors is None and job.task.image is not None for job in jobs[:batch_limit])
         for job in jobs:
             if sum(other.cost for other in ready) >= batch_limit:
                 break
@@ -369,20 +392,25 @@ class Engine:
             failure = error
         else:
             if self._on_step is not None:
+                numbers, rows = tuple(job.number for job in jobs), sum(job.rows for job in jobs)
                 rows_with_loras = sum(job.rows for job in jobs if job.tensors is not None and job.tensors.adapters)
-                self._on_step(StepRecord(tuple(job.number for job in jobs), sum(job.rows for job in jobs), rows_with_loras))
+                self._on_step(StepRecord(numbers, rows, rows_with_loras, self._denoiser.execution))
             return predicted
         if _is_out_of_memory(failure):
             failure.__traceback__ = None  # it references the call's intermediate tensors
             torch.cuda.empty_cache()  # does nothing without a GPU
         return failure
 
-    def _decode(self, job: Job) -> None:
+    def _decode(self, jobs: list[Job]) -> None:
+        """The jobs stay in `_to_decode` until they end: if the device fails meanwhile, all of them learn of it."""
         try:
-            image = self._denoiser.decode(job)
+            found = self._denoiser.decode_together(jobs)
         except Exception as error:
-            self._fail(job, error)
-        else:
+            found = [error] * len(jobs)
+        for job, image in zip(jobs, found, strict=True):
+            if isinstance(image, Exception):
+                self._fail(job, image)
+                continue
             if image.decoded_again:
                 self._emit(DecodedAgainRecord())
             if image.tiled:

@@ -70,6 +70,7 @@ class Latents:
     texts: tuple[Text, ...] = ()  # whose embeddings these are
     embeddings: TextRows | None = None
     time_ids: torch.Tensor | None = None  # (1, 6), in Stable Diffusion XL
+    copies_in_steps: bool = False  # the noise scheduler, or what is outside the mask, copies to the device in each step
     tiled: bool = False  # the autoencoder worked in tiles
     step_index: int = 0
     preview: Image.Image | None = None  # of the last step, if it was due; an eighth of the size

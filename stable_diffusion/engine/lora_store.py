@@ -20,6 +20,7 @@ from stable_diffusion.core.errors import InvalidRequest
 from stable_diffusion.core.limits import MAX_LORA_BYTES
 from stable_diffusion.core.types import LoraChoice
 from stable_diffusion.engine.adapters import Lora, LowRank
+from stable_diffusion.engine.copies import to_device
 from stable_diffusion.models.lora_names import COMPONENTS, Component
 from stable_diffusion.models.loras import HASH_DIGITS, LayerChange, LoraFile, Loras
 from stable_diffusion.models.safetensors import parse_tensor_list
@@ -206,7 +207,7 @@ class LoraStore:
         alpha = float(len(down)) if change.alpha is None else float(tensors[change.alpha])
         if not (torch.isfinite(down).all() and torch.isfinite(up).all() and abs(alpha) < float("inf")):
             return None
-        return LowRank(down.to(self._device), up.to(self._device), alpha)
+        return LowRank(to_device(down, self._device), to_device(up, self._device), alpha)
 
 
 def claimed(choices: Sequence[LoraChoice]) -> Claim:

@@ -44,6 +44,10 @@ class RowInputs:
         """The first row."""
         return RowInputs(**{name: tensor[:1].contiguous() for name, tensor in self.tensors().items()}, adapters=self.adapters[:1])
 
+    def contiguous(self) -> RowInputs:
+        """The same with tensors of the usual strides."""
+        return RowInputs(**{name: tensor.contiguous() for name, tensor in self.tensors().items()}, adapters=self.adapters)
+
     def repeated(self, rows: int) -> RowInputs:
         """The same one row `rows` times."""
         repeated = {name: tensor.repeat(rows, *[1] * (tensor.dim() - 1)) for name, tensor in self.tensors().items()}

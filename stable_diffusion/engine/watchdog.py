@@ -23,11 +23,17 @@ class Watchdog:
 
     @contextmanager
     def watching(self, expected_s: float) -> Iterator[None]:
-        """End the process if the block takes too long, with all stack traces in the log.
+        """End the process if the block takes too long, with all stack traces in the log."""
+        with self.limiting(max(self._stuck_after_s, _TIMES_AS_LONG_AS_EXPECTED * expected_s)):
+            yield
+
+    @contextmanager
+    def limiting(self, seconds: float) -> Iterator[None]:
+        """End the process if the block takes longer than this, with all stack traces in the log.
 
         faulthandler's thread does not need the GIL, which a hanging call may hold.
         """
-        faulthandler.dump_traceback_later(max(self._stuck_after_s, _TIMES_AS_LONG_AS_EXPECTED * expected_s), exit=True)
+        faulthandler.dump_traceback_later(seconds, exit=True)
         try:
             yield
         finally:

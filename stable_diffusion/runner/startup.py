@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING
 
 import bentoml
 
-from stable_diffusion.core.settings import CUDA_GRAPHS_VARIABLE, Limits, read_limits, read_settings
+from stable_diffusion.core.settings import Limits, read_limits, read_settings
 from stable_diffusion.core.telemetry import BatchLimitRecord, Record, StepRecord
 from stable_diffusion.models.folder import model_of_service
-from stable_diffusion.runner.batch_limit_cache import keep, recall
+from stable_diffusion.runner.execution import set_up_execution
+from stable_diffusion.runner.measurement_cache import Key, keep, recall
 from stable_diffusion.runner.process import ModelProcess
 from stable_diffusion.state.metrics import counting
 from stable_diffusion.state.runner_status import Placement, RunnerState, StepBatchLimit
@@ -88,7 +89,8 @@ def start_engine(
     from stable_diffusion.engine.loading import load
     from stable_diffusion.engine.watchdog import Watchdog
 
-    cuda_graphs = read_settings(os.environ).cuda_graphs
+    setting = read_settings(os.environ).execution
+    watchdog = None if limits is None else Watchdog(limits.stuck_step_s)
     width, height = model.native_width, model.native_height
     batch_limits: list[BatchLimit] = []
     step_seconds: list[float] = []
@@ -103,10 +105,25 @@ def start_engine(
         state.enter("warming up")
         denoiser = (make_denoiser or Denoiser)(parts)
         step_seconds.append(denoiser.warm_up(width, height))
-        if cuda_graphs:
-            _record_steps(denoiser, parts, width, height, max_batch_size)
+        denoiser.measure_decoding(width, height)
         state.enter("measuring the cap")  # a value that clients of /status see
-        batch_limit = _recall_or_measure_batch_limit(denoiser, parts, model, max_batch_size, cuda_graphs)
+        key = _conditions(parts, model, max_batch_size)
+
+        def batch_limit_in(way: str) -> BatchLimit:
+            return _recall_or_measure_batch_limit(denoiser, model, max_batch_size, key | {"execution": way})
+
+        state.execution, batch_limit = set_up_execution(
+            denoiser,
+            parts.device.type,
+            str(parts.dtype),
+            (width, height),
+            max_batch_size,
+            setting,
+            key,
+            batch_limit_in,
+            step_seconds[0],
+            watchdog,
+        )
         logger.info("Up to %d images of %dx%d share a step: %s.", batch_limit.jobs, width, height, batch_limit.reason)
         state.set_batch_limit(StepBatchLimit(width, height, batch_limit.jobs, batch_limit.reason))
         batch_limits.append(batch_limit)
@@ -128,7 +145,6 @@ def start_engine(
             )
 
     queue = NO_LIMITS if limits is None else QueueLimits(limits.queue_s, limits.queue_images)
-    watchdog = None if limits is None else Watchdog(limits.stuck_step_s)
     engine = Engine(load_and_warm_up, max_batch_size, note_step, batch_limit_for, note, queue, watchdog)
     engine.assume_step(height, width, step_seconds[0])
     state.enter("ready")
@@ -144,37 +160,30 @@ def _placement(parts: Parts) -> Placement:
     return Placement(device_name(parts.device), str(parts.dtype).removeprefix("torch."), prediction_type, versions)
 
 
-def _record_steps(denoiser: Denoiser, parts: Parts, width: int, height: int, max_batch_size: int) -> None:
-    from stable_diffusion.engine.cuda_graphs import CudaGraphs
-
-    if parts.device.type != "cuda":
-        logger.warning("%s has no effect: there is no GPU.", CUDA_GRAPHS_VARIABLE)
-        return
-    rows = denoiser.record_steps(CudaGraphs(), width, height, max_batch_size)
-    logger.info("Steps of up to %d rows of %dx%d are recorded as CUDA graphs.", rows, width, height)
-
-
-def _recall_or_measure_batch_limit(
-    denoiser: Denoiser, parts: Parts, model: ModelFolder, max_batch_size: int, cuda_graphs: bool
-) -> BatchLimit:
+def _conditions(parts: Parts, model: ModelFolder, max_batch_size: int) -> Key:
+    """On what measurements of steps depend."""
     import torch
 
-    from stable_diffusion.engine.calibration import choose_batch_limit
     from stable_diffusion.engine.loading import device_name
 
-    width, height = model.native_width, model.native_height
-    key: dict[str, str | int] = {
+    return {
         "device": device_name(parts.device),
         "dtype": str(parts.dtype),
         "torch": torch.__version__,
         "unet": hashlib.sha256(parts.unet.to_json_string().encode()).hexdigest(),
-        "width": width,
-        "height": height,
+        "width": model.native_width,
+        "height": model.native_height,
         "max_batch_size": max_batch_size,
-        CUDA_GRAPHS_VARIABLE: "1" if cuda_graphs else "",
     }
+
+
+def _recall_or_measure_batch_limit(denoiser: Denoiser, model: ModelFolder, max_batch_size: int, key: Key) -> BatchLimit:
+    """The batch limit of the way in use, which `key` names."""
+    from stable_diffusion.engine.calibration import choose_batch_limit
+
     if (batch_limit := recall(key)) is not None:
         return batch_limit
+    width, height = model.native_width, model.native_height
     batch_limit = choose_batch_limit(lambda jobs: denoiser.step_seconds(jobs, width, height), max_batch_size)
     if max_batch_size > 1 and not batch_limit.limited_by_memory:
         keep(key, batch_limit)

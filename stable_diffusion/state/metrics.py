@@ -53,6 +53,7 @@ class _Series:
     queue_wait_seconds: Histogram
     unet_rows: Histogram
     unet_rows_with_loras: Counter
+    unet_calls: Counter
     prompt_chunks: Histogram
     loras: Gauge
     lora_bytes: Gauge
@@ -87,6 +88,11 @@ def _series() -> _Series:
             "stable_diffusion_unet_rows", "Rows of a UNet call: two for an image with guidance, one without.", buckets=_ROWS
         ),
         unet_rows_with_loras=Counter("stable_diffusion_unet_rows_with_loras", "Rows of UNet calls that had LoRAs."),
+        unet_calls=Counter(
+            "stable_diffusion_unet_calls",
+            "UNet calls by the way in which they were computed. What the way in use is not set up for is computed eagerly.",
+            labelnames=["execution"],
+        ),
         prompt_chunks=Histogram(
             "stable_diffusion_prompt_chunks",
             "Chunks of 75 tokens of an image's longest prompt.",
@@ -109,6 +115,7 @@ def _series() -> _Series:
         ),
     )
     # Create the series at zero, so that the first image already counts as an increase.
+    series.unet_calls.labels("eager")
     for reason in get_args(Refusal):
         series.refused.labels(reason)
     for kind in get_args(Kind):
@@ -127,7 +134,8 @@ def counting() -> Callable[[Record | StepRecord], None]:
 def _count(record: Record | StepRecord) -> None:
     series = _series()
     match record:
-        case StepRecord(rows=rows, rows_with_loras=rows_with_loras):
+        case StepRecord(rows=rows, rows_with_loras=rows_with_loras, execution=execution):
+            series.unet_calls.labels(execution).inc()
             series.unet_rows.observe(rows)
             series.unet_rows_with_loras.inc(rows_with_loras)
         case TurnRecord(seconds):
@@ -204,6 +212,7 @@ class _CurrentState:
     def collect(self) -> Iterator[GaugeMetricFamily]:
         yield _caps(self._runners)
         yield _models(self._runners)
+        yield _executions(self._runners)
         yield _backlog(self._backlog_s)
         if self._is_store_reachable is not None:
             yield _shared_state(self._is_store_reachable)
@@ -242,4 +251,16 @@ def _models(runners: list[RunnerState]) -> GaugeMetricFamily:
         if runner.placement is not None:
             labels = [str(runner.index), runner.model, runner.precision, runner.placement.device, runner.placement.dtype]
             family.add_metric(labels, 1)
+    return family
+
+
+def _executions(runners: list[RunnerState]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(
+        "stable_diffusion_execution_info",
+        "Always 1: the way in which a runner computes UNet calls, and why.",
+        labels=["runner", "execution", "reason"],
+    )
+    for runner in runners:
+        if runner.execution is not None:
+            family.add_metric([str(runner.index), runner.execution.way, runner.execution.reason], 1)
     return family

@@ -44,6 +44,14 @@ class Placement:
     versions: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Execution:
+    """The way in which UNet calls are computed, as SD_EXECUTION names it, and why."""
+
+    way: str
+    reason: str
+
+
 @dataclass
 class RunnerState:
     """The published state of one runner process. Times are Unix times. Only one thread of the runner may change it."""
@@ -56,6 +64,7 @@ class RunnerState:
     stage: Stage = "starting"
     since_s: float = field(default_factory=time.time)
     placement: Placement | None = None  # None until the weights are loaded
+    execution: Execution | None = None  # None until it is chosen
     batch_limits: list[StepBatchLimit] = field(default_factory=list)  # the native size is first, once measured
 
     def enter(self, stage: Stage) -> None:
@@ -115,7 +124,15 @@ def living_runners() -> list[RunnerState]:
 def _read(text: str) -> RunnerState:
     values = json.loads(text)
     placement = None if values["placement"] is None else Placement(**values["placement"])
-    return RunnerState(**{**values, "placement": placement, "batch_limits": [StepBatchLimit(**one) for one in values["batch_limits"]]})
+    execution = None if values["execution"] is None else Execution(**values["execution"])
+    return RunnerState(
+        **{
+            **values,
+            "placement": placement,
+            "execution": execution,
+            "batch_limits": [StepBatchLimit(**one) for one in values["batch_limits"]],
+        }
+    )
 
 
 def is_alive(pid: int) -> bool:

@@ -110,6 +110,7 @@ def test_the_model_and_the_cap_are_told(server: Server) -> None:
     assert re.search(r'stable_diffusion_model_info{device="[^"]+",dtype="float32",model="demo",precision="fp(32|16)",runner="1"} 1.0', page)
     # How many pictures share a step, and why.
     assert re.search(r'stable_diffusion_step_cap_pictures{height="64",reason="[^"]+",runner="1",width="64"} [1-9]', page), page
+    assert re.search(r'stable_diffusion_execution_info{execution="eager",reason="[^"]+",runner="1"} 1.0', page), page
 
 
 def queries() -> list[str]:

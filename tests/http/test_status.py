@@ -43,6 +43,9 @@ def test_the_status_of_a_started_server(server: Server) -> None:
     assert (runner["caps"][0]["width"], runner["caps"][0]["height"]) == (64, 64)
     assert runner["caps"][0]["pictures"] >= 1
     assert runner["caps"][0]["reason"]
+    # The tests have no GPU.
+    assert runner["execution"]["way"] == "eager"
+    assert runner["execution"]["reason"]
     assert runner["versions"]["python"] == platform.python_version()
     for name in ("torch", "diffusers", "transformers", "bentoml"):
         assert runner["versions"][name] == metadata.version(name)

@@ -12,6 +12,7 @@ from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.job import Job
 from stable_diffusion.engine.loading import Parts
 from stable_diffusion.engine.row_inputs import RowInputs
+from stable_diffusion.engine.ways import Way
 from tests.tasks import make_task
 
 ROWS = 6
@@ -78,8 +79,8 @@ def test_a_result_is_not_overwritten_by_the_next_call() -> None:
 
 def test_recorded_steps_draw_the_same_picture(demo_parts: Parts) -> None:
     recorder = Recorder()
-    plain, replayed = Denoiser(demo_parts), Denoiser(demo_parts)
-    replayed.record_steps(recorder.record, 64, 64, most_jobs=2)
+    plain, replayed = Denoiser(demo_parts), Denoiser(demo_parts, lambda: recorder.record)
+    replayed.use(Way(graphs=True), 64, 64, [1, 2])
     jobs = [Job(make_task(guidance_end=0.5), on_end=lambda outcome: None) for _ in range(2)]
     latents = []
     for denoiser, job in zip((plain, replayed), jobs, strict=True):

@@ -22,10 +22,14 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stable_diffusion.core.errors import InvalidRequest
 from stable_diffusion.core.schedulers import SCHEDULERS, has_eta, unet_calls_of_a_step
 from stable_diffusion.core.telemetry import StepRecord
+from stable_diffusion.core.types import Task
+from stable_diffusion.engine.copies import AsynchronousCopies
 from stable_diffusion.engine.denoiser import Denoiser
 from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.job import Job, Latents
@@ -127,10 +131,61 @@ def test_no_step_looks_at_a_value_on_the_device(
     demo_parts: Parts, input_picture: Image.Image, right_half_mask: Image.Image, scheduler: str, kind: str
 ) -> None:
     """Tensors on the "meta" device have no values: whatever looks at one, for which a GPU would have to be waited for, raises."""
-    parts = on_meta_device(demo_parts)
-    job = Job(make_task(kind=kind, scheduler=scheduler, num_inference_steps=4), on_end=lambda outcome: None)
-    # An image is encoded, and compared and clipped, before the first step: that may wait.
-    ready = Denoiser(demo_parts).prepare(replace(job.task, image=input_picture, mask=right_half_mask, strength=0.8))
+    denoiser, job = ready_on_meta_device(demo_parts, make_task(kind=kind, scheduler=scheduler), input_picture, right_half_mask)
+    while not job.is_denoised:
+        denoiser.advance(job, denoiser.predict([job])[0])
+    assert job.tensors is not None
+    assert job.tensors.latents.device.type == "meta"
+
+
+class CopiesThatWait(TorchDispatchMode):  # type: ignore[no-untyped-call]  # of PyTorch
+    """Notes copies from the CPU to the "meta" device. Single numbers are handed to kernels and not copied."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[str] = []
+        self.is_allowed = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        made = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
+        if not self.is_allowed and any(one.is_meta for one in made) and any(one.device.type == "cpu" and one.dim() for one in given):
+            self.found.append(str(func))
+        return result
+
+    def copy(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Takes the place of a copy that does not wait."""
+        assert tensor.device.type == "cpu"
+        self.is_allowed = True
+        copied = tensor.to(device)
+        self.is_allowed = False
+        return copied
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+@pytest.mark.parametrize(("scheduler", "kind"), SCHEDULERS_AND_KINDS)
+def test_no_copy_to_the_device_is_waited_for(
+    demo_parts: Parts, input_picture: Image.Image, right_half_mask: Image.Image, scheduler: str, kind: str, eta: float
+) -> None:
+    if eta and not has_eta(scheduler):
+        return
+    task = make_task(kind=kind, scheduler=scheduler, eta=eta)
+    denoiser, job = ready_on_meta_device(demo_parts, task, input_picture, right_half_mask)
+    with CopiesThatWait() as copies:
+        denoiser.copies = lambda: AsynchronousCopies("meta", copies.copy)
+        while not job.is_denoised:
+            denoiser.unet_inputs([job])
+            # The predicted noise is not computed: that is the same for all.
+            denoiser.advance(job, torch.empty(job.rows, 4, 8, 8, device="meta"))
+    assert copies.found == []
+
+
+def ready_on_meta_device(parts: Parts, task: Task, picture: Image.Image, mask: Image.Image) -> tuple[Denoiser, Job]:
+    """A job of four steps, whose tensors are moved there before its first step. An image is encoded before that; that may wait."""
+    task = replace(task, num_inference_steps=4)
+    job = Job(task, on_end=lambda outcome: None)
+    ready = Denoiser(parts).prepare(replace(task, image=picture, mask=mask, strength=0.8))
     assert ready.embeddings is not None
     assert ready.embeddings.mask is None
     ready.embeddings = replace(ready.embeddings, tokens=ready.embeddings.tokens.to("meta"))
@@ -138,10 +193,7 @@ def test_no_step_looks_at_a_value_on_the_device(
         tensor = getattr(ready, name)
         setattr(ready, name, tensor if tensor is None else tensor.to("meta"))
     job.tensors = ready
-    denoiser = Denoiser(parts)
-    while not job.is_denoised:
-        denoiser.advance(job, denoiser.predict([job])[0])
-    assert ready.latents.device.type == "meta"
+    return Denoiser(on_meta_device(parts)), job
 
 
 def on_meta_device(parts: Parts) -> Parts:

@@ -288,6 +288,92 @@ def test_at_most_one_picture_is_encoded_or_decoded_between_two_steps(demo_parts:
     assert all(calls.count("decode") <= 1 for calls in between_steps[:-1])
 
 
+def test_an_image_is_not_encoded_in_the_turn_in_which_another_was_decoded(demo_parts: Parts, input_picture: Image.Image) -> None:
+    with bench(demo_parts) as made:
+        made.submit("running", num_inference_steps=30)
+        # One that ends with each step, and one with an image for each.
+        for step in range(3, 11):
+            made.at_step[step] = lambda: [
+                made.submit("short", num_inference_steps=1, scheduler="DDIMScheduler"),
+                made.submit("image", kind="img2img", image=input_picture, strength=0.5, num_inference_steps=2),
+            ]
+        made.wait(17)
+    between_steps: list[list[str]] = [[]]
+    for call in made.denoiser.calls:
+        if call.startswith("step"):
+            between_steps.append([])
+        else:
+            between_steps[-1].append(call)
+    assert all(calls.count("prepare image") + calls.count("decode") <= 1 for calls in between_steps[:-1])
+    encoded = [number for number, calls in enumerate(between_steps) if "prepare image" in calls]
+    assert len(encoded) == 8
+    assert encoded[-1] <= 30, "images that are encoded wait for those that are decoded for ever"
+
+
+def together(made: Bench, **changes: object) -> tuple[dict[str, Outcome], list[int]]:
+    """Four jobs that end in the same step, and how many images each call of the autoencoder had. The engine decodes up to four at once."""
+    made.denoiser.decode_counts = {1: 1e-9, 2: 1e-9, 4: 1e-9}
+    made.engine.assume_step(64, 64, 1.0)
+    sizes: list[int] = []
+    decode = made.denoiser._decoded
+
+    def noted(latents: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(latents))
+        return decode(latents)
+
+    made.denoiser._decoded = noted  # type: ignore[method-assign]
+
+    def submit() -> None:
+        for number in range(4):
+            made.submit(str(number), seed=number, num_inference_steps=4, **(changes if number == 1 else {}))
+
+    made.at_step[1] = submit
+    made.submit("running", num_inference_steps=20)
+    return made.wait(5), sizes
+
+
+def test_images_that_end_together_are_decoded_in_one_call_and_are_those_of_single_calls(
+    demo_parts: Parts, recording_engine: RecordingEngine
+) -> None:
+    with bench(demo_parts) as made:
+        outcomes, sizes = together(made)
+    assert sizes == [4]
+    for number in range(4):
+        (alone,) = recording_engine.draw([make_task(seed=number, num_inference_steps=4)])
+        outcome = outcomes[str(number)]
+        assert isinstance(outcome, GeneratedImage)
+        assert largest_difference(outcome.image, alone.image) <= 2
+
+
+def test_of_images_that_are_decoded_together_only_the_broken_one_fails(demo_parts: Parts) -> None:
+    with bench(demo_parts) as made:
+        outcomes, sizes = together(made, prompt="turns NaN")
+    assert sizes == [4]
+    assert [isinstance(outcomes[str(number)], GeneratedImage) for number in range(4)] == [True, False, True, True]
+    assert "NaN or infinity" in str(outcomes["1"])
+
+
+def test_images_that_do_not_fit_together_are_decoded_one_by_one(demo_parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae_decode = demo_parts.vae.decode
+
+    def decode(latents: torch.Tensor, **options: object) -> object:
+        if len(latents) > 1:
+            raise torch.OutOfMemoryError("no room, on purpose")
+        return vae_decode(latents, **options)
+
+    monkeypatch.setattr(demo_parts.vae, "decode", decode)
+    with bench(demo_parts) as made:
+        outcomes, sizes = together(made)
+    assert sizes == [4]
+    assert all(isinstance(outcome, GeneratedImage) and not outcome.tiled for outcome in outcomes.values())
+
+
+def test_on_a_cpu_images_are_decoded_one_by_one(demo_parts: Parts) -> None:
+    denoiser = Denoiser(demo_parts)
+    denoiser.measure_decoding(64, 64)
+    assert not denoiser.decode_counts
+
+
 def test_a_failed_load_is_raised_where_the_engine_is_made() -> None:
     def load() -> Denoiser:
         raise RuntimeError("no such model")

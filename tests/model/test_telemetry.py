@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
@@ -29,6 +29,9 @@ from tests.tasks import make_task
 
 class CountingSteps:
     """Takes steps that compute nothing: what a task's prompt says goes wrong with it."""
+
+    execution = "eager"
+    decode_counts: Mapping[int, float] = {}
 
     def __init__(self) -> None:
         self.jobs_that_fit = 100
@@ -56,6 +59,10 @@ class CountingSteps:
     def advance(self, job: Job, predicted: torch.Tensor) -> None:
         assert job.tensors is not None
         job.tensors.step_index += 1
+
+    def decode_together(self, jobs: Sequence[Job]) -> list[GeneratedImage | Exception]:
+        (job,) = jobs
+        return [self.decode(job)]
 
     def decode(self, job: Job) -> GeneratedImage:
         if job.task.prompt == "turns NaN":

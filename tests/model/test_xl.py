@@ -24,6 +24,7 @@ from stable_diffusion.engine.engine import Engine
 from stable_diffusion.engine.job import Job
 from stable_diffusion.engine.loading import Parts, load
 from stable_diffusion.engine.row_inputs import joined
+from stable_diffusion.engine.ways import Way
 from stable_diffusion.models.folder import check_model
 from stable_diffusion.models.loras import LoraFolder
 from tests.lora_files import changes, save_as_diffusers, save_as_kohya
@@ -270,7 +271,6 @@ def test_in_half_precision_the_autoencoder_computes_in_float32_as_in_diffusers(
 
 
 def test_recorded_calls_replay_all_inputs(parts: Parts) -> None:
-    denoiser, plain = Denoiser(parts), Denoiser(parts)
     replays: list[int] = []
 
     def record(work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
@@ -282,7 +282,8 @@ def test_recorded_calls_replay_all_inputs(parts: Parts) -> None:
 
         return replay, result
 
-    assert denoiser.record_steps(record, 64, 64, 2) == 4
+    denoiser, plain = Denoiser(parts, lambda: record), Denoiser(parts)
+    assert denoiser.use(Way(graphs=True), 64, 64, [1, 2]) == 4
     for number, prompt in enumerate(("a red circle", "a blue square")):
         job = Job(make_task(prompt=prompt, seed=number), on_end=lambda outcome: None)
         job.tensors = denoiser.prepare(job.task)

@@ -41,6 +41,11 @@ class BatchLimit(TypedDict):
     reason: str
 
 
+class Execution(TypedDict):
+    way: Annotated[str, Field(description="As SD_EXECUTION names it.")]
+    reason: str
+
+
 class RunnerStatus(TypedDict):
     index: NonNegativeInt
     stage: Stage
@@ -54,6 +59,9 @@ class RunnerStatus(TypedDict):
     ]
     caps: Annotated[
         list[BatchLimit], Field(description="The batch limits: how many images may share a step, and why. The native size comes first.")
+    ]
+    execution: Annotated[
+        Execution | None, Field(description="The way in which steps are computed, and why; null until it is chosen, at the end of a start.")
     ]
     versions: dict[str, str]
 
@@ -158,6 +166,7 @@ def _runner(runner: RunnerState) -> RunnerStatus:
             {"width": batch_limit.width, "height": batch_limit.height, "pictures": batch_limit.images, "reason": batch_limit.reason}
             for batch_limit in runner.batch_limits
         ],
+        "execution": None if runner.execution is None else {"way": runner.execution.way, "reason": runner.execution.reason},
         "versions": {} if placement is None else placement.versions,
     }
 

@@ -11,8 +11,11 @@ from stable_diffusion.core.errors import SettingError
 from stable_diffusion.core.settings import LIMIT_VARIABLES, Limits, Settings, StoreAddress, read_limits, read_settings, unknown_variables
 from tests.pages import PAGES, ROOT
 
-FLAGS = {"SD_LOG_PROMPTS": "log_prompts", "SD_CUDA_GRAPHS": "cuda_graphs", "SD_WITHOUT_KEYS": "without_keys"}
-OTHERS = ("SD_MODEL", "SD_SAFETY", "SD_OPEN", "SD_RATE_LIMIT", "SD_SHARED_STATE", *(name for name, _ in LIMIT_VARIABLES.values()))
+FLAGS = {"SD_LOG_PROMPTS": "log_prompts", "SD_WITHOUT_KEYS": "without_keys"}
+OTHERS = (
+    *("SD_MODEL", "SD_SAFETY", "SD_OPEN", "SD_RATE_LIMIT", "SD_SHARED_STATE", "SD_EXECUTION"),
+    *(name for name, _ in LIMIT_VARIABLES.values()),
+)
 HOME = "core/settings.py"
 
 
@@ -31,12 +34,12 @@ def test_each_variable_sets_its_limit() -> None:
 
 
 def test_each_variable_sets_its_field() -> None:
-    values = {"SD_MODEL": " /a/model ", "SD_SAFETY": "always", "SD_OPEN": "docs, metrics,", "SD_RATE_LIMIT": "30"}
+    values = {"SD_MODEL": " /a/model ", "SD_SAFETY": "always", "SD_OPEN": "docs, metrics,", "SD_RATE_LIMIT": "30", "SD_EXECUTION": "eager"}
     assert read_settings({**values, **dict.fromkeys(FLAGS, "1")}) == Settings(
         model="/a/model",
         safety="always",
         log_prompts=True,
-        cuda_graphs=True,
+        execution="eager",
         open=frozenset({"docs", "metrics"}),
         without_keys=True,
         requests_per_minute=30,
@@ -97,6 +100,35 @@ def test_a_long_value_is_cut(name: str) -> None:
     with pytest.raises(SettingError, match=f"^{name}") as refused:
         read_settings({name: "x" * 5000})
     assert len(str(refused.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        ("", "auto"),
+        ("auto", "auto"),
+        ("graphs", "graphs"),
+        ("graphs+channels_last", "channels_last+graphs"),
+        (" compile + graphs + channels_last ", "channels_last+compile+graphs"),
+    ],
+)
+def test_ways_of_computing_are_combined_in_any_order(value: str, meant: str) -> None:
+    assert read_settings({"SD_EXECUTION": value}).execution == meant
+
+
+@pytest.mark.parametrize("value", ["on", "GRAPHS", "eager+graphs", "auto+graphs", "graphs+graphs", "graphs+", "graphs,compile", "tensorrt"])
+def test_an_unknown_way_of_computing_is_refused_with_what_there_is(value: str) -> None:
+    with pytest.raises(SettingError) as refused:
+        read_settings({"SD_EXECUTION": value})
+    allowed = "auto, eager, or one or more of channels_last, compile, graphs joined by +"
+    assert str(refused.value) == f"SD_EXECUTION must be {allowed}, not {value!r}"
+
+
+@pytest.mark.parametrize("value", ["on", "off", "1"])
+def test_the_switch_of_an_earlier_version_is_refused_with_what_took_its_place(value: str) -> None:
+    with pytest.raises(SettingError, match="^SD_CUDA_GRAPHS is now SD_EXECUTION: graphs for on, eager for off, or auto"):
+        read_settings({"SD_CUDA_GRAPHS": value})
+    assert read_settings({"SD_CUDA_GRAPHS": ""}) == Settings()
 
 
 def test_a_misspelt_variable_is_found_with_the_setting_that_is_meant() -> None:

@@ -23,7 +23,7 @@ def test_a_server_with_nothing_set_starts() -> None:
     assert start({}) == DEMO
 
 
-@pytest.mark.parametrize("name", ["SD_LOG_PROMPTS", "SD_CUDA_GRAPHS", "SD_WITHOUT_KEYS"])
+@pytest.mark.parametrize("name", ["SD_LOG_PROMPTS", "SD_WITHOUT_KEYS"])
 @pytest.mark.parametrize("value", ["true", "Off", ""])
 def test_a_server_starts_with_every_spelling_of_on_and_off(name: str, value: str) -> None:
     assert start({name: value}) == DEMO
@@ -32,8 +32,9 @@ def test_a_server_starts_with_every_spelling_of_on_and_off(name: str, value: str
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, "maybe") for name in ("SD_LOG_PROMPTS", "SD_CUDA_GRAPHS", "SD_WITHOUT_KEYS", "SD_SAFETY", "SD_OPEN", "SD_RATE_LIMIT")),
+        *((name, "maybe") for name in ("SD_LOG_PROMPTS", "SD_EXECUTION", "SD_WITHOUT_KEYS", "SD_SAFETY", "SD_OPEN", "SD_RATE_LIMIT")),
         *((name, "maybe") for name in ("SD_MAX_QUEUE_S", "SD_MAX_QUEUE_PICTURES", "SD_STUCK_STEP_S", "SD_STOP_GRACE_S")),
+        ("SD_CUDA_GRAPHS", "on"),
         ("SD_SAFETY", "always"),
         ("SD_SHARED_STATE", "redis://192.0.2.1"),
         ("SD_SHARED_STATE", "redis://127.0.0.1:1"),

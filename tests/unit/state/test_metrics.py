@@ -21,6 +21,7 @@ for _ in range(3):
     count(SubmitRecord())
 count(StartRecord(0.5))
 count(StepRecord((1,), 2, 1))
+count(StepRecord((1, 2), 4, 0, "graphs"))
 count(LorasRecord(3, 1000))
 count(TurnRecord(400.0))
 count(EndRecord("txt2img", "flagged", 300.0))
@@ -65,6 +66,8 @@ def test_counts_of_two_processes_are_added_up_and_a_dead_ones_gauges_go(tmp_path
     assert (both["stable_diffusion_loras"], one["stable_diffusion_loras"]) == (6, 3)
     assert (both["stable_diffusion_lora_bytes"], one["stable_diffusion_lora_bytes"]) == (2000, 1000)
     for shown in (both, one):
+        assert shown['stable_diffusion_unet_calls_total{execution="eager"}'] == 2
+        assert shown['stable_diffusion_unet_calls_total{execution="graphs"}'] == 2
         assert shown['stable_diffusion_images_total{kind="txt2img",outcome="flagged"}'] == 2
         assert shown['stable_diffusion_images_total{kind="inpaint",outcome="cancelled"}'] == 0
         assert shown["stable_diffusion_out_of_memory_total"] == 2
@@ -74,7 +77,7 @@ def test_counts_of_two_processes_are_added_up_and_a_dead_ones_gauges_go(tmp_path
         assert shown['stable_diffusion_queue_wait_seconds_bucket{le="300.0"}'] == 2
         assert shown['stable_diffusion_queue_wait_seconds_bucket{le="600.0"}'] == 4
         assert shown['stable_diffusion_image_seconds_sum{kind="txt2img"}'] == 600
-        assert shown["stable_diffusion_unet_rows_sum"] == 4
+        assert shown["stable_diffusion_unet_rows_sum"] == 12
         assert shown["stable_diffusion_unet_rows_with_loras_total"] == 2
         assert shown['stable_diffusion_prompt_chunks_bucket{le="1.0"}'] == 2
         assert shown["stable_diffusion_prompt_chunks_sum"] == 10

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from stable_diffusion.state.runner_status import Placement, RunnerState, StepBatchLimit, living_runners
+from stable_diffusion.state.runner_status import Execution, Placement, RunnerState, StepBatchLimit, living_runners
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +21,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_several_runners_are_read_in_their_order(folder: Path) -> None:
     placement = Placement("a GPU", "float16", "epsilon", {"torch": "2"})
     second = RunnerState(2, "fp16", "demo", placement=placement)
+    second.execution = Execution("graphs", "2x")
     second.enter("ready")
     second.set_batch_limit(StepBatchLimit(64, 64, 8, "8x"))
     first = RunnerState(1, "fp16", "demo")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stable_diffusion.engine.calibration import BatchLimit
-from stable_diffusion.runner.batch_limit_cache import batch_limits_file, keep, recall
+from stable_diffusion.runner.measurement_cache import keep, measurements_file, recall
 
 KEY: dict[str, str | int] = {"device": "Tesla T4", "dtype": "torch.float16", "width": 512}
 
@@ -28,8 +28,8 @@ def test_a_stored_batch_limit_is_recalled_with_its_reason_and_the_log_names_the_
     assert recalled is not None
     assert recalled.jobs == 4
     assert recalled.reason.startswith("3.1x the images; measured on 20")
-    assert str(batch_limits_file()) in caplog.text
-    assert str(batch_limits_file()) not in recalled.reason, "the reason is shown in /metrics"
+    assert str(measurements_file()) in caplog.text
+    assert str(measurements_file()) not in recalled.reason, "the reason is shown in /metrics"
 
 
 def test_a_batch_limit_expires_after_a_week(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,7 +47,7 @@ def test_the_file_of_a_user_without_a_home_is_a_temporary_one(monkeypatch: pytes
 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", no_home)
-    assert batch_limits_file().is_absolute()
+    assert measurements_file().is_absolute()
 
 
 @pytest.mark.parametrize("change", [{"device": "H100"}, {"dtype": "torch.float32"}, {"width": 768}, {"torch": "3"}])
@@ -77,8 +77,8 @@ def test_a_new_batch_limit_replaces_only_the_one_with_the_same_key() -> None:
     ],
 )
 def test_a_damaged_file_is_overwritten(content: str) -> None:
-    batch_limits_file().parent.mkdir(parents=True)
-    batch_limits_file().write_text(content)
+    measurements_file().parent.mkdir(parents=True)
+    measurements_file().write_text(content)
     assert recall({}) is None
     keep(KEY, BatchLimit(4, "because"))
     assert recall(KEY) is not None
