@@ -8,7 +8,7 @@ _HEADS = {
     "plain diffusers": "plain diffusers, one by one",
     "BentoML's batching, HTTP": "BentoML's own batching",
     "engine": "engine",
-    "engine, CUDA graphs": "engine, CUDA graphs",
+    "engine, auto": "engine, fastest way",
     "this project, HTTP": "this project, HTTP",
 }
 

@@ -94,7 +94,7 @@ class Ways:
             Around("encode text, draw noise", 1, 1000 * _spent(lambda: self._denoiser.prepare(self._new_task(next(numbers))))),
         ]
         for count in (1, 4):
-            latents = torch.randn(shape, device=parts.device, dtype=parts.dtype).repeat(count, 1, 1, 1)
+            latents = torch.randn(shape, device=parts.device, dtype=vae.dtype).repeat(count, 1, 1, 1)
 
             def decode(latents: torch.Tensor = latents) -> None:
                 vae.decode(latents, return_dict=False)

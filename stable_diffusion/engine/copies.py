@@ -19,6 +19,9 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
+_CAN_COPY = frozenset({torch.Tensor.to, torch.Tensor.__getitem__, torch.tensor})
+
+
 class AsynchronousCopies(TorchFunctionMode):
     """Within the block, copies of this thread from the CPU to a device of the given type go through `copy`.
 
@@ -32,6 +35,8 @@ class AsynchronousCopies(TorchFunctionMode):
         self._copy = copy
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func not in _CAN_COPY:  # first, because all operations come here, and even the look at a shape
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if func is torch.Tensor.to and args[0].device.type == "cpu":
             return self._to(args[0], args[1:], kwargs)

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 _COUNTS = (1, 2, 4)
 # Decoding more together must take this much less time for each image: all of them wait for the last.
 _LEAST_GAIN = 1.05
+# A device that takes this long for one image is full with it, and measuring more would only delay the start.
+_FULL_WITH_ONE_S = 1.0
 
 
 def useful_counts(seconds: Callable[[int], float | None]) -> dict[int, float]:
@@ -20,6 +22,8 @@ def useful_counts(seconds: Callable[[int], float | None]) -> dict[int, float]:
         if spent is None or (useful and count * min(useful[one] / one for one in useful) < _LEAST_GAIN * spent):
             break
         useful[count] = spent
+        if spent > _FULL_WITH_ONE_S:
+            break
     return useful
 
 

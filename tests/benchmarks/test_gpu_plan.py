@@ -12,9 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.gpu.__main__ import BUDGET_S, OF_XL, SECOND, stages
 from benchmarks.gpu.checks import Checks, Finding
 from benchmarks.gpu.plan import Ended, Part, markdown, run, summary
+from benchmarks.gpu.prove_engine import CHECKS
 from benchmarks.gpu.table import readme_table
+from benchmarks.gpu.ways import Around, Timed
+from benchmarks.gpu.ways import markdown as table_of_ways
 from tests.http.servers import ROOT
 
 
@@ -131,3 +135,28 @@ def test_readmes_table_has_a_row_for_each_load_and_a_column_for_each_contender()
     assert len({line.count("|") for line in lines}) == 1
     assert lines[2] == "| fp16, 50 steps, 8 clients | 1.00/s; 1.50 s |  | 3.00/s, ± 5 %; 1.50 s |  |  |"
     assert readme_table({"parts": []}) == "No load was measured."
+
+
+def test_proofs_come_before_tables_and_both_halves_fit_into_the_minutes_of_a_rented_machine(tmp_path: Path) -> None:
+    planned = stages(tmp_path, tmp_path / "full", 512, 50, 1.0, on_gpu=True)
+    names = [part.name for stage in planned for part in stage]
+    assert len(set(names)) == len(names)
+    proofs = [index for index, name in enumerate(names) if name.startswith("prove-")]
+    tables = [index for index, name in enumerate(names) if name.startswith(("loads-", "steps-", "ways-", "loras-", "open-"))]
+    assert max(proofs) < min(tables) < names.index(SECOND)
+    assert {"ways-fp16", "ways-compiled-fp16", "ways-xl-fp16", "loras-fp16", "prove-demo-xl"} <= set(names)
+    assert set(OF_XL) <= set(CHECKS)
+    assert {"graphs as eager", "channels_last as eager", "channels_last+graphs as eager"} <= set(CHECKS)
+    # The parts of a stage run at once. What does not fit at the end of a half is left out.
+    limits = {part.name: max(other.limit_s for other in stage) for stage in planned for part in stage}
+    assert sum({max(part.limit_s for part in stage) for stage in planned[:4]}) <= BUDGET_S["first"]
+    assert limits[SECOND] < BUDGET_S["second"]
+    assert sum(BUDGET_S.values()) < 15 * 60
+
+
+def test_a_way_that_fell_back_to_eager_shows_in_its_row() -> None:
+    timed = [Timed("eager", "LoRA", 1, 20.0, 0.0, "eager"), Timed("graphs", "LoRA", 1, 20.1, 0.0, "eager")]
+    page = table_of_ways({"gpu": "none"}, timed, [Around("decoded by the VAE", 4, 60.0)], {"compile+graphs": "RuntimeError: no compiler"})
+    assert "| graphs | LoRA | 20.1 | 0.0e+00 | eager |" in page
+    assert "| decoded by the VAE | 4 | 60.0 |" in page
+    assert "compile+graphs: RuntimeError: no compiler" in page

@@ -23,6 +23,17 @@ def test_what_does_not_fit_or_differs_is_not_useful() -> None:
     assert useful_counts(lambda count: None) == {}
 
 
+def test_a_slow_device_is_not_measured_any_longer() -> None:
+    asked: list[int] = []
+
+    def slow(count: int) -> float:
+        asked.append(count)
+        return 3.0
+
+    assert useful_counts(slow) == {1: 3.0}
+    assert asked == [1]
+
+
 @pytest.mark.parametrize(
     ("waiting", "most_s", "count"),
     [(1, None, 1), (3, None, 2), (9, None, 4), (9, 0.05, 2), (9, 0.0617, 4), (9, 0.03, 1), (9, 0.001, 1)],
