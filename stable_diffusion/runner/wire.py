@@ -43,7 +43,7 @@ def pack_outcome(outcome: GeneratedImage | ServiceError) -> str:
         pixels = ""
     else:
         content = {"size": outcome.image.size, "image": outcome.facts()}
-        pixels = base64.b64encode(outcome.image.tobytes()).decode("ascii")
+        pixels = outcome.image.tobytes().hex()
     return f"{json.dumps(content)}\t{pixels}\n"
 
 
@@ -85,5 +85,5 @@ def unpack_update(line: str) -> TakenOn | Progress | GeneratedImage:
         return Progress(**values)
     if "error" in content:
         raise error_of_type(**content["error"])
-    image = Image.frombytes("RGB", tuple(content["size"]), base64.b64decode(pixels))
+    image = Image.frombytes("RGB", tuple(content["size"]), bytes.fromhex(pixels))
     return GeneratedImage(image, **content["image"])
