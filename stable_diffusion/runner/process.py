@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,10 @@ _ENDS_KEPT = 10_000  # of jobs whose images were sent in their responses; each i
 
 @dataclass(frozen=True)
 class _Generation:
-    """One running task. `updates` ends with its outcome; `beginning` ends when the job store knows the task."""
+    """One running task. `updates` ends with its outcome, and has its progress only where a client follows it.
+
+    `beginning` ends when the job store knows the task.
+    """
 
     ticket: Ticket
     task: Task
@@ -60,6 +64,7 @@ class ModelProcess:
         self._generations: dict[tuple[str, int], _Generation] = {}  # until their outcome is known
         self._endings: set[asyncio.Task[None]] = set()
         self._unstored_progress: dict[Ticket, Progress] = {}
+        self._progress_lock = threading.Lock()
         self._is_shared_store_away = False  # whether the last call that failed was to a store that machines share
         self._synchronising: asyncio.Task[None] | None = None
         # Threads of its own: a slow store must not keep images waiting for a thread.
@@ -74,27 +79,31 @@ class ModelProcess:
         """
         task, ticket, follow = unpack_task(packed)
         try:
-            generation = self._start(task, ticket)
+            generation = self._start(task, ticket, follow=follow)
         except ServiceError as refusal:
             yield pack_outcome(refusal)
             return
         try:
             yield pack_taken_on()
             while isinstance(update := await generation.updates.get(), Progress):
-                if follow:
-                    yield pack_progress(update)
+                yield pack_progress(update)
             yield pack_outcome(update)
         finally:
             if not ticket.asynchronous:
                 self._cancel(generation)
 
-    def _start(self, task: Task, ticket: Ticket) -> _Generation:
+    def _start(self, task: Task, ticket: Ticket, *, follow: bool) -> _Generation:
         loop = asyncio.get_running_loop()
 
         def receive(update: Progress | GeneratedImage | ServiceError) -> None:
             loop.call_soon_threadsafe(lambda: self._receive(generation, update))
 
-        engine_job = self._engine.submit(task, receive, receive, owner=ticket.owner, timeout_s=ticket.timeout_s)
+        def receive_progress(progress: Progress) -> None:
+            self._note_progress(ticket, progress)
+            if follow:  # else nothing waits for it: each step of each job would wake the event loop, which then holds up the next step
+                receive(progress)
+
+        engine_job = self._engine.submit(task, receive, receive_progress, owner=ticket.owner, timeout_s=ticket.timeout_s)
         # In an asyncio task, so that the engine's updates do not wait for the job store.
         beginning = asyncio.create_task(self._begin(ticket, task))
         generation = _Generation(ticket, task, engine_job, asyncio.Queue(), beginning)
@@ -117,12 +126,20 @@ class ModelProcess:
             return
         if isinstance(update, Progress):
             generation.updates.put_nowait(update)
-            last = self._unstored_progress.get(ticket)
-            self._unstored_progress[ticket] = update if update.preview or last is None else replace(update, preview=last.preview)
             return
         del self._generations[ticket.job_id, ticket.index]
-        self._unstored_progress.pop(ticket, None)
+        with self._progress_lock:
+            self._unstored_progress.pop(ticket, None)
         self._keep(self._end(generation, update))
+
+    def _note_progress(self, ticket: Ticket, progress: Progress) -> None:
+        """Keep the newest progress, with the newest preview, until it is stored. Called on the engine's thread.
+
+        The store ignores the progress of a job that has ended, which may come here after its cancellation.
+        """
+        with self._progress_lock:
+            last = self._unstored_progress.get(ticket)
+            self._unstored_progress[ticket] = progress if progress.preview or last is None else replace(progress, preview=last.preview)
 
     async def _end(self, generation: _Generation, outcome: GeneratedImage | ServiceError) -> None:
         """Pass the outcome on to the client and to the job store.
@@ -193,7 +210,8 @@ class ModelProcess:
                 if (generation := self._generations.get(key)) is not None:
                     self._cancel(generation)
             if self._unstored_progress and time.monotonic() - stored_s >= _STORE_PROGRESS_S:
-                notes, self._unstored_progress = self._unstored_progress, {}
+                with self._progress_lock:
+                    notes, self._unstored_progress = self._unstored_progress, {}
                 await self._call_store(self._jobs.note, notes)
                 stored_s = time.monotonic()
 

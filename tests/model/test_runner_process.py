@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -308,3 +309,26 @@ def test_a_slow_shared_state_holds_up_neither_steps_nor_images(engine: Engine, s
 
     asyncio.run(draw())
     assert all(shared.get(ticket.job_id)[0].state == "completed" for ticket in tickets)
+
+
+def test_progress_that_nobody_follows_is_stored_and_does_not_wake_the_event_loop(engine: Engine, jobs: Jobs) -> None:
+    async def wake_ups(*, follow: bool) -> int:
+        loop = asyncio.get_running_loop()
+        wake, calls = loop.call_soon_threadsafe, 0
+
+        def counting(*arguments: object, **options: object) -> asyncio.Handle:
+            nonlocal calls
+            calls += threading.current_thread().name == "engine"
+            return wake(*arguments, **options)  # type: ignore[arg-type]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "call_soon_threadsafe", counting)
+            ticket = Ticket("followed" if follow else "a1", "somebody")
+            model_process = ModelProcess(engine, jobs, 0)
+            drawing = asyncio.ensure_future(lines(model_process, make_task(num_inference_steps=60), ticket, follow=follow))
+            await until(lambda: any(0 < record.progress.step < 60 for record in jobs.of_owner("somebody")))
+            await drawing
+        return calls
+
+    assert asyncio.run(wake_ups(follow=False)) == 1, "for the image"
+    assert asyncio.run(wake_ups(follow=True)) > 60
