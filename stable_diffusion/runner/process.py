@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("stable_diffusion")
 
-_POLL_CANCELLATIONS_S = 0.05  # a full-size step on a GPU takes longer
+_POLL_CANCELLATIONS_S = 0.2  # a full-size step on a GPU takes longer
 _STORE_RETRY_S = 10.0
 _STORE_PROGRESS_S = 0.5  # when a job ends, all queue positions change: store them together
 _STORE_THREADS = 4
