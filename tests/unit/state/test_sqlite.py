@@ -16,9 +16,7 @@ SCHEMA = "CREATE TABLE IF NOT EXISTS rows (row)"
 def create(folder: Path, together: Barrier) -> None:
     for number in range(FILES):
         together.wait(60)
-        with transaction(
-            folder / f"{number}.sqlite", SCHEMA, last_table="rows", busy_timeout_s=10
-        ) as database:
+        with transaction(folder / f"{number}.sqlite", SCHEMA, last_table="rows", busy_timeout_s=10) as database:
             database.execute("INSERT INTO rows VALUES (1)")
 
 
