@@ -90,7 +90,7 @@ class Denoiser:
 
     def sample_inputs(self, jobs: int, width: int, height: int) -> RowInputs:
         """Inputs of a guided step of `jobs` different jobs of one size."""
-        tasks = [Task("txt2img", "", "", width, height, 1, 7.5, seed, "DDIMScheduler", False) for seed in range(jobs)]
+        tasks = [replace(_unprompted(width, height), guidance_scale=7.5, seed=seed) for seed in range(jobs)]
         batch = [Job(task, on_end=lambda outcome: None) for task in tasks]
         for job in batch:
             job.tensors = self.prepare(job.task)

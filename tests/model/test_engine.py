@@ -270,6 +270,17 @@ def test_mixed_company_changes_no_picture(
         assert mean_difference(outcome.image, picture) < 0.05, name
 
 
+def calls_between_steps(calls: Sequence[str]) -> list[list[str]]:
+    """The calls before the first step, between each two, and after the last."""
+    between_steps: list[list[str]] = [[]]
+    for call in calls:
+        if call.startswith("step"):
+            between_steps.append([])
+        else:
+            between_steps[-1].append(call)
+    return between_steps
+
+
 def test_at_most_one_picture_is_encoded_or_decoded_between_two_steps(demo_parts: Parts, input_picture: Image.Image) -> None:
     with bench(demo_parts) as made:
         made.at_step[1] = lambda: [
@@ -277,12 +288,7 @@ def test_at_most_one_picture_is_encoded_or_decoded_between_two_steps(demo_parts:
         ]
         made.submit("running", num_inference_steps=30)
         made.wait(5)
-    between_steps: list[list[str]] = [[]]
-    for call in made.denoiser.calls:
-        if call.startswith("step"):
-            between_steps.append([])
-        else:
-            between_steps[-1].append(call)
+    between_steps = calls_between_steps(made.denoiser.calls)
     assert all(calls.count("prepare image") <= 1 for calls in between_steps)
     # Turns without a step (when nothing is left to denoise) follow one another after the last one.
     assert all(calls.count("decode") <= 1 for calls in between_steps[:-1])
@@ -298,12 +304,7 @@ def test_an_image_is_not_encoded_in_the_turn_in_which_another_was_decoded(demo_p
                 made.submit("image", kind="img2img", image=input_picture, strength=0.5, num_inference_steps=2),
             ]
         made.wait(17)
-    between_steps: list[list[str]] = [[]]
-    for call in made.denoiser.calls:
-        if call.startswith("step"):
-            between_steps.append([])
-        else:
-            between_steps[-1].append(call)
+    between_steps = calls_between_steps(made.denoiser.calls)
     assert all(calls.count("prepare image") + calls.count("decode") <= 1 for calls in between_steps[:-1])
     encoded = [number for number, calls in enumerate(between_steps) if "prepare image" in calls]
     assert len(encoded) == 8
